@@ -1,0 +1,228 @@
+"""The mixin of every Bayesian layer: parameters, precision, and which draw is active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, scale_from_rho
+from .draws import MEAN, DrawScope, bayesian_modules
+from .estimators import REPARAMETERIZATION, Estimator, get_estimator
+from .variational import Draw, TensorSpec, Variational, wide
+
+DEFAULT_DELTA = 0.05
+DEFAULT_PRIOR = NormalPrior(std=1.0, centre=0.0)  # a hand-built layer has no trained weight to centre at
+_CENTRE = "_prior_centre"
+
+
+class BayesianModule(nn.Module):
+    """Mixin over a torch layer: each of ``bayesian_parameters`` is the mean of a Gaussian; ``<name>_rho`` its scale.
+
+    The layer's own Parameters stay in place as the means, so ties, hooks and code that reads ``.weight`` keep working.
+    rho stays float32 through every cast. An instance becomes Bayesian by :meth:`become_bayesian`.
+
+    Attributes:
+        prior: prior of every tensor of the layer.
+        delta: initial scale relative to |weight|; a relative prior reads it.
+        estimator: how the noise enters in training.
+        draw: what is held: None, the mean, or a draw.
+        specs: per parameter, what its noise depends on.
+        scope: training draws, shared by the layers of one model.
+    """
+
+    torch_class: ClassVar[type[nn.Module]]
+    bayesian_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    by_row: ClassVar[bool] = False
+
+    prior: Prior
+    delta: float
+    estimator: Estimator
+    draw: Draw | str | None
+    specs: dict[str, TensorSpec]
+    scope: DrawScope
+
+    def become_bayesian(self, *, prior: Prior, delta: float, estimator: str) -> None:
+        """Add rho (scale = delta |weight|, see `initial_scale`) and the state of a Bayesian layer.
+
+        A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient.
+        """
+        self.prior, self.delta, self.estimator = prior, delta, get_estimator(estimator)
+        self.draw, self.scope = None, DrawScope()
+        self.specs = {
+            name: TensorSpec(name, by_row=self.by_row, padding_idx=getattr(self, "padding_idx", None))
+            for name in self.bayesian_parameters
+            if getattr(self, name, None) is not None
+        }
+        for name in self.specs:
+            rho = torch.empty_like(self.get_parameter(name), dtype=torch.float32)
+            self.register_parameter(f"{name}_rho", nn.Parameter(rho))
+            self.reset_rho(name)
+            if self.get_parameter(name).requires_grad:
+                self.store_centre(name)
+
+    def become_deterministic(self) -> None:
+        """Remove all that :meth:`become_bayesian` added; the means stay as they are."""
+        for name in list(self.specs):
+            delattr(self, f"{name}_rho")
+            self.drop_centre(name)
+        for attribute in ("prior", "delta", "estimator", "draw", "specs", "scope"):
+            delattr(self, attribute)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why this instance of the torch layer cannot become Bayesian; None if it can."""
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return "its weight is not a floating-point tensor"
+        return None
+
+    # -- which draw -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the next forward uses noise: a held draw or the held mean decides, else `train()`/`eval()`."""
+        return self.training if self.draw is None else self.draw is not MEAN
+
+    @property
+    def active_estimator(self) -> Estimator:
+        """A held draw is one network, which only reparameterization gives; otherwise the layer's own estimator."""
+        return self.estimator if self.draw is None else REPARAMETERIZATION
+
+    def variational(self, name: str) -> Variational:
+        """The tensor ``name`` with its active draw.
+
+        Raises:
+            RuntimeError: its scale no longer fits (the layer was resized after conversion).
+        """
+        loc, rho, spec = getattr(self, name), getattr(self, f"{name}_rho"), self.specs[name]
+        if loc.shape != rho.shape:
+            raise RuntimeError(
+                f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
+                "after conversion. Call `to_deterministic(model)`, resize, then `to_bayesian` again."
+            )
+        return Variational(loc, rho, spec, self.draw if isinstance(self.draw, Draw) else self.scope.training_draw())
+
+    def maybe(self, name: str) -> Variational | None:
+        """:meth:`variational`, or None where the layer has no such tensor."""
+        return self.variational(name) if name in self.specs else None
+
+    # -- prior ------------------------------------------------------------------------------------------------------
+
+    def store_centre(self, name: str) -> None:
+        """Keep the present mean as the prior's centre, in a buffer that is saved; nothing if the prior needs none."""
+        if self.prior.needs_centre and f"{name}{_CENTRE}" not in self._buffers:
+            self.register_buffer(f"{name}{_CENTRE}", self.get_parameter(name).detach().clone())
+
+    def drop_centre(self, name: str) -> None:
+        """Forget the stored centre: another owner of the tensor keeps it."""
+        self._buffers.pop(f"{name}{_CENTRE}", None)
+
+    def prior_centre(self, name: str) -> Tensor:
+        """The trained weight: the stored copy, or the mean itself while it is frozen.
+
+        Raises:
+            RuntimeError: the mean trains and no copy was stored.
+        """
+        stored = self._buffers.get(f"{name}{_CENTRE}")
+        if stored is not None:
+            return stored
+        loc = self.get_parameter(name)
+        if loc.requires_grad and self.prior.needs_centre:
+            raise RuntimeError(
+                f"The mean {self.specs[name].name!r} requires a gradient but the centre of its prior was not stored. "
+                "Call `bayeformers.unfreeze(model)` instead of setting `requires_grad`: it stores the centre."
+            )
+        return loc
+
+    # -- torch ------------------------------------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """As the torch layer, and the scales with it."""
+        super().reset_parameters()  # type: ignore[misc]
+        for name in getattr(self, "specs", ()):
+            self.reset_rho(name)
+
+    def reset_rho(self, name: str) -> None:
+        """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean."""
+        loc, rho = self.get_parameter(name), self.get_parameter(f"{name}_rho")
+        with torch.no_grad():
+            rho.copy_(rho_from_scale(self.initial_scale(name, loc)(loc)))
+
+    def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
+        """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
+        return InitialScale.of(centre, self.delta, self.specs[name].padding_idx)
+
+    def extra_repr(self) -> str:
+        """The torch layer's, then prior and estimator."""
+        own = f"prior={self.prior!r}, estimator={self.estimator.name!r}" if hasattr(self, "specs") else ""
+        return ", ".join(part for part in (super().extra_repr(), own) if part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        rhos = {id(getattr(self, f"{name}_rho")) for name in getattr(self, "specs", ())}
+        grads = {id(p.grad) for p in self._parameters.values() if p is not None and id(p) in rhos}
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            """Devices change, the dtype of rho does not: small steps of rho are lost in 16 bits."""
+            moved = fn(tensor)
+            if (id(tensor) in rhos or id(tensor) in grads) and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+@dataclass(frozen=True)
+class NamedVariational:
+    """One distinct Bayesian tensor of a model.
+
+    Attributes:
+        name: its first name in the model, the key of its noise.
+        module: the layer that owns it first.
+        parameter_name: its name there.
+    """
+
+    name: str
+    module: BayesianModule
+    parameter_name: str
+
+    @property
+    def loc(self) -> nn.Parameter:
+        """The posterior means."""
+        return self.module.get_parameter(self.parameter_name)
+
+    @property
+    def rho(self) -> nn.Parameter:
+        """scale = max(softplus(rho), 1e-8)."""
+        return self.module.get_parameter(f"{self.parameter_name}_rho")
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What its noise depends on."""
+        return self.module.specs[self.parameter_name]
+
+    def scale(self) -> Tensor:
+        """Standard deviations, in float32 or the wider dtype of the means."""
+        return scale_from_rho(wide(self.rho, self.loc))
+
+    def random_rows(self) -> list[slice]:
+        """Slices of the first axis that are random: all but the padding row."""
+        row = self.spec.padding_idx
+        if row is None:
+            return [slice(None)]
+        return [rows for rows in (slice(0, row), slice(row + 1, self.loc.shape[0])) if rows.start < rows.stop]
+
+
+def variational_tensors(model: nn.Module) -> Iterator[NamedVariational]:
+    """Every distinct Bayesian Parameter of ``model`` once, tied tensors under their first owner."""
+    seen: set[int] = set()
+    for name, module in bayesian_modules(model).items():
+        for parameter, spec in module.specs.items():
+            if id(loc := module.get_parameter(parameter)) not in seen:
+                seen.add(id(loc))
+                unnamed = f"{name}.{parameter}" if name else parameter
+                yield NamedVariational(spec.name if spec.named else unnamed, module, parameter)

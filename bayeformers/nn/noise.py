@@ -1,0 +1,67 @@
+"""Stateless standard-normal noise: a pure function of (seed, draw index, tensor name, element).
+
+The same key gives the same values for every batch, rank, token of `generate` and after a reload, whatever was drawn
+before. Values agree between devices of one type; CPU and GPU streams may differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NOISE_VERSION = 1
+"""Saved with every model: a change of the functions below would change the draws of old checkpoints."""
+
+_INT32 = 0xFFFFFFFF
+
+
+def noise_key(seed: int, index: int, name: str) -> int:
+    """64-bit key of one tensor's noise in one draw."""
+    digest = hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def normal(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """N(0, 1) in float32 of the given shape, from a generator that is seeded with ``key`` and used once."""
+    generator = torch.Generator(device=device).manual_seed(key % 2**63)
+    return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def normal_rows(key: int | Tensor, rows: Tensor, width: int) -> Tensor:
+    """N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
+
+    Two rounds of a 32-bit mixer (Wellons' lowbias32) with 64 bits of state per row, then the inverse normal CDF of the
+    upper 24 bits; |values| < 5.3. Element by element, so a row's noise does not depend on the other rows asked for.
+
+    Args:
+        key: from :func:`noise_key`, or two int32 values (2,) as a tensor.
+        rows: row numbers, any integer dtype.
+        width: columns of the table.
+
+    Shape: ``rows`` (n,) -> (n, width), float32.
+    """
+    device = rows.device
+    low, high = (key[0], key[1]) if isinstance(key, Tensor) else (_signed(key & _INT32), _signed(key >> 32 & _INT32))
+    row = rows.to(torch.int32)
+    first, second = _mix(row ^ low), _mix(_mix(row ^ high) ^ low)
+    column = torch.arange(width, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9))
+    bits = _mix(_mix(first[:, None] + column).bitwise_xor_(second[:, None]))
+    uniform = ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-23  # exact in float32, strictly inside (-1, 1)
+    return torch.erfinv(uniform) * math.sqrt(2.0)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32: a bijection of 32-bit integers whose every input bit flips each output bit about half of the time."""
+    x = x ^ ((x >> 16) & 0xFFFF)  # the mask makes the shift of a signed integer logical
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed(value: int) -> int:
+    return value - 2**32 if value >= 2**31 else value

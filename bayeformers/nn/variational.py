@@ -1,0 +1,187 @@
+"""One Bayesian tensor: its mean, its scale, and its value under a draw."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..distributions import MIN_SCALE, rho_from_scale, scale_from_rho
+from . import noise
+
+_MIN_RHO = float(rho_from_scale(torch.tensor(MIN_SCALE, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the noise of a tensor depends on besides the draw; tied tensors share one.
+
+    Attributes:
+        name: first name that owns the tensor in the unwrapped model: the key of its noise.
+        by_row: noise addressable by row (an Embedding owns the tensor), so that a lookup needs no whole table.
+        padding_idx: row without noise and without KL.
+        named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
+    """
+
+    name: str
+    by_row: bool = False
+    padding_idx: int | None = None
+    named: bool = False
+
+
+class Draw:
+    """One draw of all weights of a model, made tensor by tensor when asked for.
+
+    Values are kept as long as the draw lives (``keep=True``: a held draw) or as long as autograd needs them
+    (a training draw); either way the same tensor always gets the same value.
+    """
+
+    def __init__(self, seed: int, index: int = 0, *, keep: bool = True) -> None:
+        self.seed, self.index = seed, index
+        self._noise: Any = {} if keep else weakref.WeakValueDictionary()
+        self._weights: dict[str, tuple[tuple[Any, ...], Tensor]] | None = {} if keep else None
+
+    def key(self, spec: TensorSpec) -> int:
+        """Noise key of a tensor in this draw."""
+        return noise.noise_key(self.seed, self.index, spec.name)
+
+    def noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
+        """N(0, 1) of the shape of ``loc``, float32; the padding row is zero."""
+        value: Tensor | None = self._noise.get(spec.name)
+        if value is None or value.shape != loc.shape or value.device != loc.device:
+            value = self._make_noise(spec, loc)
+            self._noise[spec.name] = value
+        return value
+
+    def weight(self, spec: TensorSpec, loc: Tensor, rho: Tensor) -> Tensor:
+        """loc + sigma * noise; under ``no_grad`` a held draw makes it once and keeps it while loc and rho stand."""
+        if torch.is_grad_enabled() or self._weights is None:
+            return sample(loc, rho, self.noise(spec, loc))
+        stamp = (loc.data_ptr(), loc._version, rho.data_ptr(), rho._version, loc.dtype)
+        kept = self._weights.get(spec.name)
+        if kept is None or kept[0] != stamp:
+            kept = stamp, sample(loc, rho, self._make_noise(spec, loc))
+            self._weights[spec.name] = kept
+        return kept[1]
+
+    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
+        """Rows of :meth:`weight`, bit for bit, at the cost of those rows: (n,) -> (n, width)."""
+        kept = None if self._weights is None or torch.is_grad_enabled() else self._weights.get(spec.name)
+        if kept is not None:
+            return F.embedding(rows, self.weight(spec, loc, rho))
+        eps = _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
+        return sample(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the values that are kept."""
+        kept = [weight for _, weight in (self._weights or {}).values()] + list(self._noise.values())
+        return sum(value.numel() * value.element_size() for value in kept)
+
+    def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
+        if not spec.by_row:
+            return noise.normal(self.key(spec), loc.shape, loc.device)
+        rows = torch.arange(loc.shape[0], device=loc.device)
+        return _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
+
+
+class TracedDraw(Draw):
+    """A training draw inside `torch.compile`: noise straight from torch's default generator, without graph breaks."""
+
+    def __init__(self) -> None:
+        self._noise, self._weights = {}, None
+
+    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
+        """Rows of the whole table's value: the compiler fuses the lookup."""
+        return F.embedding(rows, self.weight(spec, loc, rho), spec.padding_idx)
+
+    def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
+        rows = torch.arange(loc.shape[0], device=loc.device)
+        return _without_padding(torch.randn_like(loc, dtype=torch.float32), spec, rows)
+
+
+@dataclass(frozen=True)
+class Variational:
+    """A Bayesian tensor as an estimator sees it: N(loc, scale^2) and the draw that is active.
+
+    Attributes:
+        loc: posterior means (the layer's own Parameter).
+        rho: scale = max(softplus(rho), 1e-8); float32, shape of ``loc``.
+        spec: what its noise depends on.
+        draw: the draw to take.
+    """
+
+    loc: Tensor
+    rho: Tensor
+    spec: TensorSpec
+    draw: Draw
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviations, in float32 or the wider dtype of ``loc``; the padding row's plays no part."""
+        return scale_from_rho(wide(self.rho, self.loc))
+
+    def sample(self) -> Tensor:
+        """The tensor's value under the draw: shape and dtype of ``loc``."""
+        return self.draw.weight(self.spec, self.loc, self.rho)
+
+    def sample_rows(self, rows: Tensor) -> Tensor:
+        """Values of the given rows under the draw: (n,) -> (n, width)."""
+        return self.draw.rows(self.spec, self.loc, self.rho, rows)
+
+
+def wide(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` in float32, or in float64 where ``like`` is: the precision in which scales and KLs are computed."""
+    return tensor.to(torch.promote_types(torch.promote_types(tensor.dtype, like.dtype), torch.float32))
+
+
+def sample(loc: Tensor, rho: Tensor, eps: Tensor) -> Tensor:
+    """w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
+
+    Shape: all three alike -> the same.
+    """
+    value: Tensor = _Sample.apply(loc, rho, eps)  # type: ignore[no-untyped-call]
+    return value
+
+
+def renamed(spec: TensorSpec, name: str) -> TensorSpec:
+    """The same tensor under its name in a model."""
+    return replace(spec, name=name, named=True)
+
+
+def _without_padding(eps: Tensor, spec: TensorSpec, rows: Tensor) -> Tensor:
+    if spec.padding_idx is None:
+        return eps
+    return eps.masked_fill((rows == spec.padding_idx)[:, None], 0.0)
+
+
+class _Sample(torch.autograd.Function):
+    """Saves rho and eps only; the chain of elementwise operations would keep three more tensors per weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loc: Tensor, rho: Tensor, eps: Tensor) -> Tensor:
+        noise = scale_from_rho(wide(rho, loc)).mul_(eps)  # not fused with the sum: its rounding depends on the position
+        return noise.to(loc.dtype).add_(loc)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        loc, rho, eps = inputs
+        ctx.dtype = torch.promote_types(rho.dtype, loc.dtype)
+        ctx.save_for_backward(rho, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_rho = None
+        if ctx.needs_input_grad[1]:
+            rho, eps = ctx.saved_tensors
+            inside = torch.threshold(rho.to(ctx.dtype), _MIN_RHO, -torch.inf)  # below the floor sigma is constant
+            grad_rho = inside.sigmoid_().mul_(eps).mul_(grad).to(rho.dtype)
+        return (grad if ctx.needs_input_grad[0] else None), grad_rho, None
