@@ -1,0 +1,293 @@
+"""`to_bayesian` and its inverse: layers change class in place, nothing else of the model changes."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from .config import BayesianConfig, check_delta
+from .distributions import MopedPrior, Prior
+from .dropout import dropout_rates, set_dropout
+from .nn import draws
+from .nn.base import BayesianModule, variational_tensors
+from .nn.estimators import get_estimator
+from .nn.variational import TensorSpec
+from .selection import Chosen, Patterns, check_weights, choose, matching_subtrees, owners_of, recorded
+
+_STATE = "bayesian_conversion"
+_RESIZE = "resize_token_embeddings"
+
+
+@dataclass
+class Conversion:
+    """What :func:`to_deterministic` needs to restore, and what :func:`summary` tells; kept on the model."""
+
+    config: BayesianConfig
+    requires_grad: dict[str, bool]
+    skipped: dict[str, str] = field(default_factory=dict)
+    rho_ties: list[str] = field(default_factory=list)
+
+
+def to_bayesian(
+    model: nn.Module,
+    delta: float = 0.05,
+    freeze: bool = True,
+    *,
+    prior: Prior | None = None,
+    estimator: str = "reparameterization",
+    target_modules: Patterns = "all",
+    exclude_modules: Patterns | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    keep_dropout: bool = False,
+) -> nn.Module:
+    """Make a trained model Bayesian, in place: each weight becomes N(weight, (delta |weight|)^2) (MOPED).
+
+    A layer takes the Bayesian subclass of its own class and keeps its Parameters as posterior means, so ties, hooks,
+    `.generate`, `.config` and checkpoints go on working. Everything is checked before the first change.
+    Krishnan et al. 2020 (arXiv 1906.05323).
+
+    Args:
+        model: any `torch.nn.Module`; usually a fine-tuned transformers model.
+        delta: initial posterior scale relative to |weight|, > 0; with the default prior also the prior's noise level.
+        freeze: keep means and all other parameters fixed and train only the scales (``rho``); False leaves the
+            `requires_grad` flags of the means as they are.
+        prior: prior of every converted weight; default `MopedPrior()`.
+        estimator: how noise enters in training.
+        target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
+        exclude_modules: names to leave out, in the same forms.
+        modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
+            fresh head.
+        keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, a pattern that matches nothing convertible, a model that is Bayesian
+            already, weights that are not finite, or a tied weight of which only one owner is targeted.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
+    torch.Size([8, 4])
+    """
+    prior = MopedPrior() if prior is None else prior
+    config = BayesianConfig(delta=check_delta(delta), freeze=bool(freeze), prior=prior)
+    _check_convertible(model)
+    saved = matching_subtrees(model, modules_to_save)
+    chosen, skipped = choose(model, target_modules, exclude_modules, saved)
+    check_weights(model, chosen)
+    config = replace(
+        config,
+        estimator=get_estimator(estimator).name,
+        modules={name: kind.__name__ for name, kind in chosen.items()},
+        modules_to_save=list(modules_to_save or []),
+        dropout={} if keep_dropout else dropout_rates(model),
+    )
+    return convert(model, config, chosen, skipped)
+
+
+def convert(
+    model: nn.Module,
+    config: BayesianConfig,
+    chosen: Chosen | None = None,
+    skipped: dict[str, str] | None = None,
+) -> nn.Module:
+    """Apply a checked conversion, or repeat the one that ``config`` records (a checkpoint being loaded).
+
+    Raises:
+        ValueError: ``config`` names modules that ``model`` has not, or of another class.
+    """
+    chosen = recorded(model, config) if chosen is None else chosen
+    state = Conversion(config, {name: p.requires_grad for name, p in _parameters(model)}, dict(skipped or {}))
+    for key in config.dropout:
+        set_dropout(model, key, 0.0)
+    if config.freeze:
+        freeze_means(model, config)
+    owners = list(owners_of(model, chosen).values())
+    for name, kind in chosen.items():
+        _become(model.get_submodule(name), kind, config)
+    for tied in owners:
+        _tie([(model.get_submodule(name), parameter) for name, parameter in tied], ".".join(filter(None, tied[0])))
+    _tie_saved_names(model, state)
+    setattr(model, _STATE, state)
+    draws.one_draw_per_forward(model)
+    if hasattr(model, _RESIZE):
+        model.__dict__[_RESIZE] = _refuse_resize
+    _publish(model, config)
+    return model
+
+
+def freeze_means(model: nn.Module, config: BayesianConfig) -> None:
+    """``freeze=True``: of all Parameters only scales, and what is in ``modules_to_save``, require a gradient."""
+    saved = matching_subtrees(model, config.modules_to_save)
+    scales = {id(tensor.rho) for tensor in variational_tensors(model)}
+    for name, parameter in _parameters(model):
+        parameter.requires_grad_(id(parameter) in scales or any(name.startswith(f"{s}.") for s in saved))
+
+
+def freeze_as_saved(model: nn.Module, missing: set[str]) -> None:
+    """Restore the flags of a loaded model, whose Parameters the stock loader has made anew, all of them training.
+
+    A mean whose prior's centre is ``missing`` in the checkpoint was frozen, and is that centre itself.
+    """
+    for tensor in variational_tensors(model):
+        centre = f"{tensor.parameter_name}_prior_centre"
+        if f"{tensor.name.removesuffix(tensor.parameter_name)}{centre}" in missing:
+            tensor.module.drop_centre(tensor.parameter_name)
+        if tensor.module.prior.needs_centre and not hasattr(tensor.module, centre):
+            tensor.loc.requires_grad_(False)
+    if bayesian_config(model).freeze:
+        freeze_means(model, bayesian_config(model))
+
+
+def to_deterministic(model: nn.Module) -> nn.Module:
+    """Undo :func:`to_bayesian` in place, at the posterior mean: classes, `requires_grad` flags, dropout, config.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
+    state = conversion_of(model)
+    for module in draws.bayesian_modules(model).values():
+        module.become_deterministic()
+        _swap_class(module, type(module).torch_class)
+    for name, parameter in _parameters(model):
+        parameter.requires_grad_(state.requires_grad.get(name, True))
+    for key, rate in state.config.dropout.items():
+        set_dropout(model, key, rate)
+    for key in state.rho_ties:
+        model.all_tied_weights_keys.pop(key, None)  # type: ignore[union-attr, operator]
+    draws.release(model)
+    delattr(model, _STATE)
+    model.__dict__.pop(_RESIZE, None)
+    if hasattr(getattr(model, "config", None), "bayesian"):
+        del model.config.bayesian  # type: ignore[union-attr]
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Let the means train too: stores the prior's centres and restores the flags from before `to_bayesian`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
+    state = conversion_of(model)
+    for tensor in variational_tensors(model):
+        tensor.module.store_centre(tensor.parameter_name)
+    for name, parameter in _parameters(model):
+        if not name.endswith("_rho"):
+            parameter.requires_grad_(state.requires_grad.get(name, True))
+    update_config(model, freeze=False)
+    return model
+
+
+def is_bayesian(model: nn.Module) -> bool:
+    """Whether ``model`` (or what it wraps) was converted by :func:`to_bayesian`."""
+    return any(hasattr(module, _STATE) for module in model.modules())
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The record of a model's conversion, found through wrappers.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
+    for module in model.modules():
+        if hasattr(module, _STATE):
+            state: Conversion = getattr(module, _STATE)
+            return state
+    raise ValueError(f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first.")
+
+
+def bayesian_config(model: nn.Module) -> BayesianConfig:
+    """The configuration of a converted model; the same that its `config.json` records.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
+    return conversion_of(model).config
+
+
+def update_config(model: nn.Module, **changes: Any) -> BayesianConfig:
+    """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config."""
+    for module in model.modules():
+        if hasattr(module, _STATE):
+            state: Conversion = getattr(module, _STATE)
+            state.config = replace(state.config, **changes)
+            _publish(module, state.config)
+            return state.config
+    raise ValueError(f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first.")
+
+
+def _check_convertible(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if is_bayesian(model) or draws.bayesian_modules(model):
+        raise ValueError(
+            "`model` is Bayesian already: `to_bayesian` was called twice. Call `to_deterministic(model)` first, "
+            "or name the layers to convert in one call."
+        )
+
+
+def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfig) -> None:
+    _swap_class(module, kind)
+    assert isinstance(module, BayesianModule)
+    module.become_bayesian(prior=config.prior, delta=config.delta, estimator=config.estimator)
+
+
+def _swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class; accelerate's hooks keep the old `forward` on the instance, bound: bind it anew."""
+    module.__class__ = kind
+    if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
+        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
+
+
+def _tie(owners: list[tuple[nn.Module, str]], name: str) -> None:
+    """Tied means share rho, noise key and padding row; the prior's centre stays with the first owner."""
+    bayesian = [(m, p) for m, p in owners if isinstance(m, BayesianModule) and p in m.specs]
+    specs = [module.specs[parameter] for module, parameter in bayesian]
+    padding = [spec.padding_idx for spec in specs if spec.padding_idx is not None]
+    spec = TensorSpec(name, by_row=any(s.by_row for s in specs), padding_idx=next(iter(padding), None), named=True)
+    for number, (module, parameter) in enumerate(bayesian):
+        module.specs[parameter] = spec
+        if number == 0:
+            module.reset_rho(parameter)
+        else:
+            setattr(module, f"{parameter}_rho", getattr(bayesian[0][0], f"{bayesian[0][1]}_rho"))
+            module.drop_centre(parameter)
+
+
+def _tie_saved_names(model: nn.Module, state: Conversion) -> None:
+    """Tell transformers of the tied rho, so that a checkpoint holds it once and a reload ties it again."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for target, source in list(ties.items()):
+        if f"{target}_rho" in names and f"{source}_rho" in names:
+            ties[f"{target}_rho"] = f"{source}_rho"
+            state.rho_ties.append(f"{target}_rho")
+
+
+def _publish(model: nn.Module, config: BayesianConfig) -> None:
+    if hasattr(model, "config") and not isinstance(model.config, dict):
+        model.config.bayesian = config.to_dict()  # type: ignore[union-attr]
+
+
+def _refuse_resize(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `resize_token_embeddings` on a converted model."""
+    raise RuntimeError(
+        "`resize_token_embeddings` on a Bayesian model would leave the new rows without a scale: call "
+        "`to_deterministic(model)`, resize, then `to_bayesian` again."
+    )
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())

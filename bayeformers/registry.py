@@ -1,0 +1,104 @@
+"""Which torch layer becomes which Bayesian layer: by exact class, never by a class's name."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import nn as bnn
+from .nn.base import BayesianModule
+
+_BAYESIAN: dict[type[nn.Module], type[BayesianModule]] = {}
+_NAMING = frozenset(dis.opname[op] for op in (*dis.hasname, *dis.hasfree))
+_BYPASSES = {"F", "functional", "linear", "embedding", "matmul", "parameters", "get_parameter"}
+
+
+def register_layer(torch_class: type[nn.Module]) -> Callable[[type[BayesianModule]], type[BayesianModule]]:
+    """Decorator: `to_bayesian` turns instances of exactly ``torch_class`` into the decorated Bayesian layer.
+
+    Raises:
+        TypeError: the decorated class is not both a `BayesianModule` and a subclass of ``torch_class``.
+    """
+
+    def register(bayesian: type[BayesianModule]) -> type[BayesianModule]:
+        if not (issubclass(bayesian, BayesianModule) and issubclass(bayesian, torch_class)):
+            raise TypeError(
+                f"`register_layer({torch_class.__name__})` needs a subclass of BayesianModule and of "
+                f"{torch_class.__name__}, got {bayesian.__name__}."
+            )
+        _BAYESIAN[torch_class] = bayesian
+        return bayesian
+
+    return register
+
+
+for _layer in (bnn.Linear, bnn.Conv1D, bnn.Embedding):
+    register_layer(_layer.torch_class)(_layer)
+
+
+def supported_layers() -> list[str]:
+    """Names of the layers that can become Bayesian."""
+    return sorted(f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in _BAYESIAN)
+
+
+def bayesian_class(module: nn.Module) -> tuple[type[BayesianModule] | None, str]:
+    """The Bayesian class for this instance, or None and the reason why it stays deterministic."""
+    source = type(module)
+    kind = _BAYESIAN.get(source) or _cooperative(source)  # type: ignore[arg-type]
+    if kind is None:
+        bases = [cls.__name__ for cls in source.__mro__ if cls in _BAYESIAN]
+        if bases:
+            return None, f"{source.__name__} is a subclass of {bases[0]} whose forward may bypass the draw"
+        return None, f"{source.__name__} is not a supported layer"
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        return None, "its `forward` was replaced on the instance and would bypass the draw"
+    reason = kind.refusal(module)
+    return (None, reason) if reason else (kind, "")
+
+
+@functools.cache
+def _cooperative(source: type[nn.Module]) -> type[BayesianModule] | None:
+    """A subclass that adds to `super().forward(...)` and reads no weight itself takes the draw by inheritance.
+
+    Its Bayesian class has the registered layer between it and torch's, where `super()` finds it. Examples: scaled word
+    embeddings and learned position embeddings with an offset, in BART and its kin.
+    """
+    base = next((cls for cls in source.__mro__ if cls in _BAYESIAN), None)
+    if base is None:
+        return None
+    for cls in source.__mro__[: source.__mro__.index(base)]:
+        code = getattr(cls.__dict__.get("forward"), "__code__", None)
+        if "forward" in cls.__dict__ and (code is None or not _only_calls_super(code)):
+            return None
+    if source.forward is base.forward:
+        return None  # nothing of its own in forward: whoever made the subclass uses its weight elsewhere
+    return type(
+        source.__name__,
+        (source, _BAYESIAN[base]),
+        {"torch_class": source, "__module__": __name__, "__reduce_ex__": _reduce},
+    )
+
+
+def _only_calls_super(code: types.CodeType) -> bool:
+    """Whether a forward calls `super().forward(...)` and of its own weight reads no more than device and dtype."""
+    names = [str(i.argval) for i in dis.get_instructions(code) if i.opname in _NAMING]
+    if not {"super", "forward"} <= set(names) or set(names) & _BYPASSES:
+        return False
+    followers = [after for name, after in zip(names, [*names[1:], ""], strict=True) if name in ("weight", "bias")]
+    return set(followers) <= {"device", "dtype"}
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle by the source class: the class itself is made on demand and has no importable name."""
+    return _rebuild, (type(self).torch_class,), self.__getstate__()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _rebuild(source: type[nn.Module]) -> nn.Module:
+    kind = _cooperative(source)  # type: ignore[arg-type]
+    assert kind is not None
+    return kind.__new__(kind)

@@ -1,0 +1,99 @@
+"""`summary(model)`: what was converted, what was not and why, how wide the posterior is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .conversion import conversion_of
+from .nn.base import NamedVariational, variational_tensors
+from .objective import tensor_kl
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One distinct Bayesian tensor.
+
+    Attributes:
+        name: its name in the model.
+        kind: class of the layer that owns it first.
+        shape: of the tensor.
+        relative_scale: median of scale / |mean| over the means that are not zero; inf if all are.
+        kl: its part of the KL, in nats.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    relative_scale: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What :func:`summary` found; ``print`` shows a table.
+
+    Attributes:
+        tensors: every distinct Bayesian tensor.
+        skipped: modules with weights that stay deterministic, and the reason.
+        bayesian_parameters: number of random weights.
+        total_parameters: number of weights without the scales.
+    """
+
+    tensors: list[TensorSummary]
+    skipped: dict[str, str]
+    bayesian_parameters: int
+    total_parameters: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weights that are random, in [0, 1]."""
+        return self.bayesian_parameters / max(self.total_parameters, 1)
+
+    @property
+    def kl(self) -> float:
+        """KL(q || p) of the model in nats."""
+        return sum(tensor.kl for tensor in self.tensors)
+
+    def __str__(self) -> str:
+        width = max(len(tensor.name) for tensor in self.tensors)
+        lines = [f"{'tensor':<{width}}  {'layer':<10} {'shape':<16} {'scale/|mean|':>12} {'KL (nats)':>12}"]
+        for t in self.tensors:
+            shape = "x".join(map(str, t.shape))
+            lines.append(f"{t.name:<{width}}  {t.kind:<10} {shape:<16} {t.relative_scale:>12.3g} {t.kl:>12.4g}")
+        lines.append(
+            f"Bayesian: {self.bayesian_parameters:,} of {self.total_parameters:,} weights ({self.coverage:.1%}), "
+            f"KL {self.kl:.6g} nats"
+        )
+        for reason in sorted(set(self.skipped.values())):
+            names = [name or "(the model itself)" for name, why in self.skipped.items() if why == reason]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"deterministic: {', '.join(names[:3])}{more}: {reason}")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> ModelSummary:
+    """Layers converted and skipped (why), coverage, scale / |mean| and KL of each tensor.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+
+    >>> from bayeformers import to_bayesian
+    >>> summary(to_bayesian(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))).skipped
+    {'1': 'LayerNorm is not a supported layer'}
+    """
+    state = conversion_of(model)
+    with torch.no_grad():
+        tensors = [_summarise(tensor) for tensor in variational_tensors(model)]
+    random = sum(tensor.loc.numel() for tensor in variational_tensors(model))
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("_rho"))
+    return ModelSummary(tensors, dict(state.skipped), random, total)
+
+
+def _summarise(tensor: NamedVariational) -> TensorSummary:
+    relative = (tensor.scale() / tensor.loc.abs())[tensor.loc != 0]
+    median = float(relative.median()) if relative.numel() else float("inf")
+    kind = type(tensor.module).__name__
+    return TensorSummary(tensor.name, kind, tuple(tensor.loc.shape), median, float(tensor_kl(tensor)))
