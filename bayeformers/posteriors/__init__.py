@@ -1,0 +1,8 @@
+"""Posteriors: what can put one draw of the weights into a model. Prediction is written once, for all of them."""
+
+from .base import BasePosterior, Posterior
+from .point import PointPosterior
+from .predict import predict
+from .variational import VariationalPosterior
+
+__all__ = ["BasePosterior", "PointPosterior", "Posterior", "VariationalPosterior", "predict"]

@@ -1,0 +1,247 @@
+"""The protocol of every posterior, and prediction from draws for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..monte_carlo import monte_carlo
+from ..predictive import (
+    IGNORED,
+    Predictive,
+    ProblemType,
+    drawn_values,
+    resolve_problem_type,
+    token_mask,
+    unwrapped,
+)
+from ..snapshot import rng_state, set_rng_state
+from .linearized import linearized_logits, logit_draws
+
+_LOGIT_DRAWS = 1024
+_SPANS = ("start_positions", "end_positions")
+_CACHES = ("past_key_values", "cache_params")
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """Something that can put one draw of the weights into a model."""
+
+    model: nn.Module
+    num_draws: int | None
+
+    def mean(self) -> AbstractContextManager[None]:
+        """The model with the posterior mean, until exit."""
+
+    def draw(self, index: int, seed: int = 0) -> AbstractContextManager[None]:
+        """The model with draw ``index`` of the sequence ``seed``, until exit."""
+
+    def predict(
+        self, inputs: Mapping[str, Any] | Tensor, *, num_samples: int = 16, method: str = "sample", seed: int = 0
+    ) -> Predictive:
+        """What the draws say about ``inputs``."""
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write all that a reload needs into a folder."""
+
+
+class BasePosterior(ABC):
+    """Prediction from draws; a posterior adds what its draws are.
+
+    A draw is exception-safe and leaves the model bit-identical. It computes weights inside the layers, or copies them
+    in place under ``torch.no_grad()``, never through ``.data``: see :func:`~bayeformers.monte_carlo.monte_carlo`.
+
+    Attributes:
+        model: whose weights are drawn; used in ``eval()`` mode, restored afterwards.
+        num_draws: how many distinct draws there are; None: unlimited.
+    """
+
+    model: nn.Module
+    num_draws: int | None = None
+
+    @abstractmethod
+    def mean(self) -> AbstractContextManager[None]:
+        """The model with the posterior mean, until exit."""
+
+    @abstractmethod
+    def draw(self, index: int, seed: int = 0) -> AbstractContextManager[None]:
+        """The model with draw ``index`` of the sequence ``seed``, until exit."""
+
+    @abstractmethod
+    def random_parameters(self) -> Iterable[nn.Parameter]:
+        """Every Parameter that a draw affects: what does not depend on them is computed once for all draws."""
+
+    @abstractmethod
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write all that a reload needs into a folder."""
+
+    def passes(self, inputs: Mapping[str, Any] | Tensor, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
+        """Yields the model's output under each draw, in ``eval()`` mode, without gradients and without labels.
+
+        Between two yields, and afterwards, the model and the caller's random state are as they were. There are at most
+        ``num_draws`` passes.
+
+        Raises:
+            TypeError, ValueError: ``inputs`` or ``num_samples`` is not as described.
+        """
+        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
+        inputs = without_labels(self.model, inputs)
+        num_samples = num_samples if self.num_draws is None else min(num_samples, self.num_draws)
+
+        @contextlib.contextmanager
+        def draw(index: int, seed: int) -> Iterator[None]:
+            with prediction_mode(self.model), self.draw(index, seed):
+                yield
+
+        return monte_carlo(self.model, draw, self.random_parameters(), inputs, num_samples=num_samples, seed=seed)
+
+    def predict(
+        self,
+        inputs: Mapping[str, Any] | Tensor,
+        *,
+        num_samples: int = 16,
+        method: str = "sample",
+        seed: int = 0,
+        problem_type: ProblemType | None = None,
+        noise_std: float | None = None,
+    ) -> Predictive:
+        """What ``num_samples`` draws say about ``inputs``.
+
+        Args:
+            inputs: what the model's ``forward`` takes; labels are ignored.
+            num_samples: number S of draws; a posterior with fewer distinct draws gives those.
+            method: "sample": average the network's probabilities over draws; "glm": the linearised network's, for
+                logits (B, C) of a Gaussian posterior (its draws of logits are cheap: `num_samples` plays no part).
+            seed: the same seed gives the same draws, for every batch and process.
+            problem_type: what the head predicts; by default found from the model's class and configuration, and
+                classification for a model that transformers does not know.
+            noise_std: a regression's noise; by default what the configuration records.
+
+        Raises:
+            ValueError: an argument is not one of these.
+        """
+        if method not in ("sample", "glm"):
+            raise ValueError(f"`method` must be 'sample' or 'glm', got {method!r}.")
+        problem = problem_type or known_problem_type(self.model)
+        if method == "glm":
+            return self._linearized(inputs, problem, seed, noise_std)
+        values = torch.stack(
+            [
+                drawn_values(output, problem, inputs)
+                for output in self.passes(inputs, num_samples=num_samples, seed=seed)
+            ]
+        )
+        if problem == "regression":
+            noise = recorded_noise_std(self.model) if noise_std is None else noise_std
+            return Predictive(problem_type=problem, values=values, noise_std=noise)
+        return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
+
+
+    def variances(self) -> dict[nn.Parameter, Tensor]:
+        """Marginal variance of every random Parameter, where the posterior is a diagonal Gaussian.
+
+        Raises:
+            ValueError: it is not.
+        """
+        raise ValueError(f"`method`='glm' needs a Gaussian posterior, got {type(self).__name__}; use 'sample'.")
+
+    def _linearized(
+        self, inputs: Mapping[str, Any] | Tensor, problem: ProblemType, seed: int, noise_std: float | None
+    ) -> Predictive:
+        variances, inputs = self.variances(), without_labels(self.model, inputs)
+        with prediction_mode(self.model), self.mean():
+            mean, covariance = linearized_logits(self.model, inputs, variances)
+        draws = logit_draws(mean, covariance, _LOGIT_DRAWS, seed)
+        values = torch.stack([drawn_values(logits, problem, inputs) for logits in draws])
+        is_regression = problem == "regression"
+        noise = recorded_noise_std(self.model) if is_regression and noise_std is None else noise_std
+        return Predictive(
+            problem_type=problem,
+            log_probs=None if is_regression else values,
+            values=values if is_regression else None,
+            noise_std=noise if is_regression else None,
+            logit_mean=mean,
+            logit_covariance=covariance,
+        )
+
+
+def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
+    """Whole numbers, and an ``index`` that exists.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: ``index`` is negative, or not below ``num_draws``.
+    """
+    for name, value in (("index", index), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if index < 0 or (num_draws is not None and index >= num_draws):
+        raise ValueError(f"`index` must be in 0..{'' if num_draws is None else num_draws - 1}, got {index}.")
+
+
+@contextlib.contextmanager
+def prediction_mode(model: nn.Module) -> Iterator[None]:
+    """``eval()`` inside; afterwards every module's own flag and the default random generators are as they were."""
+    training = [module for module in model.modules() if module.training]
+    state = rng_state()
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        set_rng_state(state)
+        for module in training:
+            module.training = True
+
+
+def without_labels(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Mapping[str, Any] | Tensor:
+    """``inputs`` less every kind of label, so that the model computes no loss; decoder inputs are made of them first.
+
+    Raises:
+        TypeError: neither a mapping nor a tensor.
+        ValueError: the inputs hold a key-value cache, which belongs to one network.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"`inputs` must be a mapping of names to tensors, or one tensor, got {type(inputs).__name__}.")
+    cached = [name for name in _CACHES if inputs.get(name) is not None]
+    if cached:
+        raise ValueError(f"`inputs` must not hold {cached}: the cache of one network is no cache of another draw.")
+    kept = {name: value for name, value in inputs.items() if "label" not in name and name not in _SPANS}
+    labels = inputs.get("labels")
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(kept)
+    if labels is not None and not given and resolve_problem_type(model) == "seq2seq_lm":
+        kept["decoder_input_ids"] = _decoder_input_ids(unwrapped(model), labels)
+    return kept
+
+
+def _decoder_input_ids(model: Any, labels: Tensor) -> Tensor:
+    """What the model's own forward makes of labels: shifted right behind the start token, -100 replaced by padding."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if callable(prepare):
+        return cast(Tensor, prepare(labels=labels))
+    start = labels.new_full((labels.shape[0], 1), model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
+
+
+def known_problem_type(model: nn.Module) -> ProblemType:
+    """The head's problem type; single-label classification for a model that transformers does not know."""
+    problem = resolve_problem_type(model)
+    return "single_label_classification" if problem == "unknown" else problem
+
+
+def recorded_noise_std(model: nn.Module) -> float | None:
+    """A regression's noise as its configuration records it, or None."""
+    recorded = getattr(getattr(unwrapped(model), "config", None), "bayesian", None)
+    noise = recorded.get("noise_std") if isinstance(recorded, Mapping) else None
+    return float(noise) if isinstance(noise, int | float) else None

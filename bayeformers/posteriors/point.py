@@ -1,0 +1,51 @@
+"""No uncertainty about the weights: the trained model as a posterior with one draw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from os import PathLike
+
+from torch import nn
+
+from .base import BasePosterior, check_draw
+
+
+class PointPosterior(BasePosterior):
+    """The model as it is: one draw, hence mutual information 0.
+
+    >>> import torch
+    >>> PointPosterior(nn.Linear(2, 3)).predict(torch.ones(1, 2)).mutual_information
+    tensor([0.])
+    """
+
+    num_draws: int | None = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def mean(self) -> AbstractContextManager[None]:
+        """The model as it is."""
+        return contextlib.nullcontext()
+
+    def draw(self, index: int, seed: int = 0) -> AbstractContextManager[None]:
+        """The model as it is; ``index`` 0 is the only one.
+
+        Raises:
+            TypeError, ValueError: ``index`` is not 0, or ``seed`` no whole number.
+        """
+        check_draw(index, seed, self.num_draws)
+        return contextlib.nullcontext()
+
+    def random_parameters(self) -> Iterable[nn.Parameter]:
+        """None."""
+        return ()
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Not offered: the model's own ``save_pretrained`` saves all there is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("A point estimate has no posterior to save; use `model.save_pretrained(directory)`.")

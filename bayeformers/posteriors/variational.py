@@ -1,0 +1,126 @@
+"""The posterior of a converted model: its own layers, held at a draw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..nn import BayesianModule, posterior_mean, variational_tensors
+from ..nn.draws import hold
+from ..nn.variational import Draw
+from .base import BasePosterior, check_draw
+
+DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
+
+
+class VariationalPosterior(BasePosterior):
+    """Mean-field Gaussian posterior of a model that :func:`~bayeformers.to_bayesian` converted.
+
+    Draw ``index`` of ``seed`` is the same network as under :func:`~bayeformers.fixed_draw`. The weights of the first
+    draws stay in memory while they fit ``draw_cache_bytes``, so that the next batch finds them made; they are dropped
+    when any mean or scale changes, or another seed is asked for.
+
+    Args:
+        model: the converted model; it is not copied.
+        draw_cache_bytes: memory for weights of draws, >= 0.
+
+    Raises:
+        ValueError: ``model`` has no Bayesian layer, or ``draw_cache_bytes`` is negative.
+
+    >>> import bayeformers, torch
+    >>> model = bayeformers.to_bayesian(nn.Linear(4, 3))
+    >>> predictive = VariationalPosterior(model).predict(torch.ones(2, 4), num_samples=8)
+    >>> predictive.log_probs.shape, predictive.mutual_information.shape
+    (torch.Size([8, 2, 3]), torch.Size([2]))
+    """
+
+    def __init__(self, model: nn.Module, draw_cache_bytes: int = DEFAULT_DRAW_CACHE_BYTES) -> None:
+        if draw_cache_bytes < 0:
+            raise ValueError(f"`draw_cache_bytes` must be >= 0, got {draw_cache_bytes!r}.")
+        self.model = model
+        self.draw_cache_bytes = draw_cache_bytes
+        self._cache: dict[int, Draw] = {}
+        self._bytes: dict[int, int] = {}
+        self._seed = 0
+        self._stamp: list[tuple[Any, ...]] = []
+        if not is_variational(model):
+            raise ValueError(f"`model` ({type(model).__name__}) has no Bayesian layer: call `to_bayesian` first.")
+
+    def mean(self) -> AbstractContextManager[None]:
+        """The model at its posterior mean, until exit."""
+        return posterior_mean(self.model)
+
+    @contextlib.contextmanager
+    def draw(self, index: int, seed: int = 0) -> Iterator[None]:
+        """The model at draw ``index`` of the sequence ``seed``, until exit; as :func:`~bayeformers.fixed_draw`.
+
+        Raises:
+            TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
+        """
+        check_draw(index, seed)
+        self._refresh(seed)
+        held = self._cache.get(index) or Draw(seed, index)
+        with hold(self.model, held):
+            yield
+        self._keep(index, held)
+
+    def random_parameters(self) -> Iterator[nn.Parameter]:
+        """The distinct means; their values change between draws wherever they are used."""
+        return (tensor.loc for tensor in variational_tensors(self.model))
+
+    def variances(self) -> dict[nn.Parameter, Tensor]:
+        """sigma^2 of every distinct mean; 0 in a padding row."""
+        found = {}
+        for tensor in variational_tensors(self.model):
+            variance = tensor.scale().detach().square()
+            if tensor.spec.padding_idx is not None:
+                variance[tensor.spec.padding_idx] = 0
+            found[tensor.loc] = variance
+        return found
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """The model's own checkpoint: it holds means, scales and the configuration of the posterior.
+
+        Raises:
+            ValueError: a plain module, which has no ``save_pretrained``; save its ``state_dict``.
+        """
+        save_pretrained = getattr(self.model, "save_pretrained", None)
+        if not callable(save_pretrained):
+            raise ValueError(f"`model` is a plain {type(self.model).__name__}: save its `state_dict()` instead.")
+        save_pretrained(directory)
+
+    def clear_cache(self) -> None:
+        """Free the weights of the draws, for example before training goes on."""
+        self._cache, self._bytes, self._stamp = {}, {}, []
+
+    def _keep(self, index: int, draw: Draw) -> None:
+        """Keep the draw for the next batch if it fits: every batch asks for the same ones, so the first ones stay."""
+        self._cache[index], self._bytes[index] = draw, draw.nbytes
+        if sum(self._bytes.values()) > self.draw_cache_bytes:
+            del self._cache[index], self._bytes[index]
+
+    def _refresh(self, seed: int) -> None:
+        """Drop draws of other parameters or of another seed.
+
+        The stamp keeps every storage alive, so that a new tensor cannot be mistaken for the one it replaced.
+        """
+        layers = (module for module in self.model.modules() if isinstance(module, BayesianModule))
+        stamp = [_stamp(p) for layer in layers for p in layer._parameters.values() if p is not None]
+        same = len(stamp) == len(self._stamp) and all(a[:-1] == b[:-1] for a, b in zip(stamp, self._stamp, strict=True))
+        if seed != self._seed or not same:
+            self._cache, self._bytes, self._seed, self._stamp = {}, {}, seed, stamp
+
+
+def is_variational(model: nn.Module) -> bool:
+    """Whether ``model`` has a Bayesian layer."""
+    return next(variational_tensors(model), None) is not None
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()
+    return id(tensor), tensor._version, storage.data_ptr(), tensor.storage_offset(), tensor.dtype, (tensor, storage)

@@ -1,0 +1,98 @@
+"""One model output under one draw -> log-probabilities with the class axis last (or a regression's values)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import ProblemType
+
+TOKEN_PROBLEMS: tuple[ProblemType, ...] = ("token_classification", "causal_lm", "seq2seq_lm")
+
+
+def drawn_values(output: Any, problem_type: ProblemType, inputs: Mapping[str, Any] | Tensor) -> Tensor:
+    """Log-probabilities (or, for a regression, values) of one draw, in float32 or the wider dtype of the logits.
+
+    | problem type | shape |
+    | --- | --- |
+    | single-label classification, "unknown" | (B, C) |
+    | multi-label classification | (B, L, 2): a Bernoulli per label, absent and present |
+    | regression | (B,), or (B, L) with several outputs |
+    | token classification, language models | (B, T, C) |
+    | question answering | (B, 2, T): start and end, over the positions that ``attention_mask`` admits |
+
+    Raises:
+        ValueError: ``output`` has no logits of that kind.
+
+    >>> drawn_values(torch.zeros(1, 2), "single_label_classification", {}).exp()
+    tensor([[0.5000, 0.5000]])
+    """
+    if problem_type == "question_answering":
+        return _span_log_probs(output, inputs)
+    logits = logits_of(output)
+    if problem_type == "regression":
+        return logits.squeeze(-1) if logits.dim() > 1 and logits.shape[-1] == 1 else logits
+    if problem_type == "multi_label_classification":
+        return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
+    return logits.log_softmax(dim=-1)
+
+
+def token_mask(values: Tensor, problem_type: ProblemType, inputs: Mapping[str, Any] | Tensor) -> Tensor | None:
+    """Which positions of (B, T, C) belong to the sequence, (B, T) bool; None where every value counts.
+
+    Values at other positions depend on what the example was batched with.
+    """
+    if problem_type not in TOKEN_PROBLEMS or isinstance(inputs, Tensor):
+        return None
+    mask = inputs.get("decoder_attention_mask" if problem_type == "seq2seq_lm" else "attention_mask")
+    fits = isinstance(mask, Tensor) and mask.shape == values.shape[:2]
+    return mask.bool() if fits and mask is not None else None
+
+
+def _span_log_probs(output: Any, inputs: Mapping[str, Any] | Tensor) -> Tensor:
+    start, end = _field(output, "start_logits", 0), _field(output, "end_logits", 1)
+    if start is None or end is None:
+        raise ValueError(f"`output` needs `start_logits` and `end_logits`, got {_description(output)}.")
+    logits = _wide(torch.stack([start, end], dim=1))
+    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == start.shape:
+        # Else the distribution would depend on the padding, that is, on the rest of the batch.
+        logits = logits.masked_fill(mask[:, None] == 0, -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output, in float32 or wider.
+
+    Raises:
+        ValueError: it has none.
+    """
+    logits = _field(output, "logits", 0)
+    if logits is None:
+        logits = _field(output, "logits_per_image", None)  # zero-shot classification of images by texts
+    if logits is None or logits.dim() < 1:
+        raise ValueError(f"`output` needs `logits`, got {_description(output)}.")
+    return _wide(logits)
+
+
+def _field(output: Any, name: str, position: int | None) -> Tensor | None:
+    value: Any = None
+    if isinstance(output, Mapping):
+        value = output.get(name)
+    elif isinstance(output, Tensor):
+        value = output if position == 0 else None
+    elif isinstance(output, tuple) and position is not None and len(output) > position:
+        value = output[position]
+    return value if isinstance(value, Tensor) else None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _description(output: Any) -> str:
+    return f"{type(output).__name__} with {list(output)}" if isinstance(output, Mapping) else type(output).__name__

@@ -1,0 +1,179 @@
+"""`Predictive`: what S draws say about a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..metrics import uncertainty
+from .problem import ProblemType
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Predictive:
+    r"""A Bayesian prediction, with p_s = p(y | x, w_s) of the draws w_1 .. w_S and p = mean_s p_s.
+
+    Entropies are in nats. Probabilities are averaged, never logits. The draw axis is first, the class axis last; what
+    stands between is the *example's* shape: (B,), per label (B, L) of a multi-label head (where C = 2: absent,
+    present), per token (B, T), or (B, 2) for the start and end of an answer (where C = T).
+
+    Attributes:
+        problem_type: what the head predicts, in transformers' words.
+        log_probs: log p_s, (S, B, ..., C); None for a regression.
+        values: a regression's outputs f_s, (S, B) or (S, B, L); None otherwise.
+        noise_std: standard deviation of a regression's Gaussian noise; None if it is not known.
+        mask: which tokens count, (B, T) bool; None: all.
+        logit_mean: (B, C), of linearised predictives.
+        logit_covariance: (B, C, C), of linearised predictives.
+
+    >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]])  # one example; two confident draws that disagree
+    >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws.log())
+    >>> predictive.mean_log_probs.exp()
+    tensor([[0.5000, 0.5000]])
+    >>> predictive.predictive_entropy, predictive.expected_entropy, predictive.mutual_information
+    (tensor([0.6931]), tensor([0.3251]), tensor([0.3681]))
+    """
+
+    problem_type: ProblemType
+    log_probs: Tensor | None = None
+    values: Tensor | None = None
+    noise_std: float | None = None
+    mask: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_covariance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        is_regression = self.problem_type == "regression"
+        if (self.values is None) == is_regression or (self.log_probs is None) != is_regression:
+            raise ValueError(f"`values` are a regression's, `log_probs` all others', got {self.problem_type!r}.")
+        if self.noise_std is not None and not (math.isfinite(self.noise_std) and self.noise_std > 0):
+            raise ValueError(f"`noise_std` must be finite and > 0, got {self.noise_std!r}.")
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return self._draws.shape[0]
+
+    # -- classes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def mean_log_probs(self) -> Tensor:
+        """log p = logsumexp_s log p_s - log S, (B, ..., C)."""
+        return self._classes.logsumexp(dim=0) - math.log(self.num_samples)
+
+    @property
+    def probs(self) -> Tensor:
+        """p, (B, ..., C)."""
+        return self.mean_log_probs.exp()
+
+    @property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty H[p], (B, ...)."""
+        return uncertainty.predictive_entropy(self._classes)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric part mean_s H[p_s], (B, ...)."""
+        return uncertainty.expected_entropy(self._classes)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic part H[p] - mean_s H[p_s] >= 0, (B, ...)."""
+        return uncertainty.mutual_information(self._classes)
+
+    @property
+    def expected_pairwise_kl(self) -> Tensor:
+        """Mean over pairs of draws of KL(p_s || p_t), (B, ...)."""
+        return uncertainty.expected_pairwise_kl(self._classes)
+
+    @property
+    def variation_ratio(self) -> Tensor:
+        """Share of draws whose argmax is not that of p, (B, ...)."""
+        return uncertainty.variation_ratio(self._classes)
+
+    # -- regression -------------------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Tensor:
+        """mean_s f_s, (B,)."""
+        return self._values.mean(dim=0)
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """Var_s f_s = mean_s (f_s - mean)^2, (B,)."""
+        return self._values.var(dim=0, correction=0)
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """noise_std^2, (B,).
+
+        Raises:
+            ValueError: the noise is not known.
+        """
+        return torch.full_like(self._values[0], self._noise_std**2)
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    def log_prob(self, labels: Tensor) -> Tensor:
+        """log p(label), averaged over draws as a probability, of the example's shape; NaN where a label is -100.
+
+        Args:
+            labels: of the example's shape: class numbers, 0/1 per label, values of a regression, token numbers
+                (position t of a causal language model is scored on label t + 1, the last one on none), or start and
+                end (B, 2), where a position beyond the sequence has no label.
+
+        Raises:
+            ValueError: labels of another shape or out of range; a regression whose noise is not known.
+        """
+        shape = self._draws.shape[1:] if self.problem_type == "regression" else self._draws.shape[1:-1]
+        if labels.shape != shape:
+            raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}.")
+        if self.problem_type == "regression":
+            return _mean_normal_log_prob(self._values, labels, self._noise_std)
+        labels = labels.long()
+        if self.problem_type == "causal_lm":
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+        ignored = labels == IGNORED
+        classes = self._classes.shape[-1]
+        if self.problem_type == "question_answering":
+            ignored = ignored | (labels >= classes)
+        kept = labels.masked_fill(ignored, 0)
+        if bool(((kept < 0) | (kept >= classes)).any()):
+            raise ValueError(f"`labels` must lie in 0..{classes - 1} or be {IGNORED}, got {labels.tolist()}.")
+        return self.mean_log_probs.gather(-1, kept[..., None]).squeeze(-1).masked_fill(ignored, torch.nan)
+
+    @property
+    def _draws(self) -> Tensor:
+        draws = self.values if self.log_probs is None else self.log_probs
+        assert draws is not None  # __post_init__
+        return draws
+
+    @property
+    def _classes(self) -> Tensor:
+        if self.log_probs is None:
+            raise ValueError("A regression has no class probabilities: see `mean`, `epistemic_variance`, `values`.")
+        return self.log_probs
+
+    @property
+    def _values(self) -> Tensor:
+        if self.values is None:
+            raise ValueError(f"A {self.problem_type!r} predictive has no values: see `mean_log_probs`, `log_probs`.")
+        return self.values
+
+    @property
+    def _noise_std(self) -> float:
+        if self.noise_std is None:
+            raise ValueError("`noise_std` is not known: pass it to `predict`, for example the RMSE on training data.")
+        return self.noise_std
+
+
+def _mean_normal_log_prob(values: Tensor, labels: Tensor, noise_std: float) -> Tensor:
+    """log mean_s N(label; f_s, noise_std^2)."""
+    z = (labels.to(values.dtype) - values) / noise_std
+    log_density = -0.5 * z.square() - math.log(noise_std) - 0.5 * math.log(2 * math.pi)
+    return log_density.logsumexp(dim=0) - math.log(values.shape[0])

@@ -1,0 +1,122 @@
+"""Which likelihood a model's head has: the problem type that the loss, the item count and the evaluation share."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto import modeling_auto as auto
+
+__all__ = ["LABEL_NAMES", "ProblemType", "forward_inputs", "resolve_problem_type", "sequence_problem_type", "unwrapped"]
+
+ProblemType = Literal[
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+    "token_classification",
+    "causal_lm",
+    "seq2seq_lm",
+    "question_answering",
+    "unknown",
+]
+
+# A class in two tables is what the first says: BART is no masked language model here; XLM and Flaubert, masked and
+# causal, do not shift their labels.
+_TABLES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("seq2seq_lm", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ("seq2seq_lm", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    ("token_classification", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    ("token_classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("causal_lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ("question_answering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ("sequence", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    ("sequence", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+    ("sequence", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
+    ("single_label_classification", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
+    ("single_label_classification", auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES),
+)
+LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
+_PERMUTATION_LM = "XLNetLMHeadModel"  # predicts through `target_mapping`: neither aligned nor shifted
+_SEQUENCE_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside data-parallel wrappers and PEFT."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = cast(nn.Module, model.module)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def _class_task(model: nn.Module) -> str | None:
+    """The task of the model's class or of its nearest ancestor in transformers' auto tables."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if _PERMUTATION_LM in names:
+        return None
+    for name in names:
+        for task, table in _TABLES:
+            if name in _flat(table):
+                return task
+    if LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss:
+        return "seq2seq_lm" if getattr(model.config, "is_encoder_decoder", False) else "causal_lm"
+    return None
+
+
+def _flat(table: Mapping[str, Any]) -> Iterator[str]:
+    for names in table.values():
+        yield from names if isinstance(names, (tuple, list)) else (names,)
+
+
+def sequence_problem_type(num_labels: int, labels: Tensor | None) -> ProblemType:
+    """transformers' own rule for a sequence head without `config.problem_type`, which it applies in the first forward.
+
+    >>> import torch
+    >>> sequence_problem_type(3, torch.tensor([0, 2]))
+    'single_label_classification'
+    >>> sequence_problem_type(1, None)
+    'regression'
+    """
+    if num_labels == 1:
+        return "regression"
+    if labels is not None and labels.is_floating_point():
+        return "multi_label_classification"
+    return "single_label_classification"
+
+
+def resolve_problem_type(model: nn.Module, labels: Tensor | None = None) -> ProblemType:
+    """The problem type of ``model``'s head, from its class, `config.problem_type` and, last, the labels' dtype.
+
+    ``labels`` matter only for a sequence head whose configuration does not say whether it is single or multi label.
+    A class that transformers' auto tables do not know is "unknown" unless `config.problem_type` speaks.
+
+    Errors: ValueError for a `config.problem_type` that transformers does not have.
+    """
+    model = unwrapped(model)
+    config = getattr(model, "config", None)
+    task = _class_task(model)
+    declared = getattr(config, "problem_type", None)
+    if task in (None, "sequence") and declared is not None:
+        if declared not in _SEQUENCE_TYPES:
+            raise ValueError(f"`config.problem_type` must be one of {_SEQUENCE_TYPES}, got {declared!r}.")
+        task = declared
+    if task == "sequence":
+        return sequence_problem_type(config.num_labels, labels)  # type: ignore[union-attr]
+    return next((known for known in get_args(ProblemType) if known == task), "unknown")
+
+
+def forward_inputs(model: nn.Module, inputs: Mapping[str, Any], problem_type: ProblemType) -> dict[str, Any]:
+    """The batch without its labels, so that the model computes no loss of its own; an unknown head keeps them.
+
+    An encoder-decoder reads its decoder's input off the labels: it is made here where the collator did not.
+    """
+    if problem_type == "unknown":
+        return dict(inputs)
+    kept = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
+    decoder_inputs = any(kept.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if problem_type != "seq2seq_lm" or decoder_inputs or inputs.get("labels") is None:
+        return kept
+    shift = getattr(unwrapped(model), "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        return dict(inputs)
+    return {**kept, "decoder_input_ids": shift(labels=inputs["labels"])}

@@ -1,0 +1,78 @@
+"""The same averages draw by draw: memory for one prediction, whatever the number of draws."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class RunningPredictive:
+    """Running averages over draws of :func:`~bayeformers.predictive.drawn_values`; equal to `Predictive` to rounding.
+
+    For class probabilities it keeps logsumexp_s log p_s and sum_s H[p_s], for a regression Welford's mean and sum of
+    squared deviations.
+
+    >>> running = RunningPredictive()
+    >>> for log_probs in torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log():
+    ...     running.update(log_probs)
+    >>> running.mean_log_probs.exp(), running.mutual_information
+    (tensor([[0.5000, 0.5000]]), tensor([0.3681]))
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self._log_sum = self._entropy_sum = self._mean = self._squares = torch.empty(0)
+
+    def update(self, log_probs: Tensor) -> None:
+        """One more draw of log-probabilities, (B, ..., C)."""
+        entropy = _entropy(log_probs)
+        first = self.num_samples == 0
+        self._log_sum = log_probs if first else torch.logaddexp(self._log_sum, log_probs)
+        self._entropy_sum = entropy if first else self._entropy_sum + entropy
+        self.num_samples += 1
+
+    def update_values(self, values: Tensor) -> None:
+        """One more draw of a regression's values, (B,)."""
+        if self.num_samples == 0:
+            self._mean, self._squares = torch.zeros_like(values), torch.zeros_like(values)
+        self.num_samples += 1
+        shift = values - self._mean
+        self._mean = self._mean + shift / self.num_samples
+        self._squares = self._squares + shift * (values - self._mean)
+
+    @property
+    def mean_log_probs(self) -> Tensor:
+        """log p = logsumexp_s log p_s - log S, (B, ..., C)."""
+        return self._log_sum - math.log(self.num_samples)
+
+    @property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty H[p] in nats, (B, ...)."""
+        return _entropy(self.mean_log_probs)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric part mean_s H[p_s], (B, ...)."""
+        return self._entropy_sum / self.num_samples
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic part H[p] - mean_s H[p_s], clamped at 0, (B, ...)."""
+        return (self.predictive_entropy - self.expected_entropy).clamp_min(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """A regression's mean_s f_s, (B,)."""
+        return self._mean
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """A regression's mean_s (f_s - mean)^2, (B,)."""
+        return self._squares / self.num_samples
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    terms: Tensor = torch.special.entr(log_probs.exp())  # 0 log 0 = 0
+    return terms.sum(dim=-1)
