@@ -1,0 +1,44 @@
+"""bayeformers: any transformers model says how sure it is."""
+
+from .calibration import calibrate_delta
+from .checkpoint import from_pretrained
+from .config import BayesianConfig
+from .conversion import bayesian_config, is_bayesian, to_bayesian, to_deterministic, unfreeze
+from .distributions import EmpiricalBayesPrior, MopedPrior, NormalPrior, ScaleMixturePrior
+from .nn import fixed_draw, posterior_mean
+from .objective import kl_divergence, log_prior, log_variational_posterior
+from .posteriors import Posterior, VariationalPosterior, predict
+from .predictive import Predictive
+from .registry import register_layer
+from .summary import summary
+from .training import BayesianTrainer, BayesianTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BayesianConfig",
+    "BayesianTrainer",
+    "BayesianTrainingArguments",
+    "EmpiricalBayesPrior",
+    "MopedPrior",
+    "NormalPrior",
+    "Posterior",
+    "Predictive",
+    "ScaleMixturePrior",
+    "VariationalPosterior",
+    "bayesian_config",
+    "calibrate_delta",
+    "fixed_draw",
+    "from_pretrained",
+    "is_bayesian",
+    "kl_divergence",
+    "log_prior",
+    "log_variational_posterior",
+    "posterior_mean",
+    "predict",
+    "register_layer",
+    "summary",
+    "to_bayesian",
+    "to_deterministic",
+    "unfreeze",
+]

@@ -1,0 +1,16 @@
+"""Training by variational inference, and Monte-Carlo evaluation, with transformers' Trainer."""
+
+from .arguments import BayesianTrainingArguments
+from .items import count_items
+from .likelihood import ItemNLL, item_nll
+from .scores import BayesianPredictionOutput
+from .trainer import BayesianTrainer
+
+__all__ = [
+    "BayesianPredictionOutput",
+    "BayesianTrainer",
+    "BayesianTrainingArguments",
+    "ItemNLL",
+    "count_items",
+    "item_nll",
+]

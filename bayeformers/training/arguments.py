@@ -1,0 +1,104 @@
+"""`BayesianTrainingArguments`: what `BayesianTrainer` reads besides transformers' `TrainingArguments`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+__all__ = ["BayesianTrainingArguments", "parse_noise_std"]
+
+DRAW_CACHE_BYTES = 2 * 1024**3
+
+
+def _check_count(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, strict: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not minimum <= value <= maximum or (strict and value == minimum):
+        allowed = f"> {minimum:g}" if strict else f">= {minimum:g}"
+        allowed += f" and <= {maximum:g}" if math.isfinite(maximum) else ""
+        raise ValueError(f"`{name}` must be a finite number {allowed}, got {value!r}.")
+
+
+def parse_noise_std(value: str | float) -> float | None:
+    """The standard deviation that `noise_std` names, or None for "residual" (to be estimated on the training data).
+
+    >>> parse_noise_std("residual") is None, parse_noise_std("0.5")
+    (True, 0.5)
+    """
+    if value == "residual":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not (math.isfinite(number) and number > 0):
+        raise ValueError(f'`noise_std` must be "residual" or a finite number > 0, got {value!r}.')
+    return number
+
+
+@dataclass
+class BayesianTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the ELBO's and the Monte-Carlo evaluation's choices; works with `HfArgumentParser`.
+
+    >>> args = BayesianTrainingArguments("out", kl_weight=0.1, report_to="none")
+    >>> args.num_eval_samples, args.rho_learning_rate
+    (16, 0.01)
+    """
+
+    num_train_samples: int = field(
+        default=1, metadata={"help": "Weight draws per training forward; the NLL is averaged over them."}
+    )
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the KL in the loss; 1 is the ELBO, below 1 a colder posterior."}
+    )
+    kl_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the training steps over which the KL's weight rises linearly from 0."}
+    )
+    rho_learning_rate: float = field(
+        default=1e-2,
+        metadata={"help": "Learning rate of rho, which sets the scales; Adam moves log sigma by about that."},
+    )
+    num_eval_samples: int = field(
+        default=16, metadata={"help": "Weight draws that `evaluate` and `predict` average over."}
+    )
+    num_eval_samples_during_training: int | None = field(
+        default=None, metadata={"help": "Draws of the evaluations inside `train`; as `num_eval_samples` if not given."}
+    )
+    eval_seed: int = field(
+        default=0, metadata={"help": "Seed of the evaluation draws: the same networks on every batch and process."}
+    )
+    num_training_items: int | None = field(
+        default=None,
+        metadata={"help": "N of the ELBO in the loss's unit (examples or label tokens); counted if not given."},
+    )
+    draw_cache_bytes: int = field(
+        default=DRAW_CACHE_BYTES, metadata={"help": "Memory in which evaluation may keep its weight draws, in bytes."}
+    )
+    noise_std: str | float = field(
+        default="residual",
+        metadata={"help": 'Standard deviation of the noise of a regression, or "residual": its RMSE on training data.'},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_bayesian()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _check_bayesian(self) -> None:
+        """Raise ValueError for the first argument out of its range; nothing has been set up by then."""
+        _check_count("num_train_samples", self.num_train_samples, 1)
+        _check_count("num_eval_samples", self.num_eval_samples, 1)
+        _check_count("eval_seed", self.eval_seed, 0)
+        _check_count("draw_cache_bytes", self.draw_cache_bytes, 0)
+        if self.num_eval_samples_during_training is not None:
+            _check_count("num_eval_samples_during_training", self.num_eval_samples_during_training, 1)
+        if self.num_training_items is not None:
+            _check_count("num_training_items", self.num_training_items, 1)
+        _check_number("kl_weight", self.kl_weight, 0.0)
+        _check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
+        _check_number("rho_learning_rate", self.rho_learning_rate, 0.0, strict=True)
+        self.noise_std = parse_noise_std(self.noise_std) or "residual"

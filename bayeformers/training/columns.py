@@ -1,0 +1,161 @@
+"""S outputs of one batch, reduced as they come and scored against its labels: memory for one prediction for any S."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..predictive import ProblemType, RunningPredictive, drawn_values, token_mask
+from ..predictive.outputs import TOKEN_PROBLEMS
+from .likelihood import item_nll, output_field
+
+__all__ = ["BatchPrediction", "infer_problem_type", "predict_batch"]
+
+MAX_CLASSES = 1024
+"""Above it (a vocabulary) the probabilities are not gathered, so there is no ECE and no Brier score."""
+
+
+@dataclass
+class BatchPrediction:
+    """One batch's averaged prediction.
+
+    Attributes:
+        predictions: log mean probabilities (or regression means), of the shape of the head's logits.
+        uncertainty: by name, per example (B,), per label (B, L) or per token (B, T).
+        scores: by name, where there are labels: the items' `nll` and what other metrics need.
+        mask: which items count, (B,) or (B, T); None without labels.
+        attended: which tokens are no padding, (B, T); None where every entry of ``uncertainty`` counts.
+    """
+
+    predictions: Any
+    uncertainty: dict[str, Tensor]
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    attended: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Mean NLL of the batch's items, or squared error where the noise is not known; None without labels."""
+        if self.mask is None:
+            return None
+        values = self.scores["nll"] if "nll" in self.scores else self.scores["squared_error"]
+        return values.sum() / self.mask.sum().clamp_min(1)
+
+
+def predict_batch(
+    outputs: Iterable[Any],
+    inputs: Mapping[str, Any],
+    problem_type: ProblemType,
+    noise_std: float | None = None,
+) -> BatchPrediction:
+    """The averaged prediction of the S model ``outputs`` for one batch, scored where ``inputs`` has labels.
+
+    ``noise_std``: a regression's; without it there is neither an aleatoric variance nor an NLL.
+
+    Errors: ValueError for labels that do not fit the head.
+
+    >>> draws = [torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.1, 0.9]]).log()]
+    >>> batch = predict_batch(draws, {"labels": torch.tensor([1])}, "single_label_classification")
+    >>> batch.predictions.exp(), batch.scores["nll"]
+    (tensor([[0.5000, 0.5000]]), tensor([0.6931]))
+    """
+    if problem_type == "regression":
+        return _gaussian(outputs, inputs, noise_std)
+    running, log_probs = RunningPredictive(), torch.empty(0)
+    for output in outputs:
+        log_probs = drawn_values(output, problem_type, inputs)
+        running.update(log_probs)
+    batch = BatchPrediction(
+        _as_logits(running.mean_log_probs, problem_type),
+        {
+            "predictive_entropy": running.predictive_entropy,
+            "expected_entropy": running.expected_entropy,
+            "mutual_information": running.mutual_information,
+        },
+        attended=token_mask(log_probs, problem_type, inputs),
+    )
+    if batch.attended is None and log_probs.dim() == 3 and problem_type in TOKEN_PROBLEMS:
+        batch.attended = torch.ones_like(running.predictive_entropy, dtype=torch.bool)
+    if problem_type == "question_answering":
+        batch.uncertainty = {name: value.sum(1) for name, value in batch.uncertainty.items()}  # start and end
+    _score(batch, running.mean_log_probs, inputs, problem_type)
+    return batch
+
+
+def _as_logits(log_probs: Tensor, problem_type: ProblemType) -> Any:
+    if problem_type == "multi_label_classification":
+        return log_probs[..., 1]
+    if problem_type == "question_answering":
+        return log_probs[:, 0].contiguous(), log_probs[:, 1].contiguous()
+    return log_probs
+
+
+def _score(batch: BatchPrediction, log_probs: Tensor, inputs: Mapping[str, Any], problem_type: ProblemType) -> None:
+    """Adds the items' NLL; for classes also their probabilities and labels, from which ECE and Brier follow."""
+    if problem_type == "question_answering":
+        if inputs.get("start_positions") is not None and inputs.get("end_positions") is not None:
+            sides = {"start_logits": log_probs[:, 0], "end_logits": log_probs[:, 1]}
+            nll, batch.mask = item_nll(sides, inputs, problem_type)
+            batch.scores = {"nll": nll}
+        return
+    shifted = inputs.get("shift_labels")
+    labels = inputs.get("labels") if shifted is None else shifted
+    if labels is None:
+        return
+    if problem_type == "multi_label_classification":
+        nll, batch.mask = item_nll(log_probs[..., 1] - log_probs[..., 0], inputs, problem_type)
+        batch.scores = {"nll": nll, "probs": log_probs[..., 1].exp(), "labels": labels}
+        return
+    # Log-probabilities are logits of themselves: the averaged prediction has the training likelihood's form.
+    nll, mask = item_nll(log_probs, inputs, problem_type)
+    last = int(problem_type == "causal_lm" and shifted is None)
+    labels = labels[:, last:] if last else labels.view(mask.shape)
+    if mask.dim() == 2:  # a causal LM's last position, and virtual tokens in front, predict no label
+        around = (log_probs.shape[1] - mask.shape[1] - last, last)
+        nll, mask, labels = (F.pad(values, around) for values in (nll, mask, labels))
+    batch.scores, batch.mask = {"nll": nll}, mask
+    if log_probs.shape[-1] <= MAX_CLASSES:
+        batch.scores |= {"probs": log_probs.exp(), "labels": labels}
+
+
+def _gaussian(outputs: Iterable[Any], inputs: Mapping[str, Any], noise_std: float | None) -> BatchPrediction:
+    """Mean, Var_s f_s, and, with labels, squared error and -log mean_s N(y; f_s, noise_std^2) per example."""
+    running, density, labelled = RunningPredictive(), None, inputs.get("labels") is not None
+    for output in outputs:
+        values = drawn_values(output, "regression", inputs)
+        running.update_values(values)
+        if labelled and noise_std is not None:
+            drawn = -item_nll(values, inputs, "regression", noise_std).values
+            density = drawn if density is None else torch.logaddexp(density, drawn)
+    mean = running.mean
+    batch = BatchPrediction(
+        mean[:, None] if mean.dim() == 1 else mean, {"epistemic_variance": running.epistemic_variance}
+    )
+    if noise_std is not None:
+        batch.uncertainty["aleatoric_variance"] = torch.full_like(mean, noise_std**2)
+    if labelled:
+        batch.mask = item_nll(mean, inputs, "regression", 1.0).mask  # checks the labels
+        residual = inputs["labels"].reshape(len(mean), -1).to(mean) - mean.reshape(len(mean), -1)
+        batch.scores["squared_error"] = residual.square().mean(1)
+    if density is not None:
+        batch.scores["nll"] = math.log(running.num_samples) - density
+    return batch
+
+
+def infer_problem_type(output: Any, labels: Tensor | None) -> ProblemType:
+    """For a class that transformers does not know: classification if logits and integer labels look like it.
+
+    >>> infer_problem_type({"logits": torch.zeros(4, 3)}, torch.zeros(4, dtype=torch.long))
+    'single_label_classification'
+    """
+    logits = output_field(output, "logits") if isinstance(output, (Tensor, Mapping)) else None
+    if logits is None or labels is None or labels.is_floating_point():
+        return "unknown"
+    if logits.dim() == 2 and labels.dim() == 1:
+        return "single_label_classification"
+    is_tokens = logits.dim() == 3 and logits.shape[:2] == labels.shape
+    return "token_classification" if is_tokens else "unknown"

@@ -1,0 +1,136 @@
+r"""The ELBO's scale: how many items there are (N), what one micro-batch contributes, and the KL's warm-up.
+
+For every optimizer step, over the group G of all micro-batches i on all W ranks r, with n_G items in total,
+
+    loss(r, i) = W * s(r, i) / n_G  +  kl_weight * KL / (N * k_r)
+
+where s(r, i) is the *sum* of the items' NLL and k_r the rank's number of micro-batches. Accumulation sums over i and
+DistributedDataParallel averages over r, so the gradient is that of
+
+    mean NLL over G  +  (kl_weight / N) * KL
+
+for any batch size, accumulation and number of processes, partial last batches included.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from ..predictive import ProblemType
+from .items import count_items
+
+__all__ = ["Group", "count_training_items", "elbo_loss", "infer_num_items", "kl_warmup", "preserved_rng"]
+
+_COUNTED_BY_TOKEN = ("token_classification", "causal_lm", "seq2seq_lm")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One optimizer step's micro-batches.
+
+    Attributes:
+        num_items: n_G, items over all ranks; a 0-dimensional tensor.
+        num_batches: k, on this rank.
+        world_size: W.
+    """
+
+    num_items: Tensor
+    num_batches: int
+    world_size: int = 1
+
+
+def elbo_loss(nll_sum: Tensor, group: Group, kl_term: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """This micro-batch's (W * s / n_G, kl_term / k); the loss is their sum.
+
+    ``nll_sum``: s, summed NLL of the micro-batch's items; ``kl_term``: kl_weight * KL / N.
+
+    >>> group = Group(torch.tensor(8), num_batches=2)
+    >>> nll, kl = elbo_loss(torch.tensor(4.0), group, kl_term=1.0)
+    >>> float(nll), float(kl)
+    (0.5, 0.5)
+    """
+    nll = nll_sum * group.world_size / group.num_items.clamp_min(1)
+    return nll, torch.as_tensor(kl_term, device=nll.device) / group.num_batches
+
+
+def kl_warmup(step: int, max_steps: int, ratio: float) -> float:
+    """The KL's share at an optimizer step (from 0): min(1, step / (ratio * max_steps)); 1 without warm-up.
+
+    >>> [kl_warmup(step, max_steps=10, ratio=0.4) for step in (0, 2, 4, 9)]
+    [0.0, 0.5, 1.0, 1.0]
+    """
+    warmup_steps = math.ceil(ratio * max_steps)
+    return 1.0 if warmup_steps == 0 else min(1.0, step / warmup_steps)
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leaves Python's, NumPy's and torch's global generators (CPU and every used GPU) as it found them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def count_training_items(
+    dataset: Any,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    problem_type: ProblemType,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """This rank's share of N, counted over every ``world_size``-th collated example; sum over ranks for N.
+
+    With random masks the count of one pass stands for the expected count (its relative error is below 1/sqrt(N)).
+    The global generators are left untouched.
+    """
+    share = Subset(dataset, range(rank, len(dataset), world_size))
+    generator = torch.Generator().manual_seed(rank)  # else the DataLoader draws its seed from the global one
+    loader = DataLoader(share, batch_size=batch_size, collate_fn=collate, generator=generator)
+    with preserved_rng():
+        return int(sum(int(count_items(batch, problem_type)) for batch in loader))
+
+
+def infer_num_items(
+    dataset: Any,
+    problem_type: ProblemType,
+    count: Callable[[], int],
+    given: int | None = None,
+) -> int:
+    """N: ``given``, else the number of examples, or of label tokens by ``count()`` where the loss is per token.
+
+    Errors: ValueError for a dataset that is missing, empty or without a length and no ``given``; for no label at all.
+
+    >>> infer_num_items([0] * 7, "regression", count=lambda: 0)
+    7
+    """
+    if given is not None:
+        return given
+    if dataset is None:
+        raise ValueError("`num_training_items` must be given where there is no `train_dataset` to count.")
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        raise ValueError(
+            "`num_training_items` must be given: `train_dataset` is an IterableDataset, whose N (examples, or label "
+            "tokens of a per-token loss) cannot be counted, and the ELBO's KL is weighted by 1/N."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`train_dataset` is empty.")
+    counted = count() if problem_type in _COUNTED_BY_TOKEN else len(dataset)
+    if counted == 0:
+        raise ValueError("`train_dataset` has no label to learn from: every one is -100.")
+    return counted

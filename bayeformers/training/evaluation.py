@@ -1,0 +1,211 @@
+"""Monte-Carlo evaluation inside transformers' loop."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..conversion import bayesian_config, is_bayesian, update_config
+from ..nn.draws import posterior_mean
+from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
+from ..predictive import ProblemType, resolve_problem_type
+from .arguments import BayesianTrainingArguments, parse_noise_std
+from .checks import check_dataset
+from .columns import BatchPrediction, infer_problem_type, predict_batch
+from .elbo import preserved_rng
+from .items import LABEL_NAMES
+from .residual import residual_std
+from .scores import BayesianPredictionOutput, Columns, evaluation_metrics
+
+__all__ = ["MonteCarloTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class MonteCarloTrainer(Trainer):
+    """A Trainer whose `evaluate` and `predict` average over weight draws; how it trains is its subclass's.
+
+    `prediction_step` is replaced; the loop around it stays transformers'. Draw s is the same network for every batch
+    and process, so metrics do not depend on either.
+    """
+
+    args: BayesianTrainingArguments
+    model: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._posterior: BasePosterior | None = None
+        self._evaluated: BasePosterior | None = None
+        self._evaluated_type: ProblemType = "unknown"
+        self._columns = Columns()
+        self._said: set[str] = set()
+
+    @property
+    def posterior(self) -> BasePosterior | None:
+        """What evaluation draws weights from: the variational layers, else a fit's posterior; None: point estimate."""
+        if is_bayesian(self.model):
+            return VariationalPosterior(self.model, draw_cache_bytes=self.args.draw_cache_bytes)
+        return self._posterior
+
+    @posterior.setter
+    def posterior(self, posterior: BasePosterior | None) -> None:
+        if posterior is not None and is_bayesian(self.model):
+            raise ValueError(
+                "`posterior` cannot be set: the model is Bayesian, and its layers are the posterior. "
+                "Call `to_deterministic(model)` first."
+            )
+        self._posterior = posterior
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stock loop, plus metrics of the averaged prediction; the global generators are left as they were.
+
+        Errors: ValueError for an empty dataset.
+        """
+        check_dataset(getattr(dataloader, "dataset", None), "eval_dataset")
+        self._columns, self._evaluated, self._evaluated_type = Columns(), self.posterior, "unknown"
+        if self._evaluated is None:
+            self._say(
+                "Evaluating a point estimate (one pass, no epistemic uncertainty). For a posterior call "
+                "`to_bayesian(model)` before making the trainer, or `fit_laplace()` after training."
+            )
+        with preserved_rng():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self._evaluated = None  # and with it the cached draws
+        self._add_metrics(output.metrics or {}, metric_key_prefix)
+        return output
+
+    def _add_metrics(self, found: dict[str, float], prefix: str) -> None:
+        """The user's own names win, but for the loss: the stock one weights the batches wrongly."""
+        own = evaluation_metrics(self._columns, self._evaluated_type)
+        if "nll" in own or "rmse" in own:
+            found[f"{prefix}_loss"] = own["nll"] if "nll" in own else own["rmse"] ** 2
+        for name, value in own.items():
+            found.setdefault(f"{prefix}_{name}", value)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> BayesianPredictionOutput:
+        """As `Trainer.predict`; `predictions` are log mean probabilities, `.uncertainty` holds arrays (N, ...).
+
+        Errors: ValueError for an empty dataset.
+        """
+        check_dataset(test_dataset, "test_dataset")
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        return BayesianPredictionOutput(*output, uncertainty=self._columns.uncertainties())
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """(mean NLL, log mean probabilities, labels) of one batch; None for what there is not."""
+        inputs = self._prepare_inputs(inputs)
+        problem_type = self._prediction_type(inputs)
+        if problem_type == "unknown":
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._evaluated_type = problem_type
+        noise_std = self.noise_std() if problem_type == "regression" else None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            batch = predict_batch(self._passes(inputs), inputs, problem_type, noise_std)
+        self._keep(batch)
+        if prediction_loss_only:
+            return batch.loss, None, None
+        return batch.loss, batch.predictions, self._present_labels(inputs)
+
+    # -- one batch ---------------------------------------------------------------------------------------------------
+
+    def _passes(self, inputs: Mapping[str, Any]) -> Iterator[Any]:
+        """The model's outputs, one per draw."""
+        during = self.args.num_eval_samples_during_training if self.is_in_train else None
+        num_samples = self.args.num_eval_samples if during is None else during
+        posterior = self._evaluated or PointPosterior(self.model)
+        return posterior.passes(inputs, num_samples=num_samples, seed=self.args.eval_seed)
+
+    def _prediction_type(self, inputs: Mapping[str, Any]) -> ProblemType:
+        labels = inputs.get("labels")
+        known = resolve_problem_type(self.model, labels)
+        if known != "unknown":
+            return known
+        with torch.no_grad(), posterior_mean(self.model):
+            inferred = infer_problem_type(self.model(**inputs), labels)
+        if inferred == "unknown":
+            self._say(
+                f"The likelihood of {type(self.model).__name__} is unknown: it is evaluated at the posterior mean, by "
+                "its own loss, without uncertainties. Set `config.problem_type` if it classifies or regresses."
+            )
+        return inferred
+
+    def _present_labels(self, inputs: Mapping[str, Any]) -> Any:
+        names = self.label_names or [name for name in LABEL_NAMES if name in inputs]
+        labels = tuple(inputs.get(name) for name in names)
+        if not labels or any(label is None for label in labels):
+            return None
+        return labels[0] if len(labels) == 1 else labels
+
+    def _keep(self, batch: BatchPrediction) -> None:
+        masks = {"mask": batch.mask, "attended": batch.attended}
+        flags = {name: mask.to(torch.uint8) for name, mask in masks.items() if mask is not None}
+        columns = {**batch.uncertainty, **batch.scores, **flags}
+        self._columns.add({name: self._gathered(column) for name, column in columns.items()}, tuple(batch.uncertainty))
+
+    def _gathered(self, column: Tensor) -> NDArray[Any]:
+        """All ranks' rows without the samples that even batches duplicate; what pads other ranks' rows is masked."""
+        if column.dim() > 1:
+            column = self.accelerator.pad_across_processes(column, dim=1, pad_index=0)
+        gathered: NDArray[Any] = self.gather_function(column).cpu().numpy()
+        return gathered
+
+    # -- noise of a regression ---------------------------------------------------------------------------------------
+
+    def noise_std(self) -> float | None:
+        """A regression's noise: the argument, else what the converted model stores, else its training residual.
+
+        None for a point estimate without a number: it has no likelihood, and is judged by its squared error.
+        """
+        given = parse_noise_std(self.args.noise_std)
+        if given is not None or not is_bayesian(self.model):
+            return given
+        stored = bayesian_config(self.model).noise_std
+        return self.store_residual() if stored is None else stored
+
+    def store_residual(self) -> float:
+        """Estimate the noise as the RMSE of the posterior mean on the training data, and record it in the model.
+
+        Errors: ValueError without a `train_dataset` of known length, or for a residual of 0.
+        """
+        if not isinstance(self.train_dataset, Sized):
+            raise ValueError(
+                '`noise_std`="residual" needs a `train_dataset` with a length to compute the residual on: '
+                "pass it, or give a number."
+            )
+        loader = self.get_eval_dataloader(self.train_dataset)  # type: ignore[arg-type]
+        batches = (self._prepare_inputs(batch) for batch in loader)
+        with preserved_rng():  # a DataLoader takes its seed from the global generator
+            value = residual_std(self.model, batches, self.accelerator.gather_for_metrics)
+        update_config(self.model, noise_std=value)
+        return value
+
+    def _say(self, message: str) -> None:
+        """Once per trainer, by the main process."""
+        if message not in self._said and self.is_world_process_zero():
+            logger.warning(message)
+        self._said.add(message)

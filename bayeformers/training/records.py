@@ -1,0 +1,99 @@
+"""What training reports besides the loss: the ELBO's parts, how far the scales moved, and layers that never ran."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..distributions import scale_from_rho
+from ..nn.base import variational_tensors
+from ..nn.draws import bayesian_modules
+
+__all__ = ["CallWatch", "ScaleShift", "TrainingRecord"]
+
+SAMPLED_PER_TENSOR = 4096
+
+
+class ScaleShift:
+    """Median |log sigma now - log sigma at the start|, on at most about 4096 evenly spaced weights of each tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._start = self._sample(model)
+
+    @staticmethod
+    @torch.no_grad()
+    def _sample(model: nn.Module) -> Tensor:
+        rhos = [tensor.rho.flatten() for tensor in variational_tensors(model)]
+        kept = [rho[:: max(1, rho.numel() // SAMPLED_PER_TENSOR)] for rho in rhos]
+        return scale_from_rho(torch.cat([rho.cpu() for rho in kept])).log()
+
+    def median(self, model: nn.Module) -> float:
+        """In units of log sigma. Near 0 after training, the scales have not been learned: see `rho_learning_rate`."""
+        return float((self._sample(model) - self._start).abs().median())
+
+
+class CallWatch:
+    """Which of the given layers a forward calls; a layer counts as called with any other that shares its weight."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._called: set[int] = set()
+        self._handles = [layer.register_forward_hook(self._note) for layer in layers.values()]
+
+    def _note(self, layer: nn.Module, *_: object) -> None:
+        self._called.update(id(parameter) for parameter in layer.parameters())
+
+    def finish(self) -> list[str]:
+        """Stop watching; the names of the layers that were not called."""
+        for handle in self._handles:
+            handle.remove()
+        return [name for name, layer in self._layers.items() if not self._called & {id(p) for p in layer.parameters()}]
+
+
+class TrainingRecord:
+    """One `train()` of a Bayesian model: its N, and what goes into the next log, summed on the device.
+
+    Attributes:
+        num_items: N.
+        fits_noise: whether a regression's noise is estimated from the residual.
+        starts_step: whether the next micro-batch is the first of its optimizer step.
+    """
+
+    def __init__(self, model: nn.Module, num_items: int, *, fits_noise: bool, watch_calls: bool) -> None:
+        self.num_items, self.fits_noise, self.starts_step = num_items, fits_noise, False
+        self._model, self._shift = model, ScaleShift(model)
+        self._watch = CallWatch(bayesian_modules(model)) if watch_calls else None
+        self._sums: Tensor | None = None
+        self._steps = 0
+
+    def start_step(self) -> None:
+        """A new optimizer step begins."""
+        self._steps += 1
+        self.starts_step = True
+
+    def add(self, nll: Tensor, kl: Tensor, log_posterior: Tensor | float) -> None:
+        """One micro-batch's share of its step: mean NLL, KL, and (once per step) E_q[log q]."""
+        values = [torch.as_tensor(value, device=nll.device).detach().float() for value in (nll, kl, log_posterior)]
+        share = torch.stack(values)
+        self._sums = share if self._sums is None else self._sums + share
+        self.starts_step = False
+
+    def drain(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The log's entries: means per step since the last call, E_q[log p] = E_q[log q] - KL among them."""
+        if self._sums is None:
+            return {}
+        nll, kl, log_posterior = (mean_over_ranks(self._sums) / self._steps).tolist()
+        self._sums, self._steps = None, 0
+        return {
+            "nll": nll,
+            "kl": kl,
+            "log_prior": log_posterior - kl,
+            "log_variational_posterior": log_posterior,
+            "median_log_scale_change": self._shift.median(self._model),
+        }
+
+    def silent_layers(self) -> list[str]:
+        """After the first forward, the Bayesian layers that it did not call; afterwards none."""
+        silent = self._watch.finish() if self._watch is not None else []
+        self._watch = None
+        return silent

@@ -1,0 +1,251 @@
+"""`BayesianTrainer`: transformers' Trainer with the ELBO as its loss and Monte-Carlo prediction in its evaluation."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
+
+from ..conversion import is_bayesian, update_config
+from ..nn.draws import training_draw
+from ..objective import kl_divergence, log_variational_posterior
+from ..predictive import ProblemType, resolve_problem_type
+from . import checks
+from .arguments import BayesianTrainingArguments, parse_noise_std
+from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
+from .evaluation import MonteCarloTrainer
+from .items import count_items, model_inputs
+from .likelihood import item_nll
+from .optimizer import clip_separately, kl_regularised_names, rho_parameters, separate_rho
+from .records import TrainingRecord
+
+__all__ = ["BayesianTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class BayesianTrainer(MonteCarloTrainer):
+    """Trains a converted model on the ELBO and evaluates it by S weight draws; an unconverted one trains as ever.
+
+    It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model *before* making
+    the trainer; a `model_init` returns a converted model. The loss of every optimizer step is
+
+        mean NLL of its items + (kl_weight / N) * KL
+
+    whatever the batch size, accumulation and number of processes (see `training.elbo`); with `num_train_samples` > 1
+    the NLL is averaged over as many draws. An unconverted model trains on its own loss, scaled as exactly.
+
+    Errors: TypeError for other training arguments; ValueError for what would make the ELBO wrong (label smoothing),
+    for `nn.DataParallel`, FSDP and DeepSpeed, and for an empty dataset.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: BayesianTrainingArguments | None = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        args = BayesianTrainingArguments("tmp_trainer") if args is None else args
+        checks.check_arguments(args)
+        checks.check_data_parallel(args, model)
+        if model is not None and is_bayesian(model):
+            checks.check_converted(args)
+            if args.ddp_find_unused_parameters is None:
+                # The KL reaches every converted parameter; the search would mark an uncalled one as ready twice.
+                args.ddp_find_unused_parameters = False
+        checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
+        checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
+        super().__init__(model, args, *positional, **kwargs)
+        self.loss_is_scaled_for_ga = True  # the stock step then divides nothing: `compute_loss` scales for the group
+        self._group: Group | None = None
+        self._run: TrainingRecord | None = None
+        self._begun = False
+
+    def problem_type(self, inputs: Mapping[str, Any]) -> ProblemType:
+        """The problem type of the model's head, for a batch whose labels may decide between single and multi label."""
+        return resolve_problem_type(self.model, inputs.get("labels"))
+
+    def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Items of a batch in the unit of its loss: a 0-dimensional tensor. Override it along with a custom loss."""
+        return count_items(inputs, self.problem_type(inputs))
+
+    # -- train -------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As `Trainer.train`. Records N, the KL's weight and a regression's noise in `config.bayesian`.
+
+        Errors: ValueError where N is unknown, labels do not fit the head, or a checkpoint is of another conversion.
+        """
+        self._begun, self._group, self._run = False, None, None
+        if self._posterior is not None:
+            logger.warning("Training goes on: `trainer.posterior`, fitted to the earlier weights, is dropped.")
+            self._posterior = None
+        if self.args.activation_checkpointing:
+            given = self.args.activation_checkpointing_kwargs
+            kwargs = given if isinstance(given, dict) else {}
+            self.args.activation_checkpointing_kwargs = {"use_reentrant": False, **kwargs}
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self._run is not None and self._run.fits_noise:
+            self.store_residual()  # the means may have moved
+        self._group = None
+        return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checks.check_checkpoint(self.model if model is None else model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        recorded = checks.recorded_config(resume_from_checkpoint)
+        if recorded is not None and recorded.get("noise_std") is not None:
+            update_config(self.model, noise_std=recorded["noise_std"])  # that of the training that goes on
+
+    def _begin(self, inputs: Mapping[str, Any]) -> TrainingRecord | None:
+        """At the first batch of a `train()`: by then `model_init` has made the model and a checkpoint is loaded."""
+        if not is_bayesian(self.model):
+            self._say(
+                "The model is not Bayesian: this is ordinary training of a point estimate. Call `to_bayesian(model)` "
+                "before making the trainer for variational inference, or `fit_laplace()` after training."
+            )
+            return None
+        checks.check_converted(self.args)
+        problem_type = self.problem_type(inputs)
+        num_items = infer_num_items(
+            self.train_dataset, problem_type, lambda: self._count_labels(problem_type), self.args.num_training_items
+        )
+        update_config(self.model, num_training_items=num_items, kl_weight=float(self.args.kl_weight))
+        is_regression = problem_type == "regression"
+        if is_regression:
+            update_config(self.model, noise_std=self.noise_std())
+        fits_noise = is_regression and parse_noise_std(self.args.noise_std) is None
+        return TrainingRecord(self.model, num_items, fits_noise=fits_noise, watch_calls=not self.args.torch_compile)
+
+    def _count_labels(self, problem_type: ProblemType) -> int:
+        """Label tokens of the training data, each rank counting its share."""
+        share = count_training_items(
+            self.train_dataset,
+            self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            problem_type,
+            batch_size=self.args.train_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        return int(self.accelerator.gather(torch.tensor([share], device=self.args.device)).sum())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with the fitted posterior of an unconverted model beside the weights."""
+        super().save_model(output_dir, _internal_call)
+        if self._posterior is not None and self.args.should_save:
+            self._posterior.save(output_dir or str(self.args.output_dir))
+
+    # -- loss --------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """One optimizer step's micro-batches. The Trainer's own item count is not used: it is wrong for most heads."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if batches and not self._begun:
+            self._run, self._begun = self._begin(batches[0]), True
+        counts = [self.count_items(batch).to(device) for batch in batches]
+        own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
+        num_items = self.accelerator.gather(own.reshape(1)).sum()
+        self._group = Group(num_items, max(len(batches), 1), self.accelerator.num_processes)
+        if self._run is not None:
+            self._run.start_step()
+        return batches, None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of its optimizer step's loss in training; the plain mean NLL in `eval()` mode."""
+        if not model.training:
+            nll, outputs = self._summed_nll(model, inputs)
+            loss = nll / self.count_items(inputs).clamp_min(1)
+            return (loss, outputs) if return_outputs else loss
+        bayesian = is_bayesian(self.model)
+        passes = [self._summed_nll(model, inputs) for _ in range(self.args.num_train_samples if bayesian else 1)]
+        nll = torch.stack([nll for nll, _ in passes]).mean()
+        group = self._group or Group(self.count_items(inputs), 1)
+        loss = self._elbo(nll, group) if bayesian else elbo_loss(nll, group)[0]
+        return (loss, passes[-1][1]) if return_outputs else loss
+
+    def _elbo(self, nll_sum: Tensor, group: Group) -> Tensor:
+        num_items = self.args.num_training_items if self._run is None else self._run.num_items
+        if num_items is None:
+            raise ValueError("`num_training_items` must be given to compute the ELBO outside `train()`.")
+        kl = kl_divergence(self.model).to(nll_sum.device)
+        weight = self.args.kl_weight * kl_warmup(
+            self.state.global_step, self.state.max_steps, self.args.kl_warmup_ratio
+        )
+        nll, kl_term = elbo_loss(nll_sum, group, weight * kl / num_items)
+        if self._run is not None:
+            with torch.no_grad():
+                log_posterior = log_variational_posterior(self.model) if self._run.starts_step else 0.0
+            self._run.add(nll, kl / group.num_batches, log_posterior)
+            self._name_silent_layers(self._run.silent_layers())
+        return nll + kl_term
+
+    def _summed_nll(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """(NLL summed over the batch's items, outputs) of one forward, under one training draw."""
+        if self.compute_loss_func is None and not is_bayesian(self.model):
+            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+            return loss * self.count_items(inputs), outputs
+        problem_type = self.problem_type(inputs)
+        has_own_loss = self.compute_loss_func is not None
+        with training_draw(self.model):
+            outputs = model(**model_inputs(self.model, inputs, None if has_own_loss else problem_type))
+        if self.compute_loss_func is not None:
+            # Given the batch's own count, a function that divides by it and one that takes a mean agree.
+            count = self.count_items(inputs)
+            return self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=count) * count, outputs
+        noise_std = self.noise_std() if problem_type == "regression" else None
+        return item_nll(outputs, inputs, problem_type, noise_std).sum(), outputs
+
+    # -- optimizer ---------------------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Stock names less rho and the means of Bayesian layers, which the KL already pulls to their prior."""
+        managed = kl_regularised_names(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in managed]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
+            separate_rho(optimizer, rho_parameters(self.model), self.args.rho_learning_rate)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        rhos = {id(rho): rho for rho in rho_parameters(self.model)}
+        if not rhos:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in rhos]
+        norm = self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm)  # also unscales fp16, rho's included
+        return clip_separately(rhos.values(), norm, self.args.max_grad_norm)
+
+    # -- reporting ---------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the ELBO's parts, as means since the last log, to every log of the training loss."""
+        if "loss" in logs and self._run is not None:
+            logs.update(self._run.drain(lambda sums: self.accelerator.reduce(sums, "mean")))
+        super().log(logs, start_time)
+
+    def _name_silent_layers(self, names: list[str]) -> None:
+        if names:
+            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            self._say(
+                f"{len(names)} Bayesian layers were not called in the first forward ({some}): only the KL moves their "
+                "scales. Name them in `exclude_modules` if the model never uses them."
+            )
