@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .distributions import MopedPrior, Prior, prior_from_dict
 
 CONFIG_VERSION = 1
-NOISE_VERSION = 1
+NOISE_VERSION = 1  # of nn/noise.py: raise it with any change there that changes the draws of old checkpoints
 
 EstimatorName = Literal["reparameterization"]
 
@@ -71,9 +71,10 @@ class BayesianConfig:
             ValueError: made by a version whose draws this one cannot repeat, or values that are refused.
         """
         for key, known in (("version", CONFIG_VERSION), ("noise_version", NOISE_VERSION)):
-            if data.get(key, known) > known:
+            found = data.get(key, known)
+            if type(found) is not int or found > known:
                 raise ValueError(
-                    f"`bayesian.{key}` is {data[key]}, this bayeformers reads up to {known}: upgrade bayeformers."
+                    f"`bayesian.{key}` is {found!r}, this bayeformers reads up to {known}: upgrade bayeformers."
                 )
         known_keys = {f.name for f in fields(cls)}
         values = {key: value for key, value in data.items() if key in known_keys}

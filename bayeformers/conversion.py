@@ -30,6 +30,7 @@ class Conversion:
     requires_grad: dict[str, bool]
     skipped: dict[str, str] = field(default_factory=dict)
     rho_ties: list[str] = field(default_factory=list)
+    fused: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
 def to_bayesian(
@@ -58,7 +59,7 @@ def to_bayesian(
         prior: prior of every converted weight; default `MopedPrior()`.
         estimator: how noise enters in training.
         target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
-        exclude_modules: names to leave out, in the same forms.
+        exclude_modules: names to leave out with all inside them, in the same forms.
         modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
             fresh head.
         keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
@@ -74,8 +75,9 @@ def to_bayesian(
     >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
     torch.Size([8, 4])
     """
+    _check_flags(freeze=freeze, keep_dropout=keep_dropout)
     prior = MopedPrior() if prior is None else prior
-    config = BayesianConfig(delta=check_delta(delta), freeze=bool(freeze), prior=prior)
+    config = BayesianConfig(delta=check_delta(delta), freeze=freeze, prior=prior)
     _check_convertible(model)
     saved = matching_subtrees(model, modules_to_save)
     chosen, skipped = choose(model, target_modules, exclude_modules, saved)
@@ -113,6 +115,7 @@ def convert(
     for tied in owners:
         _tie([(model.get_submodule(name), parameter) for name, parameter in tied], ".".join(filter(None, tied[0])))
     _tie_saved_names(model, state)
+    state.fused = _switch_fused_off(model)
     setattr(model, _STATE, state)
     draws.one_draw_per_forward(model)
     if hasattr(model, _RESIZE):
@@ -153,6 +156,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not Bayesian.
     """
+    outer, model = model, converted_module(model)
     state = conversion_of(model)
     for module in draws.bayesian_modules(model).values():
         module.become_deterministic()
@@ -161,6 +165,8 @@ def to_deterministic(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(state.requires_grad.get(name, True))
     for key, rate in state.config.dropout.items():
         set_dropout(model, key, rate)
+    for encoder, attribute, value in state.fused:
+        setattr(encoder, attribute, value)
     for key in state.rho_ties:
         model.all_tied_weights_keys.pop(key, None)  # type: ignore[union-attr, operator]
     draws.release(model)
@@ -168,7 +174,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     model.__dict__.pop(_RESIZE, None)
     if hasattr(getattr(model, "config", None), "bayesian"):
         del model.config.bayesian  # type: ignore[union-attr]
-    return model
+    return outer
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
@@ -180,10 +186,11 @@ def unfreeze(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not Bayesian.
     """
-    state = conversion_of(model)
-    for tensor in variational_tensors(model):
+    converted = converted_module(model)
+    state = conversion_of(converted)
+    for tensor in variational_tensors(converted):
         tensor.module.store_centre(tensor.parameter_name)
-    for name, parameter in _parameters(model):
+    for name, parameter in _parameters(converted):
         if not name.endswith("_rho"):
             parameter.requires_grad_(state.requires_grad.get(name, True))
     update_config(model, freeze=False)
@@ -201,10 +208,19 @@ def conversion_of(model: nn.Module) -> Conversion:
     Raises:
         ValueError: ``model`` is not Bayesian.
     """
+    state: Conversion = getattr(converted_module(model), _STATE)
+    return state
+
+
+def converted_module(model: nn.Module) -> nn.Module:
+    """The module that :func:`to_bayesian` was called with: ``model`` or one inside it.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
     for module in model.modules():
         if hasattr(module, _STATE):
-            state: Conversion = getattr(module, _STATE)
-            return state
+            return module
     raise ValueError(f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first.")
 
 
@@ -219,13 +235,17 @@ def bayesian_config(model: nn.Module) -> BayesianConfig:
 
 def update_config(model: nn.Module, **changes: Any) -> BayesianConfig:
     """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config."""
-    for module in model.modules():
-        if hasattr(module, _STATE):
-            state: Conversion = getattr(module, _STATE)
-            state.config = replace(state.config, **changes)
-            _publish(module, state.config)
-            return state.config
-    raise ValueError(f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first.")
+    module = converted_module(model)
+    state = conversion_of(module)
+    state.config = replace(state.config, **changes)
+    _publish(module, state.config)
+    return state.config
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def _check_convertible(model: nn.Module) -> None:
@@ -245,10 +265,13 @@ def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfi
 
 
 def _swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change the class; accelerate's hooks keep the old `forward` on the instance, bound: bind it anew."""
+    """Change the class; accelerate's hooks keep, and leave, the old `forward` on the instance, bound: bind it anew."""
+    own = type(module).forward
     module.__class__ = kind
-    if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
-        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
+    for name in ("forward", "_old_forward"):
+        bound = module.__dict__.get(name)
+        if isinstance(bound, types.MethodType) and bound.__func__ is own:
+            module.__dict__[name] = types.MethodType(kind.forward, module)
 
 
 def _tie(owners: list[tuple[nn.Module, str]], name: str) -> None:
@@ -274,6 +297,20 @@ def _tie_saved_names(model: nn.Module, state: Conversion) -> None:
         if f"{target}_rho" in names and f"{source}_rho" in names:
             ties[f"{target}_rho"] = f"{source}_rho"
             state.rho_ties.append(f"{target}_rho")
+
+
+_FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+
+
+def _switch_fused_off(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """In `eval()` torch's own encoder hands its weights to one kernel that knows no draw: make it call its layers."""
+    switched: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        for kind, attribute in _FUSED:
+            if isinstance(module, kind) and getattr(module, attribute, None) and draws.bayesian_modules(module):
+                switched.append((module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, type(getattr(module, attribute))(0))
+    return switched
 
 
 def _publish(model: nn.Module, config: BayesianConfig) -> None:

@@ -55,10 +55,16 @@ def bayesian_class(module: nn.Module) -> tuple[type[BayesianModule] | None, str]
         if bases:
             return None, f"{source.__name__} is a subclass of {bases[0]} whose forward may bypass the draw"
         return None, f"{source.__name__} is not a supported layer"
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+    if not _forwards_by_class(module):
         return None, "its `forward` was replaced on the instance and would bypass the draw"
     reason = kind.refusal(module)
     return (None, reason) if reason else (kind, "")
+
+
+def _forwards_by_class(module: nn.Module) -> bool:
+    """Whether a call ends in the class's `forward`; accelerate's hooks wrap it, or leave it bound to the instance."""
+    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 @functools.cache
@@ -73,7 +79,9 @@ def _cooperative(source: type[nn.Module]) -> type[BayesianModule] | None:
         return None
     for cls in source.__mro__[: source.__mro__.index(base)]:
         code = getattr(cls.__dict__.get("forward"), "__code__", None)
-        if "forward" in cls.__dict__ and (code is None or not _only_calls_super(code)):
+        if "forward" in cls.__dict__ and (
+            code is None or not _only_calls_super(code) or _calls_own(source, base, code)
+        ):
             return None
     if source.forward is base.forward:
         return None  # nothing of its own in forward: whoever made the subclass uses its weight elsewhere
@@ -86,11 +94,22 @@ def _cooperative(source: type[nn.Module]) -> type[BayesianModule] | None:
 
 def _only_calls_super(code: types.CodeType) -> bool:
     """Whether a forward calls `super().forward(...)` and of its own weight reads no more than device and dtype."""
+    if any(isinstance(const, types.CodeType) or const in ("weight", "bias") for const in code.co_consts):
+        return False  # an inner function, or `getattr` by name, may read it
     names = [str(i.argval) for i in dis.get_instructions(code) if i.opname in _NAMING]
     if not {"super", "forward"} <= set(names) or set(names) & _BYPASSES:
         return False
     followers = [after for name, after in zip(names, [*names[1:], ""], strict=True) if name in ("weight", "bias")]
     return set(followers) <= {"device", "dtype"}
+
+
+def _calls_own(source: type[nn.Module], base: type[nn.Module], code: types.CodeType) -> bool:
+    """Whether a forward uses a method or property of its own classes, which may read the weight."""
+    classes = source.__mro__[: source.__mro__.index(base)]
+    own = {
+        name for cls in classes for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
+    }
+    return bool((own - {"forward", "__class__"}) & set(code.co_names))
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ def choose(
 ) -> tuple[Chosen, dict[str, str]]:
     names = [name for name, _ in model.named_modules()]
     targeted = set(names) if target == "all" else _matching(names, target, "target_modules")
-    excluded = set() if exclude is None else _matching(names, exclude, "exclude_modules")
+    excluded = set() if exclude is None else _subtrees(names, _matching(names, exclude, "exclude_modules"))
     chosen: Chosen = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -65,6 +65,11 @@ def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[st
     return set().union(*by_pattern.values())
 
 
+def _subtrees(names: Iterable[str], roots: set[str]) -> set[str]:
+    """``roots`` and all inside them: who excludes a container means its layers."""
+    return {name for name in names if any(name == root or name.startswith(f"{root}.") for root in roots)}
+
+
 def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     if isinstance(patterns, str):
         raise TypeError(f"`modules_to_save` must be a list of module names, got the string {patterns!r}.")
@@ -102,7 +107,11 @@ def owners_of(model: nn.Module, names: Iterable[str]) -> dict[int, list[tuple[st
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     declared = getattr(model, "all_tied_weights_keys", None) or {}
-    same = {id(parameters[t]): id(parameters[s]) for t, s in declared.items() if t in parameters and s in parameters}
+    same = {
+        id(parameters[t]): id(parameters[s])
+        for t, s in declared.items()
+        if t in parameters and s in parameters and parameters[t].is_meta
+    }
     owners: dict[int, list[tuple[str, str]]] = {}
     for name in names:
         for parameter_name, parameter in model.get_submodule(name)._parameters.items():

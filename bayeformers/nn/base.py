@@ -75,8 +75,12 @@ class BayesianModule(nn.Module):
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Why this instance of the torch layer cannot become Bayesian; None if it can."""
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        for name in cls.bayesian_parameters:
+            value = getattr(module, name, None)
+            if value is not None and value is not module._parameters.get(name):
+                return f"its {name} is computed from other parameters (weight norm, pruning)"
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
             return "its weight is not a floating-point tensor"
         return None
 

@@ -132,7 +132,12 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
 def hold(model: nn.Module, draw: Draw | str) -> Iterator[None]:
     """Every Bayesian layer of ``model`` holds ``draw`` (or ``MEAN``); nests, survives exceptions."""
     modules = bayesian_modules(model)
+    if not modules and draw is not MEAN:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no Bayesian layer to draw; call `to_bayesian(model)` first."
+        )
     _name_tensors(modules)
+    _check_distinct(modules)
     held = [module.draw for module in modules.values()]
     try:
         for module in modules.values():
@@ -215,6 +220,19 @@ def _name_tensors(modules: dict[str, BayesianModule]) -> None:
             else:
                 first = names.setdefault(id(tensor), f"{name}.{parameter}" if name else parameter)
                 module.specs[parameter] = renamed(spec, first)
+
+
+def _check_distinct(modules: dict[str, BayesianModule]) -> None:
+    """Parts that were converted one by one name their tensors alike: they would share their noise."""
+    owners: dict[str, int] = {}
+    for module in modules.values():
+        for parameter, spec in module.specs.items():
+            tensor = id(module.get_parameter(parameter))
+            if owners.setdefault(spec.name, tensor) != tensor:
+                raise ValueError(
+                    f"`model` has two tensors named {spec.name!r} for their noise, in parts that were converted one by "
+                    "one: their draws would be equal. Convert the whole model in one call of `to_bayesian`."
+                )
 
 
 def _random_state() -> int:

@@ -13,9 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NOISE_VERSION = 1
-"""Saved with every model: a change of the functions below would change the draws of old checkpoints."""
-
 _INT32 = 0xFFFFFFFF
 
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
+from transformers.trainer_utils import has_length
 
 from ..conversion import bayesian_config, is_bayesian
 from ..nn.base import variational_tensors
@@ -76,7 +77,7 @@ def check_dataset(dataset: Any, name: str) -> None:
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
-    elif isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
+    elif not isinstance(dataset, str) and has_length(dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
 
 

@@ -153,7 +153,7 @@ def infer_problem_type(output: Any, labels: Tensor | None) -> ProblemType:
     'single_label_classification'
     """
     logits = output_field(output, "logits") if isinstance(output, (Tensor, Mapping)) else None
-    if logits is None or labels is None or labels.is_floating_point():
+    if logits is None or labels is None or labels.is_floating_point() or logits.shape[-1] < 2:
         return "unknown"
     if logits.dim() == 2 and labels.dim() == 1:
         return "single_label_classification"

@@ -14,7 +14,7 @@ for any batch size, accumulation and number of processes, partial last batches i
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers.trainer_utils import has_length
 
 from ..predictive import ProblemType
 from .items import count_items
@@ -123,14 +124,15 @@ def infer_num_items(
         return given
     if dataset is None:
         raise ValueError("`num_training_items` must be given where there is no `train_dataset` to count.")
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+    by_token = problem_type in _COUNTED_BY_TOKEN
+    if not has_length(dataset) or (by_token and isinstance(dataset, IterableDataset)):
         raise ValueError(
             "`num_training_items` must be given: `train_dataset` is an IterableDataset, whose N (examples, or label "
             "tokens of a per-token loss) cannot be counted, and the ELBO's KL is weighted by 1/N."
         )
     if len(dataset) == 0:
         raise ValueError("`train_dataset` is empty.")
-    counted = count() if problem_type in _COUNTED_BY_TOKEN else len(dataset)
+    counted = count() if by_token else len(dataset)
     if counted == 0:
         raise ValueError("`train_dataset` has no label to learn from: every one is -100.")
     return counted

@@ -1,7 +1,7 @@
 """Monte-Carlo evaluation inside transformers' loop."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..conversion import bayesian_config, is_bayesian, update_config
 from ..nn.draws import posterior_mean
@@ -192,7 +192,7 @@ class MonteCarloTrainer(Trainer):
 
         Errors: ValueError without a `train_dataset` of known length, or for a residual of 0.
         """
-        if not isinstance(self.train_dataset, Sized):
+        if not has_length(self.train_dataset):
             raise ValueError(
                 '`noise_std`="residual" needs a `train_dataset` with a length to compute the residual on: '
                 "pass it, or give a number."

@@ -88,6 +88,16 @@ def test_random_masks_are_counted_to_their_expectation() -> None:
     assert abs(counted - expected) < 4 * (1800 * 0.3 * 0.7) ** 0.5  # 4 standard deviations of a binomial
 
 
+def test_stream_of_known_length_is_counted_by_example_only() -> None:
+    class Sized(Stream):
+        def __len__(self) -> int:
+            return 8
+
+    assert infer_num_items(Sized(), "regression", count=lambda: 0) == 8
+    with pytest.raises(ValueError, match="`num_training_items` must be given"):
+        infer_num_items(Sized(), "causal_lm", count=lambda: 0)
+
+
 def test_given_number_wins() -> None:
     assert infer_num_items(Stream(), "causal_lm", count=lambda: 0, given=123) == 123
 

@@ -1,10 +1,7 @@
-"""What a Trainer user expects, with a converted model: optimizer, logs, checkpoints, callbacks, precision."""
+"""What a Trainer user expects, with a converted model: logs, plain models, callbacks, precision, own losses."""
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,86 +20,9 @@ from bayeformers.nn import variational_tensors
 from bayeformers.training import BayesianTrainer
 from tests.training import tiny
 
-ROOT = Path(__file__).parents[2]
-
-
-class Optimizers(TrainerCallback):
-    """Keeps the optimizer."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.groups = [dict(group) for group in kwargs["optimizer"].param_groups]
-
 
 def logged(trainer: BayesianTrainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-# -- optimizer -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-def test_rho_has_its_own_learning_rate_and_no_decay(freeze: bool, tmp_path: Path) -> None:
-    record, model = Optimizers(), tiny.bayesian(freeze=freeze)
-    tiny.trainer(
-        tmp_path, model, callbacks=[record], weight_decay=0.1, rho_learning_rate=0.05, lr_scheduler_type="constant"
-    ).train()
-    rhos = {id(tensor.rho) for tensor in variational_tensors(model)}
-    means = {id(tensor.loc) for tensor in variational_tensors(model)}
-    own = [group for group in record.groups if any(id(p) in rhos for p in group["params"])]
-    assert len(own) == 1
-    assert {id(p) for p in own[0]["params"]} == rhos
-    assert (own[0]["lr"], own[0]["weight_decay"]) == (0.05, 0.0)
-    rest = [group for group in record.groups if group is not own[0]]
-    assert bool(rest) == (not freeze)
-    for group in rest:
-        assert group["lr"] == 1e-3
-        assert group["weight_decay"] == 0 or not means & {id(p) for p in group["params"]}
-
-
-def test_means_that_no_kl_pulls_are_still_decayed(tmp_path: Path) -> None:
-    record = Optimizers()
-    model = tiny.bayesian(exclude_modules=["classifier"])
-    tiny.trainer(tmp_path, model, callbacks=[record], weight_decay=0.1).train()
-    decayed = {id(p) for group in record.groups if group["weight_decay"] > 0 for p in group["params"]}
-    assert decayed == {id(model.classifier.weight)}
-
-
-def test_a_given_optimizer_is_kept(tmp_path: Path) -> None:
-    model = tiny.bayesian()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    tiny.trainer(tmp_path, model, optimizers=(optimizer, None)).train()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-class Norms(TrainerCallback):
-    """Gradient norms after clipping: of rho, and of the rest."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        named = [(n, p.grad) for n, p in kwargs["model"].named_parameters() if p.grad is not None]
-        self.rho, self.rest = (
-            torch.cat([g.flatten() for n, g in named if n.endswith("rho") == is_rho]).norm() for is_rho in (True, False)
-        )
-
-
-def test_rho_is_clipped_by_its_own_norm(tmp_path: Path) -> None:
-    record = Norms()
-    trainer = tiny.trainer(
-        tmp_path, tiny.bayesian(delta=1.0), callbacks=[record], max_steps=1, max_grad_norm=1e-3, num_training_items=1
-    )
-    trainer.train()
-    torch.testing.assert_close(record.rho, torch.tensor(1e-3), rtol=1e-2, atol=0)
-    torch.testing.assert_close(record.rest, torch.tensor(1e-3), rtol=1e-2, atol=0)
-    assert logged(trainer, "grad_norm")[0] > 1e-2  # of all, before clipping
-
-
-def test_frozen_means_do_not_move(tmp_path: Path) -> None:
-    model = tiny.bayesian(freeze=True)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    tiny.trainer(tmp_path, model).train()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved
-    assert all(name.endswith("rho") for name in moved)
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------
@@ -238,106 +158,6 @@ def test_fitted_posterior_is_saved_beside_the_weights(tmp_path: Path) -> None:
     trainer.posterior = Fitted(trainer.model)
     trainer.save_model()
     assert {"model.safetensors", "posterior.json"} <= {path.name for path in tmp_path.iterdir()}
-
-
-# -- checkpoints -----------------------------------------------------------------------------------------------------
-
-RESUMABLE = {
-    "max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2, "kl_warmup_ratio": 0.7
-}  # fmt: skip
-RESUME = f"""
-import sys, torch
-from tests.training import tiny
-folder, checkpoint, out = sys.argv[1:]
-trainer = tiny.trainer(folder, **{RESUMABLE})
-trainer.train(resume_from_checkpoint=checkpoint)
-torch.save((trainer.model.state_dict(), trainer.state.log_history), out)
-"""
-
-
-def test_resume_in_a_fresh_process_is_bit_exact(tmp_path: Path) -> None:
-    whole = tiny.trainer(tmp_path, **RESUMABLE)
-    whole.train()
-    arguments = [str(tmp_path / "again"), str(tmp_path / "checkpoint-2"), str(tmp_path / "again.pt")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process computes: one thread
-    done = subprocess.run(
-        [sys.executable, "-c", RESUME, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    state, history = torch.load(tmp_path / "again.pt")
-    assert state.keys() == whole.model.state_dict().keys()
-    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
-    own = ("median_log_scale_change", "train_runtime")  # since the start of the call
-    logs = [
-        [{k: v for k, v in entry.items() if k not in own} for entry in entries if entry["step"] > 2 and "nll" in entry]
-        for entries in (whole.state.log_history, history)
-    ]
-    assert logs[0] == logs[1] != []
-
-
-def saved(tmp_path: Path, **kwargs: Any) -> str:
-    tiny.trainer(tmp_path, tiny.bayesian(**kwargs), max_steps=1, save_strategy="steps", save_steps=1).train()
-    return str(tmp_path / "checkpoint-1")
-
-
-def test_resume_refuses_an_unconverted_model(tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path)
-    with pytest.raises(ValueError, match="holds the scales of .*not converted: call `to_bayesian"):
-        tiny.trainer(tmp_path, tiny.plain()).train(resume_from_checkpoint=checkpoint)
-
-
-def test_resume_refuses_another_conversion(tmp_path: Path) -> None:
-    checkpoint, model = saved(tmp_path), tiny.bayesian(exclude_modules=["classifier"])
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"does not fit the model's conversion.*classifier.weight_rho"):
-        tiny.trainer(tmp_path, model).train(resume_from_checkpoint=checkpoint)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_resume_refuses_another_prior(tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path)
-    with pytest.raises(ValueError, match=r"trained with delta=0.2, the model was converted with delta=0.5"):
-        tiny.trainer(tmp_path, tiny.bayesian(delta=0.5)).train(resume_from_checkpoint=checkpoint)
-
-
-def test_resume_refuses_a_plain_checkpoint(tmp_path: Path) -> None:
-    tiny.trainer(tmp_path, tiny.plain(), max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="it lacks"):
-        tiny.trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_tied_weights_resume(tmp_path: Path) -> None:
-    folder = tmp_path / "gpt2"
-    first = tiny.trainer(folder, kind="causal", max_steps=1, save_strategy="steps", save_steps=1)
-    first.train()
-    second = tiny.trainer(folder, kind="causal", max_steps=2)
-    second.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
-    assert second.state.global_step == 2
-    assert second.model.lm_head.weight_rho is second.model.transformer.wte.weight_rho
-
-
-def test_saved_model_reloads_with_the_same_predictions(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tmp_path)
-    trainer.train()
-    trainer.save_model()
-    loaded = bayeformers.from_pretrained(tmp_path)
-    again = tiny.trainer(tmp_path, loaded)
-    data = tiny.dataset("single", 9, seed=5)
-    assert (trainer.predict(data).predictions == again.predict(data).predictions).all()
-
-
-@pytest.mark.parametrize("metric", ["loss", "eval_ece", "mutual_information", "eval_accuracy"])
-def test_load_best_model_at_end(metric: str, tmp_path: Path) -> None:
-    trainer = tiny.trainer(
-        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=metric == "eval_accuracy",
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-    )  # fmt: skip
-    trainer.train()
-    key = metric if metric.startswith("eval_") else f"eval_{metric}"
-    values = logged(trainer, key)
-    best = max(values) if metric == "eval_accuracy" else min(values)
-    assert trainer.evaluate()[key] == pytest.approx(best, rel=1e-6)
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------

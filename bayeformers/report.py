@@ -1,0 +1,199 @@
+"""Results as numbers, a text table and JSON: what is reported about a method's predictions, in one place."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bayeformers import metrics
+
+Row = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class ClassPredictions:
+    """One method's predictions on N examples: probabilities (N, C) and how their entropy divides, (N,) in nats.
+
+    A point estimate leaves ``epistemic`` out: all of its entropy counts as aleatoric, as it cannot say otherwise.
+    """
+
+    probs: NDArray[np.floating[Any]]
+    epistemic: NDArray[np.floating[Any]] | None = None
+
+    @property
+    def total(self) -> NDArray[np.floating[Any]]:
+        """Entropy of the predicted probabilities, (N,)."""
+        with np.errstate(divide="ignore"):
+            total: NDArray[np.floating[Any]] = metrics.predictive_entropy(np.log(self.probs)[None])
+        return total
+
+    @property
+    def aleatoric(self) -> NDArray[np.floating[Any]]:
+        """Total less epistemic, (N,)."""
+        total = self.total
+        return total if self.epistemic is None else np.maximum(total - self.epistemic, 0.0)
+
+    @property
+    def confidence(self) -> NDArray[np.floating[Any]]:
+        """Largest probability, (N,)."""
+        confidence: NDArray[np.floating[Any]] = self.probs.max(1)
+        return confidence
+
+    def __getitem__(self, index: NDArray[Any]) -> "ClassPredictions":
+        """The predictions on some of the examples, by a mask or by positions."""
+        return ClassPredictions(self.probs[index], None if self.epistemic is None else self.epistemic[index])
+
+    @property
+    def ood_scores(self) -> dict[str, NDArray[np.floating[Any]]]:
+        """What can tell unfamiliar inputs, (N,) each, larger for stranger ones."""
+        epistemic = {} if self.epistemic is None else {"epistemic": self.epistemic}
+        return {**epistemic, "entropy": self.total, "max_probability": -self.confidence}
+
+    def errors(self, labels: ArrayLike) -> NDArray[np.floating[Any]]:
+        """1 where the most probable class is not the label, else 0, (N,)."""
+        wrong: NDArray[np.bool_] = self.probs.argmax(1) != np.asarray(labels)
+        return wrong.astype(np.float64)
+
+
+def classification_report(predictions: ClassPredictions, labels: ArrayLike | None = None) -> dict[str, float | None]:
+    """Scores against the labels (N,), if there are any, and mean entropies; a metric without a value is None.
+
+    >>> predictions = ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7]]))
+    >>> {name: round(value, 2) for name, value in classification_report(predictions, [0, 1]).items()}
+    {'accuracy': 1.0, 'matthews': 1.0, 'nll': 0.23, 'ece': 0.2, 'brier': 0.1, 'aurc': 0.0, 'entropy': 0.47,
+    'aleatoric': 0.47, 'epistemic': 0.0}
+    """
+    scores = {} if labels is None else _scores(predictions, np.asarray(labels))
+    epistemic = 0.0 if predictions.epistemic is None else float(predictions.epistemic.mean())
+    entropies = {"entropy": float(predictions.total.mean()), "aleatoric": float(predictions.aleatoric.mean())}
+    return {**scores, **entropies, "epistemic": epistemic}
+
+
+def _scores(predictions: ClassPredictions, labels: NDArray[Any]) -> dict[str, float | None]:
+    from sklearn.metrics import matthews_corrcoef
+
+    probs = predictions.probs
+    return {
+        "accuracy": metrics.accuracy(probs, labels),
+        "matthews": float(matthews_corrcoef(labels, probs.argmax(1))),
+        "nll": metrics.negative_log_likelihood(probs, labels),
+        "ece": metrics.expected_calibration_error(probs, labels),
+        "brier": metrics.brier_score(probs, labels),
+        "aurc": metrics.aurc(predictions.confidence, predictions.errors(labels)),
+    }
+
+
+@dataclass(frozen=True)
+class RegressionPredictions:
+    """One method's predictions of N numbers: ``mean`` (N,), and variances, (N,) or scalars, in squared units."""
+
+    mean: NDArray[np.floating[Any]]
+    aleatoric: NDArray[np.floating[Any]]
+    epistemic: NDArray[np.floating[Any]] | None = None
+
+    @property
+    def total(self) -> NDArray[np.floating[Any]]:
+        """Predictive variance, (N,): aleatoric plus epistemic."""
+        epistemic = 0.0 if self.epistemic is None else self.epistemic
+        total: NDArray[np.floating[Any]] = np.broadcast_to(self.aleatoric + epistemic, self.mean.shape)
+        return total
+
+    def __getitem__(self, index: NDArray[Any]) -> "RegressionPredictions":
+        """The predictions on some of the examples, by a mask or by positions."""
+        aleatoric = np.broadcast_to(self.aleatoric, self.mean.shape)[index]
+        return RegressionPredictions(
+            self.mean[index], aleatoric, None if self.epistemic is None else self.epistemic[index]
+        )
+
+    @property
+    def ood_scores(self) -> dict[str, NDArray[np.floating[Any]]]:
+        """What can tell unfamiliar inputs, (N,) each, larger for stranger ones."""
+        return {} if self.epistemic is None else {"epistemic": self.epistemic, "variance": self.total}
+
+
+def regression_report(predictions: RegressionPredictions, labels: ArrayLike | None = None) -> dict[str, float | None]:
+    """Scores against the labels (N,), if there are any, and standard deviations (roots of mean variances).
+
+    The NLL is that of a Gaussian with the predictive mean and variance; AURC ranks squared errors by that variance.
+
+    >>> predictions = RegressionPredictions(np.array([1.0, 2.0]), np.array(0.25), np.array([0.0, 0.5]))
+    >>> regression_report(predictions, [1.0, 3.0])["rmse"]
+    0.7071
+    """
+    epistemic = 0.0 if predictions.epistemic is None else float(np.mean(predictions.epistemic))
+    spread: dict[str, float | None] = {
+        "total_std": float(np.sqrt(predictions.total.mean())),
+        "aleatoric_std": float(np.sqrt(np.mean(predictions.aleatoric))),
+        "epistemic_std": math.sqrt(epistemic),
+    }
+    if labels is None:
+        return spread
+    squared = (predictions.mean - np.asarray(labels)) ** 2
+    scores = {
+        "rmse": float(np.sqrt(squared.mean())),
+        "nll": float(np.mean(0.5 * (np.log(2 * np.pi * predictions.total) + squared / predictions.total))),
+        "aurc": metrics.aurc(-predictions.total, squared),
+    }
+    return {**scores, **spread}
+
+
+Predictions = TypeVar("Predictions", ClassPredictions, RegressionPredictions)
+
+
+def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
+    """AUROC of telling ``outside`` from ``inside`` by each score that the predictions have.
+
+    >>> sure, unsure = ClassPredictions(np.array([[0.9, 0.1]])), ClassPredictions(np.array([[0.5, 0.5]]))
+    >>> ood_report(sure, unsure)
+    {'entropy': 1.0, 'max_probability': 1.0}
+    """
+    is_ood = np.repeat([0, 1], [len(inside.total), len(outside.total)])
+    first, second = inside.ood_scores, outside.ood_scores
+    return {name: metrics.ood_auroc(np.concatenate([first[name], second[name]]), is_ood) for name in first}
+
+
+def format_table(rows: Mapping[str, Row], *, corner: str = "", digits: int = 3) -> str:
+    """A plain-text table: a line per row, the columns of all rows in order of appearance; "-" where there is no value.
+
+    >>> print(format_table({"point": {"nll": 0.5}, "Bayesian": {"nll": 0.4, "epistemic": 0.1}}, corner="method"))
+    method       nll  epistemic
+    ---------------------------
+    point      0.500          -
+    Bayesian   0.400      0.100
+    """
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    first = max(map(len, [corner, *rows]))
+    widths = {name: max(len(name), digits + 3) for name in columns}  # room for a sign
+    header = "  ".join([corner.ljust(first), *(name.rjust(widths[name]) for name in columns)])
+    lines = [
+        "  ".join([label.ljust(first), *(_cell(row.get(name), digits).rjust(widths[name]) for name in columns)])
+        for label, row in rows.items()
+    ]
+    return "\n".join([header, "-" * len(header), *lines])
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def write_json(path: str | PathLike[str], results: Mapping[str, Any]) -> None:
+    """Write `results` as JSON that any reader takes: NumPy numbers and arrays as lists, NaN and infinities as null."""
+    Path(path).write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

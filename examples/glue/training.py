@@ -1,0 +1,128 @@
+"""Fitting: the point estimate with early stopping, and a posterior around it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
+from examples.glue.arguments import ExampleTrainingArguments, ModelArguments
+from examples.glue.data import GlueData
+from examples.glue.evaluation import training_rmse
+from examples.glue.models import BAYESIAN, DETERMINISTIC
+
+SHOWN = ("epoch", "loss", "nll", "kl", "eval_nll", "eval_ece", "eval_mutual_information")
+
+
+class OneLineProgress(ProgressCallback):
+    """The Trainer's progress bar, with a line per log that holds what one wants to watch."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        shown = {name: logs[name] for name in SHOWN if name in (logs or {})}
+        if state.is_world_process_zero and self.training_bar is not None and len(shown) > 1:
+            self.training_bar.write("  ".join(f"{name} {float(value):.4g}" for name, value in shown.items()))
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.training_bar is None:  # a bar for each epoch's short validation would only flicker
+            super().on_prediction_step(*args, **kwargs)
+
+
+def make_trainer(
+    model: PreTrainedModel, args: ExampleTrainingArguments, data: GlueData, tokenizer: PreTrainedTokenizerBase
+) -> BayesianTrainer:
+    """A trainer that reports on the validation set after each epoch, and stops and keeps the best epoch by its NLL."""
+    trainer = BayesianTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(args.patience)] if args.load_best_model_at_end else None,
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(OneLineProgress)
+    return trainer
+
+
+def phase_arguments(args: ExampleTrainingArguments, name: str, **changes: Any) -> ExampleTrainingArguments:
+    """The arguments of one training: checkpoints under its own folder, the best epoch by validation NLL at the end."""
+    phase = copy.deepcopy(args)
+    fixed = {
+        "output_dir": str(Path(args.output_dir or ".") / "checkpoints" / name),
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    for key, value in {**fixed, **changes}.items():
+        setattr(phase, key, value)
+    return phase
+
+
+def fit_deterministic(
+    model: PreTrainedModel, args: ExampleTrainingArguments, data: GlueData, tokenizer: PreTrainedTokenizerBase
+) -> BayesianTrainer:
+    """Ordinary training; with ``num_train_epochs`` 0 the model is taken as it is."""
+    trainer = make_trainer(model, phase_arguments(args, DETERMINISTIC), data, tokenizer)
+    if args.num_train_epochs > 0:
+        trainer.train()
+    return trainer
+
+
+def best_delta(
+    trainer: BayesianTrainer, model_args: ModelArguments, args: ExampleTrainingArguments, data: GlueData
+) -> float:
+    """The delta of least validation NLL for the trained model; every process searches on all of the same batches."""
+    names = {*trainer.processing_class.model_input_names, "label"} & set(data.validation.column_names)
+    validation = data.validation.select_columns(sorted(names))
+    loader = DataLoader(validation, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    return calibrate_delta(
+        trainer.model.to(args.device),
+        [batch.to(args.device) for batch in loader],
+        num_samples=args.num_eval_samples,
+        seed=args.eval_seed,
+        noise_std=training_rmse(trainer, data) if data.task.is_regression else None,
+        progress=args.process_index == 0 and not args.disable_tqdm,
+        **model_args.conversion,
+    )
+
+
+def fit_variational(
+    trained: BayesianTrainer,
+    model_args: ModelArguments,
+    args: ExampleTrainingArguments,
+    data: GlueData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> BayesianTrainer:
+    """`to_bayesian` around the trained weights, then the ELBO; with ``bayesian_epochs`` 0 the noise is the prior's."""
+    delta = best_delta(trained, model_args, args, data) if model_args.delta is None else model_args.delta
+    model = to_bayesian(trained.model, delta, **model_args.conversion)
+    rate = args.bayesian_learning_rate if args.bayesian_learning_rate is not None else args.learning_rate / 10
+    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": rate}
+    trainer = make_trainer(model, phase_arguments(args, BAYESIAN, **changes), data, tokenizer)
+    if args.bayesian_epochs > 0:
+        trainer.train()
+    return trainer
+
+
+METHODS: dict[str, Callable[..., BayesianTrainer]] = {"variational": fit_variational}
+"""By the name that ``--method`` takes: from the deterministic trainer to one whose `predict` draws from a posterior."""

@@ -1,0 +1,215 @@
+"""The example end to end, at a reduced size, and its arguments and data."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("datasets")
+
+from examples.bert_glue import main
+from examples.glue.arguments import DataArguments, parse_arguments, parse_prior
+from examples.glue.data import load_data
+
+SMALL = [
+    "--max_train_samples", "64", "--max_eval_samples", "40", "--num_train_epochs", "1", "--bayesian_epochs", "1",
+    "--num_eval_samples", "3", "--delta", "0.5", "--use_cpu", "--disable_tqdm", "true",
+]  # fmt: skip
+ENTAILMENT = ["index\tsentence1\tsentence2\tlabel"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("run")
+    return main([*SMALL, "--output_dir", str(folder)]), folder
+
+
+# --- The embedded task -----------------------------------------------------------------------------------------------
+def test_results_hold_every_number(run: tuple[dict[str, Any], Path]) -> None:
+    results, folder = run
+    assert json.loads((folder / "results.json").read_text())["methods"].keys() == results["methods"].keys()
+    assert list(results["methods"]) == ["deterministic", "deterministic + temperature", "Bayesian"]
+    for report in results["methods"].values():
+        assert list(report["groups"]) == ["in-domain", "clean", "noisy", "shifted"]
+        for numbers in report["groups"].values():
+            assert list(numbers) == [
+                "accuracy", "matthews", "nll", "ece", "brier", "aurc", "entropy", "aleatoric", "epistemic",
+            ]  # fmt: skip
+            assert numbers["entropy"] == pytest.approx(numbers["aleatoric"] + numbers["epistemic"], abs=1e-6)
+    bayesian = results["methods"]["Bayesian"]
+    assert list(bayesian["ood_auroc"]) == ["epistemic", "entropy", "max_probability"]
+    assert bayesian["groups"]["shifted"]["epistemic"] > 0
+    assert results["temperature"] > 0
+
+
+def test_predictions_and_figure_are_written(run: tuple[dict[str, Any], Path]) -> None:
+    _, folder = run
+    rows = list(csv.DictReader((folder / "predictions.csv").open(encoding="utf-8")))
+    assert len(rows) == 80 and {row["set"] for row in rows} == {"test", "shifted"}
+    for method in ("deterministic", "deterministic+temperature", "Bayesian"):
+        total = [float(row[f"{method}:p_acceptable"]) + float(row[f"{method}:p_unacceptable"]) for row in rows]
+        assert total == pytest.approx([1.0] * 80, abs=1e-5)
+    assert all(float(row["Bayesian:epistemic"]) >= 0 for row in rows)
+    assert (folder / "uncertainty.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_models_give_the_same_numbers(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    results, folder = run
+    again = main([*SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)])
+    assert flat(again["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-6)
+    alone = main([*SMALL, "--eval_only", str(folder / "bayesian"), "--output_dir", str(tmp_path)])
+    assert flat(alone["methods"]) == pytest.approx(flat({"Bayesian": results["methods"]["Bayesian"]}), abs=1e-6)
+
+
+def test_two_processes_give_the_same_numbers(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    results, folder = run
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "examples.bert_glue", *SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    both = json.loads((tmp_path / "results.json").read_text())
+    assert both["processes"] == 2
+    assert flat(both["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-5)
+
+
+def flat(tree: Any, path: str = "") -> dict[str, float]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {name: value for key, item in tree.items() for name, value in flat(item, f"{path}/{key}").items()}
+
+
+# --- GLUE tasks from files -------------------------------------------------------------------------------------------
+@pytest.fixture
+def encoder(run: tuple[dict[str, Any], Path], tmp_path: Path) -> str:
+    """A model and tokenizer folder that stands for a pretrained one: the embedded task's."""
+    return str(run[1] / "deterministic")
+
+
+def write(path: Path, *lines: str) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+WITHOUT_DELTA = [argument for argument in SMALL if argument not in ("--delta", "0.5")]
+
+
+def test_regression_task(encoder: str, tmp_path: Path) -> None:
+    lines = [
+        "index\tsentence1\tsentence2\tscore",
+        *(f"{i}\tthe dog\tthe cat {'cat ' * (i % 5)}\t{i % 5}" for i in range(40)),
+    ]
+    write(tmp_path / "train.tsv", *lines)
+    write(tmp_path / "dev.tsv", *lines[:20])
+    write(tmp_path / "ood.tsv", "sentence1\tsentence2", *(f"a b {i}\tc" for i in range(10)))
+    results = main(
+        [*WITHOUT_DELTA, "--task_name", "stsb", "--data_dir", str(tmp_path), "--model_name_or_path", encoder,
+         "--ood_data_file", str(tmp_path / "ood.tsv"), "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert results["fitted_noise"] > 0 and 0 < results["delta"] <= 1
+    bayesian = results["methods"]["Bayesian"]
+    assert {"pearson", "spearman", "rmse", "nll"} <= set(bayesian["groups"]["in-domain"])
+    assert set(bayesian["groups"]["shifted"]) == {"total_std", "aleatoric_std", "epistemic_std"}
+    assert set(bayesian["ood_auroc"]) == {"epistemic", "variance"}
+
+
+def test_three_classes_and_a_mismatched_set(encoder: str, tmp_path: Path) -> None:
+    labels = ("entailment", "neutral", "contradiction")
+    lines = ["sentence1\tsentence2\tgold_label", *(f"the dog {i}\tthe cat\t{labels[i % 3]}" for i in range(40))]
+    for name in ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"):
+        write(tmp_path / name, *lines)
+    results = main(
+        [*SMALL, "--task_name", "mnli", "--data_dir", str(tmp_path), "--model_name_or_path", encoder,
+         "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert set(results["methods"]["Bayesian"]["groups"]) == {"in-domain", "shifted"}
+    assert (tmp_path / "out" / "uncertainty.png").is_file()
+
+
+def test_validation_is_held_out_of_train_and_shift_out_of_dev(tmp_path: Path) -> None:
+    write(tmp_path / "train.tsv", *(f"a\t{i % 2}\t\tsentence {i}" for i in range(50)))
+    write(tmp_path / "dev.tsv", *(f"a\t1\t\tdev {i}" for i in range(6)))
+    write(tmp_path / "out_of_domain_dev.tsv", *(f"a\t1\t\tdev {i}" for i in range(2)))
+    data = load_data(DataArguments(task_name="cola", data_dir=str(tmp_path), validation_share=0.2), seed=0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (40, 10, 4)
+    assert data.shifted is not None and data.shifted["sentence"][:] == ["dev 0", "dev 1"]
+    assert not set(data.train["sentence"]) & set(data.validation["sentence"])
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+def test_missing_train_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "dev.tsv", "index\tquestion\tsentence\tlabel", "0\ta\tb\tentailment")
+    with pytest.raises(FileNotFoundError, match=r"lacks train.tsv of qnli"):
+        load_data(DataArguments(task_name="qnli", data_dir=str(tmp_path)), seed=0)
+
+
+def test_offline_hub_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("examples.glue.data.load_dataset", offline)
+    with pytest.raises(OSError, match=r"no network\nWithout network, give --data_dir a folder .*train.tsv, dev.tsv"):
+        load_data(DataArguments(task_name="rte"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_name": "cula"}, "`task_name` must be one of cola, sst2"),
+        ({"data_dir": "x"}, "`data_dir` 'x' needs a `task_name`"),
+        ({"validation_share": 1.0}, "`validation_share` must lie between 0 and 1, got 1.0"),
+        ({"max_train_samples": 1}, "`max_train_samples` must be at least 2, got 1"),
+    ],
+)
+def test_wrong_data_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**changes)
+
+
+def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`eval_only` .* holds no saved model"):
+        main([*SMALL, "--eval_only", str(tmp_path), "--output_dir", str(tmp_path)])
+
+
+def test_glue_task_needs_a_model(tmp_path: Path) -> None:
+    write(tmp_path / "train.tsv", *(f"a\t{i % 2}\t\tsentence {i}" for i in range(50)))
+    write(tmp_path / "dev.tsv", "a\t1\t\tdev")
+    with pytest.raises(ValueError, match="`model_name_or_path` is needed for the task cola"):
+        main([*SMALL, "--task_name", "cola", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+
+
+# --- Arguments -------------------------------------------------------------------------------------------------------
+def test_command_line_wins_over_config_and_config_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"delta": 0.3, "learning_rate": 0.5, "freeze": False, "exclude_modules": ["pooler"]}))
+    model, _, args = parse_arguments(["--config", str(path), "--delta", "0.4", "--output_dir", str(tmp_path)])
+    assert (model.delta, args.learning_rate, model.freeze, model.exclude_modules) == (0.4, 0.5, False, ["pooler"])
+
+
+def test_defaults_depend_on_the_task() -> None:
+    embedded, glue = (
+        parse_arguments(argv)[2] for argv in ([], ["--task_name", "cola", "--model_name_or_path", "bert"])
+    )
+    assert (embedded.learning_rate, glue.learning_rate) == (1e-3, 5e-5)
+
+
+def test_config_errors_are_clear(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        parse_arguments(["--config", str(tmp_path / "none.json")])
+    path = tmp_path / "config.json"
+    for text, message in [("{", "is not JSON"), ("[]", "must hold one JSON object"), ('{"dleta": 1}', "keys: dleta")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(["--config", str(path)])
+
+
+def test_priors_by_name_and_by_json() -> None:
+    assert parse_prior('{"type": "normal", "std": 0.5}').to_dict()["std"] == 0.5
+    with pytest.raises(ValueError, match="unknown type 'laplace'"):
+        parse_prior("laplace")
+    with pytest.raises(ValueError, match="is not JSON"):
+        parse_prior("{moped")

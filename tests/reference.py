@@ -1,0 +1,154 @@
+"""Brute-force references, independent of the package: NumPy and float64, elements and formulas written out.
+
+Nothing here imports `bayeformers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import erfinv
+from torch import Tensor, nn
+
+FLOOR = 1e-8  # of every sigma
+
+
+# ------------------------------------------------------------------------------------------------------------ scales
+
+
+def softplus(rho: Tensor) -> Tensor:
+    """log(1 + exp(rho)) in float64 as max(rho, 0) + log1p(exp(-|rho|))."""
+    rho = rho.detach().double()
+    return rho.clamp_min(0) + torch.log1p(torch.exp(-rho.abs()))
+
+
+def sigma(rho: Tensor) -> Tensor:
+    """max(softplus(rho), 1e-8) in float64."""
+    return softplus(rho).clamp_min(FLOOR)
+
+
+def sigma_slope(rho: Tensor) -> Tensor:
+    """d sigma / d rho in float64: the logistic function, 0 below the floor."""
+    rho = rho.detach().double()
+    return torch.where(softplus(rho) > FLOOR, 1 / (1 + torch.exp(-rho)), 0.0)
+
+
+def moped_sigma(weight: Tensor, delta: float) -> Tensor:
+    """delta * max(|w|, mean|w| / 10), or delta * 0.02 where the whole tensor is zero; one element at a time."""
+    values = weight.detach().double().flatten().tolist()
+    mean = math.fsum(abs(v) for v in values) / len(values)
+    scales = [delta * (max(abs(v), 0.1 * mean) if mean > 0 else 0.02) for v in values]
+    return torch.tensor(scales, dtype=torch.float64).reshape(weight.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- noise
+
+
+def key_of(seed: int, index: int, name: str) -> int:
+    """First 8 bytes of blake2b of "seed/index/name", little endian."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+def dense_noise(key: int, shape: tuple[int, ...]) -> Tensor:
+    """N(0, 1) of a tensor from a generator used once."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key & (2**63 - 1)))
+
+
+def mix(x: int) -> int:
+    """Wellons' lowbias32 on Python integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def row_noise(key: int, rows: Iterable[int], width: int) -> Tensor:
+    """N(0, 1) of rows of a table: two rounds of `mix` over (key, row, column), then the inverse normal CDF."""
+    low, high = key & 0xFFFFFFFF, key >> 32
+    table = []
+    for row in rows:
+        first, second = mix(row ^ low), mix(mix(row ^ high) ^ low)
+        for column in range(width):
+            bits = mix(mix(first + column * 0x9E3779B9 & 0xFFFFFFFF) ^ second)
+            signed = bits - 2**32 if bits >= 2**31 else bits
+            table.append(((signed >> 8) + 0.5) / 2**23)
+    return torch.from_numpy(math.sqrt(2) * erfinv(np.array(table))).reshape(-1, width)
+
+
+def noise_of(model: nn.Module, layers: Mapping[str, str], index: int, seed: int = 0) -> dict[str, Tensor]:
+    """Noise of every distinct tensor of the layers named in ``layers`` (name -> kind) of a plain model, by first name.
+
+    A tensor that an Embedding owns takes `row_noise`, its padding row none; any other `dense_noise`.
+    """
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for name, module in model.named_modules():
+        if name in layers:
+            for parameter, value in module.named_parameters(recurse=False):
+                owners.setdefault(id(value), []).append((name, parameter))
+    noise = {}
+    for owned in owners.values():
+        names = [".".join(filter(None, pair)) for pair in owned]
+        value = model.get_parameter(names[0])
+        key = key_of(seed, index, names[0])
+        tables = [model.get_submodule(name) for name, _ in owned if layers[name] == "Embedding"]
+        eps = row_noise(key, range(len(value)), value.shape[1]) if tables else dense_noise(key, tuple(value.shape))
+        for table in tables:
+            if table.padding_idx is not None:
+                eps[table.padding_idx] = 0
+        noise[names[0]] = eps
+    return noise
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Every floating tensor in a model's output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = output.values()
+    return [t for item in output for t in tensors_of(item)] if isinstance(output, Iterable) else []
+
+
+def probe(output: Any) -> Tensor:
+    """A scalar that depends on every element of a model's output."""
+    parts = [torch.tanh(t).mul(torch.linspace(-1, 2, t.numel()).reshape(t.shape)).sum() for t in tensors_of(output)]
+    return torch.stack(parts).sum()
+
+
+def run_with(model: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+    """A plain model's output with some of its Parameters replaced; tied ones follow."""
+    return torch.func.functional_call(model, dict(weights), kwargs=dict(inputs), tie_weights=True)
+
+
+def gradients(loss_of: Callable[[dict[str, Tensor]], Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """dL/dw with the weights as leaves; zero where the loss does not depend on one."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
+    found = torch.autograd.grad(loss_of(leaves), list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(leaves.items(), found, strict=True)}
+
+
+# -------------------------------------------------------------------------------------------------------- divergences
+
+
+def normal_log_density(x: Tensor, loc: Tensor | float, scale: Tensor | float) -> Tensor:
+    """log N(x; loc, scale^2)."""
+    loc, scale = (torch.as_tensor(value, dtype=torch.float64) for value in (loc, scale))
+    return torch.distributions.Normal(loc, scale).log_prob(x)
+
+
+def kl_by_quadrature(loc: float, scale: float, log_prior: Callable[[Tensor], Tensor], nodes: int = 200_001) -> float:
+    """KL(N(loc, scale^2) || p) of one weight by the trapezoid rule over +-14 scales.
+
+    For smooth integrands that vanish at the ends the rule converges faster than any power of the step.
+    """
+    x = torch.linspace(loc - 14 * scale, loc + 14 * scale, nodes, dtype=torch.float64)
+    log_q = normal_log_density(x, loc, scale)
+    return float(torch.trapezoid(log_q.exp() * (log_q - log_prior(x)), x))
