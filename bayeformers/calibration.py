@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -15,9 +15,12 @@ from tqdm.auto import tqdm
 from .conversion import is_bayesian, to_bayesian, to_deterministic
 from .distributions import InitialScale, rho_from_scale
 from .nn import variational_tensors
-from .posteriors import VariationalPosterior
+from .posteriors import PointPosterior, VariationalPosterior
+from .posteriors.base import linearized_predictive
+from .predictive import IGNORED, Predictive
 
 Batch = Mapping[str, Any] | Tensor
+_BOUNDS = {"sample": (1e-2, 1.0), "glm": (1e-2, 10.0)}
 _GRID = 7
 _LOG_PRECISION = 0.03  # of delta, relative: far below what the noise of the held-out NLL resolves
 
@@ -27,9 +30,10 @@ def calibrate_delta(
     inputs: Batch | Iterable[Batch],
     labels: Tensor | Iterable[Tensor] | None = None,
     *,
+    method: Literal["sample", "glm"] = "sample",
     num_samples: int = 16,
     seed: int = 0,
-    bounds: tuple[float, float] = (1e-2, 1.0),
+    bounds: tuple[float, float] | None = None,
     tolerance: float = 0.003,
     noise_std: float | None = None,
     progress: bool = True,
@@ -37,19 +41,22 @@ def calibrate_delta(
 ) -> float:
     """The initial scale delta (sigma = delta |w|) that suits a trained model, found on held-out inputs.
 
-    With ``labels``: the delta of the smallest Monte-Carlo NLL; one number is fitted, as in temperature scaling. Without:
-    the largest delta whose NLL against the mean model's own argmax labels rises by at most ``tolerance``, relative
-    (after TFB, Shi et al. 2025); it protects accuracy, and on an over-fitted model it stops far too early. The same
-    draws serve every delta. The model comes back as it was.
+    With ``labels``: the delta of the smallest Monte-Carlo NLL; one number is fitted, as in temperature scaling.
+    Without: the largest delta whose NLL against the mean model's own argmax labels rises by at most ``tolerance``,
+    relative (after TFB, Shi et al. 2025); it protects accuracy, and on an over-fitted model it stops far too early. The
+    same draws serve every delta. The model comes back as it was.
 
     Args:
         model: a trained model, converted or not.
         inputs: one batch, or batches, of what the model's forward takes; 500 examples are enough. Labels inside count
             as ``labels`` where that is not given.
         labels: of the batch, or of each batch.
+        method: of the predictive that is to be used: "sample" the network, or "glm", the linearised network, whose
+            covariance is delta^2 times one number per input, so that a single pass serves every delta.
         num_samples: draws per delta.
         seed: of the draws.
-        bounds: smallest and largest delta to consider.
+        bounds: smallest and largest delta to consider; by default (0.01, 1), and (0.01, 10) for "glm", whose decision
+            does not suffer from large scales.
         tolerance: allowed relative rise of the NLL in the search without labels.
         noise_std: of a regression; by default what the model's configuration records.
         progress: show a progress bar.
@@ -66,31 +73,67 @@ def calibrate_delta(
     >>> 0.01 <= delta <= 1.0
     True
     """
-    low, high = _check_bounds(bounds)
+    if method not in _BOUNDS:
+        raise ValueError(f"`method` must be one of {sorted(_BOUNDS)}, got {method!r}.")
+    low, high = _check_bounds(_BOUNDS[method] if bounds is None else bounds)
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"`tolerance` must be a finite number > 0, got {tolerance!r}; 0.003 is 0.3 %.")
     batches, targets = _batches(inputs, labels)
     with _converted(model, conversion), tqdm(desc="delta", unit="try", disable=not progress) as bar:
         posterior = VariationalPosterior(model)
-        options = {"num_samples": num_samples, "seed": seed, "noise_std": noise_std}
-        if targets is None:
-            with posterior.mean():
-                targets = [_own_labels(posterior, batch) for batch in batches]
+        with posterior.mean():
+            means = [PointPosterior(model).predict(batch, noise_std=noise_std) for batch in batches]
+        own = [_own_labels(mean) for mean in means] if targets is None else targets
+        if method == "glm":
+            predictives = _linearized_search(posterior, batches, means, seed=seed, progress=progress)
+        else:
+            predictives = _sampled_search(posterior, batches, num_samples=num_samples, seed=seed, noise_std=noise_std)
 
         def nll(log_delta: float) -> float:
-            _set_scales(model, math.exp(log_delta))
-            value = _nll(posterior, batches, targets, **options)
+            value = _nll(predictives(math.exp(log_delta)), own)
             bar.update()
             bar.set_postfix(delta=f"{math.exp(log_delta):.3g}", nll=f"{value:.4g}")
             return value
 
-        if labels is None and not _labelled(batches):
-            with posterior.mean():
-                reference = _nll(posterior, batches, targets, **{**options, "num_samples": 1})
-            found = _largest_within(nll, reference * (1 + tolerance), math.log(low), math.log(high))
-        else:
-            found = _smallest(nll, math.log(low), math.log(high))
-    return math.exp(found)
+        if targets is None:
+            limit = _nll(means, own) * (1 + tolerance)
+            return math.exp(_largest_within(nll, limit, math.log(low), math.log(high)))
+        return math.exp(_smallest(nll, math.log(low), math.log(high)))
+
+
+def _sampled_search(
+    posterior: VariationalPosterior, batches: list[Batch], **options: Any
+) -> Callable[[float], Iterator[Predictive]]:
+    """Predictives of every batch at a delta, by sampling the network."""
+
+    def predictives(delta: float) -> Iterator[Predictive]:
+        _set_scales(posterior.model, delta)
+        return (posterior.predict(batch, **options) for batch in batches)
+
+    return predictives
+
+
+def _linearized_search(
+    posterior: VariationalPosterior,
+    batches: list[Batch],
+    means: list[Predictive],
+    *,
+    seed: int,
+    progress: bool,
+) -> Callable[[float], Iterator[Predictive]]:
+    """The same for the linearised network: its covariance at delta = 1, scaled."""
+    _set_scales(posterior.model, 1.0)
+    logits = [
+        posterior.linearize(batch) for batch in tqdm(batches, desc="linearised", leave=False, disable=not progress)
+    ]
+
+    def predictives(delta: float) -> Iterator[Predictive]:
+        for (mean, covariance), point in zip(logits, means, strict=True):
+            yield linearized_predictive(
+                mean, delta**2 * covariance, point.problem_type, seed=seed, noise_std=point.noise_std
+            )
+
+    return predictives
 
 
 def _smallest(function: Callable[[float], float], low: float, high: float) -> float:
@@ -114,21 +157,24 @@ def _largest_within(function: Callable[[float], float], limit: float, low: float
     return low
 
 
-def _nll(posterior: VariationalPosterior, batches: list[Batch], targets: list[Tensor], **options: Any) -> float:
+def _nll(predictives: Iterable[Predictive], targets: list[Tensor]) -> float:
     """Mean negative log probability per label; labels of -100 do not count."""
     total, count = 0.0, 0
-    for batch, target in zip(batches, targets, strict=True):
-        log_prob = posterior.predict(batch, **options).log_prob(target)
+    for predictive, target in zip(predictives, targets, strict=True):
+        log_prob = predictive.log_prob(target)
         kept = log_prob[~log_prob.isnan()]
         total, count = total - float(kept.double().sum()), count + kept.numel()
     return total / max(count, 1)
 
 
-def _own_labels(posterior: VariationalPosterior, batch: Batch) -> Tensor:
-    predictive = posterior.predict(batch, num_samples=1)
+def _own_labels(predictive: Predictive) -> Tensor:
+    """The decisions, where tokens count; a causal language model's is about the token that follows."""
     if predictive.log_probs is None:
         raise ValueError("`labels` are needed: a regression has no labels of its own to hold on to.")
-    return predictive.mean_log_probs.argmax(-1)
+    labels = predictive.mean_log_probs.argmax(-1)
+    if predictive.problem_type == "causal_lm":
+        labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]], dim=1)
+    return labels if predictive.mask is None else labels.masked_fill(~predictive.mask, IGNORED)
 
 
 def _set_scales(model: nn.Module, delta: float) -> None:
@@ -162,22 +208,26 @@ def _converted(model: nn.Module, conversion: dict[str, Any]) -> Iterator[None]:
 def _batches(
     inputs: Batch | Iterable[Batch], labels: Tensor | Iterable[Tensor] | None
 ) -> tuple[list[Batch], list[Tensor] | None]:
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"`inputs` must be one batch (a mapping or a tensor) or batches, got {inputs!r}.")
     batches: list[Batch] = [inputs] if isinstance(inputs, (Mapping, Tensor)) else list(inputs)
     if not batches:
         raise ValueError("`inputs` holds no batch: give one batch of inputs, or an iterable of batches.")
     if labels is None:
-        return batches, [batch["labels"] for batch in batches] if _labelled(batches) else None  # type: ignore[index]
+        found = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
+        inside = [labels for labels in found if labels is not None]
+        if inside and len(inside) < len(batches):
+            raise ValueError(f"`inputs` holds labels in {len(inside)} of {len(batches)} batches: give all or none.")
+        return batches, inside or None
     targets = [labels] if isinstance(labels, Tensor) else list(labels)
     if len(targets) != len(batches):
         raise ValueError(f"`labels` must be given for each batch of `inputs`: {len(batches)}, got {len(targets)}.")
     return batches, targets
 
 
-def _labelled(batches: list[Batch]) -> bool:
-    return all(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches)
-
-
 def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise TypeError(f"`bounds` must be two numbers (low, high), got {bounds!r}.")
     low, high = bounds
     if not (math.isfinite(low) and math.isfinite(high) and 0 < low < high):
         raise ValueError(f"`bounds` must be two finite numbers, 0 < low < high, got {bounds!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from .nn.base import BayesianModule
 
 _BAYESIAN: dict[type[nn.Module], type[BayesianModule]] = {}
 _NAMING = frozenset(dis.opname[op] for op in (*dis.hasname, *dis.hasfree))
+_LOADING = frozenset(dis.opname[op] for op in (*dis.haslocal, *dis.hasfree, *dis.hasname))
+_SET_UP = {"__init__", "_init_weights"}
 _BYPASSES = {"F", "functional", "linear", "embedding", "matmul", "parameters", "get_parameter"}
 
 
@@ -110,6 +113,45 @@ def _calls_own(source: type[nn.Module], base: type[nn.Module], code: types.CodeT
         name for cls in classes for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
     }
     return bool((own - {"forward", "__class__"}) & set(code.co_names))
+
+
+def is_only_read(owner: nn.Module, attribute: str) -> bool:
+    """Whether ``owner`` reads the weight of its child ``attribute`` and has no other use for it, so never calls it.
+
+    Such a child would take no draw while its KL counted. Examples: relative positions in DeBERTa's encoder, the
+    projections of WavLM's attention, the queries of DETR. A child that is called somewhere, and read on some side
+    path, is not meant.
+    """
+    return _uses(type(owner)).get(attribute) == {"weight"}  # type: ignore[arg-type]
+
+
+@functools.cache
+def _uses(owner: type[nn.Module]) -> dict[str, set[str]]:
+    """What the methods of a class do with each attribute of ``self``: "weight" for reading it, "other" for the rest."""
+    found: dict[str, set[str]] = {}
+    for cls in owner.__mro__[: owner.__mro__.index(nn.Module)]:
+        for name, value in vars(cls).items():
+            method = inspect.unwrap(getattr(value, "fget", None) or value) if name not in _SET_UP else None
+            if isinstance(method, types.FunctionType):
+                _add_uses(method.__code__, found)
+    return found
+
+
+def _add_uses(code: types.CodeType, found: dict[str, set[str]]) -> None:
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            _add_uses(const, found)
+    steps = list(dis.get_instructions(code))
+    for function, before, here, after in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
+        if here.opname.startswith("LOAD") and _loads_self(before) and function.argval != "isinstance":
+            reads = after.opname == "LOAD_ATTR" and after.argval in ("weight", "bias")
+            found.setdefault(str(here.argval), set()).add("weight" if reads else "other")
+
+
+def _loads_self(instruction: dis.Instruction) -> bool:
+    """Python 3.13 loads two locals at once."""
+    last = instruction.argval[-1:] if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return instruction.opname in _LOADING and last == ("self",)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import BayesianConfig
 from .nn.base import BayesianModule
-from .registry import bayesian_class, supported_layers
+from .registry import bayesian_class, is_only_read, supported_layers
 
 Patterns = str | Sequence[str]
 Chosen = dict[str, type[BayesianModule]]
@@ -27,7 +27,7 @@ def choose(
     for name, module in model.named_modules():
         if not module._parameters or all(p is None for p in module._parameters.values()):
             continue
-        kind, reason = bayesian_class(module)
+        kind, reason = _bayesian_class(model, name, module)
         if any(name == s or name.startswith(f"{s}.") for s in saved):
             skipped[name] = "in modules_to_save"
         elif kind is None:
@@ -44,6 +44,16 @@ def choose(
         _check_each_convertible(target, chosen, skipped)
     _check_ties(model, chosen, skipped)
     return chosen, skipped
+
+
+def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> tuple[type[BayesianModule] | None, str]:
+    """`bayesian_class`, less the layers whose owner reads their weight and never calls them."""
+    kind, reason = bayesian_class(module)
+    above, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(above)
+    if kind is not None and name and is_only_read(owner, attribute):
+        return None, f"its weight is read by {type(owner).__name__} without calling the layer"
+    return kind, reason
 
 
 def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:

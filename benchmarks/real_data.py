@@ -106,7 +106,7 @@ def score_table(methods: dict[str, np.ndarray], labels: np.ndarray, task: Any) -
     return table
 
 
-def batches(rows: list[Any], tokenizer: Any, size: int = 64) -> tuple[list[dict[str, torch.Tensor]], np.ndarray]:
+def batches(rows: list[Any], tokenizer: Any, size: int = 32) -> tuple[list[dict[str, torch.Tensor]], np.ndarray]:
     """Padded batches of rows sorted by length, with labels inside, and the order of the rows in them."""
     order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
     collate = DataCollatorWithPadding(tokenizer)
@@ -121,7 +121,7 @@ def probabilities(posterior: Any, rows: list[Any], tokenizer: Any, **options: An
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """The recipe of the documentation: delta chosen on the held-out tenth, nothing else fitted."""
+    """The recipe of the documentation: delta chosen on the held-out tenth (at most 1,000 rows), nothing else fitted."""
     folder = Path(args.output_dir) / f"{args.task}-{args.seed}"
     task = GLUE_TASKS[args.task]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -137,18 +137,23 @@ def evaluate(args: argparse.Namespace) -> None:
     temperature = metrics.fit_temperature(held_log_probs, np.array([row["labels"] for row in held]))
     mean = {name: probabilities(point, rows, tokenizer) for name, rows in parts.items()}
     methods = {name: {"map": probs, "temperature": tempered(probs, temperature)} for name, probs in mean.items()}
-    delta = calibrate_delta(model, batches(held, tokenizer)[0], num_samples=args.num_samples, **args.conversion)
-    posterior = VariationalPosterior(to_bayesian(model, delta, **args.conversion))
-    for name, rows in parts.items():
-        methods[name]["bayesian"] = probabilities(posterior, rows, tokenizer, num_samples=args.num_samples)
+    options = {"method": args.method, "num_samples": args.num_samples}
+    delta = calibrate_delta(model, batches(held[:1000], tokenizer, 32)[0], **options)
+    posterior = VariationalPosterior(to_bayesian(model, delta))
+    for name in ("in_domain", "out_of_domain"):
+        if name in parts:
+            methods[name]["bayesian"] = probabilities(posterior, parts[name], tokenizer, **options)
+    if "together" in parts:
+        both = [methods[name]["bayesian"] for name in ("in_domain", "out_of_domain")]
+        methods["together"]["bayesian"] = np.concatenate(both)
     result = {
-        "task": args.task, "seed": args.seed, "temperature": temperature, "delta": delta,
+        "task": args.task, "seed": args.seed, "method": args.method, "temperature": temperature, "delta": delta,
         "parts": {
             name: score_table(found, np.array([row["labels"] for row in parts[name]]), task)
             for name, found in methods.items()
         },
     }  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(result, indent=1))
+    (folder / f"results-{args.method}.json").write_text(json.dumps(result, indent=1))
     for name, table in result["parts"].items():
         print(f"{args.task} seed {args.seed} {name}: temperature {temperature:.2f}, delta {delta:.3f}")
         for method, row in table.items():
@@ -170,10 +175,10 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="folder that holds CoLA, MRPC, SST-2")
     parser.add_argument("--task", choices=sorted(FOLDERS), required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_samples", type=int, default=16)
+    parser.add_argument("--method", choices=["glm", "sample"], default="glm", help="of the Bayesian prediction")
+    parser.add_argument("--num_samples", type=int, default=16, help="draws of --method sample")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
-    args.conversion = {}
     {"finetune": finetune, "evaluate": evaluate}[args.step](args)
 
 

@@ -27,7 +27,9 @@ class Case:
     """One architecture.
 
     ``head``, ``last`` (last block), ``middle`` (first block, or one projection of it) and ``embeddings`` are regular
-    expressions for module names, matched in full. ``uncalled``: layers of ``layers`` that the forward never calls.
+    expressions for module names, matched in full. ``uncalled``: layers of ``layers`` that the forward never calls (it
+    calls others that share their weight). ``read``: plain layers that are never called, as their owner reads their
+    weight; they are not in ``layers``.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     middle: str
     embeddings: str
     uncalled: frozenset[str] = frozenset()
+    read: frozenset[str] = frozenset()
 
     def build(self) -> nn.Module:
         """The same model at every call, in ``eval()`` mode, with every parameter away from 0 and 1."""
@@ -390,13 +393,13 @@ CASES: tuple[Case, ...] = (
         inputs=text,
         labels=classes,
         layers=layers(
-            embedding="deberta.embeddings.word_embeddings deberta.encoder.rel_embeddings",
+            embedding="deberta.embeddings.word_embeddings",
             linear="""deberta.encoder.layer.{0,1}.attention.self.{query,key,value}_proj
                 deberta.encoder.layer.{0,1}.attention.output.dense deberta.encoder.layer.{0,1}.intermediate.dense
                 deberta.encoder.layer.{0,1}.output.dense pooler.dense classifier""",
         ),
         **encoder_parts("deberta", "classifier", "query_proj"),
-        uncalled=frozenset({"deberta.encoder.rel_embeddings"}),  # the encoder reads its `.weight`
+        read=frozenset({"deberta.encoder.rel_embeddings"}),
     ),
     Case(
         name="mpnet",

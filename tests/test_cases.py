@@ -26,7 +26,8 @@ def test_names_are_unique() -> None:
 def test_layers_are_those_of_the_model(case: Case) -> None:
     found = {name: EXACT[type(module)] for name, module in case.build().named_modules() if type(module) in EXACT}
     subclasses = {name for name, module in case.build().named_modules() if type(module).__name__ in COOPERATIVE}
-    assert found | dict.fromkeys(subclasses, "Embedding") == case.layers
+    assert found | dict.fromkeys(subclasses, "Embedding") == case.layers | {n: found[n] for n in case.read}
+    assert not case.read & set(case.layers)
 
 
 @each_case
@@ -48,7 +49,7 @@ def test_parts_name_parameters(case: Case) -> None:
 def test_runs_the_same_twice_and_depends_on_its_inputs(case: Case) -> None:
     called: set[str] = set()
     model = case.build()
-    for name in case.layers:
+    for name in (*case.layers, *case.read):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
     with torch.no_grad():
         first = model(**case.inputs())
@@ -56,7 +57,7 @@ def test_runs_the_same_twice_and_depends_on_its_inputs(case: Case) -> None:
     logits = next(value for value in first.values() if isinstance(value, torch.Tensor))
     torch.testing.assert_close(logits, next(v for v in second.values() if isinstance(v, torch.Tensor)), rtol=0, atol=0)
     assert torch.isfinite(logits).all() and logits.std() > 1e-3
-    assert set(case.layers) - called == case.uncalled
+    assert {*case.layers, *case.read} - called == case.uncalled | case.read
 
 
 @each_case

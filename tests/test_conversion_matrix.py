@@ -87,12 +87,6 @@ def drawn(original: nn.Module, model: nn.Module, item: Case, index: int, seed: i
     return {name: (original.get_parameter(name).double() + scales[name] * eps).float() for name, eps in noise.items()}
 
 
-def silent(item: Case) -> set[str]:
-    """First names of tensors whose layers the forward never calls, and that no called layer shares."""
-    tied = {name for group in item.tied for name in group}
-    return {f"{layer}.weight" for layer in item.uncalled} - tied
-
-
 def state_of(model: nn.Module) -> dict[str, Any]:
     """All that a conversion may change: tensors, flags, classes, instance attributes, hooks, configuration."""
     return {
@@ -146,6 +140,15 @@ def test_converts_exactly_the_expected_layers(case: Case) -> None:
     weights = {name for name, m in original.named_modules() if list(m.named_parameters(recurse=False))}
     assert set(summary(model).skipped) == weights - set(case.layers)
     assert all(summary(model).skipped.values())
+
+
+@each_case
+def test_every_random_tensor_is_drawn(case: Case) -> None:
+    """No tensor has a KL and no noise: each scale has a gradient of the outputs, zeros where an example cancels it."""
+    model = converted(case)
+    with fixed_draw(model, 0):
+        probe(model(**case.inputs())).backward()
+    assert {t.name for t in bnn.variational_tensors(model) if t.rho.grad is None} == set()
 
 
 @each_case
@@ -220,7 +223,6 @@ def test_draws_are_the_reference_weights(case: Case) -> None:
     original, model = plain(case), converted(case)
     for index, seed in ((0, 0), (2, 9)):
         weights = drawn(original, model, case, index, seed)
-        weights = {n: w for n, w in weights.items() if n not in silent(case)}
         expected = tensors_of(run_with(original, weights, case.inputs()))
         for mode in (True, False):
             with fixed_draw(model.train(mode), index, seed):
@@ -239,7 +241,7 @@ def test_rho_gradient_of_the_nll(case: Case, freeze: bool) -> None:
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(case).items()}
     with fixed_draw(model, 3):
         negative_log_likelihood(case, model(**inputs)).backward()
-    noise = {n: 0 * eps if n in silent(case) else eps for n, eps in noise_of(original, case.layers, 3).items()}
+    noise = noise_of(original, case.layers, 3)
     weights = {n: original.get_parameter(n) + sigma(model.get_parameter(f"{n}_rho")) * eps for n, eps in noise.items()}
     by_weight = gradients(lambda w: negative_log_likelihood(case, run_with(original, w, inputs)), weights)
     largest = max(float(g.abs().max()) for g in by_weight.values())

@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "posteriors.linearized": ("posteriors.base", "predictive"),
     "laplace": ("posteriors.base", "posteriors.linearized", "predictive"),
     "checkpoint": ("conversion", "config", "posteriors", "laplace"),
-    "calibration": ("posteriors", "conversion", "nn", "distributions"),
+    "calibration": ("posteriors", "predictive", "conversion", "nn", "distributions"),
     "tasks": ("metrics",),
     "models": (),
     "training": EVERYTHING_ABOVE,

@@ -198,7 +198,7 @@ class _Begin:
         self.scope = scope
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.scope.enter(module.training)
+        self.scope.enter(module.training and _takes_training_draw(module))
 
 
 class _End:
@@ -207,6 +207,14 @@ class _End:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.scope.exit()
+
+
+def _takes_training_draw(model: nn.Module) -> bool:
+    """Whether some layer holds neither a draw nor the mean; if none does, no seed is taken from the generator.
+
+    It is asked when a forward begins: inside a checkpointed region the seed would be taken again in backward.
+    """
+    return torch.compiler.is_compiling() or any(m.draw is None for m in bayesian_modules(model).values())
 
 
 def _name_tensors(modules: dict[str, BayesianModule]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .variational import Variational
 
-
 EstimatorName = Literal["reparameterization"]
 
 

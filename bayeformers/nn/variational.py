@@ -45,6 +45,7 @@ class Draw:
         self.seed, self.index = seed, index
         self._noise: Any = {} if keep else weakref.WeakValueDictionary()
         self._weights: dict[str, tuple[tuple[Any, ...], Tensor]] | None = {} if keep else None
+        self._tables: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
 
     def key(self, spec: TensorSpec) -> int:
         """Noise key of a tensor in this draw."""
@@ -62,18 +63,33 @@ class Draw:
         """loc + sigma * noise; under ``no_grad`` a held draw makes it once and keeps it while loc and rho stand."""
         if torch.is_grad_enabled() or self._weights is None:
             return sample(loc, rho, self.noise(spec, loc))
-        stamp = (loc.data_ptr(), loc._version, rho.data_ptr(), rho._version, loc.dtype)
         kept = self._weights.get(spec.name)
-        if kept is None or kept[0] != stamp:
-            kept = stamp, sample(loc, rho, self._make_noise(spec, loc))
+        if kept is None or kept[0] != _stamp(loc, rho):
+            kept = _stamp(loc, rho), sample(loc, rho, self._make_noise(spec, loc))
             self._weights[spec.name] = kept
         return kept[1]
 
     def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
-        """Rows of :meth:`weight`, bit for bit, at the cost of those rows: (n,) -> (n, width)."""
-        kept = None if self._weights is None or torch.is_grad_enabled() else self._weights.get(spec.name)
-        if kept is not None:
+        """Rows of :meth:`weight`, bit for bit, at the cost of those rows: (n,) -> (n, width).
+
+        Under ``no_grad`` a held draw keeps the rows that it has made.
+        """
+        if torch.is_grad_enabled() or self._weights is None:
+            return self._make_rows(spec, loc, rho, rows)
+        if spec.name in self._weights:
             return F.embedding(rows, self.weight(spec, loc, rho))
+        kept = self._tables.get(spec.name)
+        if kept is None or kept[0] != _stamp(loc, rho):
+            kept = _stamp(loc, rho), torch.empty_like(loc), torch.zeros(len(loc), 1, device=loc.device)
+            self._tables[spec.name] = kept
+        _, table, made = kept
+        missing = rows[F.embedding(rows, made)[:, 0] == 0]  # `embedding` also refuses ids that indexing would wrap
+        if missing.numel():
+            table[missing] = self._make_rows(spec, loc, rho, missing)
+            made[missing] = 1
+        return F.embedding(rows, table)
+
+    def _make_rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
         eps = _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
         return sample(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps)
 
@@ -81,6 +97,7 @@ class Draw:
     def nbytes(self) -> int:
         """Memory of the values that are kept."""
         kept = [weight for _, weight in (self._weights or {}).values()] + list(self._noise.values())
+        kept += [table for _, table, _ in self._tables.values()]
         return sum(value.numel() * value.element_size() for value in kept)
 
     def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
@@ -94,7 +111,7 @@ class TracedDraw(Draw):
     """A training draw inside `torch.compile`: noise straight from torch's default generator, without graph breaks."""
 
     def __init__(self) -> None:
-        self._noise, self._weights = {}, None
+        self._noise, self._weights, self._tables = {}, None, {}
 
     def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
         """Rows of the whole table's value: the compiler fuses the lookup."""
@@ -147,6 +164,11 @@ def sample(loc: Tensor, rho: Tensor, eps: Tensor) -> Tensor:
     """
     value: Tensor = _Sample.apply(loc, rho, eps)  # type: ignore[no-untyped-call]
     return value
+
+
+def _stamp(loc: Tensor, rho: Tensor) -> tuple[Any, ...]:
+    """Changes whenever the values may have changed."""
+    return loc.data_ptr(), loc._version, rho.data_ptr(), rho._version, loc.dtype
 
 
 def renamed(spec: TensorSpec, name: str) -> TensorSpec:

@@ -131,8 +131,10 @@ class BasePosterior(ABC):
         if method not in ("sample", "glm"):
             raise ValueError(f"`method` must be 'sample' or 'glm', got {method!r}.")
         problem = problem_type or known_problem_type(self.model)
+        if problem == "regression" and noise_std is None:
+            noise_std = recorded_noise_std(self.model)
         if method == "glm":
-            return self._linearized(inputs, problem, seed, noise_std)
+            return linearized_predictive(*self.linearize(inputs), problem, seed=seed, noise_std=noise_std)
         values = torch.stack(
             [
                 drawn_values(output, problem, inputs)
@@ -140,10 +142,8 @@ class BasePosterior(ABC):
             ]
         )
         if problem == "regression":
-            noise = recorded_noise_std(self.model) if noise_std is None else noise_std
-            return Predictive(problem_type=problem, values=values, noise_std=noise)
+            return Predictive(problem_type=problem, values=values, noise_std=noise_std)
         return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
-
 
     def variances(self) -> dict[nn.Parameter, Tensor]:
         """Marginal variance of every random Parameter, where the posterior is a diagonal Gaussian.
@@ -153,24 +153,35 @@ class BasePosterior(ABC):
         """
         raise ValueError(f"`method`='glm' needs a Gaussian posterior, got {type(self).__name__}; use 'sample'.")
 
-    def _linearized(
-        self, inputs: Mapping[str, Any] | Tensor, problem: ProblemType, seed: int, noise_std: float | None
-    ) -> Predictive:
+    def linearize(self, inputs: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, C) and covariance (B, C, C) of the linearised network's logits: see `posteriors.linearized`.
+
+        Raises:
+            ValueError: the posterior is not Gaussian, or the model has no rule for a layer or no (B, C) logits.
+        """
         variances, inputs = self.variances(), without_labels(self.model, inputs)
         with prediction_mode(self.model), self.mean():
-            mean, covariance = linearized_logits(self.model, inputs, variances)
-        draws = logit_draws(mean, covariance, _LOGIT_DRAWS, seed)
-        values = torch.stack([drawn_values(logits, problem, inputs) for logits in draws])
-        is_regression = problem == "regression"
-        noise = recorded_noise_std(self.model) if is_regression and noise_std is None else noise_std
-        return Predictive(
-            problem_type=problem,
-            log_probs=None if is_regression else values,
-            values=values if is_regression else None,
-            noise_std=noise if is_regression else None,
-            logit_mean=mean,
-            logit_covariance=covariance,
-        )
+            return linearized_logits(self.model, inputs, variances)
+
+
+def linearized_predictive(
+    mean: Tensor, covariance: Tensor, problem: ProblemType, *, seed: int = 0, noise_std: float | None = None
+) -> Predictive:
+    """What Gaussian logits say: all uncertainties from one set of logit draws with common random numbers.
+
+    Shape: (B, C), (B, C, C) -> a predictive of 1,024 draws.
+    """
+    draws = logit_draws(mean, covariance, _LOGIT_DRAWS, seed)
+    values = torch.stack([drawn_values(logits, problem, {}) for logits in draws])
+    is_regression = problem == "regression"
+    return Predictive(
+        problem_type=problem,
+        log_probs=None if is_regression else values,
+        values=values if is_regression else None,
+        noise_std=noise_std if is_regression else None,
+        logit_mean=mean,
+        logit_covariance=covariance,
+    )
 
 
 def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:

@@ -1,8 +1,9 @@
 """The linearised predictive: logits f ~ N(f(x; mu), J Sigma J^T) for a Gaussian over the weights.
 
-One forward and C backward passes instead of S draws, and no Jacobian over the parameters: with the inputs a_t of a layer
-and the gradients g_ct of logit c at its output, the layer's Jacobian is M_c = sum_t g_ct a_t^T, and its part of the
-covariance is S_cd = sum_ij M_c,ij M_d,ij sigma_ij^2. Immer et al. 2021 (arXiv 2008.08400), section 3; Khan et al. 2019.
+One forward and C backward passes instead of S draws, and no Jacobian over the parameters: with the inputs a_t of a
+layer and the gradients g_ct of logit c at its output, the layer's Jacobian is M_c = sum_t g_ct a_t^T, and its part of
+the covariance is S_cd = sum_ij M_c,ij M_d,ij sigma_ij^2. Immer et al. 2021 (arXiv 2008.08400), section 3; Khan et al.
+2019 (arXiv 1906.01930).
 In a curved network large weight noise is not what the local Gaussian means: this predictive keeps the decision of the
 mean, where sampling the network at the same scale can destroy it.
 """
@@ -23,7 +24,7 @@ from ..predictive import logits_of
 Variances = Mapping[nn.Parameter, Tensor]
 """Marginal posterior variance sigma^2 of each random Parameter, of its shape."""
 
-_CHUNK_ELEMENTS = 2**24  # of one layer's per-example Jacobian, 64 MiB in float32
+_CHUNK_ELEMENTS = 2**22  # of one layer's per-example Jacobian: 16 MiB in float32, about a processor's cache
 
 
 def linearized_logits(
@@ -92,9 +93,14 @@ def _record(model: nn.Module, inputs: Mapping[str, Any] | Tensor, variances: Var
     uses: list[_Use] = []
     random = {id(parameter) for parameter in variances}
 
+    batch = _batch_size(inputs)
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        ids = args[0]
+        if isinstance(module, nn.Embedding) and len(ids) == 1 < batch:  # positions, looked up once for all examples
+            ids, output = ids.expand(batch, *ids.shape[1:]), output.expand(batch, *output.shape[1:])
         output = output if output.requires_grad else output.detach().requires_grad_()
-        uses.append(_Use(module, args[0], output))
+        uses.append(_Use(module, ids, output))
         return output.clone()  # what follows may edit it in place
 
     layers = [m for m in model.modules() if any(id(p) in random for p in m._parameters.values())]
@@ -150,6 +156,11 @@ def _gram(rows: Tensor) -> Tensor:
 def _joined(tensor: Tensor, batch: int) -> Tensor:
     """(B, ..., d) -> (B, T, d)."""
     return tensor.reshape(batch, -1, tensor.shape[-1])
+
+
+def _batch_size(inputs: Mapping[str, Any] | Tensor) -> int:
+    tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
+    return len(tensors[0]) if tensors and tensors[0].ndim else 1
 
 
 def _examples(inputs: Mapping[str, Any] | Tensor, count: int) -> Iterator[Mapping[str, Any] | Tensor]:

@@ -34,7 +34,8 @@ def predict(
             once: it keeps what the batches share.
         inputs: what the model's ``forward`` takes, by name, or one tensor; labels are ignored.
         num_samples: number S of draws; a posterior with fewer distinct draws gives those.
-        method: "sample": average the network's probabilities over draws.
+        method: "sample": average the network's probabilities over draws; "glm": the linearised network's, whose logits
+            are Gaussian.
         seed: the same seed gives the same draws.
         problem_type: what the head predicts; by default found from the model's class and configuration.
         noise_std: a regression's noise; by default what the configuration records.

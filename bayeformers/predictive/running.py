@@ -7,12 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+_WITHOUT_FLOAT64 = ("mps",)
+
 
 class RunningPredictive:
     """Running averages over draws of :func:`~bayeformers.predictive.drawn_values`; equal to `Predictive` to rounding.
 
     For class probabilities it keeps logsumexp_s log p_s and sum_s H[p_s], for a regression Welford's mean and sum of
-    squared deviations.
+    squared deviations. Class probabilities are summed in float64 where the device has it: a small mutual information
+    is the difference of two large entropies. What is read has the dtype of the draws.
 
     >>> running = RunningPredictive()
     >>> for log_probs in torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log():
@@ -23,10 +26,13 @@ class RunningPredictive:
 
     def __init__(self) -> None:
         self.num_samples = 0
+        self._dtype = torch.float32
         self._log_sum = self._entropy_sum = self._mean = self._squares = torch.empty(0)
 
     def update(self, log_probs: Tensor) -> None:
         """One more draw of log-probabilities, (B, ..., C)."""
+        self._dtype = log_probs.dtype
+        log_probs = log_probs if log_probs.device.type in _WITHOUT_FLOAT64 else log_probs.double()
         entropy = _entropy(log_probs)
         first = self.num_samples == 0
         self._log_sum = log_probs if first else torch.logaddexp(self._log_sum, log_probs)
@@ -45,22 +51,23 @@ class RunningPredictive:
     @property
     def mean_log_probs(self) -> Tensor:
         """log p = logsumexp_s log p_s - log S, (B, ..., C)."""
-        return self._log_sum - math.log(self.num_samples)
+        return self._mean_log_probs().to(self._dtype)
 
     @property
     def predictive_entropy(self) -> Tensor:
         """Total uncertainty H[p] in nats, (B, ...)."""
-        return _entropy(self.mean_log_probs)
+        return _entropy(self._mean_log_probs()).to(self._dtype)
 
     @property
     def expected_entropy(self) -> Tensor:
         """Aleatoric part mean_s H[p_s], (B, ...)."""
-        return self._entropy_sum / self.num_samples
+        return (self._entropy_sum / self.num_samples).to(self._dtype)
 
     @property
     def mutual_information(self) -> Tensor:
         """Epistemic part H[p] - mean_s H[p_s], clamped at 0, (B, ...)."""
-        return (self.predictive_entropy - self.expected_entropy).clamp_min(0)
+        difference = _entropy(self._mean_log_probs()) - self._entropy_sum / self.num_samples
+        return difference.clamp_min(0).to(self._dtype)
 
     @property
     def mean(self) -> Tensor:
@@ -71,6 +78,9 @@ class RunningPredictive:
     def epistemic_variance(self) -> Tensor:
         """A regression's mean_s (f_s - mean)^2, (B,)."""
         return self._squares / self.num_samples
+
+    def _mean_log_probs(self) -> Tensor:
+        return self._log_sum - math.log(self.num_samples)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

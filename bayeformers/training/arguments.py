@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 __all__ = ["BayesianTrainingArguments", "parse_noise_std"]
 
 DRAW_CACHE_BYTES = 2 * 1024**3
+
+if TYPE_CHECKING:
+    NoiseStd = str | float
+else:
+    NoiseStd = str  # HfArgumentParser would take a union with str for its other type and refuse "residual"
 
 
 def _check_count(name: str, value: Any, minimum: int) -> None:
@@ -79,7 +84,7 @@ class BayesianTrainingArguments(TrainingArguments):
     draw_cache_bytes: int = field(
         default=DRAW_CACHE_BYTES, metadata={"help": "Memory in which evaluation may keep its weight draws, in bytes."}
     )
-    noise_std: str | float = field(
+    noise_std: NoiseStd = field(
         default="residual",
         metadata={"help": 'Standard deviation of the noise of a regression, or "residual": its RMSE on training data.'},
     )

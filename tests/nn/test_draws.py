@@ -172,6 +172,30 @@ def test_draws_do_not_move_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("hold", [lambda model: fixed_draw(model, 0), posterior_mean], ids=["draw", "mean"])
+def test_a_held_model_in_training_takes_no_seed(hold: Any) -> None:
+    """Every layer holds a draw or the mean: `train()` leaves the generator alone too, and with it dropout's noise."""
+    model = network().train()
+    state = torch.get_rng_state()
+    with hold(model):
+        model(X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seed_is_taken_when_a_forward_begins() -> None:
+    """In ordinary training, and where any layer is free: before the first layer, thus outside checkpointed regions."""
+    model = network().train()
+    states: list[Tensor] = []
+    model[0].register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            before = torch.get_rng_state()
+            model(X)
+            assert not torch.equal(states[-1], before)
+            assert torch.equal(states[-1], torch.get_rng_state())  # one seed per forward
+            stack.enter_context(fixed_draw(model[0], 0))  # the other layer is free
+
+
 # --------------------------------------------------------------------------------------------- activation checkpointing
 
 

@@ -27,6 +27,13 @@ def test_command_line(tmp_path: Path) -> None:
     assert (args.num_training_items, args.rho_learning_rate, args.learning_rate) == (100, 0.1, 1e-3)
 
 
+@pytest.mark.parametrize(("text", "value"), [("residual", "residual"), ("0.5", 0.5), ("2", 2.0)])
+def test_noise_std_on_the_command_line(text: str, value: Any, tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--noise_std", text]
+    (args,) = HfArgumentParser(BayesianTrainingArguments).parse_args_into_dataclasses(flags)
+    assert args.noise_std == value == make(tmp_path, noise_std=value).noise_std
+
+
 def test_json_round_trip(tmp_path: Path) -> None:
     args = make(tmp_path, kl_weight=0.5, noise_std=0.3)
     file = tmp_path / "args.json"
