@@ -20,6 +20,7 @@ from .selection import Chosen, Patterns, check_weights, choose, matching_subtree
 
 _STATE = "bayesian_conversion"
 _RESIZE = "resize_token_embeddings"
+_MOPED_PRIOR = MopedPrior()
 
 
 @dataclass
@@ -38,7 +39,7 @@ def to_bayesian(
     delta: float = 0.05,
     freeze: bool = True,
     *,
-    prior: Prior | None = None,
+    prior: Prior = _MOPED_PRIOR,
     estimator: str = "reparameterization",
     target_modules: Patterns = "all",
     exclude_modules: Patterns | None = None,
@@ -76,7 +77,6 @@ def to_bayesian(
     torch.Size([8, 4])
     """
     _check_flags(freeze=freeze, keep_dropout=keep_dropout)
-    prior = MopedPrior() if prior is None else prior
     config = BayesianConfig(delta=check_delta(delta), freeze=freeze, prior=prior)
     _check_convertible(model)
     saved = matching_subtrees(model, modules_to_save)

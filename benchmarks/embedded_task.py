@@ -4,6 +4,9 @@
 
 Each seed is a run of `python -m examples.bert_glue` with its defaults: other sentences, another initialisation, other
 weight draws. A seed whose results.json exists is not run again. Flags after `--` go to the example.
+
+The Bayesian model trains on from the deterministic one. What more epochs alone would have done shows a second run per
+seed: the deterministic model, trained on without noise for as many epochs at the same learning rate.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 POINT, TEMPERATURE, POSTERIOR = "deterministic", "deterministic + temperature", "Bayesian"
+LONGER, LONGER_TEMPERATURE = "trained on", "trained on + temperature"
 LOWER_IS_BETTER = {"nll": True, "ece": True, "aurc": True, "accuracy": False}
 TRUE_ENTROPY = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)  # H(1/4) = 0.562 nat, of the noisy labels
 
@@ -65,7 +69,24 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def run_seed(seed: int, folder: Path, flags: Sequence[str], threads: int) -> Results:
-    """The example's results.json for one seed, which is run unless it is there."""
+    """The example's results for one seed, with those of the deterministic model trained on beside its methods."""
+    results = run_example(seed, folder, flags, threads)
+    training = results["arguments"]["training"]
+    longer = {
+        "model_name_or_path": folder / "deterministic",
+        "num_train_epochs": training["bayesian_epochs"],
+        "learning_rate": training["bayesian_learning_rate"],
+        "bayesian_epochs": 0,
+        "num_eval_samples": 1,
+    }
+    longer_flags = [*flags, *(str(part) for name, flag in longer.items() for part in (f"--{name}", flag))]
+    methods = run_example(seed, folder / "trained_on", longer_flags, threads)["methods"]
+    results["methods"] |= {LONGER: methods[POINT], LONGER_TEMPERATURE: methods[TEMPERATURE]}
+    return results
+
+
+def run_example(seed: int, folder: Path, flags: Sequence[str], threads: int) -> Results:
+    """The results.json of one run, which is made unless it is there."""
     file = folder / "results.json"
     if not file.exists():
         command = [sys.executable, "-m", "examples.bert_glue", "--seed", str(seed), "--output_dir", str(folder)]
@@ -73,7 +94,7 @@ def run_seed(seed: int, folder: Path, flags: Sequence[str], threads: int) -> Res
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             subprocess.run([*command, *flags], stdout=log, stderr=log, env=environment, check=True)
-        print(f"seed {seed}: done", file=sys.stderr, flush=True)
+        print(f"{folder}: done", file=sys.stderr, flush=True)
     results: Results = json.loads(file.read_text(encoding="utf-8"))
     return results
 
@@ -84,17 +105,23 @@ def value(results: Results, method: str, group: str, name: str) -> float:
     return float((report[group] if group == "ood_auroc" else report["groups"][group])[name])
 
 
-def score_rows(runs: Sequence[Results], group: str = "in-domain") -> list[list[str]]:
-    """Per metric: each method's mean, the paired differences of the Bayesian model, and what they amount to."""
+def score_rows(runs: Sequence[Results], group: str, references: Sequence[str]) -> list[list[str]]:
+    """Per metric: each method's mean, the Bayesian model's paired difference from each reference, and its verdict."""
     rows = []
     for metric, lower in LOWER_IS_BETTER.items():
-        of = {m: [value(run, m, group, metric) for run in runs] for m in (POINT, TEMPERATURE, POSTERIOR)}
+        of = {m: [value(run, m, group, metric) for run in runs] for m in (*references, POSTERIOR)}
         row = [metric, *(f"{statistics.fmean(values):.4f}" for values in of.values())]
-        for reference in (POINT, TEMPERATURE):
+        for reference in references:
             change = Estimate.of([a - b for a, b in zip(of[POSTERIOR], of[reference], strict=True)])
             row += [str(change), change.verdict(lower)]
         rows.append(row)
     return rows
+
+
+def score_table(runs: Sequence[Results], group: str, references: Sequence[str], corner: str) -> str:
+    """The rows of `score_rows` under their header."""
+    differences = [text for reference in references for text in (f"minus {reference.split(' + ')[-1]}", "")]
+    return markdown([corner, *references, POSTERIOR, *differences], score_rows(runs, group, references))
 
 
 def uncertainty_rows(runs: Sequence[Results]) -> list[list[str]]:
@@ -142,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = [pool.submit(run_seed, s, args.output_dir / f"seed{s}", args.flags, threads) for s in args.seeds]
         runs = [job.result() for job in jobs]
     print(f"{len(runs)} seeds; mean ± standard error of paired differences\n")
-    for group in ("in-domain", "clean", "noisy", "shifted"):
-        header = [group, POINT, TEMPERATURE, POSTERIOR, "minus deterministic", "", "minus temperature", ""]
-        print(markdown(header, score_rows(runs, group)), end="\n\n")
+    for references in ((POINT, TEMPERATURE), (LONGER, LONGER_TEMPERATURE)):
+        for group in ("in-domain", "clean", "noisy", "shifted"):
+            print(score_table(runs, group, references, f"{group} inputs"), end="\n\n")
     print(markdown(["uncertainty", "first", "second", "difference", ""], uncertainty_rows(runs)), end="\n\n")
     seconds = Estimate.of([sum(run["seconds"].values()) for run in runs])
     print(f"seconds per run: {seconds.mean:.0f}")
