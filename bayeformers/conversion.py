@@ -283,7 +283,8 @@ def _tie(owners: list[tuple[nn.Module, str]], name: str) -> None:
     for number, (module, parameter) in enumerate(bayesian):
         module.specs[parameter] = spec
         if number == 0:
-            module.reset_rho(parameter)
+            if specs[0].padding_idx != spec.padding_idx:
+                module.reset_rho(parameter)  # the padding row, which another owner told of, has no part in the floor
         else:
             setattr(module, f"{parameter}_rho", getattr(bayesian[0][0], f"{bayesian[0][1]}_rho"))
             module.drop_centre(parameter)

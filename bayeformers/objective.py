@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .distributions import DiagonalNormal, scale_from_rho
 from .distributions import kl_divergence as _kl_divergence
 from .distributions.kl import has_closed_form
-from .distributions.normal_kl import normal_kl
+from .distributions.normal_kl import block_size, normal_kl
 from .nn.base import NamedVariational, variational_tensors
 from .nn.variational import wide
 
@@ -69,8 +69,10 @@ def tensor_kl(tensor: NamedVariational) -> Tensor:
 
 def _negative_entropy(tensor: NamedVariational) -> Tensor:
     half_log_2pie = 0.5 * math.log(2 * math.pi * math.e)
-    rhos = [wide(tensor.rho[rows], tensor.loc) for rows in tensor.random_rows()]
-    return torch.stack([-scale_from_rho(rho).log().sum() - half_log_2pie * rho.numel() for rho in rhos]).sum()
+    size = block_size(tensor.rho)
+    blocks = [block for rows in tensor.random_rows() for block in torch.split(tensor.rho[rows].reshape(-1), size)]
+    logs = [scale_from_rho(wide(block, tensor.loc)).log().sum() for block in blocks]  # it runs in every step's log
+    return -torch.stack(logs).sum() - half_log_2pie * sum(block.numel() for block in blocks)
 
 
 def _sum_over_tensors(model: nn.Module, function: Callable[[NamedVariational], Tensor]) -> Tensor:

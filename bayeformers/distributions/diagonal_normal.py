@@ -11,7 +11,7 @@ from torch import Tensor
 MIN_SCALE = 1e-8
 """Floor of every scale: one number for the draw and for the KL, so that both see the same posterior."""
 
-_LINEAR = 20.0  # softplus(rho) = rho beyond this, in float32 exactly
+LINEAR_FROM = 20.0  # softplus(rho) = rho beyond this, in float32 exactly
 
 
 def scale_from_rho(rho: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def scale_from_rho(rho: Tensor) -> Tensor:
     >>> scale_from_rho(torch.tensor([-200.0, 0.0, 200.0])).tolist()
     [9.99999993922529e-09, 0.6931471824645996, 200.0]
     """
-    return torch.maximum(rho, rho.clamp_max(_LINEAR).exp().log1p()).clamp_min(MIN_SCALE)
+    return torch.maximum(rho, rho.clamp_max(LINEAR_FROM).exp().log1p()).clamp_min(MIN_SCALE)
 
 
 def rho_from_scale(scale: Tensor) -> Tensor:

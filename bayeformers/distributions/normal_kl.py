@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .diagonal_normal import MIN_SCALE, DiagonalNormal
+from .diagonal_normal import LINEAR_FROM, MIN_SCALE, DiagonalNormal
 
 PriorOfBlock = Callable[[Tensor], DiagonalNormal]
 """The prior of a block of weights, given the block of trained weights (or of means, where they are frozen)."""
 
 _CPU_BLOCK = 2**16  # two threads' smallest share; all that is computed on the way stays in cache
 _DEVICE_BLOCK = 2**24  # elsewhere kernel launches cost more than memory traffic
-_LINEAR = 20.0  # softplus(rho) = rho beyond this
 
 
 def normal_kl(
@@ -95,9 +94,14 @@ def _value_and_grads(
     return torch.stack(values).sum(dtype=torch.float64).to(dtype), grads
 
 
+def block_size(*tensors: Tensor | None) -> int:
+    """Elements to work on at a time where these tensors lie."""
+    return _CPU_BLOCK if all(t is None or t.device.type == "cpu" for t in tensors) else _DEVICE_BLOCK
+
+
 def _softplus(rho: Tensor) -> tuple[Tensor, Tensor]:
     """(exp(rho), scale), as `scale_from_rho`; the exponential stops at exp(20)."""
-    exp_rho = rho.clamp_max(_LINEAR).exp_()
+    exp_rho = rho.clamp_max(LINEAR_FROM).exp_()
     scale = exp_rho.log1p()
     return exp_rho, torch.maximum(scale, rho, out=scale).clamp_min_(MIN_SCALE)
 
@@ -110,6 +114,6 @@ def _blocks(padding_idx: int | None, *tensors: Tensor | None) -> Iterator[tuple[
     for rows in (slice(None),) if padding_idx is None else (slice(0, padding_idx), slice(padding_idx + 1, None)):
         flat = [None if tensor is None else tensor.detach()[rows].reshape(-1) for tensor in tensors]
         length = next(tensor.numel() for tensor in flat if tensor is not None)
-        size = _CPU_BLOCK if all(t is None or t.device.type == "cpu" for t in flat) else _DEVICE_BLOCK
+        size = block_size(*flat)
         for start in range(0, length, size):
             yield tuple(None if tensor is None else tensor[start : start + size] for tensor in flat)

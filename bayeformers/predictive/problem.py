@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto as auto
 
-__all__ = ["LABEL_NAMES", "ProblemType", "forward_inputs", "resolve_problem_type", "sequence_problem_type", "unwrapped"]
+__all__ = ["ProblemType", "resolve_problem_type", "sequence_problem_type", "unwrapped"]
 
 ProblemType = Literal[
     "single_label_classification",
@@ -36,7 +36,6 @@ _TABLES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("single_label_classification", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
     ("single_label_classification", auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES),
 )
-LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
 _PERMUTATION_LM = "XLNetLMHeadModel"  # predicts through `target_mapping`: neither aligned nor shifted
 _SEQUENCE_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -103,20 +102,3 @@ def resolve_problem_type(model: nn.Module, labels: Tensor | None = None) -> Prob
     if task == "sequence":
         return sequence_problem_type(config.num_labels, labels)  # type: ignore[union-attr]
     return next((known for known in get_args(ProblemType) if known == task), "unknown")
-
-
-def forward_inputs(model: nn.Module, inputs: Mapping[str, Any], problem_type: ProblemType) -> dict[str, Any]:
-    """The batch without its labels, so that the model computes no loss of its own; an unknown head keeps them.
-
-    An encoder-decoder reads its decoder's input off the labels: it is made here where the collator did not.
-    """
-    if problem_type == "unknown":
-        return dict(inputs)
-    kept = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
-    decoder_inputs = any(kept.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-    if problem_type != "seq2seq_lm" or decoder_inputs or inputs.get("labels") is None:
-        return kept
-    shift = getattr(unwrapped(model), "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
-        return dict(inputs)
-    return {**kept, "decoder_input_ids": shift(labels=inputs["labels"])}

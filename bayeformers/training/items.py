@@ -8,7 +8,7 @@ from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
 from ..posteriors.base import without_labels
-from ..predictive import ProblemType
+from ..predictive import IGNORED, ProblemType
 
 __all__ = [
     "IGNORED",
@@ -21,7 +21,6 @@ __all__ = [
     "span_end",
 ]
 
-IGNORED = -100
 LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
