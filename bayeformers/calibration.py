@@ -16,7 +16,7 @@ from .conversion import is_bayesian, to_bayesian, to_deterministic
 from .distributions import InitialScale, rho_from_scale
 from .nn import variational_tensors
 from .posteriors import PointPosterior, VariationalPosterior
-from .posteriors.base import linearized_predictive
+from .posteriors.logits import linearized_predictive
 from .predictive import IGNORED, Predictive
 
 Batch = Mapping[str, Any] | Tensor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from .nn import draws
 from .nn.base import BayesianModule, variational_tensors
 from .nn.estimators import get_estimator
 from .nn.variational import TensorSpec
-from .selection import Chosen, Patterns, check_weights, choose, matching_subtrees, owners_of, recorded
+from .patterns import Patterns
+from .selection import Chosen, check_weights, choose, matching_subtrees, owners_of, recorded
 
 _STATE = "bayesian_conversion"
 _RESIZE = "resize_token_embeddings"
@@ -317,6 +319,25 @@ def _switch_fused_off(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 def _publish(model: nn.Module, config: BayesianConfig) -> None:
     if hasattr(model, "config") and not isinstance(model.config, dict):
         model.config.bayesian = config.to_dict()  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def without_stale_record(model: nn.Module) -> Iterator[None]:
+    """While an unconverted model is saved: its config without the record of a conversion.
+
+    Models that were made from one config object share it, so another one's conversion may stand there; and the mean of
+    a converted checkpoint, loaded by transformers alone, brings the record along.
+    """
+    config = getattr(model, "config", None)
+    stale = None if is_bayesian(model) else getattr(config, "bayesian", None)
+    if config is None or stale is None:
+        yield
+        return
+    del config.bayesian
+    try:
+        yield
+    finally:
+        config.bayesian = stale
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> None:

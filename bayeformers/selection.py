@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,9 +9,9 @@ from torch import nn
 
 from .config import BayesianConfig
 from .nn.base import BayesianModule
+from .patterns import Patterns, matching, subtrees
 from .registry import bayesian_class, is_only_read, supported_layers
 
-Patterns = str | Sequence[str]
 Chosen = dict[str, type[BayesianModule]]
 
 
@@ -20,8 +19,8 @@ def choose(
     model: nn.Module, target: Patterns, exclude: Patterns | None, saved: list[str]
 ) -> tuple[Chosen, dict[str, str]]:
     names = [name for name, _ in model.named_modules()]
-    targeted = set(names) if target == "all" else _matching(names, target, "target_modules")
-    excluded = set() if exclude is None else _subtrees(names, _matching(names, exclude, "exclude_modules"))
+    targeted = set(names) if target == "all" else matching(names, target, "target_modules")
+    excluded = set() if exclude is None else subtrees(names, matching(names, exclude, "exclude_modules"))
     chosen: Chosen = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -56,35 +55,12 @@ def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> tuple[typ
     return kind, reason
 
 
-def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:
-    """PEFT's rule: a string is one regular expression matched in full, a list holds name suffixes."""
-    names = list(names)
-    if isinstance(patterns, str):
-        try:
-            found = {name for name in names if re.fullmatch(patterns, name)}
-        except re.error as error:
-            raise ValueError(f"`{argument}` is no valid regular expression: {patterns!r} ({error}).") from None
-        if not found:
-            raise ValueError(f"`{argument}`={patterns!r} matches no module. {_examples(names)}")
-        return found
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"`{argument}` must be a string or a list of strings, got {patterns!r}.")
-    by_pattern = {p: {name for name in names if name == p or name.endswith(f".{p}")} for p in patterns}
-    if missing := [p for p, found in by_pattern.items() if not found]:
-        raise ValueError(f"`{argument}` names {missing}, which match no module. {_examples(names)}")
-    return set().union(*by_pattern.values())
-
-
-def _subtrees(names: Iterable[str], roots: set[str]) -> set[str]:
-    """``roots`` and all inside them: who excludes a container means its layers."""
-    return {name for name in names if any(name == root or name.startswith(f"{root}.") for root in roots)}
-
 
 def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     if isinstance(patterns, str):
         raise TypeError(f"`modules_to_save` must be a list of module names, got the string {patterns!r}.")
     names = [name for name, _ in model.named_modules()]
-    return sorted(_matching(names, patterns, "modules_to_save")) if patterns else []
+    return sorted(matching(names, patterns, "modules_to_save")) if patterns else []
 
 
 def _check_each_convertible(target: Sequence[str], chosen: Iterable[str], skipped: dict[str, str]) -> None:
@@ -103,11 +79,6 @@ def _nothing_to_convert(target: Patterns, targeted: Iterable[str], skipped: dict
         f"`target_modules`={target!r} leaves nothing to convert ({'; '.join(reasons) or 'no layer with weights'}). "
         f"Supported layers: {supported_layers()}."
     )
-
-
-def _examples(names: Sequence[str]) -> str:
-    leaves = [name for name in names if name]
-    return f"Modules are named like {', '.join(map(repr, leaves[-3:]))}." if leaves else "The model has no submodules."
 
 
 def owners_of(model: nn.Module, names: Iterable[str]) -> dict[int, list[tuple[str, str]]]:

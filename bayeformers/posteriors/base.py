@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any, Protocol, cast, runtime_checkable
@@ -18,14 +18,17 @@ from ..predictive import (
     Predictive,
     ProblemType,
     drawn_values,
+    logits_of,
     resolve_problem_type,
     token_mask,
     unwrapped,
 )
 from ..snapshot import rng_state, set_rng_state
-from .linearized import linearized_logits, logit_draws
+from .blocks import GaussianBlock, mean_field_blocks
+from .linearized import Statistic, linearize
+from .logits import Link, linearized_predictive
+from .methods import METHODS, SAMPLING, Bound, statistic
 
-_LOGIT_DRAWS = 1024
 _SPANS = ("start_positions", "end_positions")
 _CACHES = ("past_key_values", "cache_params")
 
@@ -44,9 +47,9 @@ class Posterior(Protocol):
         """The model with draw ``index`` of the sequence ``seed``, until exit."""
 
     def predict(
-        self, inputs: Mapping[str, Any] | Tensor, *, num_samples: int = 16, method: str = "sample", seed: int = 0
+        self, inputs: Mapping[str, Any] | Tensor, *, num_samples: int = 16, method: str | None = None, seed: int = 0
     ) -> Predictive:
-        """What the draws say about ``inputs``."""
+        """What the posterior says about ``inputs``."""
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write all that a reload needs into a folder."""
@@ -61,10 +64,15 @@ class BasePosterior(ABC):
     Attributes:
         model: whose weights are drawn; used in ``eval()`` mode, restored afterwards.
         num_draws: how many distinct draws there are; None: unlimited.
+        default_method: of `predict`.
+        draw_cache_bytes: memory in which draws are kept for the next batch.
     """
 
     model: nn.Module
     num_draws: int | None = None
+    default_method: str = "sample"
+    draw_cache_bytes: int = 0
+    _kept: tuple[Sequence[GaussianBlock], tuple[Any, ...], Statistic] | None = None
 
     @abstractmethod
     def mean(self) -> AbstractContextManager[None]:
@@ -91,8 +99,7 @@ class BasePosterior(ABC):
         Raises:
             TypeError, ValueError: ``inputs`` or ``num_samples`` is not as described.
         """
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
+        check_num_samples(num_samples)
         inputs = without_labels(self.model, inputs)
         num_samples = num_samples if self.num_draws is None else min(num_samples, self.num_draws)
 
@@ -108,80 +115,133 @@ class BasePosterior(ABC):
         inputs: Mapping[str, Any] | Tensor,
         *,
         num_samples: int = 16,
-        method: str = "sample",
+        method: str | None = None,
+        link: Link = "auto",
         seed: int = 0,
         problem_type: ProblemType | None = None,
         noise_std: float | None = None,
+        bound: Bound = "lower",
+        direction: int | float = 0,
     ) -> Predictive:
-        """What ``num_samples`` draws say about ``inputs``.
+        """What the posterior says about ``inputs``.
 
         Args:
             inputs: what the model's ``forward`` takes; labels are ignored.
-            num_samples: number S of draws; a posterior with fewer distinct draws gives those.
-            method: "sample": average the network's probabilities over draws; "glm": the linearised network's, for
-                logits (B, C) of a Gaussian posterior (its draws of logits are cheap: `num_samples` plays no part).
+            num_samples: number S of draws ("sample", "mc_glm"), or of directions ("lr_glm"). A posterior with fewer
+                distinct draws gives those.
+            method: "sample" (or "nn"): average the network's probabilities over draws; "glm": the linearised network's,
+                whose outputs are Gaussian; "mc_glm", "one_glm", "lr_glm", "e_glm": approximations of it, see
+                `posteriors.methods`. By default `default_method`.
+            link: from the linearised network's Gaussian logits to probabilities: see `posteriors.logits`.
             seed: the same seed gives the same draws, for every batch and process.
             problem_type: what the head predicts; by default found from the model's class and configuration, and
                 classification for a model that transformers does not know.
-            noise_std: a regression's noise; by default what the configuration records.
+            noise_std: a regression's noise; by default what the posterior or the configuration records.
+            bound: of "lr_glm": "lower" or "upper".
+            direction: of "e_glm": a rank, 0 the most uncertain, or a quantile as a float.
 
         Raises:
-            ValueError: an argument is not one of these.
+            ValueError: an argument is not one of these, or a linearised method was asked of a posterior that is not
+                Gaussian, or of a head over a vocabulary or over positions.
         """
-        if method not in ("sample", "glm"):
-            raise ValueError(f"`method` must be 'sample' or 'glm', got {method!r}.")
-        problem = problem_type or known_problem_type(self.model)
+        method = self.default_method if method is None else method
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+        problem = problem_type or self.problem_type()
         if problem == "regression" and noise_std is None:
-            noise_std = recorded_noise_std(self.model)
-        if method == "glm":
-            return linearized_predictive(*self.linearize(inputs), problem, seed=seed, noise_std=noise_std)
-        values = torch.stack(
-            [
-                drawn_values(output, problem, inputs)
-                for output in self.passes(inputs, num_samples=num_samples, seed=seed)
-            ]
+            noise_std = self.recorded_noise_std()
+        if method in SAMPLING:
+            outputs = self.passes(inputs, num_samples=num_samples, seed=seed)
+            values = torch.stack([drawn_values(output, problem, inputs) for output in outputs])
+            if problem == "regression":
+                return Predictive(problem_type=problem, values=values, noise_std=noise_std)
+            return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
+        if has_many_logits(self.model, problem):
+            raise ValueError(
+                f"`method`={method!r} needs few logits per prediction, got a {problem!r} head over a vocabulary or over "
+                f"positions ({type(unwrapped(self.model)).__name__}); use 'sample'."
+            )
+        mean, covariance = self.linearize(
+            inputs, method=method, num_samples=num_samples, seed=seed, bound=bound, direction=direction
         )
-        if problem == "regression":
-            return Predictive(problem_type=problem, values=values, noise_std=noise_std)
-        return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
+        mask = token_mask(mean, problem, inputs)
+        return linearized_predictive(mean, covariance, problem, link=link, seed=seed, noise_std=noise_std, mask=mask)
+
+    def linearize(
+        self,
+        inputs: Mapping[str, Any] | Tensor,
+        *,
+        method: str = "glm",
+        num_samples: int = 16,
+        seed: int = 0,
+        bound: Bound = "lower",
+        direction: int | float = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean (B, C) and covariance (B, C, C) of the linearised network's outputs, or (B, T, C) and (B, T, C, C).
+
+        Arguments are as in `predict`.
+
+        Raises:
+            ValueError: the posterior is not Gaussian, or the model has no rule for a layer or no such outputs.
+        """
+        check_num_samples(num_samples)
+        blocks, inputs = self.blocks(), without_labels(self.model, inputs)
+        how = self._statistic(
+            method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction
+        )
+        with prediction_mode(self.model), self.mean():
+            mean, covariance = linearize(self.model, inputs, blocks, how, self.outputs_of)
+        return mean, covariance[0]
+
+    def _statistic(self, method: str, blocks: Sequence[GaussianBlock], **options: Any) -> Statistic:
+        """Kept for the next batch while the blocks are the same objects: to choose directions all weights are read."""
+        key = (method, *options.values())
+        if self._kept is None or self._kept[0] is not blocks or self._kept[1] != key:
+            how = statistic(method, blocks, cache_bytes=self.draw_cache_bytes, **options)
+            self._kept = (blocks, key, how)
+        return self._kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it keeps for the next batch, a function that cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
+
+    def blocks(self) -> Sequence[GaussianBlock]:
+        """The posterior as independent Gaussians, one per layer.
+
+        Raises:
+            ValueError: it is not Gaussian.
+        """
+        return mean_field_blocks(self.model, self.variances())
 
     def variances(self) -> dict[nn.Parameter, Tensor]:
-        """Marginal variance of every random Parameter, where the posterior is a diagonal Gaussian.
+        """Marginal variance of every random Parameter.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the posterior is not Gaussian.
         """
-        raise ValueError(f"`method`='glm' needs a Gaussian posterior, got {type(self).__name__}; use 'sample'.")
+        raise ValueError(f"A linearised `method` needs a Gaussian posterior, got {type(self).__name__}; use 'sample'.")
 
-    def linearize(self, inputs: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C) and covariance (B, C, C) of the linearised network's logits: see `posteriors.linearized`.
+    def outputs_of(self, output: Any) -> Tensor:
+        """The logits (or values) in what the model returns."""
+        return logits_of(output)
 
-        Raises:
-            ValueError: the posterior is not Gaussian, or the model has no rule for a layer or no (B, C) logits.
-        """
-        variances, inputs = self.variances(), without_labels(self.model, inputs)
-        with prediction_mode(self.model), self.mean():
-            return linearized_logits(self.model, inputs, variances)
+    def problem_type(self) -> ProblemType:
+        """What the head predicts; single-label classification for a model that transformers does not know."""
+        return known_problem_type(self.model)
+
+    def recorded_noise_std(self) -> float | None:
+        """A regression's noise as the configuration records it, or None."""
+        return recorded_noise_std(self.model)
 
 
-def linearized_predictive(
-    mean: Tensor, covariance: Tensor, problem: ProblemType, *, seed: int = 0, noise_std: float | None = None
-) -> Predictive:
-    """What Gaussian logits say: all uncertainties from one set of logit draws with common random numbers.
+def check_num_samples(num_samples: int) -> None:
+    """A whole number >= 1.
 
-    Shape: (B, C), (B, C, C) -> a predictive of 1,024 draws.
+    Raises:
+        ValueError: otherwise.
     """
-    draws = logit_draws(mean, covariance, _LOGIT_DRAWS, seed)
-    values = torch.stack([drawn_values(logits, problem, {}) for logits in draws])
-    is_regression = problem == "regression"
-    return Predictive(
-        problem_type=problem,
-        log_probs=None if is_regression else values,
-        values=values if is_regression else None,
-        noise_std=noise_std if is_regression else None,
-        logit_mean=mean,
-        logit_covariance=covariance,
-    )
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+        raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
 
 
 def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
@@ -249,6 +309,14 @@ def known_problem_type(model: nn.Module) -> ProblemType:
     """The head's problem type; single-label classification for a model that transformers does not know."""
     problem = resolve_problem_type(model)
     return "single_label_classification" if problem == "unknown" else problem
+
+
+def has_many_logits(model: nn.Module, problem_type: ProblemType) -> bool:
+    """Whether the head has too many logits per prediction for a covariance of them: over a vocabulary or positions."""
+    if problem_type in ("question_answering", "causal_lm", "seq2seq_lm"):
+        return True
+    output_embeddings = getattr(unwrapped(model), "get_output_embeddings", None)  # a masked language model's too
+    return callable(output_embeddings) and output_embeddings() is not None
 
 
 def recorded_noise_std(model: nn.Module) -> float | None:

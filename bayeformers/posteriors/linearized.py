@@ -1,174 +1,255 @@
-"""The linearised predictive: logits f ~ N(f(x; mu), J Sigma J^T) for a Gaussian over the weights.
+"""The linearised network: outputs f ~ N(f(x; mu), J Sigma J^T) for a Gaussian over the weights.
 
-One forward and C backward passes instead of S draws, and no Jacobian over the parameters: with the inputs a_t of a
-layer and the gradients g_ct of logit c at its output, the layer's Jacobian is M_c = sum_t g_ct a_t^T, and its part of
-the covariance is S_cd = sum_ij M_c,ij M_d,ij sigma_ij^2. Immer et al. 2021 (arXiv 2008.08400), section 3; Khan et al.
-2019 (arXiv 1906.01930).
-In a curved network large weight noise is not what the local Gaussian means: this predictive keeps the decision of the
-mean, where sampling the network at the same scale can destroy it.
+One forward and one backward pass per output instead of S draws, and no Jacobian over the parameters: with the inputs
+a_t of a layer and the gradients g_ct of output c there, the layer's Jacobian is M_c = sum_t g_ct a_t^T, and with
+Sigma = U diag(V) U^T, U = U_G (x) U_A, its part of the covariance is
+
+    S_cd = sum_ij N_c,ij N_d,ij V_ij,    N_c = U_G^T M_c U_A = sum_t (U_G^T g_ct) (U_A^T a_t)^T.
+
+U is the identity for a mean-field posterior. Immer et al. 2021 (arXiv 2008.08400), section 3; Khan et al. 2019 (arXiv
+1906.01930). In a curved network large weight noise is not what the local Gaussian means: this predictive keeps the
+decision of the mean, where sampling the network at the same scale can destroy it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats.qmc import MultivariateNormalQMC
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..jacobians import Inputs, LayerRule, Use, are_batched, batch_size, examples, gradients, record, rule_of
+from ..jacobians.rules import EmbeddingRule
 from ..predictive import logits_of
+from .blocks import GaussianBlock, to_matrix
+from .covariance import (
+    affine_covariance,
+    affine_products,
+    jacobian_covariance,
+    reached,
+    separable_covariance,
+    table_covariance,
+    table_squares,
+)
 
-Variances = Mapping[nn.Parameter, Tensor]
-"""Marginal posterior variance sigma^2 of each random Parameter, of its shape."""
+TOLERANCE = {torch.float64: 0.0}
+"""Relative error that `Separable` variances may cause in the covariance, by dtype; elsewhere `FAST_TOLERANCE`."""
+FAST_TOLERANCE = 1e-3
 
-_CHUNK_ELEMENTS = 2**22  # of one layer's per-example Jacobian: 16 MiB in float32, about a processor's cache
+OutputOf = Callable[[Any], Tensor]
 
 
-def linearized_logits(
-    model: nn.Module, inputs: Mapping[str, Any] | Tensor, variances: Variances
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What one block's Jacobian is made of, for a batch and C outputs; its uses are joined along the positions.
+
+    Attributes:
+        block: whose Jacobian it is.
+        inputs: a, (K, B, T, d_in'), with a last column of ones for a bias; ids (1, B, T) of a table.
+        gradients: g, (K, B, C, T, d_out).
+    """
+
+    block: GaussianBlock
+    inputs: Tensor
+    gradients: Tensor
+
+    def jacobian(self) -> Tensor:
+        """M, (K, B, C, d_out, d_in'); mostly zeros for a table, whose other methods form none."""
+        if isinstance(_rule(self.block), EmbeddingRule):
+            one_hot = nn.functional.one_hot(self.inputs[0], self._num_rows()).to(self.gradients)
+            return torch.matmul(one_hot.mT.unsqueeze(1), self.gradients)
+        if _rule(self.block).is_affine:
+            return torch.matmul(self.gradients.mT, self.inputs.unsqueeze(2))
+        inputs = {"weight": self.inputs, "bias": torch.ones_like(self.inputs)}
+        rows = [(self.gradients * inputs[name].unsqueeze(2)).sum(3) for name in self.block.parameters]
+        return torch.stack(rows, dim=-2)
+
+    def split(self, size: int) -> Iterator[Captured]:
+        """Parts of at most ``size`` examples."""
+        for start in range(0, self.inputs.shape[1], size):
+            part = slice(start, start + size)
+            yield Captured(self.block, self.inputs[:, part], self.gradients[:, part])
+
+    def squares(self) -> Tensor:
+        """sum over examples and outputs of N^2, (K, d_out, d_in'): the diagonal of J^T J in the block's basis."""
+        if isinstance(_rule(self.block), EmbeddingRule):
+            g = self.gradients[0] if self.block.right is None else self.gradients[0] @ self.block.right[0]
+            return table_squares(self.inputs[0], g, self._num_rows())
+        return self.coordinates().square().sum((1, 2))
+
+    def covariance(self) -> Tensor:
+        """This block's part of S, (n, B, C, C)."""
+        block, rule = self.block, _rule(self.block)
+        if isinstance(rule, EmbeddingRule) and not block.is_flat:
+            return table_covariance(self.inputs, self.gradients, block.right, block.variances())
+        if not rule.is_affine or block.is_flat:
+            return jacobian_covariance(self.coordinates(), block.variances())
+        inputs, grads = reached(self.inputs, self.gradients)
+        separable = block.separable(TOLERANCE.get(grads.dtype, FAST_TOLERANCE))
+        if separable is not None and separable.pays(inputs, grads):
+            assert block.left is not None and block.right is not None  # a separable block has a basis
+            return separable_covariance(inputs, grads, block.left, block.right, separable)
+        return affine_covariance(inputs, grads, block.left, block.right, block.variances())
+
+    def coordinates(self) -> Tensor:
+        """N = U_G^T M U_A, (K, B, C, d_out, d_in'), of the block's own form."""
+        matrix = self.jacobian()
+        if self.block.is_flat:
+            matrix = matrix.movedim(0, 2).flatten(2)[None, :, :, None]
+        if self.block.left is not None:
+            matrix = torch.matmul(self.block.left.mT[:, None, None], matrix)
+        return matrix if self.block.right is None else torch.matmul(matrix, self.block.right[:, None, None])
+
+    def selected(self, directions: Tensor) -> Tensor:
+        """J v_k of eigen-directions, by their flat index in (K, d_out, d_in'): (B, C, m)."""
+        block, rule = self.block, _rule(self.block)
+        if block.is_flat or not isinstance(rule, EmbeddingRule) and not rule.is_affine:
+            return self.coordinates().movedim(0, 2).flatten(2)[..., directions]
+        k, i, j = torch.unravel_index(directions, block.variances().shape[1:])
+        if isinstance(rule, EmbeddingRule):
+            g = self.gradients[0] if block.right is None else self.gradients[0] @ block.right[0]
+            return torch.einsum("bctm,btm->bcm", g[..., j], (self.inputs[0, :, :, None] == i).to(g.dtype))
+        a = (
+            self.inputs[k, :, :, j]
+            if block.right is None
+            else torch.einsum("mbtj,mj->mbt", self.inputs[k], block.right[k, :, j])
+        )
+        g = (
+            self.gradients[k, ..., i]
+            if block.left is None
+            else torch.einsum("mbcti,mi->mbct", self.gradients[k], block.left[k, :, i])
+        )
+        return torch.einsum("mbct,mbt->bcm", g, a)
+
+    def gram(self) -> Tensor:
+        """J J^T, (1, B, C, C)."""
+        if isinstance(_rule(self.block), EmbeddingRule) and not self.block.is_flat:
+            return table_covariance(self.inputs, self.gradients, None, torch.ones_like(self.block.variances()[:1]))
+        matrix = self.jacobian()
+        return jacobian_covariance(matrix, torch.ones_like(matrix[:, 0, 0]).unsqueeze(0))
+
+    def products(self, deviation: Tensor) -> Tensor:
+        """J eta, (B, C), for a matrix eta (K, d_out, d_in')."""
+        rule = _rule(self.block)
+        if isinstance(rule, EmbeddingRule):
+            return torch.einsum("bctd,btd->bc", self.gradients[0], deviation[0, self.inputs[0]])
+        if rule.is_affine:
+            return affine_products(self.inputs, self.gradients, deviation)
+        return torch.einsum("kbcij,kij->bc", self.jacobian(), deviation)
+
+    def _num_rows(self) -> int:
+        return int(to_matrix(self.block.modules[0], dict(self.block.parameters)).shape[1])
+
+
+Statistic = Callable[[Sequence[Captured]], Tensor]
+"""From the captures of C outputs to (n, B, ...)."""
+
+
+def linearize(
+    model: nn.Module,
+    inputs: Inputs,
+    blocks: Sequence[GaussianBlock],
+    statistic: Statistic,
+    output_of: OutputOf = logits_of,
+    *,
+    contrasts: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean (B, C) and covariance (B, C, C) of the logits, for a model that stands at its posterior mean in `eval()`.
+    """Outputs (B, C) or (B, T, C), and the ``statistic`` of the C outputs of each: (n, B, C, C) or (n, B, T, C, C).
 
-    Layers that share a Parameter or are called several times are added before they are squared: one weight, one noise.
-
-    Args:
-        model: with (B, C) logits.
-        inputs: without labels.
-        variances: of the random Parameters of `nn.Linear`, transformers' `Conv1D` and `nn.Embedding` layers.
+    ``model`` stands at its posterior mean in `eval()`; ``inputs`` have no labels. Positions are taken one after the
+    other, so a token classifier costs T C backward passes. ``contrasts``: the statistic of the centred outputs
+    f - mean_c f_c instead, all that a softmax depends on, with one backward pass fewer.
 
     Raises:
-        ValueError: logits of another shape, or a tensor that both an Embedding and another layer use.
+        ValueError: a layer without a rule, or outputs of another shape.
     """
-    with torch.enable_grad():
-        logits, uses = _record(model, inputs, variances)
-        if len(logits) > 1 and not all(use.is_batched(len(logits)) for use in uses):
-            parts = [linearized_logits(model, one, variances) for one in _examples(inputs, len(logits))]
-            mean, covariance = (torch.cat(column) for column in zip(*parts, strict=True))
-            return mean, covariance
-        _backpropagate(logits, uses)
-    covariance = logits.new_zeros(*logits.shape, logits.shape[1]).detach()
-    for parameter, variance in variances.items():
-        own = [use for use in uses if any(parameter is p for p in use.module._parameters.values())]
+    modules = [module for block in blocks for module in block.modules]
+    outputs, uses = record(model, inputs, modules, output_of)
+    if outputs.ndim not in (2, 3) or len(outputs) != batch_size(inputs):
+        raise ValueError(f"The linearised predictive needs logits (B, C) or (B, T, C), got {tuple(outputs.shape)}.")
+    if not (uses and outputs.requires_grad):
+        raise ValueError("The outputs depend on none of the layers that the posterior covers: it cannot be linearised.")
+    if not are_batched(outputs, uses):
+        parts = [
+            linearize(model, one, blocks, statistic, output_of, contrasts=contrasts)
+            for one in examples(inputs, len(outputs))
+        ]
+        return torch.cat([mean for mean, _ in parts]), torch.cat([value for _, value in parts], dim=1)
+    positions = range(outputs.shape[1]) if outputs.ndim == 3 else [None]
+    basis = torch.eye(outputs.shape[-1]).to(outputs)
+    basis = contrast_basis(basis) if contrasts else basis
+    with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
+        found = [statistic(capture(outputs, position, uses, blocks, basis)) for position in positions]
+        if contrasts:
+            found = [basis @ value @ basis.mT for value in found]
+    return outputs.detach(), torch.stack(found, dim=2) if outputs.ndim == 3 else found[0]
+
+
+def covariance(captured: Sequence[Captured]) -> Tensor:
+    """S = J Sigma J^T, (n, B, C, C): blocks are independent, so their parts add."""
+    total, *others = [part.covariance() for part in captured]
+    for other in others:
+        total = total + other
+    return total
+
+
+def contrast_basis(identity: Tensor) -> Tensor:
+    """Orthonormal columns (C, C - 1) that span what is left of C outputs without their mean (Helmert's contrasts)."""
+    steps = torch.arange(1, len(identity)).to(identity)
+    columns = identity.new_ones(identity.shape).triu(1)[:, 1:] - steps * identity[:, 1:]
+    return columns / (steps * (steps + 1)).sqrt()
+
+
+def capture(
+    outputs: Tensor, position: int | None, uses: Sequence[Use], blocks: Sequence[GaussianBlock], basis: Tensor
+) -> list[Captured]:
+    """Gradients of outputs @ basis at every use, by block; ``basis`` (C, C') takes the place of C unit vectors.
+
+    The outputs are (B, C), or those at one ``position`` of (B, T, C). Blocks without a use are left out.
+    """
+    by_output = []
+    for column in basis.unbind(1):
+        weights = torch.zeros_like(outputs)
+        weights[slice(None) if position is None else (slice(None), position)] = column
+        by_output.append(gradients(outputs, uses, weights))
+    of_use = dict(zip(map(id, uses), zip(*by_output, strict=True), strict=True))
+    captured = []
+    for block in blocks:
+        own = [use for use in uses if any(use.module is module for module in block.modules)]
         if own:
-            covariance += _covariance(own, parameter, variance.sqrt())
-    return logits.detach(), covariance
+            captured.append(captured_block(block, own, [of_use[id(use)] for use in own], len(outputs)))
+    return captured
 
 
-def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int) -> Tensor:
-    """Draws from N(mean, covariance) with common random numbers: every example uses the same quasi-random normals.
-
-    Shape: (B, C), (B, C, C) -> (S, B, C).
-    """
-    values, vectors = torch.linalg.eigh(covariance.double())
-    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    normals = MultivariateNormalQMC(np.zeros(mean.shape[-1]), rng=seed).random(num_samples)
-    noise = torch.einsum("bcd,sd->sbc", root, torch.as_tensor(normals, device=mean.device))
-    return (mean.double() + noise).to(mean.dtype)
-
-
-class _Use:
-    """One call of a layer with random weights: its input, its output, and the gradients of the logits there."""
-
-    def __init__(self, module: nn.Module, input: Tensor, output: Tensor) -> None:
-        self.module, self.input, self.output = module, input.detach(), output
-        self.grads = torch.empty(0)
-
-    def is_batched(self, batch: int) -> bool:
-        """Whether the first axis is the batch beyond doubt: positions or experts may stand there, or be as many."""
-        features = 0 if isinstance(self.module, nn.Embedding) else 1
-        others = self.input.shape[1 : self.input.ndim - features]
-        return len(self.input) == len(self.output) == batch and batch not in others
-
-    def inputs(self, batch: int) -> Tensor:
-        """Inputs with all axes between batch and features joined: (B, T, d_in); ids (B, T) of a table."""
-        if isinstance(self.module, nn.Embedding):
-            return self.input.reshape(batch, -1)
-        return _joined(self.input, batch)
-
-
-def _record(model: nn.Module, inputs: Mapping[str, Any] | Tensor, variances: Variances) -> tuple[Tensor, list[_Use]]:
-    uses: list[_Use] = []
-    random = {id(parameter) for parameter in variances}
-
-    batch = _batch_size(inputs)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        ids = args[0]
-        if isinstance(module, nn.Embedding) and len(ids) == 1 < batch:  # positions, looked up once for all examples
-            ids, output = ids.expand(batch, *ids.shape[1:]), output.expand(batch, *output.shape[1:])
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        uses.append(_Use(module, ids, output))
-        return output.clone()  # what follows may edit it in place
-
-    layers = [m for m in model.modules() if any(id(p) in random for p in m._parameters.values())]
-    for layer in layers:
-        if not isinstance(layer, (nn.Linear, Conv1D, nn.Embedding)):
-            raise ValueError(f"The linearised predictive has no rule for {type(layer).__name__}; use method='sample'.")
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
-        logits = logits_of(model(inputs) if isinstance(inputs, Tensor) else model(**inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if logits.ndim != 2:
-        raise ValueError(f"The linearised predictive needs logits (B, C), got shape {tuple(logits.shape)}.")
-    return logits, uses
-
-
-def _backpropagate(logits: Tensor, uses: list[_Use]) -> None:
-    """Gradients of every logit at every recorded output: (B, C, T, d_out) each."""
-    outputs = [use.output for use in uses]
-    rows = [
-        torch.autograd.grad(logits[:, c].sum(), outputs, retain_graph=True, allow_unused=True)
-        for c in range(logits.shape[1])
+def captured_block(
+    block: GaussianBlock, uses: Sequence[Use], grads: Sequence[Sequence[Tensor]], batch: int
+) -> Captured:
+    """A block's uses joined along the positions; ``grads`` holds, for each use, the C gradients at its output."""
+    inputs = torch.cat([block_inputs(block, use, batch) for use in uses], dim=2)
+    of_use = [
+        torch.stack([use.gradients(grad, batch) for grad in found], dim=2)
+        for use, found in zip(uses, grads, strict=True)
     ]
-    for use, column in zip(uses, zip(*rows, strict=True), strict=True):
-        grads = [torch.zeros_like(use.output) if grad is None else grad for grad in column]
-        use.grads = torch.stack([_joined(grad, len(logits)) for grad in grads], dim=1)
+    stacked = torch.cat(of_use, dim=3)
+    padding = getattr(block.modules[0], "padding_idx", None)
+    if padding is not None:  # torch trains no padding row
+        stacked = stacked * (inputs != padding)[:, :, None, :, None]
+    return Captured(block, inputs, stacked)
 
 
-def _covariance(uses: list[_Use], parameter: nn.Parameter, std: Tensor) -> Tensor:
-    """One Parameter's part of the covariance, its uses joined along the position axis: (B, C, C)."""
-    tables = [use for use in uses if isinstance(use.module, nn.Embedding)]
-    if tables and len(tables) < len(uses):
-        raise ValueError("The linearised predictive has no rule for an Embedding tied to another layer.")
-    grads = torch.cat([use.grads for use in uses], dim=2)
-    if parameter.ndim == 1:
-        return _gram(grads.sum(2) * std)
-    inputs = torch.cat([use.inputs(len(grads)) for use in uses], dim=1)
-    if tables:  # a row looked up at several positions has one noise: add its gradients before they are squared
-        same = (inputs[:, :, None] == inputs[:, None, :]).to(grads.dtype)
-        scaled = grads * std[inputs][:, None]
-        return torch.bmm(scaled.flatten(2), torch.einsum("bts,bcsd->bctd", same, scaled).flatten(2).mT)
-    jacobian = "bti,bctj->bcij" if isinstance(uses[0].module, Conv1D) else "btj,bcti->bcij"
-    size = max(1, _CHUNK_ELEMENTS // (grads.shape[1] * parameter.numel()))
-    chunks = zip(torch.split(inputs.to(grads.dtype), size), torch.split(grads, size), strict=True)
-    return torch.cat([_gram(torch.einsum(jacobian, a, g).mul_(std).flatten(2)) for a, g in chunks])
+def block_inputs(block: GaussianBlock, use: Use, batch: int) -> Tensor:
+    """a of one use, (K, B, T, d_in'): the weight's inputs, then 1 for the bias, of those parameters that are random."""
+    a = use.inputs(batch)
+    if not use.rule.is_affine:
+        return a
+    a = a.to(use.dtype)
+    parts = {"weight": a, "bias": a.new_ones(*a.shape[:-1], 1)}
+    return torch.cat([parts[name] for name in block.parameters], dim=-1)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    return torch.bmm(rows, rows.mT)
-
-
-def _joined(tensor: Tensor, batch: int) -> Tensor:
-    """(B, ..., d) -> (B, T, d)."""
-    return tensor.reshape(batch, -1, tensor.shape[-1])
-
-
-def _batch_size(inputs: Mapping[str, Any] | Tensor) -> int:
-    tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
-    return len(tensors[0]) if tensors and tensors[0].ndim else 1
-
-
-def _examples(inputs: Mapping[str, Any] | Tensor, count: int) -> Iterator[Mapping[str, Any] | Tensor]:
-    for i in range(count):
-        if isinstance(inputs, Tensor):
-            yield inputs[i : i + 1]
-        else:
-            yield {
-                name: value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-                for name, value in inputs.items()
-            }
+def _rule(block: GaussianBlock) -> LayerRule:
+    rule = rule_of(block.modules[0])
+    assert rule is not None  # of a block
+    return rule

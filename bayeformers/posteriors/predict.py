@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..predictive import Predictive, ProblemType
 from .base import Posterior
+from .logits import Link
 from .point import PointPosterior
 from .variational import VariationalPosterior, is_variational
 
@@ -21,7 +22,8 @@ def predict(
     inputs: Mapping[str, Any] | Tensor,
     *,
     num_samples: int = 16,
-    method: str = "sample",
+    method: str | None = None,
+    link: Link = "auto",
     seed: int = 0,
     problem_type: ProblemType | None = None,
     noise_std: float | None = None,
@@ -35,7 +37,9 @@ def predict(
         inputs: what the model's ``forward`` takes, by name, or one tensor; labels are ignored.
         num_samples: number S of draws; a posterior with fewer distinct draws gives those.
         method: "sample": average the network's probabilities over draws; "glm": the linearised network's, whose logits
-            are Gaussian.
+            are Gaussian; and others, see `BasePosterior.predict`. By default the posterior's own: "glm" of a Laplace
+            posterior, else "sample".
+        link: from Gaussian logits to probabilities, of the linearised methods.
         seed: the same seed gives the same draws.
         problem_type: what the head predicts; by default found from the model's class and configuration.
         noise_std: a regression's noise; by default what the configuration records.
@@ -50,7 +54,7 @@ def predict(
     torch.Size([2, 3])
     """
     posterior = as_posterior(model_or_posterior)
-    options = {"problem_type": problem_type, "noise_std": noise_std}
+    options = {"problem_type": problem_type, "noise_std": noise_std, "link": None if link == "auto" else link}
     given = {name: value for name, value in options.items() if value is not None}
     return posterior.predict(inputs, num_samples=num_samples, method=method, seed=seed, **given)
 

@@ -18,6 +18,10 @@ IGNORED = -100
 class Predictive:
     r"""A Bayesian prediction, with p_s = p(y | x, w_s) of the draws w_1 .. w_S and p = mean_s p_s.
 
+    A linearised predictive's draws are of its logits, f_s ~ N(logit_mean, logit_covariance): its p is the closed form
+    ``link_log_probs`` where there is one, and a regression's mean, variance and density are those of the Gaussian. All
+    else, the three entropies included, is of the draws.
+
     Entropies are in nats. Probabilities are averaged, never logits. The draw axis is first, the class axis last; what
     stands between is the *example's* shape: (B,), per label (B, L) of a multi-label head (where C = 2: absent,
     present), per token (B, T), or (B, 2) for the start and end of an answer (where C = T).
@@ -28,8 +32,9 @@ class Predictive:
         values: a regression's outputs f_s, (S, B) or (S, B, L); None otherwise.
         noise_std: standard deviation of a regression's Gaussian noise; None if it is not known.
         mask: which tokens count, (B, T) bool; None: all.
-        logit_mean: (B, C), of linearised predictives.
-        logit_covariance: (B, C, C), of linearised predictives.
+        logit_mean: (B, C) or, per token, (B, T, C), of linearised predictives; (B, L) of L labels or outputs.
+        logit_covariance: (B, C, C) or (B, T, C, C), of linearised predictives.
+        link_log_probs: log p of a linearised predictive in closed form, (B, ..., C); None: the draws' average.
 
     >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]])  # one example; two confident draws that disagree
     >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws.log())
@@ -46,6 +51,7 @@ class Predictive:
     mask: Tensor | None = None
     logit_mean: Tensor | None = None
     logit_covariance: Tensor | None = None
+    link_log_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         is_regression = self.problem_type == "regression"
@@ -53,6 +59,15 @@ class Predictive:
             raise ValueError(f"`values` are a regression's, `log_probs` all others', got {self.problem_type!r}.")
         if self.noise_std is not None and not (math.isfinite(self.noise_std) and self.noise_std > 0):
             raise ValueError(f"`noise_std` must be finite and > 0, got {self.noise_std!r}.")
+        if (self.logit_mean is None) != (self.logit_covariance is None):
+            raise ValueError("`logit_mean` and `logit_covariance` go together: give both or none.")
+        if self.link_log_probs is None:
+            return
+        if self.log_probs is None:
+            raise ValueError("`link_log_probs` must be None for a regression, whose density is its Gaussian's.")
+        if self.link_log_probs.shape != self.log_probs.shape[1:]:
+            expected, got = tuple(self.log_probs.shape[1:]), tuple(self.link_log_probs.shape)
+            raise ValueError(f"`link_log_probs` must have shape {expected}, as one draw of `log_probs`, got {got}.")
 
     @property
     def num_samples(self) -> int:
@@ -63,7 +78,9 @@ class Predictive:
 
     @property
     def mean_log_probs(self) -> Tensor:
-        """log p = logsumexp_s log p_s - log S, (B, ..., C)."""
+        """log p = logsumexp_s log p_s - log S, or the link's, (B, ..., C)."""
+        if self.link_log_probs is not None:
+            return self.link_log_probs
         return self._classes.logsumexp(dim=0) - math.log(self.num_samples)
 
     @property
@@ -73,7 +90,7 @@ class Predictive:
 
     @property
     def predictive_entropy(self) -> Tensor:
-        """Total uncertainty H[p], (B, ...)."""
+        """Total uncertainty H[mean_s p_s], (B, ...)."""
         return uncertainty.predictive_entropy(self._classes)
 
     @property
@@ -83,7 +100,7 @@ class Predictive:
 
     @property
     def mutual_information(self) -> Tensor:
-        """Epistemic part H[p] - mean_s H[p_s] >= 0, (B, ...)."""
+        """Epistemic part H[mean_s p_s] - mean_s H[p_s] >= 0, (B, ...)."""
         return uncertainty.mutual_information(self._classes)
 
     @property
@@ -93,24 +110,27 @@ class Predictive:
 
     @property
     def variation_ratio(self) -> Tensor:
-        """Share of draws whose argmax is not that of p, (B, ...)."""
+        """Share of draws whose argmax is not that of mean_s p_s, (B, ...)."""
         return uncertainty.variation_ratio(self._classes)
 
     # -- regression -------------------------------------------------------------------------------------------------
 
     @property
     def mean(self) -> Tensor:
-        """mean_s f_s, (B,)."""
-        return self._values.mean(dim=0)
+        """mean_s f_s, or the Gaussian's: (B,), of several outputs (B, L)."""
+        return self._values.mean(dim=0) if self.logit_mean is None else self.logit_mean.reshape(self._values.shape[1:])
 
     @property
     def epistemic_variance(self) -> Tensor:
-        """Var_s f_s = mean_s (f_s - mean)^2, (B,)."""
-        return self._values.var(dim=0, correction=0)
+        """Var_s f_s = mean_s (f_s - mean)^2, or the Gaussian's: (B,), of several outputs (B, L)."""
+        if self.logit_covariance is None:
+            return self._values.var(dim=0, correction=0)
+        variance = self.logit_covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0)
+        return variance.reshape(self._values.shape[1:])
 
     @property
     def aleatoric_variance(self) -> Tensor:
-        """noise_std^2, (B,).
+        """noise_std^2, (B,), of several outputs (B, L).
 
         Raises:
             ValueError: the noise is not known.
@@ -121,6 +141,8 @@ class Predictive:
 
     def log_prob(self, labels: Tensor) -> Tensor:
         """log p(label), averaged over draws as a probability, of the example's shape; NaN where a label is -100.
+
+        Of a linearised predictive: the link's, or log N(label; mean, epistemic_variance + noise_std^2) per output.
 
         Args:
             labels: of the example's shape: class numbers, 0/1 per label, values of a regression, token numbers
@@ -134,7 +156,7 @@ class Predictive:
         if labels.shape != shape:
             raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}.")
         if self.problem_type == "regression":
-            return _mean_normal_log_prob(self._values, labels, self._noise_std)
+            return self._normal_log_prob(labels)
         labels = labels.long()
         if self.problem_type == "causal_lm":
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
@@ -146,6 +168,13 @@ class Predictive:
         if bool(((kept < 0) | (kept >= classes)).any()):
             raise ValueError(f"`labels` must lie in 0..{classes - 1} or be {IGNORED}, got {labels.tolist()}.")
         return self.mean_log_probs.gather(-1, kept[..., None]).squeeze(-1).masked_fill(ignored, torch.nan)
+
+    def _normal_log_prob(self, labels: Tensor) -> Tensor:
+        if self.logit_mean is None:
+            return _mean_normal_log_prob(self._values, labels, self._noise_std)
+        variance = self.epistemic_variance + self.aleatoric_variance
+        squares = (labels.to(variance.dtype) - self.mean).square() / variance
+        return -0.5 * (squares + variance.log() + math.log(2 * math.pi))
 
     @property
     def _draws(self) -> Tensor:

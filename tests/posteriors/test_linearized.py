@@ -16,12 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayeformers import VariationalPosterior, posterior_mean, to_bayesian
 from bayeformers.nn import variational_tensors
 from bayeformers.posteriors import BasePosterior, PointPosterior
-from bayeformers.posteriors.linearized import linearized_logits, logit_draws
+from bayeformers.posteriors.blocks import mean_field_blocks
+from bayeformers.posteriors.linearized import covariance, linearize
+from bayeformers.posteriors.logits import logit_draws
+from bayeformers.posteriors.methods import METHODS
 from tests.cases import Case, case
 
 NAMES = (
     "bert", "bert-regression", "roberta", "albert", "electra", "distilbert", "mpnet", "deberta-v2", "xlnet", "funnel",
-    "gpt2", "qwen2", "vit", "swin", "convnext",
+    "gpt2", "qwen2", "vit", "swin", "convnext", "bert-tokens",
 )  # fmt: skip
 each_case = pytest.mark.parametrize("name", NAMES)
 Inputs = dict[str, Any]
@@ -41,7 +44,7 @@ def doubled(inputs: Mapping[str, Any]) -> Inputs:
 
 
 def dense(model: nn.Module, inputs: Any) -> Tensor:
-    """J Sigma J^T, (B, C, C): Jacobian by reverse mode through the whole network, Sigma from rho by hand."""
+    """J Sigma J^T, (B, ..., C, C): Jacobian by reverse mode through the whole network, Sigma from rho by hand."""
     tensors = list(variational_tensors(model))
 
     def logits(weights: dict[str, Tensor]) -> Tensor:
@@ -56,8 +59,8 @@ def dense(model: nn.Module, inputs: Any) -> Tensor:
         variance = torch.nn.functional.softplus(tensor.rho.detach().double()).clamp_min(1e-8).square()
         if tensor.spec.padding_idx is not None:
             variance[tensor.spec.padding_idx] = 0
-        rows = jacobian[tensor.name].flatten(2)
-        total = total + torch.einsum("bcp,bdp,p->bcd", rows, rows, variance.flatten())
+        rows = jacobian[tensor.name].flatten(-tensor.loc.ndim)
+        total = total + torch.einsum("...cp,...dp,p->...cd", rows, rows, variance.flatten())
     return total
 
 
@@ -271,13 +274,40 @@ def test_an_exception_leaves_it_too(call: int, monkeypatch: pytest.MonkeyPatch) 
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("name", ["bert-tokens", "bert-mlm", "llama-lm"])
-def test_logits_of_another_shape(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"), [("llama-lm", "causal_lm"), ("t5", "seq2seq_lm"), ("bert-qa", "question_ans")]
+)
+def test_heads_with_many_logits(name: str, problem: str) -> None:
     model = converted(case(name), target_modules=[case(name).matching("last")[0].rpartition(".")[2]])
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"needs logits \(B, C\), got shape \(3, 7, "):
-        VariationalPosterior(model).predict(case(name).inputs(), method="glm")
+    for method in METHODS[2:]:
+        with pytest.raises(ValueError, match=f"`method`='{method}' needs few logits .*got a '{problem}"):
+            VariationalPosterior(model).predict(case(name).inputs(), method=method)
     assert state_of(model) == before
+
+
+def test_a_masked_language_model_has_many_logits() -> None:
+    """Its head is one of token classification, over a vocabulary."""
+    sizes = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = to_bayesian(hf.BertForMaskedLM(hf.BertConfig(**sizes, intermediate_size=4)), exclude_modules=["cls"])
+    ids = torch.tensor([[1, 2, 3]])
+    for method in METHODS[2:]:
+        with pytest.raises(ValueError, match="needs few logits .*got a 'token_classification' head over a vocabulary"):
+            VariationalPosterior(model).predict({"input_ids": ids}, method=method)
+    assert VariationalPosterior(model).predict({"input_ids": ids}, num_samples=2).probs.shape == (1, 3, 9)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (2, 2, 1, 1), (4, 1)])
+def test_outputs_of_another_shape(shape: tuple[int, ...]) -> None:
+    """A vector, an image, and more rows than examples."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.Flatten())
+    net.register_forward_hook(lambda module, args, output: output.reshape(shape))
+    posterior = VariationalPosterior(to_bayesian(net))
+    with pytest.raises(
+        ValueError,
+        match=r"needs logits \(B, C\) or \(B, T, C\), got \(" + str(torch.ones(2, 2).reshape(shape).shape[0]),
+    ):
+        posterior.predict(torch.ones(2, 3), method="glm")
 
 
 def test_an_embedding_tied_to_a_linear_layer() -> None:
@@ -317,13 +347,18 @@ def test_posteriors_that_are_not_gaussian() -> None:
 
 
 def test_a_layer_without_a_rule() -> None:
-    layer = nn.Conv1d(2, 2, 1)
-    with pytest.raises(ValueError, match="no rule for Conv1d"):
-        linearized_logits(layer, torch.ones(1, 2, 1), {layer.weight: torch.ones_like(layer.weight)})
+    layer = nn.Bilinear(2, 2, 1)
+    with pytest.raises(ValueError, match=r"no rule for Bilinear \(''\)"):
+        mean_field_blocks(layer, {layer.weight: torch.ones_like(layer.weight)})
+    other = nn.Linear(2, 1)
+    block = mean_field_blocks(other, {other.weight: torch.ones_like(other.weight)})[0]
+    object.__setattr__(block, "modules", (layer,))
+    with pytest.raises(ValueError, match="no rule for the Jacobian of Bilinear; see `register_curvature`"):
+        linearize(layer, torch.ones(1, 2), [block], covariance)
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(ValueError, match="`method` must be 'sample' or 'glm', got 'linear'"):
+    with pytest.raises(ValueError, match=r"`method` must be one of \('sample', 'nn', 'glm', .*got 'linear'"):
         PointPosterior(nn.Linear(2, 2)).predict(torch.ones(1, 2), method="linear")
 
 

@@ -1,0 +1,188 @@
+"""Forward passes that remember what layers saw, and gradients at their outputs: no Jacobian over the parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rules import EmbeddingRule, LayerRule, rule_of
+
+Inputs = Mapping[str, Any] | Tensor
+
+
+class Use:
+    """One call of a layer.
+
+    Attributes:
+        module: the layer.
+        rule: of its class.
+        input: its (first) argument.
+        output: what it returned, as a point of the graph at which gradients can be asked for.
+    """
+
+    def __init__(self, module: nn.Module, rule: LayerRule, input: Tensor, output: Tensor) -> None:
+        self.module, self.rule, self.input, self.output = module, rule, input.detach(), output
+        self._version = input._version
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the input was changed in place since the call."""
+        return self.input._version != self._version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which to sum: that of the output, or float32 if it is narrower."""
+        return torch.promote_types(self.output.dtype, torch.float32)
+
+    def is_batched(self, batch: int) -> bool:
+        """Whether the first axis is the batch beyond doubt: positions or experts may stand there, or be as many."""
+        others = self.rule.position_axes(self.module, self.input)
+        return len(self.input) == len(self.output) == batch and batch not in others
+
+    def inputs(self, batch: int) -> Tensor:
+        """a, (K, B, T, d_in). In a batch of one, whatever stands first is a position."""
+        return _merged(self.rule.inputs(self.module, self.input), batch)
+
+    def gradients(self, gradient: Tensor, batch: int) -> Tensor:
+        """g, (K, B, T, d_out), of a gradient at the output."""
+        return _merged(self.rule.gradients(self.module, gradient), batch)
+
+
+def record(
+    model: nn.Module, inputs: Inputs, modules: Iterable[nn.Module], output_of: Callable[[Any], Tensor]
+) -> tuple[Tensor, list[Use]]:
+    """``output_of(model(inputs))`` and every call of ``modules``, in order.
+
+    The graph begins at the first of these calls: nothing is stored for layers before it. Lower precision is switched
+    off, for curvature needs float32.
+
+    Raises:
+        ValueError: a module has no rule.
+    """
+    rules = {module: _rule(module) for module in modules}
+    output, uses = _forward(model, inputs, rules, output_of, copy=False)
+    if any(use.is_stale for use in uses):
+        output, uses = _forward(model, inputs, rules, output_of, copy=True)
+    return output, uses
+
+
+def _forward(
+    model: nn.Module,
+    inputs: Inputs,
+    rules: Mapping[nn.Module, LayerRule],
+    output_of: Callable[[Any], Tensor],
+    *,
+    copy: bool,
+) -> tuple[Tensor, list[Use]]:
+    uses: list[Use] = []
+    batch = batch_size(inputs)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        given = args[0] if args else next(iter(kwargs.values()))
+        rule = rules[module]
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+            raise ValueError(f"The Jacobian of {type(module).__name__} needs one tensor in and one tensor out.")
+        if given.numel() == 0:  # an expert without tokens
+            return output
+        if isinstance(rule, EmbeddingRule) and len(given) == 1 < batch:  # positions, looked up once for all examples
+            given, output = given.expand(batch, *given.shape[1:]), output.expand(batch, *output.shape[1:])
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        uses.append(Use(module, rule, given.clone() if copy else given, output))
+        return output.clone()  # what follows may edit it in place
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rules]
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _without_parameter_gradients(model),
+            torch.autocast(device, enabled=False),
+        ):
+            if isinstance(inputs, Tensor):
+                return output_of(model(_tracked(inputs))), uses
+            return output_of(model(**{name: _tracked(value) for name, value in inputs.items()})), uses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: bool = False) -> list[Tensor]:
+    """Gradient of sum(output * weights) at every recorded output, 0 where it does not reach; float32 or wider.
+
+    ``last``: the graph is not needed again.
+    """
+    points = [use.output for use in uses]
+    if not points:  # this batch takes a way around all of the layers
+        return []
+    with torch.inference_mode(False):
+        found = torch.autograd.grad(output, points, _tracked(weights), retain_graph=not last, allow_unused=True)
+    parts = [torch.zeros_like(point) if grad is None else grad for point, grad in zip(points, found, strict=True)]
+    return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+
+
+def are_batched(output: Tensor, uses: Sequence[Use]) -> bool:
+    """Whether the first axis of every use is the batch, as it is that of the output.
+
+    A matrix may hold as many positions as there are examples: then the first example's outputs depend on other rows.
+    """
+    if len(output) == 1:
+        return True
+    if not all(use.is_batched(len(output)) for use in uses):
+        return False
+    matrices = [use for use in uses if use.output.ndim == 2]
+    if not matrices:
+        return True
+    weights = torch.zeros_like(output)
+    weights[0] = torch.linspace(1, 2, weights[0].numel()).to(output).view(output.shape[1:])
+    return not any(bool(grad[1:].any()) for grad in gradients(output, matrices, weights))
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Length of the first tensor."""
+    tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
+    return len(tensors[0]) if tensors and tensors[0].ndim else 1
+
+
+def examples(inputs: Inputs, count: int) -> Iterator[Inputs]:
+    """The batch as ``count`` batches of one."""
+    for i in range(count):
+        if isinstance(inputs, Tensor):
+            yield inputs[i : i + 1]
+        else:
+            yield {
+                name: value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+                for name, value in inputs.items()
+            }
+
+
+def _merged(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.flatten(1, 2).unsqueeze(1) if batch == 1 and tensor.shape[1] != 1 else tensor
+
+
+def _tracked(value: Any) -> Any:
+    """What was made under `torch.inference_mode()` has no version and can be part of no graph."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _rule(module: nn.Module) -> LayerRule:
+    rule = rule_of(module)
+    if rule is None:
+        raise ValueError(f"There is no rule for the Jacobian of {type(module).__name__}; see `register_curvature`.")
+    return rule
+
+
+@contextlib.contextmanager
+def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
