@@ -1,0 +1,37 @@
+"""KFAC Laplace: a Gaussian posterior for any trained network, from the curvature of its likelihood."""
+
+from ..jacobians import register_curvature
+from .curvature import Curvature, CurvatureConfig
+from .directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
+from .fit import fit, tune
+from .from_sums import posterior_of
+from .gradients import ExampleGradients, example_gradients
+from .inf_posterior import InfPosterior, inf_posterior
+from .influence import influence, inner_products, natural_gradient, novelty, similarity
+from .kronecker import KroneckerEigen
+from .posterior import LaplacePosterior
+
+__all__ = [
+    "Curvature",
+    "CurvatureConfig",
+    "EigenDirection",
+    "ExampleGradients",
+    "FactorSpectrum",
+    "InfPosterior",
+    "KroneckerEigen",
+    "LaplacePosterior",
+    "draw_along",
+    "eigen_direction",
+    "example_gradients",
+    "factor_spectrum",
+    "fit",
+    "inf_posterior",
+    "influence",
+    "inner_products",
+    "natural_gradient",
+    "novelty",
+    "posterior_of",
+    "register_curvature",
+    "similarity",
+    "tune",
+]

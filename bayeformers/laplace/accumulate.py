@@ -1,0 +1,299 @@
+"""One batch's contribution to the curvature: one forward pass, and one backward pass per column."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..jacobians import Use, are_batched, gradients, record
+from ..jacobians.rules import EmbeddingRule, LinearRule
+from ..posteriors.blocks import GaussianBlock
+from ..posteriors.linearized import Captured, captured_block
+from .curvature import Curvature
+from .data import Batch
+from .hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
+from .kronecker import KroneckerEigen
+from .processes import process_index
+from .targets import Target
+
+OutputsOf = Callable[[Any], Tensor]
+Owned = Sequence[tuple[Target, list[Use]]]
+_CHUNK_ELEMENTS = 2**24  # of one layer's per-example Jacobians: 64 MiB in float32
+
+
+class Accumulator:
+    """Adds batches to the sums of a `Curvature`, in place.
+
+    Args:
+        curvature: the sums so far.
+        model: in `eval()` mode.
+        targets: the layers.
+        outputs_of: logits (B, C) or (B, T, C) in what the model returns.
+        bases: of the second pass of "ekfac", which sums squares in these bases and nothing else.
+        device: of the sums; the model's if None.
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        model: nn.Module,
+        targets: Sequence[Target],
+        outputs_of: OutputsOf,
+        *,
+        bases: Mapping[str, KroneckerEigen] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.curvature, self.model, self.targets, self.outputs_of = curvature, model, list(targets), outputs_of
+        self.is_second_pass, self.device = bases is not None, device
+        if bases is not None:
+            self.targets = [replace(t, left=bases[t.name].left, right=bases[t.name].right) for t in self.targets]
+        self._modules = [module for target in self.targets for module in target.modules]
+
+    def add(self, batch: Batch) -> None:
+        """One forward pass, one backward pass per column; one example at a time where a layer has no batch axis.
+
+        Raises:
+            ValueError: outputs or labels that are not finite or do not fit.
+        """
+        self._add(batch, self._generator())
+        self.curvature.num_batches += 1
+
+    def _add(self, batch: Batch, generator: torch.Generator) -> None:
+        outputs, uses = record(self.model, batch.inputs, self._modules, self.outputs_of)
+        _check_outputs(outputs, batch)
+        if self._needs_examples and not are_batched(outputs, uses):
+            for one in batch.examples():
+                self._add(one, generator)
+            return
+        owned = [(target, [use for use in uses if use.module in target.modules]) for target in self.targets]
+        owned = [(target, found) for target, found in owned if found]
+        with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
+            self._count(outputs.detach(), batch)
+            columns = list(self._columns(outputs.detach(), batch, generator))
+            reached: dict[Use, Tensor] = {}
+            for number, column in enumerate(columns, start=1):
+                grads = gradients(outputs, uses, column, last=number == len(columns))
+                self._add_column(owned, dict(zip(uses, grads, strict=True)), batch, reached)
+            if not self.is_second_pass:
+                inputs = _Inputs(batch, reached, self.curvature.config.weight_sharing)
+                self._add_inputs(inputs, [(target, found) for target, found in owned if self._is_factored(target)])
+
+    @property
+    def _needs_examples(self) -> bool:
+        config = self.curvature.config
+        return self.is_second_pass or config.curvature not in ("kfac", "ekfac") or config.weight_sharing == "reduce"
+
+    def _is_factored(self, target: Target) -> bool:
+        """Whether its sums are Kronecker factors; a normalisation has the exact diagonal."""
+        has_factors = target.rule.is_affine or isinstance(target.rule, EmbeddingRule)
+        return has_factors and self.curvature.config.curvature in ("kfac", "ekfac") and not self.is_second_pass
+
+    def _sum(self, target: Target, name: str, value: Tensor) -> None:
+        self.curvature.add(target.name, name, value, self.device)
+
+    def _sum_moment(self, target: Target, name: str, rows: Tensor) -> None:
+        self.curvature.add_second_moment(target.name, name, rows, self.device)
+
+    def _generator(self) -> torch.Generator:
+        """Of the Monte-Carlo labels: a resumed pass draws what it would have drawn; processes draw apart."""
+        key = (self.curvature.config.seed * 1_000_003 + self.curvature.num_batches) * 1_009 + process_index()
+        return torch.Generator().manual_seed(key)
+
+    # -- what is backpropagated --------------------------------------------------------------------------------------
+
+    def _columns(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
+        config = self.curvature.config
+        if config.fisher == "empirical":
+            if batch.labels is None:
+                raise ValueError('`fisher`="empirical" needs labels in every batch; "exact" and "mc" need none.')
+            yield empirical_column(outputs, batch.labels, config.likelihood)
+            return
+        if config.fisher == "mc":
+            found = sampled_columns(outputs, config.likelihood, num_samples=config.num_mc_samples, generator=generator)
+        else:
+            found = hessian_columns(outputs, config.likelihood)
+        counted = self._counted(outputs, batch)
+        for column in found:
+            column = column if counted is None else column * counted
+            if outputs.ndim == 2 or config.fisher == "mc":
+                yield column
+            else:
+                yield from _by_position(column)
+
+    def _counted(self, outputs: Tensor, batch: Batch) -> Tensor | None:
+        """1 where an output has a loss term: by its label, else by the attention mask."""
+        if batch.labels is not None:
+            return label_mask(outputs, batch.labels, self.curvature.config.likelihood).to(outputs.dtype)
+        if outputs.ndim == 3 and batch.attended is not None and batch.attended.shape == outputs.shape[:2]:
+            return batch.attended.unsqueeze(-1).to(outputs.dtype)
+        return None
+
+    def _count(self, outputs: Tensor, batch: Batch) -> None:
+        sums, likelihood = self.curvature, self.curvature.config.likelihood
+        if self.is_second_pass:
+            return
+        sums.num_examples += len(batch)
+        if batch.labels is None:
+            sums.log_likelihood = float("nan")
+            return
+        sums.log_likelihood += float(log_likelihood(outputs, batch.labels, likelihood))
+        if likelihood == "regression":
+            residual = outputs.double() - batch.labels.reshape(outputs.shape).double()
+            sums.squared_error += float(residual.square().sum())
+            sums.num_outputs += outputs.numel()
+
+    # -- sums of gradients -------------------------------------------------------------------------------------------
+
+    def _add_column(self, owned: Owned, grads: Mapping[Use, Tensor], batch: Batch, reached: dict[Use, Tensor]) -> None:
+        for target, uses in owned:
+            found = [(grads[use],) for use in uses]
+            block = cast(GaussianBlock, _near(target))  # of which captures need all but a variance
+            if not self._is_factored(target):
+                self._add_squares(target, captured_block(block, uses, found, len(batch)))
+            elif self.curvature.config.weight_sharing == "reduce" and target.rule.is_affine:
+                summed = captured_block(block, uses, found, len(batch)).gradients[:, :, 0].sum(2)  # (K, B, d_out)
+                self._sum_moment(target, "gradients", summed)
+                _note_reached(uses, grads, batch, reached)
+            else:
+                for use in uses:
+                    g = _trained_rows(use, use.rule.gradients(use.module, grads[use]))
+                    self._sum_moment(target, "gradients", g.flatten(1, 2))
+                _note_reached(uses, grads, batch, reached)
+
+    def _add_inputs(self, inputs: _Inputs, owned: Owned) -> None:
+        """Layers that read the same tensor (query, key, value) share its second moment."""
+        readers = Counter(inputs.key(target, use) for target, uses in owned for use in uses)
+        moments: dict[Any, Tensor] = {}
+        for target, uses in owned:
+            if isinstance(target.rule, EmbeddingRule):
+                counts = torch.stack([inputs.counts(use) for use in uses]).sum(0)
+                self._sum(target, "inputs", counts)
+                self._sum(target, "count", counts.sum())
+                continue
+            for use, rows in inputs.rows(target, uses):
+                key = inputs.key(target, use)
+                if readers[key] == 1:
+                    self._sum_moment(target, "inputs", rows)
+                else:
+                    moments[key] = rows.mT @ rows if key not in moments else moments[key]
+                    self._sum(target, "inputs", moments[key])
+                self._sum(target, "count", rows.new_tensor(float(rows.shape[1])))
+
+    def _add_squares(self, target: Target, captured: Captured) -> None:
+        if self.curvature.config.curvature == "full":
+            rows = captured.jacobian().movedim(0, 2).flatten(2).flatten(0, 1)
+            self._sum_moment(target, "products", rows.unsqueeze(0))
+            return
+        for part in captured.split(max(1, _CHUNK_ELEMENTS // target.num_weights)):
+            self._sum(target, "squares", part.squares())
+
+
+class _Inputs:
+    """What the layers of a batch read, as rows (K, P, d_in') whose second moment is A."""
+
+    def __init__(self, batch: Batch, reached: Mapping[Use, Tensor], sharing: str) -> None:
+        self._batch, self._reached, self._sharing = batch, reached, sharing
+
+    def key(self, target: Target, use: Use) -> Any:
+        """Equal where the rows are: linear layers that read the same memory, and the same positions of it."""
+        is_alone = use in self._reached or self._sharing == "reduce" or not isinstance(use.rule, LinearRule)
+        place = (use.input.data_ptr(), use.input.shape, use.input.stride())
+        return use if is_alone else (*place, tuple(target.parameters))
+
+    def rows(self, target: Target, uses: Sequence[Use]) -> Iterator[tuple[Use, Tensor]]:
+        """Every position of every use that counts; with "reduce" one average per example."""
+        if self._sharing == "reduce":
+            yield uses[0], self._averages(target, uses)
+            return
+        for use in uses:
+            a = use.rule.inputs(use.module, use.input).to(use.dtype)
+            yield use, _with_bias(target, a[:, self._mask(a, use)])
+
+    def _averages(self, target: Target, uses: Sequence[Use]) -> Tensor:
+        sums, counts = [], []
+        for use in uses:
+            a = use.inputs(len(self._batch)).to(use.dtype)
+            mask = self._mask(a, use)
+            sums.append(torch.einsum("kbtj,bt->kbj", a, mask.to(a.dtype)))
+            counts.append(mask.sum(1))
+        total = torch.stack(counts).sum(0).clamp_min(1)
+        return _with_bias(target, torch.stack(sums).sum(0) / total[:, None])
+
+    def counts(self, use: Use) -> Tensor:
+        """How often each row of a table was looked up, (rows,)."""
+        ids = use.rule.inputs(use.module, use.input)
+        kept = ids[:, self._mask(ids, use)].flatten()
+        padding = getattr(use.module, "padding_idx", None)
+        kept = kept if padding is None else kept[kept != padding]
+        table = use.module._parameters["weight"]
+        assert table is not None  # of an Embedding
+        return torch.bincount(kept, minlength=len(table)).to(use.dtype)
+
+    def _mask(self, a: Tensor, use: Use) -> Tensor:
+        """Which positions (B, T) of inputs (K, B, T, ...) count.
+
+        By the attention mask where the positions are the tokens. Elsewhere all, or, in a model with padding, those that
+        a gradient reaches (a pooler has one position, a mixture's expert some tokens of all examples).
+        """
+        if use in self._reached:
+            return self._reached[use]
+        if self._batch.attended is not None and a.shape[1:3] == self._batch.attended.shape:
+            return self._batch.attended
+        return torch.ones(a.shape[1:3], dtype=torch.bool, device=a.device)
+
+
+def _by_position(column: Tensor) -> Iterator[Tensor]:
+    """(B, T, C) as T columns with one position each: backpropagated together, positions would mix."""
+    for position in range(column.shape[1]):
+        alone = torch.zeros_like(column)
+        alone[:, position] = column[:, position]
+        if bool(alone.any()):
+            yield alone
+
+
+def _note_reached(uses: Sequence[Use], grads: Mapping[Use, Tensor], batch: Batch, reached: dict[Use, Tensor]) -> None:
+    for use in uses:
+        if not batch.has_padding:
+            continue
+        g = use.rule.gradients(use.module, grads[use])
+        if batch.attended is not None and (g.shape[1:3] == batch.attended.shape or g.shape[1:3] == (len(batch), 1)):
+            continue
+        now = g.ne(0).any(-1).any(0)
+        reached[use] = now | reached[use] if use in reached else now
+
+
+def _with_bias(target: Target, a: Tensor) -> Tensor:
+    parts = {"weight": a, "bias": a.new_ones(*a.shape[:-1], 1)}
+    return torch.cat([parts[name] for name in target.parameters], dim=-1)
+
+
+def _trained_rows(use: Use, gradients: Tensor) -> Tensor:
+    """Gradients of a table less those of its padding row, which torch does not train."""
+    padding = getattr(use.module, "padding_idx", None)
+    if padding is None:
+        return gradients
+    is_trained: Tensor = use.rule.inputs(use.module, use.input) != padding
+    return gradients * is_trained.unsqueeze(-1)
+
+
+def _near(target: Target) -> Target:
+    """With its basis on the layer's device for one batch: the sums may live elsewhere, for want of room."""
+    if target.left is None and target.right is None:
+        return target
+    device = next(iter(target.parameters.values())).device
+    left, right = (None if basis is None else basis.to(device) for basis in (target.left, target.right))
+    return replace(target, left=left, right=right)
+
+
+def _check_outputs(outputs: Tensor, batch: Batch) -> None:
+    if outputs.ndim not in (2, 3) or len(outputs) != len(batch):
+        raise ValueError(
+            f"`logits` must give (B, C) or (B, T, C) for {len(batch)} examples, got {tuple(outputs.shape)}."
+        )
+    if not bool(outputs.isfinite().all()):
+        raise ValueError("The model's outputs are not finite (NaN or infinity): check its weights and this batch.")

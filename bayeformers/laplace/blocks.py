@@ -1,0 +1,98 @@
+"""One layer of a Laplace posterior: N(theta*, (scale F + tau)^-1), a `GaussianBlock` for one or several tau.
+
+The curvature may live on another device than the layer, where a GPU has no room for all of it, and in another dtype, for
+the model may have been cast since: what is asked for is moved to the layer, one layer at a time, and forgotten there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..posteriors.covariance import Separable
+from .kronecker import KroneckerEigen
+from .targets import Target
+
+
+@dataclass(frozen=True, eq=False)
+class LaplaceBlock:
+    """See `GaussianBlock`.
+
+    Attributes:
+        target: the layer.
+        eigen: its curvature F; of shape (1, 1, p) where the block is dense.
+        prior_precisions: tau of each of the n posteriors.
+        scale: 1 / (temperature noise_std^2).
+        is_flat: whether the block is dense.
+    """
+
+    target: Target
+    eigen: KroneckerEigen
+    prior_precisions: tuple[float, ...]
+    scale: float = 1.0
+    is_flat: bool = False
+    _known: dict[tuple[float, torch.dtype], Separable | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.target.modules
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return self.target.parameters
+
+    @property
+    def left(self) -> Tensor | None:
+        return None if self.eigen.left is None else self.placed(self.eigen.left)
+
+    @property
+    def right(self) -> Tensor | None:
+        return None if self.eigen.right is None else self.placed(self.eigen.right)
+
+    @property
+    def device(self) -> torch.device:
+        """The layer's."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The layer's, or float32 if that is narrower: in which Jacobians are captured."""
+        return torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """A tensor of the curvature, on the layer's device and in `dtype`."""
+        return tensor.to(self.device, self.dtype)
+
+    def variances(self) -> Tensor:
+        """1 / (scale L + tau), (n, K, d_out, d_in'); 0 in a table's padding row, which is not random."""
+        return self.placed(self._variances())
+
+    def prior_variances(self) -> Tensor:
+        """1 / tau, (n,)."""
+        return self.placed(torch.tensor([1 / tau for tau in self.prior_precisions], dtype=torch.float64))
+
+    def separable(self, tolerance: float) -> Separable | None:
+        """Found once, as no data to come changes it; None for several posteriors or groups, or without a basis."""
+        has_basis = self.eigen.left is not None and self.eigen.right is not None
+        is_one = len(self.prior_precisions) == len(self.eigen.eigenvalues) == 1
+        if tolerance == 0 or not (has_basis and is_one):
+            return None
+        key = (tolerance, self.dtype)
+        if key not in self._known:
+            self._known[key] = Separable.of(self._variances()[0, 0].to(self.dtype), tolerance)
+        found = self._known[key]
+        return None if found is None else found.to(self.device)
+
+    def _variances(self) -> Tensor:
+        found = torch.stack([self.eigen.precision(tau, self.scale).reciprocal() for tau in self.prior_precisions])
+        padding = getattr(self.modules[0], "padding_idx", None)
+        if padding is not None and not self.is_flat:  # a dense block's coordinates are no rows of the table
+            found[:, :, padding] = 0
+        return found

@@ -1,0 +1,431 @@
+"""`fit`: from a trained model and a dataloader to its Laplace posterior."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..jacobians import record
+from ..patterns import Patterns
+from ..posteriors.base import prediction_mode
+from ..posteriors.linearized import OutputOf
+from ..posteriors.logits import Link
+from ..predictive import logits_of
+from .accumulate import Accumulator
+from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
+from .data import likelihood_of, prepare, real_examples
+from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
+from .hessian import Fisher, Likelihood, num_columns
+from .holdout import check_holdout, holdout_nll, holdout_precision
+from .kronecker import KroneckerEigen
+from .posterior import FitRecord, LaplacePosterior, check_positive, checked_precision
+from .processes import gathered, num_processes, process_index
+from .targets import Subset, Target, choose_targets
+
+logger = logging.getLogger(__name__)
+
+PriorChoice = Literal["marglik", "marglik_per_layer", "holdout"]
+MAX_DENSE = 5000
+"""Weights of a last layer up to which curvature="auto" takes its dense GGN: 100 MB in float32."""
+MAX_BACKWARDS = 16
+"""Backward passes per batch up to which fisher="auto" is exact."""
+
+
+def fit(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    likelihood: Likelihood | None = None,
+    subset: Subset = "all",
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    curvature: CurvatureKind | Literal["auto"] = "auto",
+    fisher: Fisher | Literal["auto"] = "auto",
+    weight_sharing: WeightSharing = "expand",
+    prior_precision: Precision | PriorChoice = "marglik",
+    temperature: float = 1.0,
+    noise_std: float | None = None,
+    validation: Iterable[Any] | None = None,
+    link: Link = "auto",
+    num_batches: int | None = None,
+    num_data: int | None = None,
+    num_mc_samples: int = 1,
+    seed: int = 0,
+    logits: OutputOf = logits_of,
+    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_steps: int = 100,
+    progress: bool = True,
+) -> LaplacePosterior:
+    """Fit a Laplace posterior N(theta*, (GGN / (T s^2) + tau)^-1) around a trained model: one pass over the data.
+
+    The model is used in `eval()` mode and comes back as it was. Under a launcher (`torch.distributed` initialised)
+    every process passes its share; the sums are reduced over all, without the duplicates that samplers pad with.
+
+    Args:
+        model: any trained module whose forward takes a batch of the loader.
+        dataloader: the training data, in any order: mappings with labels inside, (inputs, labels) pairs, or inputs.
+            Labels are needed for the log marginal likelihood, the noise of a regression and fisher="empirical" only.
+        likelihood: "classification", "multilabel" or "regression"; by default that of the model's head.
+        subset: "all" layers, or the "last_layer": the layer called last.
+        target_modules: PEFT's patterns of layers to cover instead, Embedding and normalisation layers included.
+        exclude_modules: PEFT's patterns of layers to leave deterministic.
+        curvature: "kfac", "ekfac" (a second pass; more accurate), "diagonal", "full" (dense per layer, for small
+            ones); "auto": kfac, but the dense GGN of a last layer with at most 5,000 weights.
+        fisher: "exact" (one backward pass per class but one, and per position), "mc" (one per label draw), "empirical";
+            "auto": exact up to 16 backward passes per batch, else mc.
+        weight_sharing: of layers with several positions: "expand" or "reduce".
+        prior_precision: tau, or a mapping from layer name; or how to find it: "marglik" (the evidence), one for all
+            layers, "marglik_per_layer", or "holdout": least NLL of the linearised predictive on ``validation``.
+        temperature: T of the likelihood p(y | x)^(1/T): below 1 a narrower posterior.
+        noise_std: s of a regression; by default the one of largest evidence.
+        validation: held-out batches with labels.
+        link: of the predictive that "holdout" judges.
+        num_batches: only so many batches (of each process); the curvature is scaled up to ``num_data``.
+        num_data: N, the examples that the curvature stands for; by default the dataset's length.
+        num_mc_samples: label draws per item of fisher="mc".
+        seed: of these draws.
+        logits: from the model's output to (B, C), (B, T, C), or (B,) of a regression.
+        device: of the sums and eigenvectors, where the model's own has no room; the posterior lives there until used.
+        checkpoint: a file for the sums, written every ``checkpoint_steps`` batches and at the end. If it exists, the
+            pass goes on where it stopped: the loader must give the same batches in the same order.
+        checkpoint_steps: see ``checkpoint``.
+        progress: show a progress bar.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        TypeError, ValueError: an argument is not one of these, no batch, outputs that are not finite, no layer to
+            cover, or a checkpoint of another fit.
+
+    >>> net, x = nn.Linear(3, 2), torch.randn(20, 3)
+    >>> posterior = fit(net, [(x, torch.randint(2, (20,)))], progress=False)
+    >>> posterior.predict(x[:4]).logit_covariance.shape
+    torch.Size([4, 2, 2])
+    """
+    is_given, likelihood = likelihood is not None, likelihood or likelihood_of(model)
+    if noise_std is not None:
+        check_positive("noise_std", noise_std)
+        if likelihood != "regression":
+            raise ValueError(f"`noise_std` is a regression's, got {noise_std!r} for {likelihood!r}; see `temperature`.")
+    _check_choices(likelihood, subset, curvature, fisher, weight_sharing, link, prior_precision)
+    _check_counts(num_batches=num_batches, num_data=num_data, num_mc_samples=num_mc_samples)
+    _check_counts(checkpoint_steps=checkpoint_steps)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
+    check_positive("temperature", temperature)
+    if prior_precision == "holdout":
+        check_holdout(model, validation)
+    targets, skipped = choose_targets(model, target_modules, exclude_modules)
+    if not isinstance(prior_precision, str):
+        checked_precision(prior_precision, [target.name for target in targets])
+    loader = _Loader(model, dataloader, num_batches, num_data, progress)
+    with prediction_mode(model):
+        batch = loader.first()
+        likelihood = likelihood if is_given else likelihood_of(model, batch.labels)
+        first = _probe(model, batch, targets, logits)
+        if subset == "last_layer":
+            targets, skipped = _last_layer(targets, skipped, first.called)
+        else:
+            targets, skipped = _called(targets, skipped, first.called)
+        config = CurvatureConfig(
+            curvature=_auto_curvature(curvature, subset, targets),
+            fisher=_auto_fisher(fisher, first.outputs, likelihood),
+            weight_sharing=weight_sharing,
+            likelihood=likelihood,
+            num_mc_samples=num_mc_samples,
+            seed=seed,
+        )
+        sums = _pass(loader, targets, config, logits, _device(device), checkpoint, checkpoint_steps)
+        layers = decompose(sums, targets)
+        if config.curvature == "ekfac":
+            layers = _second_pass(loader, layers, sums, logits, _device(device))
+    posterior = LaplacePosterior(
+        model, layers, record_of(sums, skipped), temperature=temperature, noise_std=noise_std or 1.0, outputs_of=logits
+    )
+    return tune(posterior, prior_precision, noise_std=noise_std, validation=validation, link=link, progress=progress)
+
+
+def tune(
+    posterior: LaplacePosterior,
+    prior_precision: Precision | PriorChoice,
+    *,
+    noise_std: float | None = None,
+    validation: Iterable[Any] | None = None,
+    link: Link = "auto",
+    progress: bool = True,
+) -> LaplacePosterior:
+    """The posterior at a prior precision (and noise) that is given, or found as `fit` says; no curvature is refitted.
+
+    Raises:
+        ValueError: as for `fit`.
+    """
+    if prior_precision == "holdout":
+        check_holdout(posterior.model, validation)
+    record = posterior.record
+    posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
+    spectra = posterior.spectra
+    per_layer = prior_precision == "marglik_per_layer"
+    finds_noise = noise_std is None and record.config.likelihood == "regression" and record.num_outputs > 0
+    if finds_noise and record.squared_error > 0:
+        best, noise = optimal_precision_and_noise(
+            spectra,
+            squared_error=record.squared_error,
+            num_outputs=record.num_outputs,
+            per_layer=per_layer,
+            temperature=posterior.temperature,
+        )
+        posterior = posterior.with_noise_std(noise)
+    elif isinstance(prior_precision, str) and prior_precision != "holdout":
+        best = optimal_prior_precision(spectra, per_layer=per_layer, scale=posterior.scale)
+    if not isinstance(prior_precision, str):
+        return posterior.with_prior_precision(prior_precision)
+    if prior_precision == "holdout":
+        held_out = _Loader(posterior.model, validation, None, None, progress).batches("Held-out NLL")
+        best = holdout_precision(holdout_nll(posterior, held_out, link=link))
+    return posterior.with_prior_precision(best)
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """The dataloader's batches on the model's device, without duplicates, with a progress bar."""
+
+    def __init__(
+        self, model: nn.Module, loader: Iterable[Any], num_batches: int | None, num_data: int | None, progress: bool
+    ) -> None:
+        if isinstance(loader, Iterator):
+            raise TypeError("`dataloader` is read more than once: give a DataLoader or a list, not an iterator.")
+        self.model, self.loader, self.num_batches, self.progress = model, loader, num_batches, progress
+        self.num_data = num_data if num_data is not None else _dataset_length(loader)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if num_batches is not None and self.num_data is None:
+            raise ValueError("`num_batches` needs `num_data` (N): the dataloader's dataset has no length.")
+
+    def first(self) -> Any:
+        found = next((prepare(self.model, batch, self.device) for batch in self.loader), None)
+        if any(gathered(found is None)):  # in all processes or in none: the others would wait for ever
+            raise ValueError("`dataloader` is empty: it must give at least one batch (in every process).")
+        return found
+
+    def batches(self, description: str, skip: int = 0) -> Iterable[Any]:
+        total = len(self.loader) if isinstance(self.loader, Sized) else None
+        total = total if self.num_batches is None else min(self.num_batches, total or self.num_batches)
+        is_shown = self.progress and process_index() == 0
+        with tqdm(total=total, initial=skip, desc=description, disable=not is_shown) as bar:
+            for number, batch in enumerate(self.loader):
+                if self.num_batches is not None and number >= self.num_batches:
+                    return
+                if number < skip:
+                    continue
+                whole = prepare(self.model, batch, self.device)
+                keep = real_examples(self.loader, number, len(whole))
+                if keep is not None and keep < len(whole):
+                    whole = prepare(self.model, batch, self.device, keep)
+                if len(whole):
+                    yield whole
+                bar.update()
+
+
+@dataclass(frozen=True)
+class _Probe:
+    outputs: Tensor
+    called: list[nn.Module]
+
+
+def _probe(model: nn.Module, batch: Any, targets: list[Target], logits: OutputOf) -> _Probe:
+    """Outputs, and the covered layers in the order in which the model calls them."""
+    modules = [module for target in targets for module in target.modules]
+    with torch.no_grad():
+        outputs, uses = record(model, batch.inputs, modules, _as_matrix(logits))
+    return _Probe(outputs.detach(), [use.module for use in uses])
+
+
+def _as_matrix(logits: OutputOf) -> OutputOf:
+    def outputs_of(output: Any) -> Tensor:
+        found = logits(output)
+        return found.unsqueeze(-1) if found.ndim == 1 else found
+
+    return outputs_of
+
+
+def _pass(
+    loader: _Loader,
+    targets: list[Target],
+    config: CurvatureConfig,
+    logits: OutputOf,
+    device: torch.device | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_steps: int,
+) -> Curvature:
+    path = None if checkpoint is None else _own_path(checkpoint)
+    sums = _begun(path, config, targets, device)
+    accumulator = Accumulator(sums, loader.model, targets, _as_matrix(logits), device=device)
+    for batch in loader.batches("Curvature", skip=sums.num_batches):
+        accumulator.add(batch)
+        if path is not None and sums.num_batches % checkpoint_steps == 0:
+            sums.save(path)
+    if path is not None:
+        sums.save(path)
+    sums.all_reduce()
+    if sums.num_examples == 0:
+        raise ValueError("`dataloader` is empty: it must give at least one batch.")
+    if loader.num_data is not None and (loader.num_batches is not None or loader.num_data != sums.num_examples):
+        sums.data_scale = loader.num_data / sums.num_examples
+    return sums
+
+
+def _second_pass(
+    loader: _Loader,
+    layers: list[tuple[Target, KroneckerEigen]],
+    sums: Curvature,
+    logits: OutputOf,
+    device: torch.device | None,
+) -> list[tuple[Target, KroneckerEigen]]:
+    """EKFAC: the best eigenvalues in KFAC's basis, which is the same in every process."""
+    bases = {target.name: eigen for target, eigen in layers if eigen.right is not None}
+    if not bases:  # normalisations only, whose diagonal is exact
+        return layers
+    squares = Curvature(sums.config)
+    rotated = [target for target, _ in layers if target.name in bases]
+    accumulator = Accumulator(squares, loader.model, rotated, _as_matrix(logits), bases=bases, device=device)
+    for batch in loader.batches("EKFAC's eigenvalues"):
+        accumulator.add(batch)
+    squares.all_reduce()
+    for name, found in squares.sums.items():
+        sums.sums[name]["squares"] = found["squares"]
+    corrected = {name: sums.data_scale * found["squares"] for name, found in squares.sums.items()}
+    return [
+        (target, KroneckerEigen(eigen.left, eigen.right, corrected.get(target.name, eigen.eigenvalues)))
+        for target, eigen in layers
+    ]
+
+
+def decompose(sums: Curvature, targets: list[Target]) -> list[tuple[Target, KroneckerEigen]]:
+    """Every layer with its eigendecomposed curvature; layers that read the same tensor share one basis."""
+    known: list[tuple[Tensor, Tensor, Tensor]] = []
+    return [(target, sums.eigen(target.name, known)) for target in targets]
+
+
+def record_of(sums: Curvature, skipped: Mapping[str, str]) -> FitRecord:
+    """What the sums say about the data."""
+    return FitRecord(
+        config=sums.config,
+        num_data=round(sums.num_examples * sums.data_scale),
+        log_likelihood=sums.log_likelihood * sums.data_scale,
+        squared_error=sums.squared_error * sums.data_scale,
+        num_outputs=round(sums.num_outputs * sums.data_scale),
+        skipped=dict(skipped),
+    )
+
+
+def _own_path(checkpoint: str | os.PathLike[str]) -> Path:
+    """Each process keeps its own sums."""
+    path, count = Path(checkpoint), num_processes()
+    return path if count == 1 else path.with_name(f"{path.stem}-{process_index()}-of-{count}{path.suffix}")
+
+
+def _begun(path: Path | None, config: CurvatureConfig, targets: list[Target], device: torch.device | None) -> Curvature:
+    """The sums of the file, on the layers' devices; none yet without one."""
+    weights = {target.name: target.squared_norm for target in targets}
+    if path is None or not path.exists():
+        return Curvature(config, weights=weights)
+    sums = Curvature.load(path)
+    if sums.config != config or set(sums.weights) != set(weights):
+        raise ValueError(f"`checkpoint` {str(path)!r} holds the sums of another fit ({sums.config}); remove it.")
+    if not all(math.isclose(sums.weights[name], weights[name], rel_tol=1e-6) for name in weights):
+        raise ValueError(f"`checkpoint` {str(path)!r} holds the sums of other weights than the model's; remove it.")
+    for target in targets:
+        place = device or next(iter(target.parameters.values())).device
+        sums.sums[target.name] = {k: v.to(place) for k, v in sums.sums.get(target.name, {}).items()}
+    logger.info("Resuming the curvature pass after %d batches of %s.", sums.num_batches, path)
+    return sums
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+
+def _last_layer(
+    targets: list[Target], skipped: dict[str, str], called: list[nn.Module]
+) -> tuple[list[Target], dict[str, str]]:
+    if not called:
+        raise ValueError('`subset`="last_layer": the model calls none of the layers that could be covered.')
+    last = next(target for target in targets if called[-1] in target.modules)
+    return [last], {**skipped, **{target.name: "not the last layer" for target in targets if target is not last}}
+
+
+def _called(
+    targets: list[Target], skipped: dict[str, str], called: list[nn.Module]
+) -> tuple[list[Target], dict[str, str]]:
+    """A layer that the model never calls, or only reads, has no curvature."""
+    names = {target.name for target in targets if any(module in called for module in target.modules)}
+    names = set().union(*gathered(names))  # an expert may be called in one process only
+    used = [target for target in targets if target.name in names]
+    if not used:
+        raise ValueError("The model calls none of the layers that `target_modules` leaves: nothing has curvature.")
+    silent = {target.name: "the model does not call it" for target in targets if target not in used}
+    return used, {**skipped, **silent}
+
+
+def _auto_curvature(curvature: str, subset: Subset, targets: list[Target]) -> CurvatureKind:
+    if curvature != "auto":
+        return curvature  # type: ignore[return-value]
+    is_small = subset == "last_layer" and targets[0].num_weights <= MAX_DENSE and targets[0].rule.is_affine
+    return "full" if is_small else "kfac"
+
+
+def _auto_fisher(fisher: str, outputs: Tensor, likelihood: Likelihood) -> Fisher:
+    if fisher != "auto":
+        return fisher  # type: ignore[return-value]
+    positions = max(gathered(outputs.shape[1] if outputs.ndim == 3 else 1))
+    return "exact" if num_columns(outputs.shape[-1], likelihood) * positions <= MAX_BACKWARDS else "mc"
+
+
+def _dataset_length(loader: Iterable[Any]) -> int | None:
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    return None if device is None else torch.device(device)
+
+
+def _check_choices(
+    likelihood: str,
+    subset: str,
+    curvature: str,
+    fisher: str,
+    weight_sharing: str,
+    link: str,
+    prior_precision: Any,
+) -> None:
+    choices = {
+        "likelihood": (likelihood, get_args(Likelihood)),
+        "subset": (subset, get_args(Subset)),
+        "curvature": (curvature, ("auto", *get_args(CurvatureKind))),
+        "fisher": (fisher, ("auto", *get_args(Fisher))),
+        "weight_sharing": (weight_sharing, get_args(WeightSharing)),
+        "link": (link, get_args(Link)),
+    }
+    if isinstance(prior_precision, str):
+        choices["prior_precision"] = (prior_precision, get_args(PriorChoice))
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ValueError(f"`{name}` must be a whole number >= 1, got {count!r}.")

@@ -1,0 +1,97 @@
+"""The prior precision of least held-out NLL, for the predictive that will be used; one pass serves the whole grid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..posteriors.base import has_many_logits, known_problem_type, prediction_mode
+from ..posteriors.linearized import covariance, linearize
+from ..posteriors.logits import Link, linearized_predictive
+from .data import Batch
+from .posterior import LaplacePosterior
+from .processes import process_index, summed
+
+logger = logging.getLogger(__name__)
+
+GRID: tuple[float, ...] = tuple(np.logspace(-4, 6, 41).tolist())
+"""Four values per decade."""
+
+
+def check_holdout(model: nn.Module, validation: object) -> None:
+    """Held-out data, and a head whose predictive can be linearised.
+
+    Raises:
+        ValueError: ``validation`` is None, or the head has too many logits.
+    """
+    if validation is None:
+        raise ValueError('`prior_precision`="holdout" needs `validation`: held-out batches with labels.')
+    if has_many_logits(model, known_problem_type(model)):
+        raise ValueError(
+            '`prior_precision`="holdout" judges the linearised predictive, for which this head has too many logits: '
+            'use "marglik", or give a number.'
+        )
+
+
+def holdout_nll(
+    posterior: LaplacePosterior,
+    batches: Iterable[Batch],
+    grid: tuple[float, ...] = GRID,
+    *,
+    link: Link = "auto",
+    seed: int = 0,
+) -> dict[float, float]:
+    """Mean NLL per label of the linearised predictive ("glm") at each scalar prior precision, over all processes.
+
+    Raises:
+        ValueError: no labels.
+    """
+    blocks = posterior.blocks_at(list(grid))
+    totals, count = np.zeros(len(grid)), 0
+    for batch in batches:
+        if batch.labels is None:
+            raise ValueError('`validation` needs labels for `prior_precision`="holdout".')
+        with prediction_mode(posterior.model), posterior.mean():
+            mean, stacked = linearize(posterior.model, batch.inputs, blocks, covariance, posterior.outputs_of)
+        problem = posterior.problem_type()
+        problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
+        values = mean.squeeze(-1) if problem == "regression" and mean.shape[-1] == 1 else mean
+        labels = batch.labels if problem != "regression" else batch.labels.reshape(values.shape)
+        for number, matrix in enumerate(stacked):
+            predictive = linearized_predictive(
+                mean, matrix, problem, link=link, seed=seed, noise_std=posterior.noise_std
+            )
+            found = predictive.log_prob(labels)
+            kept = found[~found.isnan()]
+            totals[number] -= float(kept.double().sum())
+        count += kept.numel()
+    sums = summed(torch.tensor([*totals, count], dtype=torch.float64)).tolist()
+    if sums[-1] == 0:
+        raise ValueError("`validation` holds no labelled example.")
+    return dict(zip(grid, (total / sums[-1] for total in sums[:-1]), strict=True))
+
+
+def holdout_precision(nll: dict[float, float]) -> float:
+    """The minimum, refined by the parabola through it and its neighbours in log tau; a warning at the grid's end."""
+    grid, values = np.log(list(nll)), np.array(list(nll.values()))
+    best = int(np.nanargmin(values))
+    if best in (0, len(grid) - 1):
+        found = float(np.exp(grid[best]))
+        if process_index() == 0:
+            side = "smallest: the widest posterior" if best == 0 else "largest: next to no posterior at all"
+            logger.warning(
+                'prior_precision="holdout" found the least NLL at the end of its grid, tau = %.4g (the %s), and the '
+                "true minimum may lie beyond. A validation set that is small or unlike the training data does this; "
+                'compare "marglik", or give a number.',
+                found,
+                side,
+            )
+        return found
+    low, middle, high = values[best - 1 : best + 2]
+    curvature = low - 2 * middle + high
+    shift = 0.5 * (low - high) / curvature if curvature > 0 else 0.0
+    return float(np.exp(grid[best] + shift * (grid[best + 1] - grid[best])))

@@ -1,0 +1,335 @@
+"""`LaplacePosterior`: a Gaussian at the trained weights, N(theta*, (F / (T s^2) + tau)^-1), layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..posteriors.base import BasePosterior, check_draw
+from ..posteriors.blocks import block_draw
+from ..posteriors.linearized import OutputOf
+from ..predictive import ProblemType, logits_of, resolve_problem_type
+from .blocks import LaplaceBlock
+from .curvature import CurvatureConfig
+from .evidence import Precision, Spectrum, effective_parameters, log_marginal_likelihood
+from .kronecker import KroneckerEigen
+from .storage import read, write
+from .targets import Target, targets_named
+from .weights import by_parameter, holding
+
+FILE = "laplace.safetensors"
+DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
+_PROBLEMS: dict[str, ProblemType] = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecord:
+    """What a fit saw.
+
+    Attributes:
+        config: how the curvature was measured.
+        num_data: N, the examples that the curvature stands for.
+        log_likelihood: sum of log p(y | x, theta*) over them, at noise 1 of a regression; NaN without labels.
+        squared_error: of a regression, summed over examples and outputs.
+        num_outputs: numbers that a regression predicted.
+        skipped: layer name -> why it stays deterministic.
+    """
+
+    config: CurvatureConfig
+    num_data: int
+    log_likelihood: float
+    squared_error: float = 0.0
+    num_outputs: int = 0
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+class LaplacePosterior(BasePosterior):
+    """The result of `fit`: frozen, and independent of the data it was fitted to.
+
+    The model's own weights are the posterior mean; a draw is copied into them and taken out again.
+
+    Args:
+        model: the trained model.
+        layers: each layer with its eigendecomposed curvature.
+        record: what the fit saw.
+        prior_precision: tau of the prior N(0, I / tau): one, or one per layer name.
+        temperature: T of the likelihood p(y | x)^(1/T).
+        noise_std: s of a regression.
+        outputs_of: the logits in what the model returns.
+        draw_cache_bytes: memory in which draws are kept for the next batch.
+    """
+
+    default_method = "glm"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[tuple[Target, KroneckerEigen]],
+        record: FitRecord,
+        *,
+        prior_precision: Precision = 1.0,
+        temperature: float = 1.0,
+        noise_std: float = 1.0,
+        outputs_of: OutputOf = logits_of,
+        draw_cache_bytes: int = DEFAULT_DRAW_CACHE_BYTES,
+    ) -> None:
+        names = [target.name for target, _ in layers]
+        check_positive("temperature", temperature)
+        check_positive("noise_std", noise_std)
+        self.model, self.record, self.draw_cache_bytes = model, record, draw_cache_bytes
+        self.prior_precision = checked_precision(prior_precision, names)
+        self.temperature, self.noise_std = float(temperature), float(noise_std)
+        self._layers, self._outputs_of = list(layers), outputs_of
+        self._blocks = self.blocks_at([self.prior_precision])
+        self._cache: dict[tuple[int, int], dict[nn.Parameter, Tensor]] = {}
+
+    def __repr__(self) -> str:
+        taus = self.prior_precision if isinstance(self.prior_precision, float) else [*self.prior_precision.values()]
+        shown = f"{taus:.4g}" if isinstance(taus, float) else f"{min(taus):.4g}..{max(taus):.4g} per layer"
+        return (
+            f"LaplacePosterior({self.record.config.curvature}, {len(self._layers)} layers, "
+            f"{sum(target.num_weights for target, _ in self._layers):,} weights, prior_precision={shown})"
+        )
+
+    # -- the Gaussian ------------------------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """1 / (temperature noise_std^2): what multiplies the curvature."""
+        return 1 / (self.temperature * self.noise_std**2)
+
+    @property
+    def layers(self) -> dict[str, KroneckerEigen]:
+        """Layer name -> its eigendecomposed curvature."""
+        return {target.name: eigen for target, eigen in self._layers}
+
+    @property
+    def targets(self) -> list[Target]:
+        """The covered layers, in the model's order."""
+        return [target for target, _ in self._layers]
+
+    @property
+    def spectra(self) -> dict[str, Spectrum]:
+        """Layer name -> eigenvalues and squared norm of its weights, of which the evidence is made."""
+        return {target.name: Spectrum(eigen.eigenvalues, target.squared_norm) for target, eigen in self._layers}
+
+    @property
+    def log_marginal_likelihood(self) -> float:
+        """log p(D | tau) by Laplace's method, in nats (Immer et al. 2021); comparable between posteriors of one model.
+
+        Raises:
+            ValueError: the fit saw no labels.
+        """
+        log_likelihood = self._log_likelihood()
+        if math.isnan(log_likelihood):
+            raise ValueError("The fit's data had no labels: only differences between prior precisions are known.")
+        spectra = self.spectra
+        return log_marginal_likelihood(log_likelihood, spectra, self.prior_precision, scale=self.scale)
+
+    @property
+    def effective_parameters(self) -> dict[str, float]:
+        """Layer name -> sum L / (L + tau / scale): how many of its weights the data determine (MacKay 1992)."""
+        return effective_parameters(self.spectra, self.prior_precision, scale=self.scale)
+
+    def _log_likelihood(self) -> float:
+        record = self.record
+        if record.config.likelihood != "regression":
+            return record.log_likelihood / self.temperature
+        constant = record.num_outputs * (math.log(self.noise_std) + 0.5 * math.log(2 * math.pi))
+        missing = math.nan if record.num_outputs == 0 else 0.0
+        return missing - (record.squared_error / (2 * self.noise_std**2) + constant) / self.temperature
+
+    def with_prior_precision(self, prior_precision: Precision) -> LaplacePosterior:
+        """The same curvature under another prior; nothing is fitted again."""
+        return self._replace(prior_precision=prior_precision)
+
+    def with_temperature(self, temperature: float) -> LaplacePosterior:
+        """The same curvature with the likelihood to the power 1/T; the prior is not tuned again."""
+        return self._replace(temperature=temperature)
+
+    def with_noise_std(self, noise_std: float) -> LaplacePosterior:
+        """A regression's posterior for another noise."""
+        return self._replace(noise_std=noise_std)
+
+    def _replace(self, **changes: Any) -> LaplacePosterior:
+        kept = {
+            name: getattr(self, name) for name in ("prior_precision", "temperature", "noise_std", "draw_cache_bytes")
+        }
+        return LaplacePosterior(
+            self.model, self._layers, self.record, outputs_of=self._outputs_of, **{**kept, **changes}
+        )
+
+    def blocks(self) -> Sequence[LaplaceBlock]:
+        """One block per layer."""
+        return self._blocks
+
+    def blocks_at(self, prior_precisions: Sequence[Precision]) -> list[LaplaceBlock]:
+        """Blocks of several posteriors at once, which differ in their prior: one pass predicts with all."""
+        is_full = self.record.config.curvature == "full"
+        return [
+            LaplaceBlock(
+                target,
+                eigen,
+                tuple(p if isinstance(p, float) else p[target.name] for p in prior_precisions),
+                self.scale,
+                is_full and eigen.eigenvalues.shape[1] == 1 and eigen.left is None and eigen.right is not None,
+            )
+            for target, eigen in self._layers
+        ]
+
+    def variances(self) -> dict[nn.Parameter, Tensor]:
+        """Marginal variance of every covered Parameter."""
+        found: dict[nn.Parameter, Tensor] = {}
+        for (target, eigen), block in zip(self._layers, self._blocks, strict=True):
+            values = eigen.marginal_variance(block.prior_precisions[0], self.scale)
+            found |= by_parameter(target, block.placed(values))
+        return found
+
+    # -- a posterior -------------------------------------------------------------------------------------------------
+
+    def mean(self) -> AbstractContextManager[None]:
+        """The model as it was trained."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def draw(self, index: int, seed: int = 0) -> Iterator[None]:
+        """The model at draw ``index`` of the sequence ``seed``, until exit; its weights come back bit by bit.
+
+        Raises:
+            TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
+        """
+        check_draw(index, seed)
+        with self.holding(self._deviation(index, seed)):
+            yield
+
+    def holding(self, deviation: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
+        """The model with ``deviation`` added to its weights, until exit."""
+        return holding(deviation)
+
+    def random_parameters(self) -> Iterable[nn.Parameter]:
+        """The covered Parameters."""
+        return [parameter for target, _ in self._layers for parameter in target.parameters.values()]
+
+    def outputs_of(self, output: Any) -> Tensor:
+        """The logits in what the model returns, by the accessor that the fit was given."""
+        outputs = self._outputs_of(output)
+        return outputs.unsqueeze(-1) if outputs.ndim == 1 else outputs
+
+    def problem_type(self) -> ProblemType:
+        """That of the model's class; for a class that transformers does not know, of the fit's likelihood."""
+        known, likelihood = resolve_problem_type(self.model), self.record.config.likelihood
+        is_told = known != "unknown" and likelihood == "classification"  # a model may not know that it is multi-label
+        return known if is_told else _PROBLEMS[likelihood]
+
+    def recorded_noise_std(self) -> float:
+        """s."""
+        return self.noise_std
+
+    def _deviation(self, index: int, seed: int) -> dict[nn.Parameter, Tensor]:
+        """The first draws stay in memory: every batch asks for the same ones."""
+        key = (index, seed)
+        if key in self._cache:
+            return self._cache[key]
+        drawn: dict[nn.Parameter, Tensor] = {}
+        for block in self._blocks:
+            drawn |= by_parameter(block.target, block_draw(block, index, seed))
+        size = sum(value.nbytes for value in drawn.values())
+        if size * (len(self._cache) + 1) <= self.draw_cache_bytes:
+            self._cache[key] = drawn
+        return drawn
+
+    # -- persistence -------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``laplace.safetensors``, beside the model's own files: eigenvectors, eigenvalues, what the fit knew."""
+        tensors = {}
+        for target, eigen in self._layers:
+            for name in ("left", "right", "eigenvalues"):
+                value = getattr(eigen, name)
+                if value is not None:
+                    tensors[f"{target.name}/{name}"] = value
+        layers = {t.name: {"parameters": list(t.parameters), "squared_norm": t.squared_norm} for t in self.targets}
+        meta = {
+            "record": asdict(self.record),
+            "prior_precision": self.prior_precision,
+            "temperature": self.temperature,
+            "noise_std": self.noise_std,
+            "layers": layers,
+        }
+        write(Path(directory) / FILE, tensors, meta, kind="laplace")
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], model: nn.Module, *, outputs_of: OutputOf = logits_of
+    ) -> LaplacePosterior:
+        """The posterior that `save` wrote, around the model that it was fitted to.
+
+        Raises:
+            ValueError: the file is missing or damaged, or the model has other layers or weights.
+        """
+        path = Path(directory)
+        tensors, meta = read(path if path.is_file() else path / FILE, kind="laplace")
+        targets = targets_named(model, meta["layers"])
+        layers = []
+        for target in targets:
+            parts = {name: tensors.get(f"{target.name}/{name}") for name in ("left", "right", "eigenvalues")}
+            like = next(iter(target.parameters.values()))
+            placed = {
+                name: None if value is None else value.to(like.device, torch.promote_types(value.dtype, like.dtype))
+                for name, value in parts.items()
+            }
+            layers.append((target, _checked(KroneckerEigen(**placed), target)))  # type: ignore[arg-type]
+        config = CurvatureConfig(**meta["record"].pop("config"))
+        chosen = {name: meta[name] for name in ("prior_precision", "temperature", "noise_std")}
+        return cls(model, layers, FitRecord(config=config, **meta["record"]), outputs_of=outputs_of, **chosen)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A finite number > 0.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}.")
+
+
+def checked_precision(prior_precision: Any, names: Sequence[str]) -> float | dict[str, float]:
+    """One tau, or one for each of the layers ``names``.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(prior_precision, Mapping):
+        check_positive("prior_precision", prior_precision)
+        return float(prior_precision)
+    if set(prior_precision) != set(names):
+        wrong = sorted(set(prior_precision) ^ set(names))[:3]
+        raise ValueError(f"`prior_precision` must name each of the {len(names)} layers once; these differ: {wrong}.")
+    for name in names:
+        check_positive(f"prior_precision[{name!r}]", prior_precision[name])
+    return {name: float(prior_precision[name]) for name in names}
+
+
+def _checked(eigen: KroneckerEigen, target: Target) -> KroneckerEigen:
+    if eigen.eigenvalues is None or eigen.eigenvalues.numel() != target.num_weights:
+        found = None if eigen.eigenvalues is None else tuple(eigen.eigenvalues.shape)
+        raise ValueError(
+            f"The posterior's file has {found} eigenvalues for {target.name!r}, whose weights number "
+            f"{target.num_weights}."
+        )
+    return eigen
