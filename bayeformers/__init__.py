@@ -1,10 +1,12 @@
 """bayeformers: any transformers model says how sure it is."""
 
+from . import laplace
 from .calibration import calibrate_delta
 from .checkpoint import from_pretrained
 from .config import BayesianConfig
 from .conversion import bayesian_config, is_bayesian, to_bayesian, to_deterministic, unfreeze
 from .distributions import EmpiricalBayesPrior, MopedPrior, NormalPrior, ScaleMixturePrior
+from .laplace import LaplacePosterior
 from .nn import fixed_draw, posterior_mean
 from .objective import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict
@@ -20,6 +22,7 @@ __all__ = [
     "BayesianTrainer",
     "BayesianTrainingArguments",
     "EmpiricalBayesPrior",
+    "LaplacePosterior",
     "MopedPrior",
     "NormalPrior",
     "Posterior",
@@ -32,6 +35,7 @@ __all__ = [
     "from_pretrained",
     "is_bayesian",
     "kl_divergence",
+    "laplace",
     "log_prior",
     "log_variational_posterior",
     "posterior_mean",

@@ -1,4 +1,5 @@
-"""`bayeformers.from_pretrained`: the stock loader of transformers around a class that converts as it is built."""
+"""`bayeformers.from_pretrained`: a converted model, by the stock loader around a class that converts as it is built, or
+a trained model with its Laplace posterior."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils.hub import cached_file
 
 from .config import BayesianConfig
 from .conversion import convert, freeze_as_saved
+from .laplace import LaplacePosterior
+from .laplace.posterior import FILE
 
 _HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code",
@@ -19,10 +23,15 @@ _HUB_ARGUMENTS = (
 
 
 def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a converted model as it was saved: class, Bayesian layers, scales, priors, ties, frozen means.
+    """Load a Bayesian model as it was saved.
+
+    A converted model comes back with its Bayesian layers, scales, priors, ties and frozen means. A model that was saved
+    with a Laplace posterior comes back as it was trained, and has the posterior as its attribute ``posterior``, which
+    `bayeformers.predict` and `BayesianTrainer` use.
 
     Args:
-        directory: a folder written by `model.save_pretrained` or `trainer.save_model`, or a hub name.
+        directory: a folder written by `trainer.save_model` (or by `model.save_pretrained` and `posterior.save`), or a
+            hub name.
         kwargs: as for transformers' `from_pretrained` (``dtype``, ``device_map``, ``revision``, ...). Scales stay
             float32 whatever ``dtype`` says.
 
@@ -30,19 +39,36 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
         The model, of its original class, in `eval()` mode.
 
     Raises:
-        ValueError: the checkpoint is not of a converted model, or lacks scales that its configuration promises.
+        ValueError: the checkpoint is neither of a converted model nor has a Laplace posterior; it lacks scales that its
+            configuration promises; or its posterior was fitted to other weights.
     """
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory, **hub)
-    recorded = getattr(config, "bayesian", None)
-    if recorded is None:
-        raise ValueError(
-            f"`directory` {str(directory)!r} holds no Bayesian model (its config has no 'bayesian' entry). "
-            "Load it with transformers and call `to_bayesian`."
-        )
-    original = _architecture(config, directory, hub)
-    loader = _converting(original, BayesianConfig.from_dict(recorded))
     kwargs.pop("output_loading_info", None)
+    recorded = getattr(config, "bayesian", None)
+    if recorded is not None:
+        return _converted(directory, config, BayesianConfig.from_dict(recorded), hub, kwargs)
+    posterior_file = _posterior_file(directory, hub)
+    if posterior_file is None:
+        raise ValueError(
+            f"`directory` {str(directory)!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
+            f"no {FILE}. Load it with transformers, and call `to_bayesian`, or fit a posterior with "
+            "`BayesianTrainer.fit_laplace`."
+        )
+    model: Any = _architecture(config, directory, hub).from_pretrained(directory, config=config, **kwargs)
+    model.posterior = LaplacePosterior.load(posterior_file, model)
+    return model  # type: ignore[no-any-return]
+
+
+def _converted(
+    directory: str | os.PathLike[str],
+    config: Any,
+    recorded: BayesianConfig,
+    hub: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    original = _architecture(config, directory, hub)
+    loader = _converting(original, recorded)
     model: PreTrainedModel
     info: dict[str, Any]
     model, info = loader.from_pretrained(directory, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
@@ -56,6 +82,14 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     model.__class__ = original
     freeze_as_saved(model, set(info["missing_keys"]))
     return model
+
+
+def _posterior_file(directory: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
+    """In a folder or on the hub; None if there is none."""
+    kwargs = {key: value for key, value in hub.items() if key != "trust_remote_code"}
+    quiet = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors")}
+    found: str | None = cached_file(str(directory), FILE, **quiet, **kwargs)
+    return found
 
 
 def _architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:

@@ -1,4 +1,4 @@
-"""`from_pretrained`: whatever was saved comes back, priors, centres and flags included; torch's own state dicts too.
+"""`from_pretrained`: whatever was saved comes back, priors, centres, flags, a Laplace posterior; state dicts too.
 
 The matrix of architectures, shards, dtypes and device maps is in `test_conversion_matrix.py`.
 """
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 import bayeformers
 from bayeformers import (
     EmpiricalBayesPrior,
+    LaplacePosterior,
     MopedPrior,
     NormalPrior,
     ScaleMixturePrior,
     bayesian_config,
     fixed_draw,
     kl_divergence,
+    laplace,
     summary,
     to_bayesian,
     to_deterministic,
@@ -166,6 +168,88 @@ def test_keyword_arguments_reach_the_loader(tmp_path: Path) -> None:
     assert loaded.config._attn_implementation == "eager" and not loaded.training
     with pytest.raises(OSError, match="nowhere"):
         bayeformers.from_pretrained(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------- with a Laplace posterior
+
+
+def fitted(name: str = "bert", **options: Any) -> tuple[nn.Module, LaplacePosterior]:
+    """An unconverted model and its posterior from one batch of the case's inputs."""
+    model = case(name).build().eval()
+    return model, laplace.fit(model, [case(name).inputs()], fisher="mc", progress=False, **options)
+
+
+def saved(folder: Path, name: str = "bert", **options: Any) -> tuple[nn.Module, LaplacePosterior]:
+    model, posterior = fitted(name, **options)
+    model.save_pretrained(folder)
+    posterior.save(folder)
+    return model, posterior
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2-lm"])
+def test_laplace_posterior_comes_back(name: str, tmp_path: Path) -> None:
+    """The model as it was trained, with its posterior as an attribute: the same draws, bit for bit."""
+    model, posterior = saved(tmp_path, name, temperature=0.5, prior_precision="marglik_per_layer")
+    loaded = bayeformers.from_pretrained(tmp_path)
+    found = loaded.posterior
+    assert type(loaded) is type(model) and not loaded.training and not bayeformers.is_bayesian(loaded)
+    assert isinstance(found, LaplacePosterior) and found.model is loaded
+    assert repr(found.record) == repr(posterior.record)  # of unlabelled data: NaN is unequal to itself
+    assert found.prior_precision == posterior.prior_precision
+    assert (found.temperature, found.noise_std) == (posterior.temperature, posterior.noise_std)
+    with found.draw(1, seed=3), posterior.draw(1, seed=3):
+        drawn = loaded.state_dict()
+        assert all(torch.equal(value, drawn[key]) for key, value in model.state_dict().items())
+    inputs = {key: value for key, value in case(name).inputs().items() if key != "labels"}
+    one, other = (bayeformers.predict(m, inputs, method="sample", num_samples=2) for m in (loaded, found))
+    assert torch.equal(one.log_probs, other.log_probs)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.05), (torch.float64, 1e-4)])
+def test_laplace_posterior_in_another_dtype(dtype: torch.dtype, rtol: float, tmp_path: Path) -> None:
+    """Its own tensors stay as exact as they were saved; bfloat16 has 8 bits for the network."""
+    model, _ = saved(tmp_path)
+    loaded = bayeformers.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.classifier.weight.dtype == dtype
+    inputs = {key: value for key, value in case("bert").inputs().items() if key != "labels"}
+    covariance = loaded.posterior.predict(inputs).logit_covariance
+    expected = LaplacePosterior.load(tmp_path, model).predict(inputs).logit_covariance
+    error = (covariance - expected).norm() / expected.norm()
+    assert float(error) < rtol
+
+
+def test_a_folder_without_any_posterior(tmp_path: Path) -> None:
+    case("bert").build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no Bayesian model.*fit_laplace"):
+        bayeformers.from_pretrained(tmp_path)
+
+
+def test_a_posterior_of_other_weights(tmp_path: Path) -> None:
+    """The model was trained on and saved into the same folder."""
+    model, _ = saved(tmp_path)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"other weights.*classifier"):
+        bayeformers.from_pretrained(tmp_path)
+
+
+def test_a_damaged_posterior(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "laplace.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        bayeformers.from_pretrained(tmp_path)
+
+
+def test_the_variational_layers_win(tmp_path: Path) -> None:
+    """A converted model, saved where a posterior of the unconverted one still lies."""
+    model, _ = saved(tmp_path)
+    to_bayesian(model).save_pretrained(tmp_path)
+    loaded = bayeformers.from_pretrained(tmp_path)
+    assert bayeformers.is_bayesian(loaded) and not hasattr(loaded, "posterior")
+
+
+# ----------------------------------------------------------------------------------------------------- without a config
 
 
 def test_plain_torch_model() -> None:

@@ -23,11 +23,12 @@ EVERYTHING_ABOVE = ("*",)
 ROOMS: dict[str, tuple[str, ...]] = {
     "distributions": (),
     "config": ("distributions",),
+    "patterns": (),
     "nn": ("distributions",),
     "registry": ("nn",),
-    "selection": ("nn", "config", "registry"),
+    "selection": ("nn", "config", "registry", "patterns"),
     "dropout": (),
-    "conversion": ("nn", "distributions", "config", "selection", "dropout"),
+    "conversion": ("nn", "distributions", "config", "selection", "dropout", "patterns"),
     "objective": ("nn", "distributions"),
     "summary": ("nn", "conversion", "objective"),
     "metrics": (),
@@ -35,11 +36,35 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "snapshot": (),
     "shared_prefix": ("snapshot",),
     "monte_carlo": ("predictive", "shared_prefix", "snapshot"),
-    "posteriors": ("monte_carlo", "predictive", "snapshot"),
-    "posteriors.variational": ("posteriors", "monte_carlo", "predictive", "nn"),
-    "posteriors.linearized": ("posteriors.base", "predictive"),
-    "laplace": ("posteriors.base", "posteriors.linearized", "predictive"),
-    "checkpoint": ("conversion", "config", "posteriors", "laplace"),
+    "jacobians": (),
+    "posteriors.covariance": (),
+    "posteriors.blocks": ("jacobians", "posteriors.covariance"),
+    "posteriors.linearized": ("jacobians", "posteriors.blocks", "posteriors.covariance", "predictive"),
+    "posteriors.logits": ("predictive",),
+    "posteriors.methods": ("posteriors.blocks", "posteriors.linearized"),
+    "posteriors.base": (
+        "monte_carlo",
+        "predictive",
+        "snapshot",
+        "posteriors.blocks",
+        "posteriors.linearized",
+        "posteriors.logits",
+        "posteriors.methods",
+    ),  # fmt: skip
+    "posteriors": ("predictive",),
+    "posteriors.variational": ("posteriors.base", "nn"),
+    "laplace": (
+        "jacobians",
+        "patterns",
+        "predictive",
+        "posteriors.base",
+        "posteriors.blocks",
+        "posteriors.covariance",
+        "posteriors.linearized",
+        "posteriors.logits",
+        "posteriors.methods",
+    ),  # fmt: skip
+    "checkpoint": ("conversion", "config", "laplace"),
     "calibration": ("posteriors", "predictive", "conversion", "nn", "distributions"),
     "tasks": ("metrics",),
     "models": (),
@@ -152,7 +177,9 @@ for name in bayeformers.__all__:
 
 def public_names() -> list[tuple[str, str]]:
     """(module, name) of each name that the package and its public folders offer."""
-    offered = ["bayeformers", "bayeformers.distributions", "bayeformers.nn", "bayeformers.metrics"]
+    offered = [
+        "bayeformers", "bayeformers.distributions", "bayeformers.nn", "bayeformers.metrics", "bayeformers.laplace",
+    ]  # fmt: skip
     return [(module, name) for module in offered for name in importlib.import_module(module).__all__]
 
 

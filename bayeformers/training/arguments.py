@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-__all__ = ["BayesianTrainingArguments", "parse_noise_std"]
+from ..posteriors.logits import LINKS, Link
+from ..posteriors.methods import METHODS, SAMPLING, Method
+
+__all__ = ["BayesianTrainingArguments", "check_count", "parse_noise_std"]
 
 DRAW_CACHE_BYTES = 2 * 1024**3
 
@@ -16,7 +19,8 @@ else:
     NoiseStd = str  # HfArgumentParser would take a union with str for its other type and refuse "residual"
 
 
-def _check_count(name: str, value: Any, minimum: int) -> None:
+def check_count(name: str, value: Any, minimum: int) -> None:
+    """Errors: ValueError for anything but a whole number >= ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
 
@@ -27,6 +31,11 @@ def _check_number(name: str, value: Any, minimum: float, maximum: float = math.i
         allowed = f"> {minimum:g}" if strict else f">= {minimum:g}"
         allowed += f" and <= {maximum:g}" if math.isfinite(maximum) else ""
         raise ValueError(f"`{name}` must be a finite number {allowed}, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
 
 
 def parse_noise_std(value: str | float) -> float | None:
@@ -77,6 +86,20 @@ class BayesianTrainingArguments(TrainingArguments):
     eval_seed: int = field(
         default=0, metadata={"help": "Seed of the evaluation draws: the same networks on every batch and process."}
     )
+    eval_method: Method | None = field(
+        default=None,
+        metadata={
+            "help": 'How to predict: "sample" (or "nn") the network, or linearise it: "glm" with the exact covariance '
+            'of its logits, or "mc_glm", "one_glm", "lr_glm", "e_glm". The posterior\'s own default if not given.'
+        },
+    )
+    eval_link: Link = field(
+        default="auto",
+        metadata={
+            "help": 'Of a linearised prediction, from Gaussian logits to probabilities: "probit", "mc", "bridge" or '
+            '"probit_diagonal"; "auto": probit for two classes and for labels, Monte Carlo for more classes.'
+        },
+    )
     num_training_items: int | None = field(
         default=None,
         metadata={"help": "N of the ELBO in the loss's unit (examples or label tokens); counted if not given."},
@@ -95,15 +118,26 @@ class BayesianTrainingArguments(TrainingArguments):
 
     def _check_bayesian(self) -> None:
         """Raise ValueError for the first argument out of its range; nothing has been set up by then."""
-        _check_count("num_train_samples", self.num_train_samples, 1)
-        _check_count("num_eval_samples", self.num_eval_samples, 1)
-        _check_count("eval_seed", self.eval_seed, 0)
-        _check_count("draw_cache_bytes", self.draw_cache_bytes, 0)
+        check_count("num_train_samples", self.num_train_samples, 1)
+        check_count("num_eval_samples", self.num_eval_samples, 1)
+        check_count("eval_seed", self.eval_seed, 0)
+        check_count("draw_cache_bytes", self.draw_cache_bytes, 0)
         if self.num_eval_samples_during_training is not None:
-            _check_count("num_eval_samples_during_training", self.num_eval_samples_during_training, 1)
+            check_count("num_eval_samples_during_training", self.num_eval_samples_during_training, 1)
         if self.num_training_items is not None:
-            _check_count("num_training_items", self.num_training_items, 1)
+            check_count("num_training_items", self.num_training_items, 1)
+        self._check_prediction()
         _check_number("kl_weight", self.kl_weight, 0.0)
         _check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
         _check_number("rho_learning_rate", self.rho_learning_rate, 0.0, strict=True)
         self.noise_std = parse_noise_std(self.noise_std) or "residual"
+
+    def _check_prediction(self) -> None:
+        if self.eval_method is not None:
+            _check_choice("eval_method", self.eval_method, METHODS)
+        _check_choice("eval_link", self.eval_link, LINKS)
+        if self.eval_method in SAMPLING and self.eval_link != "auto":
+            raise ValueError(
+                f'`eval_link` must be "auto" with `eval_method`={self.eval_method!r}, which averages probabilities '
+                f"and has no Gaussian logits, got {self.eval_link!r}."
+            )

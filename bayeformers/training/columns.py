@@ -1,4 +1,4 @@
-"""S outputs of one batch, reduced as they come and scored against its labels: memory for one prediction for any S."""
+"""One batch's prediction, scored against its labels: of S outputs, reduced as they come, or of a `Predictive`."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
-from ..predictive import ProblemType, RunningPredictive, drawn_values, token_mask
+from ..predictive import Predictive, ProblemType, RunningPredictive, drawn_values, token_mask
 from ..predictive.outputs import TOKEN_PROBLEMS
 from .likelihood import item_nll, output_field
 
-__all__ = ["BatchPrediction", "infer_problem_type", "predict_batch"]
+__all__ = ["BatchPrediction", "infer_problem_type", "predict_batch", "score_predictive"]
 
 MAX_CLASSES = 1024
 """Above it (a vocabulary) the probabilities are not gathered, so there is no ECE and no Brier score."""
@@ -64,25 +65,74 @@ def predict_batch(
     (tensor([[0.5000, 0.5000]]), tensor([0.6931]))
     """
     if problem_type == "regression":
-        return _gaussian(outputs, inputs, noise_std)
-    running, log_probs = RunningPredictive(), torch.empty(0)
+        return _sampled_regression(outputs, inputs, noise_std)
+    running = RunningPredictive()
     for output in outputs:
-        log_probs = drawn_values(output, problem_type, inputs)
-        running.update(log_probs)
+        running.update(drawn_values(output, problem_type, inputs))
+    return _classified(running, inputs, problem_type)
+
+
+def score_predictive(
+    predictive: Predictive,
+    inputs: Mapping[str, Any],
+    problem_type: ProblemType,
+    noise_std: float | None = None,
+) -> BatchPrediction:
+    """The same columns of a `Predictive`, linearised or of draws: its averaged prediction is what is scored.
+
+    Of a linearised regression everything is in closed form, the NLL that of N(y; mean, covariance + noise_std^2 I) over
+    all outputs of an example. ``noise_std`` is by default that of the predictive.
+
+    Errors: ValueError for labels that do not fit the head.
+
+    >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log()
+    >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws)
+    >>> batch = score_predictive(predictive, {"labels": torch.tensor([1])}, "single_label_classification")
+    >>> batch.predictions.exp(), batch.scores["nll"]
+    (tensor([[0.5000, 0.5000]]), tensor([0.6931]))
+    """
+    if problem_type != "regression":
+        return _classified(predictive, inputs, problem_type, predictive.mask)
+    noise_std = predictive.noise_std if noise_std is None else noise_std
+    if predictive.logit_mean is None or predictive.logit_covariance is None:
+        return _sampled_regression(() if predictive.values is None else predictive.values, inputs, noise_std)
+    batch = _regressed(predictive.mean, predictive.epistemic_variance, inputs, noise_std)
+    if batch.mask is not None and noise_std is not None:
+        nll = _joint_nll(predictive.logit_mean, predictive.logit_covariance, inputs["labels"], noise_std)
+        batch.scores["nll"] = nll
+    return batch
+
+
+def _joint_nll(mean: Tensor, covariance: Tensor, labels: Tensor, noise_std: float) -> Tensor:
+    """-log N(y; mean, covariance + noise_std^2 I) in float64: (B, L), (B, L, L) -> (B,) in the dtype of ``mean``."""
+    noise = noise_std**2 * torch.eye(mean.shape[-1], dtype=torch.float64, device=mean.device)
+    # the noise makes it positive definite; what rounding leaves of asymmetry is no reason to refuse it
+    density = MultivariateNormal(mean.double(), covariance.double() + noise, validate_args=False)
+    log_prob: Tensor = density.log_prob(labels.reshape(mean.shape).double())  # type: ignore[no-untyped-call]
+    return -log_prob.to(mean.dtype)
+
+
+def _classified(
+    found: RunningPredictive | Predictive,
+    inputs: Mapping[str, Any],
+    problem_type: ProblemType,
+    mask: Tensor | None = None,
+) -> BatchPrediction:
+    log_probs = found.mean_log_probs
     batch = BatchPrediction(
-        _as_logits(running.mean_log_probs, problem_type),
+        _as_logits(log_probs, problem_type),
         {
-            "predictive_entropy": running.predictive_entropy,
-            "expected_entropy": running.expected_entropy,
-            "mutual_information": running.mutual_information,
+            "predictive_entropy": found.predictive_entropy,
+            "expected_entropy": found.expected_entropy,
+            "mutual_information": found.mutual_information,
         },
-        attended=token_mask(log_probs, problem_type, inputs),
+        attended=token_mask(log_probs, problem_type, inputs) if mask is None else mask,
     )
     if batch.attended is None and log_probs.dim() == 3 and problem_type in TOKEN_PROBLEMS:
-        batch.attended = torch.ones_like(running.predictive_entropy, dtype=torch.bool)
+        batch.attended = torch.ones(log_probs.shape[:2], dtype=torch.bool, device=log_probs.device)
     if problem_type == "question_answering":
         batch.uncertainty = {name: value.sum(1) for name, value in batch.uncertainty.items()}  # start and end
-    _score(batch, running.mean_log_probs, inputs, problem_type)
+    _score(batch, log_probs, inputs, problem_type)
     return batch
 
 
@@ -122,8 +172,8 @@ def _score(batch: BatchPrediction, log_probs: Tensor, inputs: Mapping[str, Any],
         batch.scores |= {"probs": log_probs.exp(), "labels": labels}
 
 
-def _gaussian(outputs: Iterable[Any], inputs: Mapping[str, Any], noise_std: float | None) -> BatchPrediction:
-    """Mean, Var_s f_s, and, with labels, squared error and -log mean_s N(y; f_s, noise_std^2) per example."""
+def _sampled_regression(outputs: Iterable[Any], inputs: Mapping[str, Any], noise_std: float | None) -> BatchPrediction:
+    """Mean and variance over draws, and, with labels, -log mean_s N(y; f_s, noise_std^2) per example."""
     running, density, labelled = RunningPredictive(), None, inputs.get("labels") is not None
     for output in outputs:
         values = drawn_values(output, "regression", inputs)
@@ -131,18 +181,21 @@ def _gaussian(outputs: Iterable[Any], inputs: Mapping[str, Any], noise_std: floa
         if labelled and noise_std is not None:
             drawn = -item_nll(values, inputs, "regression", noise_std).values
             density = drawn if density is None else torch.logaddexp(density, drawn)
-    mean = running.mean
-    batch = BatchPrediction(
-        mean[:, None] if mean.dim() == 1 else mean, {"epistemic_variance": running.epistemic_variance}
-    )
+    batch = _regressed(running.mean, running.epistemic_variance, inputs, noise_std)
+    if density is not None:
+        batch.scores["nll"] = math.log(running.num_samples) - density
+    return batch
+
+
+def _regressed(mean: Tensor, variance: Tensor, inputs: Mapping[str, Any], noise_std: float | None) -> BatchPrediction:
+    """All but the NLL; with labels, the squared error per example."""
+    batch = BatchPrediction(mean[:, None] if mean.dim() == 1 else mean, {"epistemic_variance": variance})
     if noise_std is not None:
         batch.uncertainty["aleatoric_variance"] = torch.full_like(mean, noise_std**2)
-    if labelled:
+    if inputs.get("labels") is not None:
         batch.mask = item_nll(mean, inputs, "regression", 1.0).mask  # checks the labels
         residual = inputs["labels"].reshape(len(mean), -1).to(mean) - mean.reshape(len(mean), -1)
         batch.scores["squared_error"] = residual.square().mean(1)
-    if density is not None:
-        batch.scores["nll"] = math.log(running.num_samples) - density
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Monte-Carlo evaluation inside transformers' loop."""
+"""Bayesian evaluation inside transformers' loop: by weight draws, or by the linearised network."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,15 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from ..conversion import bayesian_config, is_bayesian, update_config
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
-from ..predictive import ProblemType, resolve_problem_type
+from ..posteriors.base import has_many_logits
+from ..posteriors.methods import SAMPLING
+from ..predictive import ProblemType, resolve_problem_type, unwrapped
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset
-from .columns import BatchPrediction, infer_problem_type, predict_batch
+from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
 from .elbo import preserved_rng
 from .items import LABEL_NAMES
+from .precision import own_precision
 from .residual import residual_std
 from .scores import BayesianPredictionOutput, Columns, evaluation_metrics
 
@@ -29,8 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 class MonteCarloTrainer(Trainer):
-    """A Trainer whose `evaluate` and `predict` average over weight draws; how it trains is its subclass's.
+    """A Trainer whose `evaluate` and `predict` average over the posterior; how it trains is its subclass's.
 
+    By weight draws, or by the linearised network: `args.eval_method`, else what the posterior does by default.
     `prediction_step` is replaced; the loop around it stays transformers'. Draw s is the same network for every batch
     and process, so metrics do not depend on either.
     """
@@ -124,8 +128,11 @@ class MonteCarloTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self._evaluated_type = problem_type
         noise_std = self.noise_std() if problem_type == "regression" else None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            batch = predict_batch(self._passes(inputs), inputs, problem_type, noise_std)
+        if self._is_linearized(problem_type):
+            batch = self._linearized(inputs, problem_type, noise_std)
+        else:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batch = predict_batch(self._passes(inputs), inputs, problem_type, noise_std)
         self._keep(batch)
         if prediction_loss_only:
             return batch.loss, None, None
@@ -135,10 +142,53 @@ class MonteCarloTrainer(Trainer):
 
     def _passes(self, inputs: Mapping[str, Any]) -> Iterator[Any]:
         """The model's outputs, one per draw."""
-        during = self.args.num_eval_samples_during_training if self.is_in_train else None
-        num_samples = self.args.num_eval_samples if during is None else during
         posterior = self._evaluated or PointPosterior(self.model)
-        return posterior.passes(inputs, num_samples=num_samples, seed=self.args.eval_seed)
+        return posterior.passes(inputs, num_samples=self._num_samples(), seed=self.args.eval_seed)
+
+    def _num_samples(self) -> int:
+        during = self.args.num_eval_samples_during_training if self.is_in_train else None
+        return self.args.num_eval_samples if during is None else during
+
+    def _method(self) -> str:
+        """The method in force; a point estimate gives one answer by all of them."""
+        if self._evaluated is None:
+            return "sample"
+        return self.args.eval_method or self._evaluated.default_method
+
+    def _is_linearized(self, problem_type: ProblemType) -> bool:
+        """Whether to predict with the linearised network.
+
+        Errors: ValueError where `eval_method` asks for it and the head's logits are too many.
+        """
+        method = self._method()
+        if method in SAMPLING:
+            return False
+        if not has_many_logits(self.model, problem_type):
+            return True
+        reason = f"{type(unwrapped(self.model)).__name__} has too many logits per prediction for a covariance of them"
+        if self.args.eval_method is not None:
+            raise ValueError(f'`eval_method`={method!r} linearises the network, but {reason}: use "sample".')
+        self._say(f"The posterior's own method {method!r} linearises the network, but {reason}: sampling it instead.")
+        return False
+
+    def _linearized(
+        self, inputs: dict[str, Any], problem_type: ProblemType, noise_std: float | None
+    ) -> BatchPrediction:
+        """In the model's own precision, not autocast's: covariances are sums of squares of gradients."""
+        posterior = self._evaluated
+        assert posterior is not None  # else `_method` samples
+        # Jacobians are taken by autograd, whatever the caller has switched off.
+        with torch.enable_grad(), own_precision(self.model):
+            predictive = posterior.predict(
+                inputs,
+                num_samples=self._num_samples(),
+                method=self._method(),
+                seed=self.args.eval_seed,
+                problem_type=problem_type,
+                noise_std=noise_std,
+                link=self.args.eval_link,
+            )
+        return score_predictive(predictive, inputs, problem_type, noise_std)
 
     def _prediction_type(self, inputs: Mapping[str, Any]) -> ProblemType:
         labels = inputs.get("labels")
@@ -177,13 +227,16 @@ class MonteCarloTrainer(Trainer):
     # -- noise of a regression ---------------------------------------------------------------------------------------
 
     def noise_std(self) -> float | None:
-        """A regression's noise: the argument, else what the converted model stores, else its training residual.
+        """A regression's noise: the argument, else what the posterior or the converted model stores, else its residual.
 
-        None for a point estimate without a number: it has no likelihood, and is judged by its squared error.
+        The residual is that of the training data. None for a point estimate without a number: it has no likelihood, and
+        is judged by its squared error.
         """
         given = parse_noise_std(self.args.noise_std)
-        if given is not None or not is_bayesian(self.model):
+        if given is not None:
             return given
+        if not is_bayesian(self.model):
+            return None if self._posterior is None else self._posterior.recorded_noise_std()
         stored = bayesian_config(self.model).noise_std
         return self.store_residual() if stored is None else stored
 
@@ -209,3 +262,4 @@ class MonteCarloTrainer(Trainer):
         if message not in self._said and self.is_world_process_zero():
             logger.warning(message)
         self._said.add(message)
+

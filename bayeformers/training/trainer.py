@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from ..conversion import is_bayesian, update_config
+from ..conversion import is_bayesian, update_config, without_stale_record
 from ..nn.draws import training_draw
 from ..objective import kl_divergence, log_variational_posterior
 from ..predictive import ProblemType, resolve_problem_type
 from . import checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
-from .evaluation import MonteCarloTrainer
 from .items import count_items, model_inputs
+from .laplace import LaplaceTrainer
 from .likelihood import item_nll
 from .optimizer import clip_separately, kl_regularised_names, rho_parameters, separate_rho
 from .records import TrainingRecord
@@ -26,7 +26,7 @@ __all__ = ["BayesianTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(MonteCarloTrainer):
+class BayesianTrainer(LaplaceTrainer):
     """Trains a converted model on the ELBO and evaluates it by S weight draws; an unconverted one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model *before* making
@@ -85,9 +85,7 @@ class BayesianTrainer(MonteCarloTrainer):
         Errors: ValueError where N is unknown, labels do not fit the head, or a checkpoint is of another conversion.
         """
         self._begun, self._group, self._run = False, None, None
-        if self._posterior is not None:
-            logger.warning("Training goes on: `trainer.posterior`, fitted to the earlier weights, is dropped.")
-            self._posterior = None
+        self._drop_posterior()
         if self.args.activation_checkpointing:
             given = self.args.activation_checkpointing_kwargs
             kwargs = given if isinstance(given, dict) else {}
@@ -138,10 +136,14 @@ class BayesianTrainer(MonteCarloTrainer):
         return int(self.accelerator.gather(torch.tensor([share], device=self.args.device)).sum())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with the fitted posterior of an unconverted model beside the weights."""
-        super().save_model(output_dir, _internal_call)
+        """As `Trainer.save_model`, with the fitted posterior of an unconverted model beside the weights.
+
+        The config of an unconverted model records no conversion, whatever stands in it: see `without_stale_record`.
+        """
         if self._posterior is not None and self.args.should_save:
-            self._posterior.save(output_dir or str(self.args.output_dir))
+            self._posterior.save(output_dir or str(self.args.output_dir))  # first: a push to the hub takes it along
+        with without_stale_record(self.model):
+            super().save_model(output_dir, _internal_call)
 
     # -- loss --------------------------------------------------------------------------------------------------------
 
