@@ -1,7 +1,8 @@
 """Figures of predictions: reliability, risk against coverage, uncertainties by group. Needs the extra `plots`.
 
 Each panel draws into a matplotlib `Axes` that it is given, says in its title what question it answers, and returns
-nothing; `uncertainty_figure` puts four of them on one page. matplotlib is imported when a figure is made.
+nothing; `uncertainty_figure` puts four of them on one page, `comparison_figure` two more for each further posterior.
+matplotlib is imported when a figure is made.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Wong 2011 (doi 10.1038/nmeth.1618): distinguishable with any colour vision.
-METHOD_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9")
-METHOD_LINES = ("-", "--", "-", "-.")
+METHOD_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#000000")
+METHOD_LINES = ("-", "--", "-", "-.", "-", ":")
 GROUP_COLOURS = ("#777777", "#CC79A7", "#D55E00", "#F0E442")
 GREY = "#666666"
 
@@ -107,32 +108,65 @@ def uncertainty_figure(
         caption: foot of the page; the place to say what the groups are.
         aleatoric_reference: a value to mark in the aleatoric panel, such as a known true entropy, and its description.
     """
+    return comparison_figure(
+        methods,
+        labels,
+        {"Bayesian model": groups},
+        title=title,
+        caption=caption,
+        aleatoric_reference=aleatoric_reference,
+    )
+
+
+def comparison_figure(
+    methods: Mapping[str, ClassPredictions],
+    labels: ArrayLike,
+    posteriors: Mapping[str, Mapping[str, ClassPredictions]],
+    *,
+    title: str,
+    caption: str = "",
+    aleatoric_reference: tuple[float, str] | None = None,
+) -> "Figure":
+    """Two panels that compare methods, and below them two for each posterior, all on the same scales.
+
+    Args:
+        methods: as in `uncertainty_figure`.
+        labels: as in `uncertainty_figure`.
+        posteriors: by name, a posterior's predictions on each group of inputs.
+        title: as in `uncertainty_figure`.
+        caption: as in `uncertainty_figure`.
+        aleatoric_reference: as in `uncertainty_figure`.
+    """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
-    (reliability, risk), (aleatoric, epistemic) = figure.subplots(2, 2)
+    figure = Figure(figsize=(12, 4.75 * (1 + len(posteriors))), layout="constrained")
+    (reliability, risk), *rows = figure.subplots(1 + len(posteriors), 2)
     reliability_diagram(reliability, {name: method.probs for name, method in methods.items()}, labels)
     risk_coverage(
         risk,
         {name: method.confidence for name, method in methods.items()},
         {name: method.errors(labels) for name, method in methods.items()},
     )
-    group_histograms(
-        aleatoric,
-        {name: group.aleatoric for name, group in groups.items()},
-        title="What cannot be known: aleatoric uncertainty",
-        explanation="Bayesian model: noise in the labels; more data would not help.",
-        xlabel="mean entropy of the draws, in nats",
-        upper=_max_entropy(groups),
-        reference=aleatoric_reference,
-    )
-    group_histograms(
-        epistemic,
-        {name: _epistemic(group) for name, group in groups.items()},
-        title="What it has not learned: epistemic uncertainty",
-        explanation="Bayesian model: its draws disagree; should be large on unfamiliar inputs.",
-        xlabel="mutual information of prediction and weights, in nats",
-    )
+    every_group = [group for groups in posteriors.values() for group in groups.values()]
+    largest = max((float(np.quantile(_epistemic(group), 0.995)) for group in every_group), default=0.0)
+    for (name, groups), (aleatoric, epistemic) in zip(posteriors.items(), rows, strict=True):
+        group_histograms(
+            aleatoric,
+            {group: predictions.aleatoric for group, predictions in groups.items()},
+            title="What cannot be known: aleatoric uncertainty",
+            explanation=f"{name}: noise in the labels; more data would not help.",
+            xlabel="mean entropy of the draws, in nats",
+            upper=_max_entropy(groups),
+            reference=aleatoric_reference,
+        )
+        group_histograms(
+            epistemic,
+            {group: _epistemic(predictions) for group, predictions in groups.items()},
+            title="What it has not learned: epistemic uncertainty",
+            explanation=f"{name}: its draws disagree; should be large on unfamiliar inputs.",
+            xlabel="mutual information of prediction and weights, in nats",
+            upper=largest,
+        )
     figure.suptitle(title, fontsize=14)
     figure.supxlabel(caption, fontsize=9.5, color=GREY)
     return figure

@@ -2,6 +2,7 @@
 
     python -m examples.bert_glue                                      # embedded task: no download, minutes of CPU
     python -m examples.bert_glue --task_name cola --data_dir glue/CoLA --model_name_or_path bert-base-uncased
+    python -m examples.bert_glue --method laplace                     # or all: every method in one table
     torchrun --standalone --nproc_per_node 2 -m examples.bert_glue --use_cpu      # on two processes
 
 Every flag: ``--help``. See docs/glue_example.md.
@@ -13,25 +14,32 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
-import bayeformers
 from bayeformers import BayesianTrainer
 from bayeformers.report import write_json
 from examples.glue.arguments import Arguments, ExampleTrainingArguments, parse_arguments
 from examples.glue.data import GlueData, load_data
 from examples.glue.evaluation import BySet, method_report, predict_sets, recalibrate
-from examples.glue.models import BAYESIAN, DETERMINISTIC, load_model, load_tokenizer, saved_models
+from examples.glue.models import (
+    BAYESIAN,
+    DETERMINISTIC,
+    LAPLACE,
+    LAPLACE_LAST_LAYER,
+    load_model,
+    load_tokenizer,
+    posterior_facts,
+    saved_models,
+    titles,
+)
 from examples.glue.outputs import FIGURE, format_results, write_figure, write_predictions
-from examples.glue.training import METHODS, fit_deterministic, make_trainer
-
-POINT, POSTERIOR = "deterministic", "Bayesian"
+from examples.glue.training import FITS, fit_deterministic, posteriors_to_fit, saved_trainer
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -41,100 +49,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     set_seed(args.seed)
     data = load_data(data_args, args.seed)
-    run = evaluate_saved if args.eval_only else train_and_predict
-    done = run(arguments, data)
-    data, predictions = done.data, done.predictions
+    done = (evaluate_saved if args.eval_only else train_and_predict)(arguments, data)
+    data, named = done.data, titles(done.predictions)
 
     results: dict[str, Any] = {
         "task": data.task.name,
         "seed": args.seed,
         "processes": args.world_size,
-        "seconds": done.seconds,
-        "delta": done.delta,
+        "seconds": done.clock.seconds,
+        **_fitted(done.facts, named),
     }
-    if POINT in predictions:
-        tempered = recalibrate(predictions[POINT], data.validation)
+    predictions = {title: done.predictions[name] for name, title in named.items()}
+    if DETERMINISTIC in named:
+        point = named[DETERMINISTIC]
+        tempered = recalibrate(predictions[point], data.validation)
         results[tempered.name] = tempered.value
-        method = f"{POINT} + {tempered.name.replace('_', ' ')}"
-        predictions = {POINT: predictions[POINT], method: tempered.predictions, **predictions}
+        method = f"{point} + {tempered.name.replace('_', ' ')}"
+        predictions = {point: predictions[point], method: tempered.predictions, **predictions}
     results["methods"] = {name: method_report(sets, data) for name, sets in predictions.items()}
     results["arguments"] = {**asdict(model_args), **asdict(data_args), "training": _training_arguments(args)}
     if args.process_index == 0:
         report(Path(args.output_dir or "."), data, predictions, results)
     return results
-
-
-@dataclass(frozen=True)
-class Run:
-    """What fitting or loading leaves: tokenised data, each method's predictions, seconds, the posterior's delta."""
-
-    data: GlueData
-    predictions: dict[str, BySet]
-    seconds: dict[str, float]
-    delta: float | None = None
-
-
-def train_and_predict(arguments: Arguments, data: GlueData) -> Run:
-    """Fit both models, save them, and predict with both."""
-    model_args, data_args, args = arguments
-    tokenizer = load_tokenizer(model_args.model_name_or_path, data)
-    model = load_model(model_args.model_name_or_path, data.task, tokenizer)
-    data = data.tokenized(tokenizer, data_args.max_seq_length)
-    folder, clock = Path(args.output_dir or "."), Clock()
-
-    _say(args, f"1. Training the deterministic model: {_sizes(data)}")
-    trainer = fit_deterministic(model, args, data, tokenizer)
-    clock.lap("deterministic_training")
-    trainer.save_model(str(folder / DETERMINISTIC))
-    predictions = {POINT: predict_sets(trainer, data)}
-    clock.lap("deterministic_prediction")
-
-    _say(args, "2. Making it Bayesian: weights become distributions around the trained ones")
-    trainer = METHODS[model_args.method](trainer, model_args, args, data, tokenizer)
-    clock.lap("bayesian_training")
-    trainer.save_model(str(folder / BAYESIAN))
-    _say(args, f"3. Predicting with {args.num_eval_samples} draws of the weights")
-    predictions[POSTERIOR] = predict_sets(trainer, data)
-    clock.lap("bayesian_prediction")
-    return Run(data, predictions, clock.seconds, bayeformers.bayesian_config(trainer.model).delta)
-
-
-def evaluate_saved(arguments: Arguments, data: GlueData) -> Run:
-    """Predict with the models of an earlier run, in this process or in several: the numbers are the same."""
-    _, data_args, args = arguments
-    saved = saved_models(str(args.eval_only))
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(saved.values())))
-    data, clock = data.tokenized(tokenizer, data_args.max_seq_length), Clock()
-    predictions, delta = {}, None
-    for name, folder in saved.items():
-        trainer = _saved_trainer(name, folder, args, data, tokenizer)
-        predictions[{DETERMINISTIC: POINT, BAYESIAN: POSTERIOR}[name]] = predict_sets(trainer, data)
-        clock.lap(f"{name}_prediction")
-        if name == BAYESIAN:
-            delta = bayeformers.bayesian_config(trainer.model).delta
-    return Run(data, predictions, clock.seconds, delta)
-
-
-def _saved_trainer(
-    name: str, folder: Path, args: ExampleTrainingArguments, data: GlueData, tokenizer: PreTrainedTokenizerBase
-) -> BayesianTrainer:
-    load = bayeformers.from_pretrained if name == BAYESIAN else AutoModelForSequenceClassification.from_pretrained
-    return make_trainer(load(folder), args, data, tokenizer)
-
-
-def report(folder: Path, data: GlueData, predictions: dict[str, BySet], results: dict[str, Any]) -> None:
-    """Print the tables and write the three files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    write_predictions(folder / "predictions.csv", data, predictions)
-    written = ["results.json", "predictions.csv"]
-    if (
-        POINT in predictions
-        and POSTERIOR in predictions
-        and write_figure(folder / FIGURE, data, predictions, POSTERIOR)
-    ):
-        written.append(FIGURE)
-    print(f"\n{format_results(results)}\n\nWritten to {folder}: {', '.join(written)}")
 
 
 class Clock:
@@ -148,6 +84,80 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name] = round(now - self._last, 1)
         self._last = now
+
+
+@dataclass
+class Run:
+    """What fitting or loading leaves: tokenised data; by folder, predictions and what fitting decided."""
+
+    data: GlueData
+    predictions: dict[str, BySet] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+
+    def predict(self, name: str, trainer: BayesianTrainer) -> None:
+        """Add a model's predictions and facts."""
+        self.predictions[name] = predict_sets(trainer, self.data)
+        self.facts[name] = posterior_facts(trainer)
+        self.clock.lap(f"{name}_prediction")
+
+
+def train_and_predict(arguments: Arguments, data: GlueData) -> Run:
+    """Fit the point estimate and each posterior around it, save them, and predict with all."""
+    model_args, data_args, args = arguments
+    tokenizer = load_tokenizer(model_args.model_name_or_path, data)
+    model = load_model(model_args.model_name_or_path, data.task, tokenizer)
+    data = data.tokenized(tokenizer, data_args.max_seq_length)
+    folder, run = Path(args.output_dir or "."), Run(data)
+
+    _say(args, f"1. Training the deterministic model: {_sizes(data)}")
+    trained = fit_deterministic(model, args, data, tokenizer)
+    run.clock.lap(f"{DETERMINISTIC}_training")
+    trained.save_model(str(folder / DETERMINISTIC))
+    run.predict(DETERMINISTIC, trained)
+
+    for number, name in enumerate(posteriors_to_fit(model_args), start=2):
+        _say(args, f"{number}. {STEPS[name]}")
+        trainer = FITS[name](trained, model_args, args, data, tokenizer)
+        run.clock.lap(f"{name}_training")
+        trainer.save_model(str(folder / name))
+        run.predict(name, trainer)
+    return run
+
+
+STEPS = {
+    BAYESIAN: "Making it Bayesian: weights become distributions around the trained ones",
+    LAPLACE: "Laplace, all layers: a Gaussian around the trained weights, from the curvature there",
+    LAPLACE_LAST_LAYER: "Laplace, last layer: a Gaussian around the head's trained weights",
+}
+
+
+def evaluate_saved(arguments: Arguments, data: GlueData) -> Run:
+    """Predict with the models of an earlier run, in this process or in several: the numbers are the same."""
+    _, data_args, args = arguments
+    saved = saved_models(str(args.eval_only))
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(saved.values())))
+    run = Run(data.tokenized(tokenizer, data_args.max_seq_length))
+    for name, folder in saved.items():
+        run.predict(name, saved_trainer(name, folder, args, run.data, tokenizer))
+    return run
+
+
+def _fitted(facts: dict[str, dict[str, Any]], named: dict[str, str]) -> dict[str, Any]:
+    """Variational layers have a delta, a Laplace posterior a prior and an evidence."""
+    found = {named[name]: of for name, of in facts.items() if name in (LAPLACE, LAPLACE_LAST_LAYER)}
+    return {**facts.get(BAYESIAN, {}), **({"laplace": found} if found else {})}
+
+
+def report(folder: Path, data: GlueData, predictions: dict[str, BySet], results: dict[str, Any]) -> None:
+    """Print the tables and write the three files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    write_predictions(folder / "predictions.csv", data, predictions)
+    written = ["results.json", "predictions.csv"]
+    if write_figure(folder / FIGURE, data, predictions):
+        written.append(FIGURE)
+    print(f"\n{format_results(results)}\n\nWritten to {folder}: {', '.join(written)}")
 
 
 def _sizes(data: GlueData) -> str:

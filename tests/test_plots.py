@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bayeformers.plots import save_figure, uncertainty_figure
+from bayeformers.plots import comparison_figure, save_figure, uncertainty_figure
 from bayeformers.report import ClassPredictions
 
 pytest.importorskip("matplotlib")
@@ -31,6 +31,19 @@ def test_uncertainty_figure_is_written(tmp_path: Path, num_classes: int) -> None
     assert len(figure.axes) == 4
     for axes in figure.axes:
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title(loc="left") and axes.get_legend()
+
+
+def test_each_posterior_has_its_row_and_the_methods_their_own_styles() -> None:
+    methods = {str(number): predictions(60, 2, seed=number) for number in range(6)}
+    posteriors = {name: {"clean": predictions(40, 2), "shifted": methods[name]} for name in ("0", "3", "5")}
+    figure = comparison_figure(methods, np.arange(60) % 2, posteriors, title="title")
+    assert len(figure.axes) == 2 * (1 + len(posteriors))
+    curves = figure.axes[1].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == len(methods)
+    epistemic = figure.axes[3::2]
+    assert len({axes.get_xlim() for axes in epistemic}) == 1  # comparable
+    shown = {text.get_text().split(":")[0] for axes in epistemic for text in axes.texts}
+    assert shown == set(posteriors)
 
 
 def test_constant_predictions_can_be_drawn(tmp_path: Path) -> None:

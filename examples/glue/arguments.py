@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ PRETRAINED: dict[str, Any] = {
 }  # fmt: skip
 """Defaults of a GLUE task: fine-tuning of a pretrained model."""
 
+PRIOR_CHOICES = ("marglik", "marglik_per_layer", "holdout")
+
 
 @dataclass
 class ModelArguments:
@@ -43,7 +46,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Pretrained model: a folder or a hub name. Left out, the embedded task makes a tiny BERT."},
     )
-    method: Literal["variational"] = field(default="variational", metadata={"help": "How the posterior is found."})
+    method: Literal["variational", "laplace", "all"] = field(
+        default="variational",
+        metadata={
+            "help": "How the posterior is found: the ELBO; the curvature around the deterministic model; or both, with "
+            "Laplace once for all layers and once for the last."
+        },
+    )
     delta: float | None = field(
         default=None,
         metadata={"help": "Initial posterior scale relative to |weight|; if not given, that of least validation NLL."},
@@ -55,7 +64,7 @@ class ModelArguments:
     )
     estimator: str = field(default="reparameterization", metadata={"help": "How weight noise enters in training."})
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Name suffixes of the layers to convert; all of them if not given."}
+        default=None, metadata={"help": "Name suffixes of the layers to make Bayesian; all if not given."}
     )
     exclude_modules: list[str] | None = field(
         default=None, metadata={"help": "Name suffixes of layers that stay deterministic."}
@@ -64,6 +73,25 @@ class ModelArguments:
         default=None, metadata={"help": "Name suffixes of modules that stay deterministic but are trained."}
     )
     keep_dropout: bool = field(default=False, metadata={"help": "Leave dropout on in the Bayesian model."})
+    laplace_subset: Literal["all", "last_layer"] = field(
+        default="all", metadata={"help": "Layers of --method laplace; --method all fits both."}
+    )
+    laplace_curvature: Literal["auto", "kfac", "ekfac", "diagonal"] = field(
+        default="auto", metadata={"help": "Form of each layer's curvature; auto: kfac, of a small last layer dense."}
+    )
+    laplace_fisher: Literal["auto", "exact", "mc", "empirical"] = field(
+        default="auto", metadata={"help": "Which curvature; auto: exact up to 16 backward passes per batch, else mc."}
+    )
+    prior_precision: str = field(
+        default="marglik",
+        metadata={
+            "help": "tau of the Laplace posterior's prior N(0, 1/tau): marglik, marglik_per_layer (the evidence), "
+            "holdout (validation NLL), or a number."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        parse_prior_precision(self.prior_precision)
 
     @property
     def conversion(self) -> dict[str, Any]:
@@ -76,6 +104,17 @@ class ModelArguments:
             "exclude_modules": self.exclude_modules,
             "modules_to_save": self.modules_to_save,
             "keep_dropout": self.keep_dropout,
+        }
+
+    @property
+    def laplace(self) -> dict[str, Any]:
+        """The arguments of `BayesianTrainer.fit_laplace` besides ``subset`` and the data."""
+        return {
+            "curvature": self.laplace_curvature,
+            "fisher": self.laplace_fisher,
+            "prior_precision": parse_prior_precision(self.prior_precision),
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
         }
 
 
@@ -204,3 +243,20 @@ def parse_prior(text: str) -> Prior:
         return prior_from_dict(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"`prior` {text!r} is not JSON: {error}.") from None
+
+
+def parse_prior_precision(text: str) -> str | float:
+    """How to find tau, by name, or tau itself.
+
+    >>> parse_prior_precision("holdout"), parse_prior_precision("30")
+    ('holdout', 30.0)
+    """
+    if text in PRIOR_CHOICES:
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"`prior_precision` must be one of {PRIOR_CHOICES} or a finite number > 0, got {text!r}.")
+    return value

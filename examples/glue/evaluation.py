@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from bayeformers import BayesianTrainer, is_bayesian
+from bayeformers import BayesianTrainer
 from bayeformers.metrics import fit_temperature
 from bayeformers.report import (
     ClassPredictions,
@@ -32,15 +32,16 @@ def predict_sets(trainer: BayesianTrainer, data: GlueData) -> BySet:
     """Predictions by the trainer's posterior, or by its point estimate, on every set but train."""
     sets = {"validation": data.validation, **data.reported}
     outputs = {name: trainer.predict(split) for name, split in sets.items()}
+    has_posterior = trainer.posterior is not None
     if not data.task.is_regression:
-        return {name: _classes(output, is_bayesian(trainer.model)) for name, output in outputs.items()}
-    noise_std = None if is_bayesian(trainer.model) else training_rmse(trainer, data)
+        return {name: _classes(output, has_posterior) for name, output in outputs.items()}
+    noise_std = None if has_posterior else training_rmse(trainer, data)
     return {name: _numbers(output, noise_std) for name, output in outputs.items()}
 
 
-def _classes(output: BayesianPredictionOutput, drawn: bool) -> ClassPredictions:
+def _classes(output: BayesianPredictionOutput, has_posterior: bool) -> ClassPredictions:
     probs = np.exp(np.asarray(output.predictions, dtype=np.float64))
-    epistemic = output.uncertainty["mutual_information"].astype(np.float64) if drawn else None
+    epistemic = output.uncertainty["mutual_information"].astype(np.float64) if has_posterior else None
     return ClassPredictions(probs / probs.sum(1, keepdims=True), epistemic)
 
 

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import bayeformers
+from bayeformers import BayesianTrainer, is_bayesian
+from bayeformers.laplace import LaplacePosterior
 from bayeformers.tasks import GlueTask
 from examples.glue.data import GlueData
 from examples.glue.tiny_bert import make_model, make_tokenizer
 
 DETERMINISTIC, BAYESIAN = "deterministic", "bayesian"
-"""Folders of the two models within an output folder."""
+LAPLACE, LAPLACE_LAST_LAYER = "laplace", "laplace_last_layer"
+"""Folders of the models within an output folder."""
+
+TITLES = {
+    DETERMINISTIC: "deterministic",
+    BAYESIAN: "Bayesian",
+    LAPLACE_LAST_LAYER: "Laplace last layer",
+    LAPLACE: "Laplace all layers",
+}
+"""What the tables call each model, in their order."""
+LAPLACE_FILE = "laplace.safetensors"
+
+
+def titles(names: Iterable[str]) -> dict[str, str]:
+    """Folder -> title, in the tables' order; beside another posterior the ELBO's is called by its method.
+
+    >>> titles(["bayesian", "deterministic"])
+    {'deterministic': 'deterministic', 'bayesian': 'Bayesian'}
+    >>> titles(["laplace", "bayesian"])
+    {'bayesian': 'variational', 'laplace': 'Laplace all layers'}
+    """
+    found = set(names)
+    several = len(found - {DETERMINISTIC}) > 1
+    return {
+        name: "variational" if name == BAYESIAN and several else title
+        for name, title in TITLES.items()
+        if name in found
+    }
 
 
 def load_tokenizer(name_or_path: str | None, data: GlueData) -> PreTrainedTokenizerBase:
@@ -39,18 +71,44 @@ def load_model(name_or_path: str | None, task: GlueTask, tokenizer: PreTrainedTo
 
 
 def saved_models(folder: str) -> dict[str, Path]:
-    """The models that an earlier run saved: both, or a single one where `folder` itself is a checkpoint.
+    """The models that an earlier run saved: all, or a single one where `folder` itself is a checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
     """
     root = Path(folder)
-    found = {name: root / name for name in (DETERMINISTIC, BAYESIAN) if (root / name / "config.json").is_file()}
+    found = {name: root / name for name in TITLES if (root / name / "config.json").is_file()}
     if not found and (root / "config.json").is_file():
-        found = {BAYESIAN: root}
+        known = LAPLACE if (root / LAPLACE_FILE).is_file() else BAYESIAN
+        found = {root.name if root.name in TITLES else known: root}
     if not found:
         raise FileNotFoundError(
-            f"`eval_only` {folder} holds no saved model: it must be an earlier run's --output_dir, with the folders "
-            f"{DETERMINISTIC!r} and {BAYESIAN!r}, or a Bayesian checkpoint."
+            f"`eval_only` {folder} holds no saved model: it must be an earlier run's --output_dir, with folders such "
+            f"as {DETERMINISTIC!r} and {BAYESIAN!r}, or a checkpoint with a posterior."
         )
     return found
+
+
+def load_saved(name: str, folder: Path) -> PreTrainedModel:
+    """The model in a folder of `saved_models`; with a posterior, unless it is the deterministic one."""
+    if name == DETERMINISTIC:
+        return AutoModelForSequenceClassification.from_pretrained(folder)
+    return bayeformers.from_pretrained(folder)
+
+
+def posterior_facts(trainer: BayesianTrainer) -> dict[str, Any]:
+    """What fitting decided: delta of variational layers; prior and evidence of a Laplace posterior."""
+    if is_bayesian(trainer.model):
+        return {"delta": bayeformers.bayesian_config(trainer.model).delta}
+    posterior = trainer.posterior
+    if not isinstance(posterior, LaplacePosterior):
+        return {}
+    return {
+        "prior_precision": posterior.prior_precision,
+        "noise_std": posterior.noise_std,
+        "log_marginal_likelihood": posterior.log_marginal_likelihood,
+        "effective_parameters": sum(posterior.effective_parameters.values()),
+        "num_parameters": sum(target.num_weights for target in posterior.targets),
+        "curvature": posterior.record.config.curvature,
+        "fisher": posterior.record.config.fisher,
+    }

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from bayeformers.plots import save_figure, uncertainty_figure
+from bayeformers.plots import comparison_figure, save_figure
 from bayeformers.report import ClassPredictions, format_table
 from examples.glue.data import GlueData
 from examples.glue.evaluation import ALL, BySet, group_masks
 
 FIGURE = "uncertainty.png"
 GROUPS_OF_THE_GRAMMAR = (
-    "Upper panels: all test inputs, clean and noisy.\nclean: the grammar decides the label.  "
+    "Top panels: all test inputs, clean and noisy.\nclean: the grammar decides the label.  "
     "noisy: a quarter of the labels are flipped.  shifted: constructions and words unseen in training."
 )
 ENTROPIES = ("entropy", "aleatoric", "epistemic", "total_std", "aleatoric_std", "epistemic_std")
@@ -76,7 +76,7 @@ def _columns(data: GlueData, split: Any, name: str, methods: Mapping[str, Any]) 
     columns: dict[str, list[Any]] = {"set": [name] * len(split)}
     columns |= {column: _column(split, column) for column in (*own, "label")}
     for method, predictions in methods.items():
-        prefix = method.replace(" ", "")
+        prefix = method.replace(" + ", "+").replace(" ", "_")
         if isinstance(predictions, ClassPredictions):
             values = {f"p_{label}": predictions.probs[:, i] for i, label in enumerate(data.task.label_names)}
             values |= {"entropy": predictions.total, "aleatoric": predictions.aleatoric}
@@ -92,26 +92,27 @@ def _column(split: Any, column: str) -> list[Any]:
     return list(split[column]) if column in split.column_names else [""] * len(split)
 
 
-def write_figure(path: Path, data: GlueData, methods: Mapping[str, BySet], posterior: str) -> bool:
-    """The page of four panels; classification only. `posterior` names the method whose uncertainty is taken apart."""
+def write_figure(path: Path, data: GlueData, methods: Mapping[str, BySet]) -> bool:
+    """All methods compared, each posterior taken apart; of a classification with a posterior, else nothing."""
     test = {name: sets["test"] for name, sets in methods.items()}
-    if data.task.is_regression:
+    posteriors = [name for name, predictions in test.items() if predictions.epistemic is not None]
+    if data.task.is_regression or not posteriors:
         return False
-    groups = {
-        group: methods[posterior][name][mask]
-        for group, (name, mask) in group_masks(data).items()
-        if group != ALL or len(group_masks(data)) <= 2
-    }
-    figure = uncertainty_figure(
+    figure = comparison_figure(
         test,
         np.asarray(data.test["label"]),
-        groups,
+        {name: _by_group(methods[name], data) for name in posteriors},
         title=f"How sure is it, and why? {_describe(data)}",
         caption=GROUPS_OF_THE_GRAMMAR if data.flip_rate is not None else "",
         aleatoric_reference=_true_entropy(data),
     )
     save_figure(figure, path)
     return True
+
+
+def _by_group(predictions: BySet, data: GlueData) -> dict[str, Any]:
+    masks = group_masks(data)
+    return {group: predictions[name][mask] for group, (name, mask) in masks.items() if group != ALL or len(masks) <= 2}
 
 
 def _describe(data: GlueData) -> str:

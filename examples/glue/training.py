@@ -1,11 +1,12 @@
-"""Fitting: the point estimate with early stopping, and a posterior around it."""
+"""Fitting: the point estimate with early stopping, and posteriors around it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,7 +24,7 @@ from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
 from examples.glue.arguments import ExampleTrainingArguments, ModelArguments
 from examples.glue.data import GlueData
 from examples.glue.evaluation import training_rmse
-from examples.glue.models import BAYESIAN, DETERMINISTIC
+from examples.glue.models import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, load_saved
 
 SHOWN = ("epoch", "loss", "nll", "kl", "eval_nll", "eval_ece", "eval_mutual_information")
 
@@ -124,5 +125,40 @@ def fit_variational(
     return trainer
 
 
-METHODS: dict[str, Callable[..., BayesianTrainer]] = {"variational": fit_variational}
-"""By the name that ``--method`` takes: from the deterministic trainer to one whose `predict` draws from a posterior."""
+def fit_laplace(
+    trained: BayesianTrainer,
+    model_args: ModelArguments,
+    args: ExampleTrainingArguments,
+    data: GlueData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    subset: Literal["all", "last_layer"] = "all",
+) -> BayesianTrainer:
+    """A Gaussian around the trained weights, from the curvature of the training data; the weights stay as they are."""
+    trainer = make_trainer(trained.model, args, data, tokenizer)
+    trainer.fit_laplace(subset=subset, validation_dataset=data.validation, **model_args.laplace)
+    return trainer
+
+
+FITS: dict[str, Callable[..., BayesianTrainer]] = {
+    LAPLACE_LAST_LAYER: partial(fit_laplace, subset="last_layer"),
+    LAPLACE: fit_laplace,
+    BAYESIAN: fit_variational,
+}
+"""By folder: from the deterministic trainer to one with a posterior. The ELBO is last, for it changes the model."""
+
+
+def posteriors_to_fit(model_args: ModelArguments) -> list[str]:
+    """Those of `FITS` that ``--method`` asks for, in their order."""
+    if model_args.method == "all":
+        return list(FITS)
+    if model_args.method == "variational":
+        return [BAYESIAN]
+    return [LAPLACE if model_args.laplace_subset == "all" else LAPLACE_LAST_LAYER]
+
+
+def saved_trainer(
+    name: str, folder: Path, args: ExampleTrainingArguments, data: GlueData, tokenizer: PreTrainedTokenizerBase
+) -> BayesianTrainer:
+    """A trainer around a saved model, with the posterior that was saved beside it."""
+    return make_trainer(load_saved(name, folder), args, data, tokenizer)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("datasets")
 
 from examples.bert_glue import main
-from examples.glue.arguments import DataArguments, parse_arguments, parse_prior
+from examples.glue.arguments import DataArguments, parse_arguments, parse_prior, parse_prior_precision
 from examples.glue.data import load_data
 
 SMALL = [
@@ -78,6 +78,64 @@ def test_two_processes_give_the_same_numbers(run: tuple[dict[str, Any], Path], t
     assert flat(both["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-5)
 
 
+# --- Laplace ---------------------------------------------------------------------------------------------------------
+TRAINED = [*SMALL, "--num_train_epochs", "0"]  # the last of two equal flags counts
+POSTERIORS = {"bayesian": "variational", "laplace_last_layer": "Laplace last layer", "laplace": "Laplace all layers"}
+
+
+@pytest.fixture(scope="module")
+def everything(run: tuple[dict[str, Any], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Every method around the deterministic model of `run`."""
+    folder = tmp_path_factory.mktemp("all")
+    model = ["--model_name_or_path", str(run[1] / "deterministic")]
+    return main([*TRAINED, *model, "--method", "all", "--output_dir", str(folder)]), folder
+
+
+def test_all_methods_in_one_table_file_and_figure(everything: tuple[Any, Path]) -> None:
+    results, folder = everything
+    assert list(results["methods"]) == ["deterministic", "deterministic + temperature", *POSTERIORS.values()]
+    for title in POSTERIORS.values():
+        report = results["methods"][title]
+        assert report["groups"]["shifted"]["epistemic"] > 0
+        assert list(report["ood_auroc"]) == ["epistemic", "entropy", "max_probability"]
+    assert results["delta"] == 0.5 and set(results["laplace"]) == {"Laplace last layer", "Laplace all layers"}
+    for fitted in results["laplace"].values():
+        assert fitted["prior_precision"] > 0 > fitted["log_marginal_likelihood"]
+    header = next(csv.reader((folder / "predictions.csv").open(encoding="utf-8")))
+    assert {"variational:epistemic", "Laplace_last_layer:epistemic", "Laplace_all_layers:epistemic"} <= set(header)
+    assert (folder / "uncertainty.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_posteriors_give_the_same_numbers(everything: tuple[Any, Path], tmp_path: Path) -> None:
+    results, folder = everything
+    again = main([*SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)])
+    assert flat(again["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-5)
+    assert again["laplace"]["Laplace all layers"]["prior_precision"] == pytest.approx(
+        results["laplace"]["Laplace all layers"]["prior_precision"]
+    )
+    alone = main([*SMALL, "--eval_only", str(folder / "laplace"), "--output_dir", str(tmp_path)])
+    assert list(alone["methods"]) == ["Laplace all layers"] and "delta" not in alone
+
+
+def test_laplace_in_two_processes_is_that_of_one(
+    run: tuple[dict[str, Any], Path], everything: tuple[Any, Path], tmp_path: Path
+) -> None:
+    arguments = [*TRAINED, "--model_name_or_path", str(run[1] / "deterministic"), "--method", "laplace"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "examples.bert_glue", *arguments, "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two, name = json.loads((tmp_path / "results.json").read_text()), "Laplace all layers"
+    assert two["processes"] == 2 and "delta" not in two
+    assert list(two["methods"]) == ["deterministic", "deterministic + temperature", name]
+    one = everything[0]["laplace"][name]
+    for fact in ("prior_precision", "log_marginal_likelihood"):  # sums of float32 in another order
+        assert two["laplace"][name][fact] == pytest.approx(one[fact], rel=1e-4)
+    # ranks (AURC, AUROC) may swap two of 40 nearly equal inputs
+    assert flat(two["methods"][name]) == pytest.approx(flat(everything[0]["methods"][name]), abs=5e-3)
+
+
 def flat(tree: Any, path: str = "") -> dict[str, float]:
     if not isinstance(tree, dict):
         return {path: tree}
@@ -115,6 +173,13 @@ def test_regression_task(encoder: str, tmp_path: Path) -> None:
     assert {"pearson", "spearman", "rmse", "nll"} <= set(bayesian["groups"]["in-domain"])
     assert set(bayesian["groups"]["shifted"]) == {"total_std", "aleatoric_std", "epistemic_std"}
     assert set(bayesian["ood_auroc"]) == {"epistemic", "variance"}
+    laplace = main(
+        [*WITHOUT_DELTA, "--task_name", "stsb", "--data_dir", str(tmp_path), "--model_name_or_path", encoder,
+         "--method", "laplace", "--laplace_subset", "last_layer", "--output_dir", str(tmp_path / "laplace")]
+    )  # fmt: skip
+    report = laplace["methods"]["Laplace last layer"]["groups"]["in-domain"]
+    fitted = laplace["laplace"]["Laplace last layer"]["noise_std"]
+    assert report["aleatoric_std"] == pytest.approx(fitted, rel=1e-5) and report["epistemic_std"] > 0
 
 
 def test_three_classes_and_a_mismatched_set(encoder: str, tmp_path: Path) -> None:
@@ -213,3 +278,10 @@ def test_priors_by_name_and_by_json() -> None:
         parse_prior("laplace")
     with pytest.raises(ValueError, match="is not JSON"):
         parse_prior("{moped")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "evidence"])
+def test_prior_precisions_by_name_or_number(text: str) -> None:
+    assert [parse_prior_precision(given) for given in ("marglik_per_layer", "2.5")] == ["marglik_per_layer", 2.5]
+    with pytest.raises(ValueError, match=f"`prior_precision` must be one of .*marglik.* number > 0, got '{text}'"):
+        parse_arguments(["--prior_precision", text])
