@@ -55,7 +55,6 @@ def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> tuple[typ
     return kind, reason
 
 
-
 def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     if isinstance(patterns, str):
         raise TypeError(f"`modules_to_save` must be a list of module names, got the string {patterns!r}.")

@@ -1,7 +1,8 @@
 """One layer of a Laplace posterior: N(theta*, (scale F + tau)^-1), a `GaussianBlock` for one or several tau.
 
-The curvature may live on another device than the layer, where a GPU has no room for all of it, and in another dtype, for
-the model may have been cast since: what is asked for is moved to the layer, one layer at a time, and forgotten there.
+The curvature may live on another device than the layer, where a GPU has no room for all of it, and in another dtype,
+for the model may have been cast since: what is asked for is moved to the layer, one layer at a time, and forgotten
+there.
 """
 
 from __future__ import annotations

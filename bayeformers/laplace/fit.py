@@ -25,7 +25,7 @@ from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
 from .data import likelihood_of, prepare, real_examples
 from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
 from .hessian import Fisher, Likelihood, num_columns
-from .holdout import check_holdout, holdout_nll, holdout_precision
+from .holdout import checked_validation, holdout_nll, holdout_precision
 from .kronecker import KroneckerEigen
 from .posterior import FitRecord, LaplacePosterior, check_positive, checked_precision
 from .processes import gathered, num_processes, process_index
@@ -51,7 +51,7 @@ def fit(
     curvature: CurvatureKind | Literal["auto"] = "auto",
     fisher: Fisher | Literal["auto"] = "auto",
     weight_sharing: WeightSharing = "expand",
-    prior_precision: Precision | PriorChoice = "marglik",
+    prior_precision: Precision | PriorChoice | None = None,
     temperature: float = 1.0,
     noise_std: float | None = None,
     validation: Iterable[Any] | None = None,
@@ -85,7 +85,8 @@ def fit(
             "auto": exact up to 16 backward passes per batch, else mc.
         weight_sharing: of layers with several positions: "expand" or "reduce".
         prior_precision: tau, or a mapping from layer name; or how to find it: "marglik" (the evidence), one for all
-            layers, "marglik_per_layer", or "holdout": least NLL of the linearised predictive on ``validation``.
+            layers, "marglik_per_layer", or "holdout": least NLL of the linearised predictive on ``validation``, which
+            predicts better (docs/results.md). By default "holdout" with ``validation``, "marglik" without.
         temperature: T of the likelihood p(y | x)^(1/T): below 1 a narrower posterior.
         noise_std: s of a regression; by default the one of largest evidence.
         validation: held-out batches with labels.
@@ -118,6 +119,7 @@ def fit(
         check_positive("noise_std", noise_std)
         if likelihood != "regression":
             raise ValueError(f"`noise_std` is a regression's, got {noise_std!r} for {likelihood!r}; see `temperature`.")
+    prior_precision = default_choice(validation) if prior_precision is None else prior_precision
     _check_choices(likelihood, subset, curvature, fisher, weight_sharing, link, prior_precision)
     _check_counts(num_batches=num_batches, num_data=num_data, num_mc_samples=num_mc_samples)
     _check_counts(checkpoint_steps=checkpoint_steps)
@@ -125,7 +127,7 @@ def fit(
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
     check_positive("temperature", temperature)
     if prior_precision == "holdout":
-        check_holdout(model, validation)
+        checked_validation(model, validation)
     targets, skipped = choose_targets(model, target_modules, exclude_modules)
     if not isinstance(prior_precision, str):
         checked_precision(prior_precision, [target.name for target in targets])
@@ -156,6 +158,11 @@ def fit(
     return tune(posterior, prior_precision, noise_std=noise_std, validation=validation, link=link, progress=progress)
 
 
+def default_choice(validation: object) -> PriorChoice:
+    """How tau is found where nothing is said: by held-out data if there are any, else by the evidence."""
+    return "marglik" if validation is None else "holdout"
+
+
 def tune(
     posterior: LaplacePosterior,
     prior_precision: Precision | PriorChoice,
@@ -170,8 +177,6 @@ def tune(
     Raises:
         ValueError: as for `fit`.
     """
-    if prior_precision == "holdout":
-        check_holdout(posterior.model, validation)
     record = posterior.record
     posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
     spectra = posterior.spectra
@@ -191,6 +196,7 @@ def tune(
     if not isinstance(prior_precision, str):
         return posterior.with_prior_precision(prior_precision)
     if prior_precision == "holdout":
+        validation = checked_validation(posterior.model, validation)
         held_out = _Loader(posterior.model, validation, None, None, progress).batches("Held-out NLL")
         best = holdout_precision(holdout_nll(posterior, held_out, link=link))
     return posterior.with_prior_precision(best)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,19 +12,21 @@ from torch import nn
 
 from ..posteriors.base import has_many_logits, known_problem_type, prediction_mode
 from ..posteriors.linearized import covariance, linearize
-from ..posteriors.logits import Link, linearized_predictive
+from ..posteriors.logits import Link, ignores_shift, linearized_predictive
 from .data import Batch
 from .posterior import LaplacePosterior
 from .processes import process_index, summed
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
-GRID: tuple[float, ...] = tuple(np.logspace(-4, 6, 41).tolist())
-"""Four values per decade."""
+GRID: tuple[float, ...] = tuple(np.logspace(-4, 6, 21).tolist())
+"""Two values per decade; a parabola refines the best."""
 
 
-def check_holdout(model: nn.Module, validation: object) -> None:
-    """Held-out data, and a head whose predictive can be linearised.
+def checked_validation(model: nn.Module, validation: T | None) -> T:
+    """Held-out data as they are, of a model whose predictive can be linearised.
 
     Raises:
         ValueError: ``validation`` is None, or the head has too many logits.
@@ -35,6 +38,7 @@ def check_holdout(model: nn.Module, validation: object) -> None:
             '`prior_precision`="holdout" judges the linearised predictive, for which this head has too many logits: '
             'use "marglik", or give a number.'
         )
+    return validation
 
 
 def holdout_nll(
@@ -50,14 +54,16 @@ def holdout_nll(
     Raises:
         ValueError: no labels.
     """
-    blocks = posterior.blocks_at(list(grid))
+    blocks, problem = posterior.blocks_at(list(grid)), posterior.problem_type()
+    contrasts = ignores_shift(problem, link)
     totals, count = np.zeros(len(grid)), 0
     for batch in batches:
         if batch.labels is None:
             raise ValueError('`validation` needs labels for `prior_precision`="holdout".')
         with prediction_mode(posterior.model), posterior.mean():
-            mean, stacked = linearize(posterior.model, batch.inputs, blocks, covariance, posterior.outputs_of)
-        problem = posterior.problem_type()
+            mean, stacked = linearize(
+                posterior.model, batch.inputs, blocks, covariance, posterior.outputs_of, contrasts=contrasts
+            )
         problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
         values = mean.squeeze(-1) if problem == "regression" and mean.shape[-1] == 1 else mean
         labels = batch.labels if problem != "regression" else batch.labels.reshape(values.shape)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..posteriors.base import BasePosterior, check_draw
-from ..posteriors.blocks import block_draw
-from ..posteriors.linearized import OutputOf
+from ..posteriors.blocks import GaussianBlock, block_draw
+from ..posteriors.linearized import OutputOf, Statistic
 from ..predictive import ProblemType, logits_of, resolve_problem_type
 from .blocks import LaplaceBlock
 from .curvature import CurvatureConfig
@@ -95,6 +95,7 @@ class LaplacePosterior(BasePosterior):
         self._layers, self._outputs_of = list(layers), outputs_of
         self._blocks = self.blocks_at([self.prior_precision])
         self._cache: dict[tuple[int, int], dict[nn.Parameter, Tensor]] = {}
+        self._kept: tuple[str, Statistic] | None = None
 
     def __repr__(self) -> str:
         taus = self.prior_precision if isinstance(self.prior_precision, float) else [*self.prior_precision.values()]
@@ -189,6 +190,17 @@ class LaplacePosterior(BasePosterior):
             )
             for target, eigen in self._layers
         ]
+
+    def _statistic(self, method: str, blocks: Sequence[GaussianBlock], **options: Any) -> Statistic:
+        """The last one stays for the next batch: to choose directions, or to make draws, reads all weights."""
+        key = repr((method, self.draw_cache_bytes, options))  # 1 is a rank and 1.0 a quantile, though they are equal
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, super()._statistic(method, blocks, **options))
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kept statistic, a function that cannot be pickled."""
+        return {**vars(self), "_kept": None}
 
     def variances(self) -> dict[nn.Parameter, Tensor]:
         """Marginal variance of every covered Parameter."""

@@ -26,7 +26,7 @@ from ..predictive import (
 from ..snapshot import rng_state, set_rng_state
 from .blocks import GaussianBlock, mean_field_blocks
 from .linearized import Statistic, linearize
-from .logits import Link, linearized_predictive
+from .logits import Link, ignores_shift, linearized_predictive
 from .methods import METHODS, SAMPLING, Bound, statistic
 
 _SPANS = ("start_positions", "end_positions")
@@ -72,7 +72,6 @@ class BasePosterior(ABC):
     num_draws: int | None = None
     default_method: str = "sample"
     draw_cache_bytes: int = 0
-    _kept: tuple[Sequence[GaussianBlock], tuple[Any, ...], Statistic] | None = None
 
     @abstractmethod
     def mean(self) -> AbstractContextManager[None]:
@@ -122,6 +121,7 @@ class BasePosterior(ABC):
         noise_std: float | None = None,
         bound: Bound = "lower",
         direction: int | float = 0,
+        contrasts: bool = False,
     ) -> Predictive:
         """What the posterior says about ``inputs``.
 
@@ -139,6 +139,8 @@ class BasePosterior(ABC):
             noise_std: a regression's noise; by default what the posterior or the configuration records.
             bound: of "lr_glm": "lower" or "upper".
             direction: of "e_glm": a rank, 0 the most uncertain, or a quantile as a float.
+            contrasts: give the covariance of the centred logits f_c - mean f, all that a softmax depends on: the same
+                probabilities with one backward pass fewer, for classes and a link that ignores what all logits share.
 
         Raises:
             ValueError: an argument is not one of these, or a linearised method was asked of a posterior that is not
@@ -158,11 +160,19 @@ class BasePosterior(ABC):
             return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
         if has_many_logits(self.model, problem):
             raise ValueError(
-                f"`method`={method!r} needs few logits per prediction, got a {problem!r} head over a vocabulary or over "
-                f"positions ({type(unwrapped(self.model)).__name__}); use 'sample'."
+                f"`method`={method!r} needs few logits per prediction, got a {problem!r} head over a vocabulary or "
+                f"over positions ({type(unwrapped(self.model)).__name__}); use 'sample'."
             )
+        if contrasts and not ignores_shift(problem, link):
+            raise ValueError(f"`contrasts` are for classes and a link that ignores shifts, got {problem!r}, {link!r}.")
         mean, covariance = self.linearize(
-            inputs, method=method, num_samples=num_samples, seed=seed, bound=bound, direction=direction
+            inputs,
+            method=method,
+            num_samples=num_samples,
+            seed=seed,
+            bound=bound,
+            direction=direction,
+            contrasts=contrasts,
         )
         mask = token_mask(mean, problem, inputs)
         return linearized_predictive(mean, covariance, problem, link=link, seed=seed, noise_std=noise_std, mask=mask)
@@ -176,6 +186,7 @@ class BasePosterior(ABC):
         seed: int = 0,
         bound: Bound = "lower",
         direction: int | float = 0,
+        contrasts: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Mean (B, C) and covariance (B, C, C) of the linearised network's outputs, or (B, T, C) and (B, T, C, C).
 
@@ -186,24 +197,14 @@ class BasePosterior(ABC):
         """
         check_num_samples(num_samples)
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
-        how = self._statistic(
-            method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction
-        )
+        how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
         with prediction_mode(self.model), self.mean():
-            mean, covariance = linearize(self.model, inputs, blocks, how, self.outputs_of)
+            mean, covariance = linearize(self.model, inputs, blocks, how, self.outputs_of, contrasts=contrasts)
         return mean, covariance[0]
 
     def _statistic(self, method: str, blocks: Sequence[GaussianBlock], **options: Any) -> Statistic:
-        """Kept for the next batch while the blocks are the same objects: to choose directions all weights are read."""
-        key = (method, *options.values())
-        if self._kept is None or self._kept[0] is not blocks or self._kept[1] != key:
-            how = statistic(method, blocks, cache_bytes=self.draw_cache_bytes, **options)
-            self._kept = (blocks, key, how)
-        return self._kept[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what it keeps for the next batch, a function that cannot be pickled."""
-        return {name: value for name, value in vars(self).items() if name != "_kept"}
+        """A posterior whose blocks never change may keep it for the next batch."""
+        return statistic(method, blocks, cache_bytes=self.draw_cache_bytes, **options)
 
     def blocks(self) -> Sequence[GaussianBlock]:
         """The posterior as independent Gaussians, one per layer.

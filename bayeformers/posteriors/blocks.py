@@ -20,7 +20,7 @@ class GaussianBlock(Protocol):
     The matrix of a layer is (K, d_out, d_in'): K groups of a convolution (1 elsewhere), the bias as the last column.
 
     Attributes:
-        name: of the layer; seeds the block's noise.
+        name: of the layer; seeds the block's noise, so no two blocks have the same.
         modules: the layers that use the parameters.
         parameters: by their name in the layer: "weight", "bias" or both.
         left: U_G, (K, d_out, d_out); None: the identity.
@@ -88,9 +88,10 @@ def mean_field_blocks(model: nn.Module, variances: Mapping[nn.Parameter, Tensor]
     grouped: dict[tuple[nn.Module, ...], dict[str, nn.Parameter]] = {}
     names: dict[tuple[nn.Module, ...], str] = {}
     for parameter, found in owners.items():
-        modules = tuple(module for _, module, _ in found)
-        names.setdefault(modules, found[0][0])
-        grouped.setdefault(modules, {})[found[0][2]] = parameter
+        modules, (name, _, key) = tuple(module for _, module, _ in found), found[0]
+        if modules not in names:  # a shared weight and a bias of its own: two blocks of one layer, two names
+            names[modules] = f"{name}.{key}" if name in names.values() else name
+        grouped.setdefault(modules, {})[key] = parameter
     return [_mean_field(names[modules], modules, given, variances) for modules, given in grouped.items()]
 
 

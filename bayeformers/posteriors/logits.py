@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..predictive import Predictive, ProblemType, drawn_values
 
-__all__ = ["LINKS", "Link", "check_link", "link_log_probs", "linearized_predictive", "logit_draws"]
+__all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "linearized_predictive", "logit_draws"]
 
 Link = Literal["auto", "probit", "mc", "bridge", "probit_diagonal"]
 LINKS: tuple[Link, ...] = get_args(Link)
@@ -93,6 +93,11 @@ def linearized_predictive(
         logit_covariance=covariance,
         link_log_probs=log_probs,
     )
+
+
+def ignores_shift(problem: ProblemType, link: Link) -> bool:
+    """Whether noise that all logits of an item share changes nothing: a softmax with a link that respects it."""
+    return problem in ("single_label_classification", "token_classification") and link in ("auto", "probit", "mc")
 
 
 def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: ProblemType) -> Tensor | None:

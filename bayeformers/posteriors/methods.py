@@ -8,8 +8,8 @@
 | ``lr_glm`` | from K eigen-directions v_k: a bound below S (the K largest variances) or above it (the K smallest) |
 | ``e_glm`` | V_k (J v_k)(J v_k)^T of one eigen-direction |
 
-Directions are those of all blocks together, in the order of their posterior variance V_k = 1 / (lambda_k + tau); what has
-no variance, such as the padding row of a table, is not among them. After Lee et al. 2020 (INF, arXiv 2006.11631).
+Directions are those of all blocks together, in the order of their posterior variance V_k = 1 / (lambda_k + tau); what
+has no variance, such as the padding row of a table, is not among them. After Lee et al. 2020 (INF, arXiv 2006.11631).
 """
 
 from __future__ import annotations

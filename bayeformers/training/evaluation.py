@@ -15,6 +15,7 @@ from ..conversion import bayesian_config, is_bayesian, update_config
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
 from ..posteriors.base import has_many_logits
+from ..posteriors.logits import ignores_shift
 from ..posteriors.methods import SAMPLING
 from ..predictive import ProblemType, resolve_problem_type, unwrapped
 from .arguments import BayesianTrainingArguments, parse_noise_std
@@ -187,6 +188,7 @@ class MonteCarloTrainer(Trainer):
                 problem_type=problem_type,
                 noise_std=noise_std,
                 link=self.args.eval_link,
+                contrasts=ignores_shift(problem_type, self.args.eval_link),
             )
         return score_predictive(predictive, inputs, problem_type, noise_std)
 
@@ -262,4 +264,3 @@ class MonteCarloTrainer(Trainer):
         if message not in self._said and self.is_world_process_zero():
             logger.warning(message)
         self._said.add(message)
-

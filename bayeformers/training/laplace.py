@@ -18,9 +18,9 @@ from ..laplace import LaplacePosterior, fit
 from ..laplace.curvature import CurvatureKind, WeightSharing
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
-from ..laplace.fit import PriorChoice
-from ..laplace.holdout import check_holdout
+from ..laplace.fit import PriorChoice, default_choice
 from ..laplace.hessian import Fisher
+from ..laplace.holdout import checked_validation
 from ..laplace.targets import Subset
 from ..patterns import Patterns
 from ..predictive import resolve_problem_type
@@ -61,7 +61,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         curvature: CurvatureKind | Literal["auto"] = "auto",
         fisher: Fisher | Literal["auto"] = "auto",
         weight_sharing: WeightSharing = "expand",
-        prior_precision: Precision | PriorChoice = "marglik",
+        prior_precision: Precision | PriorChoice | None = None,
         temperature: float = 1.0,
         noise_std: float | None = None,
         validation_dataset: Any = None,
@@ -86,11 +86,12 @@ class LaplaceTrainer(MonteCarloTrainer):
             train_dataset: the data; by default the trainer's.
             subset, target_modules, exclude_modules: the layers to cover.
             curvature, fisher, weight_sharing, num_mc_samples: how their curvature is measured.
-            prior_precision: tau, or how to find it: "marglik", "marglik_per_layer" or "holdout".
+            prior_precision: tau, or how to find it: "marglik", "marglik_per_layer" or "holdout". By default "holdout"
+                with a ``validation_dataset``, "marglik" without: what is reported never chooses unasked.
             temperature: T of the likelihood p(y | x)^(1/T).
             noise_std: s of a regression; by default `args.noise_std` if that is a number, else that of most evidence.
                 Evaluation predicts with the same.
-            validation_dataset: held-out data of "holdout"; by default the trainer's `eval_dataset`.
+            validation_dataset: held-out data of "holdout"; where that is asked for, by default the `eval_dataset`.
             num_batches: so many batches of every process, of examples chosen at random; the curvature is scaled up to
                 ``num_data``.
             num_data: N, the examples that the curvature stands for; by default the dataset's length.
@@ -114,6 +115,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         self._check_can_fit()
         data = self.train_dataset if train_dataset is None else train_dataset
         self._check_data(data, num_batches, num_data)
+        prior_precision = default_choice(validation_dataset) if prior_precision is None else prior_precision
         held_out = self._held_out(validation_dataset) if prior_precision == "holdout" else None
         size = self.args.per_device_eval_batch_size if batch_size is None else batch_size
         check_count("batch_size", size, 1)
@@ -203,7 +205,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         if isinstance(data, dict):
             raise ValueError(f"`validation_dataset` must be one dataset, got a dict: pass one of its {list(data)}.")
         check_dataset(data, "validation_dataset")
-        check_holdout(self.model, data)
+        checked_validation(self.model, data)
         return data
 
     def _curvature_batches(

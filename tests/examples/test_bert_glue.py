@@ -18,7 +18,7 @@ from examples.glue.data import load_data
 
 SMALL = [
     "--max_train_samples", "64", "--max_eval_samples", "40", "--num_train_epochs", "1", "--bayesian_epochs", "1",
-    "--num_eval_samples", "3", "--delta", "0.5", "--use_cpu", "--disable_tqdm", "true",
+    "--num_eval_samples", "3", "--delta", "0.5", "--prior_precision", "marglik", "--use_cpu", "--disable_tqdm", "true",
 ]  # fmt: skip
 ENTAILMENT = ["index\tsentence1\tsentence2\tlabel"]
 

@@ -139,5 +139,8 @@ def test_a_padding_row_is_no_direction() -> None:
 
     ids = torch.tensor([[1, 2], [3, 1], [2, 2]])
     posterior = fitted(built(Table()), ids, classes(3, outputs=2), curvature="kfac", target_modules=["table"])
-    with pytest.raises(ValueError, match="padding row of 'table'"):
-        eigen_direction(posterior, 0)
+    found = [eigen_direction(posterior, rank) for rank in range(6)]
+    assert {direction.index[1] for direction in found} == {1, 2, 3}
+    assert eigen_direction(posterior, -6).index == found[0].index
+    with pytest.raises(ValueError, match=r"rank \(int, 0\.\.5, .*got 6"):
+        eigen_direction(posterior, 6)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers.laplace import LaplacePosterior, fit, tune
@@ -150,7 +151,11 @@ def test_holdout_is_the_least_nll_of_the_predictive(task: str) -> None:
     found = holdout_nll(posterior, (prepare(model, b, cpu) for b in held_out), grid)
     problem = {"tokens": "token_classification", "classification": None, "multilabel": None, "regression": None}[task]
     for tau in grid:
-        predicted = posterior.with_prior_precision(tau).predict(inputs, problem_type=problem)  # type: ignore[arg-type]
+        predicted = posterior.with_prior_precision(tau).predict(
+            inputs,
+            problem_type=problem,  # type: ignore[arg-type]
+            contrasts=task in ("classification", "tokens"),  # the same draws of logits
+        )
         scores = predicted.log_prob(y)
         assert found[tau] == pytest.approx(-float(scores[~scores.isnan()].double().mean()), rel=1e-5)
     chosen = tune(posterior, "holdout", noise_std=0.5, validation=held_out, progress=False).prior_precision
@@ -196,3 +201,14 @@ def test_holdout_needs_few_logits() -> None:
         tune(posterior, "holdout", validation=data, progress=False)
     with pytest.raises(ValueError, match="`method`='glm' needs few logits"):
         posterior.predict({"input_ids": torch.tensor([[1, 2]])})
+
+
+def test_held_out_data_choose_the_prior_where_nothing_is_said() -> None:
+    """And the evidence does without them."""
+    data = batches(X, Y)
+    unsaid = [fit(mlp(), data, validation=held_out, **QUIET).prior_precision for held_out in (None, data)]
+    named = [
+        fit(mlp(), data, validation=data, prior_precision=name, **QUIET).prior_precision  # type: ignore[arg-type]
+        for name in ("marglik", "holdout")
+    ]
+    assert unsaid == named and named[0] != named[1]

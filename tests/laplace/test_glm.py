@@ -178,7 +178,7 @@ def test_a_dense_block(layer: str) -> None:
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
 def test_tables_and_normalisations(curvature: str) -> None:
     model, inputs, labels = built("twice")
-    posterior = fitted(model, inputs, labels, curvature=curvature, target_modules=["table", "norm", "first"])
+    posterior = fitted(model, inputs, labels, curvature=curvature, target_modules=["table", "norm", "first", "second"])
     assert {target.name for target in posterior.targets} >= {"table", "norm"}
     assert_dense(posterior, inputs)
 
@@ -187,7 +187,7 @@ def test_tables_and_normalisations(curvature: str) -> None:
 def test_all_layers_of_all_classes(name: str) -> None:
     """Word, position and type tables, LayerNorm or RMSNorm, with a tau for each layer."""
     model, inputs, labels = built(name)
-    tables, norms = r"embeddings\.\w+|w[tp]e|embed_tokens", r"[nN]orm|layer_norm|ln_\w+"
+    tables, norms = r"embeddings\.\w+|w[tp]e|embed_tokens|shared", r"[nN]orm|layer_norm|ln_\w+"
     pattern = rf".*({tables}|{norms}|query|c_attn|SelfAttention\.q|classifier|score)"
     posterior = fitted(model, inputs, labels, target_modules=pattern)
     kinds = {type(model.get_submodule(target.name)).__name__ for target in posterior.targets}

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayeformers.laplace import LaplacePosterior, fit
+from bayeformers.laplace import LaplacePosterior, example_gradients, fit, inner_products
 from bayeformers.laplace.posterior import FILE
+from bayeformers.posteriors.blocks import block_draw
+from bayeformers.posteriors.methods import METHODS, SAMPLING, num_directions
 from tests.laplace.networks import QUIET, batches, built, classes, fitted, mlp, reader, regression_data, text
 from tests.laplace.reference import close, dense, jacobian, normal
 
 KINDS = ("kfac", "ekfac", "diagonal", "full")
 each_kind = pytest.mark.parametrize("kind", KINDS)
+LINEARIZED = [method for method in METHODS if method not in SAMPLING]
 
 
 def posterior(kind: str = "kfac", **options: object) -> LaplacePosterior:

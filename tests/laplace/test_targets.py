@@ -142,6 +142,17 @@ def test_sharing_with_an_excluded_layer() -> None:
     assert skipped == {"a": "tied to a layer in exclude_modules", "b": "in exclude_modules"}
 
 
+def test_sharing_with_a_layer_that_is_not_targeted() -> None:
+    """It would be random too, though it was not named: refused, as `to_bayesian` does."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+    model["b"].weight, model["b"].bias = model["a"].weight, model["a"].bias
+    for one, other in ("ab", "ba"):
+        with pytest.raises(ValueError, match=f"'{other}' shares its weight with '{one}' .*not in target_modules"):
+            choose_targets(model, [one])
+    assert names(model, target=["a", "b"]) == ["a"]
+    assert names(model, target=["c"]) == ["c"]
+
+
 def test_layers_that_are_never_called() -> None:
     model = reader()
     model.spare = nn.Linear(2, 2).double()

@@ -209,12 +209,13 @@ def test_float32(strength: float, inside: bool) -> None:
         inputs, gradients = inputs @ right[..., :20] @ right[..., :20].mT, gradients @ left[..., :6] @ left[..., :6].mT
     exact = brute_force(inputs, gradients, left, right, variances[None, None])
     separable = Separable.of(variances.float(), 1e-3)
-    assert (separable is None) == (strength >= 1e4)
+    assert (separable is None) == (strength >= 1e5)  # 2 eps strength > 10 tolerance
     if separable is None:
         return
     narrow = [tensor.float() for tensor in (inputs, gradients, left, right)]
     found = separable_covariance(*narrow, separable)  # type: ignore[arg-type]
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-3 * float(exact.abs().max()))
+    # the tolerance of the sum, and ten times that for rounding
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1.1e-2 * float(exact.abs().max()))
 
 
 def test_it_pays_for_few_positions() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -289,7 +290,7 @@ def test_heads_with_many_logits(name: str, problem: str) -> None:
 def test_a_masked_language_model_has_many_logits() -> None:
     """Its head is one of token classification, over a vocabulary."""
     sizes = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = to_bayesian(hf.BertForMaskedLM(hf.BertConfig(**sizes, intermediate_size=4)), exclude_modules=["cls"])
+    model = to_bayesian(hf.BertForMaskedLM(hf.BertConfig(**sizes, intermediate_size=4)), target_modules=["query"])
     ids = torch.tensor([[1, 2, 3]])
     for method in METHODS[2:]:
         with pytest.raises(ValueError, match="needs few logits .*got a 'token_classification' head over a vocabulary"):

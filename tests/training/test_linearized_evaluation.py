@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayeformers import metrics
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
-from bayeformers.posteriors.logits import linearized_predictive
+from bayeformers.posteriors.logits import ignores_shift, linearized_predictive
 from bayeformers.predictive import Predictive
 from bayeformers.training.columns import predict_batch, score_predictive
 from tests.training import tiny
@@ -24,9 +24,11 @@ def data_of(kind: str) -> tiny.Rows:
 
 
 def predicted(model: nn.Module, data: tiny.Rows, **options: Any) -> Predictive:
-    """The whole data in one batch, without a trainer."""
+    """The whole data in one batch, without a trainer; of centred logits wherever that gives the same probabilities."""
     inputs = {name: data.columns[name] for name in ("input_ids", "attention_mask")}
-    return VariationalPosterior(model).predict(inputs, **{"method": "glm", **options})
+    posterior = VariationalPosterior(model)
+    contrasts = ignores_shift(posterior.problem_type(), options.get("link", "auto"))
+    return posterior.predict(inputs, **{"method": "glm", "contrasts": contrasts, **options})
 
 
 def evaluated(folder: Path, model: nn.Module, kind: str, data: tiny.Rows, **options: Any) -> Any:
@@ -217,7 +219,7 @@ def test_method_in_force(given: str | None, found: str | None, tmp_path: Path) -
         assert not hasattr(posterior, "asked")
         assert np.abs(output.uncertainty["mutual_information"]).max() < 1e-6
     else:
-        expected = {"method": found, "num_samples": 3, "seed": 3, "link": "auto", "noise_std": None}
+        expected = {"method": found, "num_samples": 3, "seed": 3, "link": "auto", "noise_std": None, "contrasts": True}
         assert posterior.asked == {**expected, "problem_type": "single_label_classification"}
         assert output.uncertainty["mutual_information"].min() > 1e-3
 
