@@ -3,15 +3,17 @@
     pip install --no-deps laplace-torch==0.3 curvlinops-for-pytorch==3.0.1   # and what they import
     python -m benchmarks.laplace_speed --data_dir GLUE
 
-All Linear layers of MiniLM with a two-class head, on batches of CoLA's training sentences, grouped by length. A
-training step is forward, backward and AdamW over all parameters with the model's dropout. Every ratio is of two times
-of the same round. laplace-torch's fit holds its eigendecompositions, whose cost does not grow with the data.
+All Linear layers of MiniLM with a two-class head, on CoLA's training sentences. A training step is forward, backward
+and AdamW over all parameters with the model's dropout, once on random batches, as training takes them, and once on the
+batches that the fits get, sorted by length as `fit_laplace` sorts them: the order of a sum does not matter, and padding
+vanishes. Every ratio is of two times of the same round. "sums" are the factors alone, as curvlinops computes them; the
+eigendecompositions in the other rows do not grow with the data.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +58,26 @@ def ours_fit(model: PreTrainedModel, loader: Loader, fisher: Fisher) -> Callable
     return lambda: laplace.fit(model, loader, curvature="kfac", fisher=fisher, prior_precision=1.0, progress=False)
 
 
+def ours_sums(model: PreTrainedModel, loader: Loader, fisher: Fisher) -> Callable[[], object]:
+    """The pass over the data alone."""
+    from bayeformers.laplace import Curvature, CurvatureConfig
+    from bayeformers.laplace.accumulate import Accumulator
+    from bayeformers.laplace.data import prepare
+    from bayeformers.laplace.targets import choose_targets
+    from bayeformers.predictive import logits_of
+
+    targets, device = choose_targets(model)[0], torch.device("cpu")
+
+    def run() -> object:
+        sums = Curvature(CurvatureConfig(fisher=fisher))
+        accumulator = Accumulator(sums, model, targets, logits_of)
+        for batch in loader:
+            accumulator.add(prepare(model, batch, device))
+        return sums
+
+    return run
+
+
 def curvlinops_factors(model: PreTrainedModel, loader: Loader, fisher: Fisher) -> Callable[[], object]:
     """curvlinops' factors of the same layers, bias and weight apart as laplace-torch asks for them."""
     from curvlinops import KFACLinearOperator
@@ -89,18 +111,24 @@ def linear_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters())
 
 
-def time_fits(loader: Loader, repeats: int) -> list[dict[str, str | float]]:
-    """Fits over the batches, to a training epoch over the same batches."""
-    runs: dict[str, Callable[[], object]] = {"training epoch": training_epoch(minilm(), loader)}
+def time_fits(
+    loader: Loader, shuffled: Loader, repeats: int, *, with_laplace_torch: bool
+) -> list[dict[str, str | float]]:
+    """Fits over the batches, to a training epoch over random batches of the same sentences."""
+    baseline = "training epoch, random batches"
+    runs: dict[str, Callable[[], object]] = {
+        baseline: training_epoch(minilm(), shuffled),
+        "training epoch, sorted batches": training_epoch(minilm(), loader),
+    }
     for fisher in ("exact", "mc"):
-        if find_spec("bayeformers.laplace") is not None:
-            runs[f"ours, {fisher}"] = ours_fit(minilm().eval(), loader, fisher)
+        runs[f"ours, {fisher}"] = ours_fit(minilm().eval(), loader, fisher)
+        runs[f"ours, {fisher}, sums"] = ours_sums(minilm().eval(), loader, fisher)
         if find_spec("curvlinops") is not None:
-            runs[f"curvlinops, {fisher}"] = curvlinops_factors(minilm(), loader, fisher)
-    if find_spec("laplace") is not None:
+            runs[f"curvlinops, {fisher}, sums"] = curvlinops_factors(minilm(), loader, fisher)
+    if with_laplace_torch and find_spec("laplace") is not None:
         theirs = laplace_torch(minilm())
         runs["laplace-torch, exact"] = lambda: theirs.fit(loader)
-    return _rows(runs, "training epoch", repeats)
+    return _rows(runs, baseline, repeats)
 
 
 def time_predictions(loader: Loader, batch: Batch, repeats: int) -> list[dict[str, str | float]]:
@@ -114,9 +142,9 @@ def time_predictions(loader: Loader, batch: Batch, repeats: int) -> list[dict[st
             return logits
 
     runs: dict[str, Callable[[], object]] = {"forward pass": forward}
-    if find_spec("bayeformers.laplace") is not None:
-        posterior = ours_fit(minilm().eval(), loader, "exact")()
-        runs["ours"] = lambda: posterior.predict(inputs, method="glm")
+    posterior = ours_fit(minilm().eval(), loader, "exact")()
+    runs["ours"] = lambda: posterior.predict(inputs, method="glm")
+    runs["ours, contrasts"] = lambda: posterior.predict(inputs, method="glm", contrasts=True)
     if find_spec("laplace") is not None:
         model = minilm()
         model.set_attn_implementation("eager")  # the fused attention has no batching rule for their Jacobians
@@ -134,13 +162,14 @@ def _rows(runs: dict[str, Callable[[], object]], baseline: str, repeats: int) ->
     ]
 
 
-def cola_batches(model: str | Path, data_dir: Path, count: int, size: int) -> Loader:
-    """Batches spread evenly over the training file sorted by length."""
+def cola_batches(model: str | Path, data_dir: Path, count: int, size: int) -> tuple[Loader, Loader]:
+    """Batches of random training sentences, sorted by length, and the same sentences in random batches."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    train, _ = load_training("cola", data_dir, tokenizer, seed=0)
-    whole = list(batches([train[i] for i in by_length(train)], tokenizer, size))
-    picked: Sequence[Batch] = whole[len(whole) // (2 * count) :: len(whole) // count][:count]
-    return Loader(picked)
+    rows = load_training("cola", data_dir, tokenizer, seed=0)[0][: count * size]  # in random order
+    return (
+        Loader(batches([rows[i] for i in by_length(rows)], tokenizer, size)),
+        Loader(batches(rows, tokenizer, size)),
+    )
 
 
 def main() -> None:
@@ -148,14 +177,19 @@ def main() -> None:
     parser = arguments(__doc__ or "", repeats=5)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds CoLA")
-    parser.add_argument("--batches", type=int, default=8, help="of the fit")
+    parser.add_argument("--batches", type=int, default=24, help="of the fit")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--predicted", type=int, default=8, help="sentences of the predicted batch")
+    parser.add_argument("--laplace_torch", action="store_true", help="time its fit too, which takes minutes")
     args = parser.parse_args()
     folder = Path(minilm().config.name_or_path)
-    loader = cola_batches(folder, args.data_dir, args.batches, args.batch_size)
+    loader, shuffled = cola_batches(folder, args.data_dir, args.batches, args.batch_size)
     shapes = [list(batch["input_ids"].shape) for batch in loader]
-    report("Fit of all Linear layers", time_fits(loader, args.repeats), args.json, batches=shapes)
+    report(
+        "Fit of all Linear layers",
+        time_fits(loader, shuffled, args.repeats, with_laplace_torch=args.laplace_torch),
+        args.json, batches=shapes,
+    )  # fmt: skip
     middle = loader[len(loader) // 2]
     batch = {name: value[: args.predicted] for name, value in middle.items()}
     path = args.json and args.json.with_suffix(".predict.json")

@@ -1,4 +1,4 @@
-"""Peak memory of a training step, relative to deterministic fine-tuning: python -m benchmarks.memory
+"""Peak memory of a training step or a Laplace fit, relative to fine-tuning: python -m benchmarks.memory
 
 Each variant trains MiniLM (32 x 64 tokens, AdamW) for a few steps in a process of its own. `step` is the peak of the
 resident memory less what the process held before the model was loaded (interpreter, libraries); `process` is all of it.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bayeformers import kl_divergence, to_bayesian
-from benchmarks.harness import EMBEDDINGS, arguments, median_ratio, minilm, report
+from bayeformers import kl_divergence, laplace, to_bayesian
+from benchmarks.harness import EMBEDDINGS, arguments, batch, median_ratio, minilm, report
 from benchmarks.training_step import training_step
 
 STEPS = 4
@@ -46,11 +46,18 @@ def all_trained() -> Callable[[], None]:
     return training_step(to_bayesian(minilm(), delta=0.05, freeze=False), kl_divergence)
 
 
+def laplace_fit() -> Callable[[], object]:
+    """Curvature of one batch, its eigendecomposition and the evidence: all of a fit; more batches need no more."""
+    model, data = minilm().eval(), [batch()]
+    return lambda: laplace.fit(model, data, progress=False)
+
+
 VARIANTS = {
     "deterministic fine-tuning": fine_tuning,
     "Linear, means frozen": linear_frozen,
     "Linear + Embedding, means frozen": all_frozen,
     "Linear + Embedding, means trained": all_trained,
+    "Laplace fit, all Linear layers": laplace_fit,
 }
 
 

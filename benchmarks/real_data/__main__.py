@@ -22,7 +22,8 @@ def main() -> None:
     elif args.step == "predict":
         context = Context(args.task, args.seed, args.data_dir, args.output_dir)
         for name in args.methods:
-            print(run(context, name, METHODS[name]), flush=True)
+            skips = args.reported_only and name != "map"  # whose held-out rows the temperature is fitted on
+            print(run(context, name, METHODS[name], reported_only=skips), flush=True)
     else:
         seeds = [int(seed) for seed in args.seeds]
         options = {"held_out": args.held_out, "num_resamples": args.num_resamples, "name": args.name}
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     finetuning.add_argument("--model", required=True, help="folder or hub name of a pretrained encoder")
     for step in (predicting, tabulating):
         step.add_argument("--methods", type=_methods, default=list(METHODS), help=f"of {','.join(METHODS)}")
+    predicting.add_argument("--reported_only", action="store_true", help="no predictions of the held-out rows")
     tabulating.add_argument("--tasks", type=lambda text: text.split(","), default=sorted(FOLDERS))
     tabulating.add_argument("--seeds", type=lambda text: text.split(","), default=["0", "1", "2"])
     tabulating.add_argument("--held_out", action="store_true", help="the held-out rows alone, to choose by")

@@ -86,8 +86,16 @@ class Context:
         return load_arrays(self.folder, method)[part]
 
 
-def run(context: Context, name: str, method: Callable[[Context], tuple[Predictor, dict[str, Any]]]) -> dict[str, Any]:
+def run(
+    context: Context,
+    name: str,
+    method: Callable[[Context], tuple[Predictor, dict[str, Any]]],
+    *,
+    reported_only: bool = False,
+) -> dict[str, Any]:
     """Fit a method, predict every part, keep arrays and record in the checkpoint's folder; returns the record.
+
+    With ``reported_only`` the held-out rows are not predicted, which only tables of held-out rows read.
 
     Its seconds are the processor's, of all threads: a busy machine does not change them.
     """
@@ -95,10 +103,11 @@ def run(context: Context, name: str, method: Callable[[Context], tuple[Predictor
     start = time.process_time()
     predictor, chosen = method(context)
     fitted = time.process_time()
-    found = {part: predictor(part) for part in context.parts}
+    parts = {k: v for k, v in context.parts.items() if k != "held_out" or not reported_only}
+    found = {part: predictor(part) for part in parts}
     done = time.process_time()
     arrays = {f"{part}/{key}": value for part, named in found.items() for key, value in named.items()}
-    arrays |= {f"{part}/labels": labels(rows) for part, rows in context.parts.items()}
+    arrays |= {f"{part}/labels": labels(rows) for part, rows in parts.items()}
     record = {
         "method": name,
         "task": context.task,
@@ -107,7 +116,7 @@ def run(context: Context, name: str, method: Callable[[Context], tuple[Predictor
         "fit_seconds": fitted - start,
         "predict_seconds": done - fitted,
         "train_rows": rows,
-        "predicted_rows": sum(len(rows) for rows in context.parts.values()),
+        "predicted_rows": sum(len(rows) for rows in parts.values()),
         "threads": torch.get_num_threads(),
     }
     path = _path(context.folder, name)

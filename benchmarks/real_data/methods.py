@@ -71,10 +71,13 @@ def laplace_posterior(
     key = tuple(sorted(options.items()))
     if key not in context.fits:
         context.fits[key] = laplace.fit(context.model(), context.batches(context.train), progress=False, **options)
-    validation = context.batches(context.held_out) if prior_precision == "holdout" else None
+    validation = context.batches(context.held_out[: CALIBRATION_ROWS["glm"]]) if prior_precision == "holdout" else None
     posterior = laplace.tune(context.fits[key], prior_precision, validation=validation, progress=False)
-    chosen = {"prior_precision": posterior.prior_precision, "log_marginal_likelihood": posterior.log_marginal_likelihood}
-    return of_posterior(context, posterior, **{"method": "glm", **(predict or {})}), chosen
+    chosen = {
+        "prior_precision": posterior.prior_precision,
+        "log_marginal_likelihood": posterior.log_marginal_likelihood,
+    }
+    return of_posterior(context, posterior, **(predict or {"method": "glm", "contrasts": True})), chosen
 
 
 METHODS: dict[str, Method] = {
@@ -90,7 +93,7 @@ METHODS: dict[str, Method] = {
     "laplace_ekfac": partial(laplace_posterior, curvature="ekfac"),
     "laplace_mc": partial(laplace_posterior, fisher="mc"),
     "laplace_per_layer": partial(laplace_posterior, prior_precision="marglik_per_layer"),
-    "laplace_probit_diagonal": partial(laplace_posterior, predict={"link": "probit_diagonal"}),
+    "laplace_probit_diagonal": partial(laplace_posterior, predict={"method": "glm", "link": "probit_diagonal"}),
     "laplace_network": partial(laplace_posterior, predict={"method": "nn", "num_samples": NUM_SAMPLES}),
 }
 """By name, in the order of the table. `temperature` reads what `map` saved."""

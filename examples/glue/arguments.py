@@ -83,10 +83,10 @@ class ModelArguments:
         default="auto", metadata={"help": "Which curvature; auto: exact up to 16 backward passes per batch, else mc."}
     )
     prior_precision: str = field(
-        default="marglik",
+        default="holdout",
         metadata={
-            "help": "tau of the Laplace posterior's prior N(0, 1/tau): marglik, marglik_per_layer (the evidence), "
-            "holdout (validation NLL), or a number."
+            "help": "tau of the Laplace posterior's prior N(0, 1/tau): holdout (validation NLL), marglik, "
+            "marglik_per_layer (the evidence), or a number."
         },
     )
 
