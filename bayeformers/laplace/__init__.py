@@ -3,13 +3,14 @@
 from ..jacobians import register_curvature
 from .curvature import Curvature, CurvatureConfig
 from .directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
-from .fit import fit, tune
+from .fit import fit
 from .from_sums import posterior_of
 from .gradients import ExampleGradients, example_gradients
 from .inf_posterior import InfPosterior, inf_posterior
 from .influence import influence, inner_products, natural_gradient, novelty, similarity
 from .kronecker import KroneckerEigen
 from .posterior import LaplacePosterior
+from .tuning import tune
 
 __all__ = [
     "Curvature",

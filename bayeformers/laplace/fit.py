@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..jacobians import record
 from ..patterns import Patterns
@@ -22,18 +21,19 @@ from ..posteriors.logits import Link
 from ..predictive import logits_of
 from .accumulate import Accumulator
 from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
-from .data import likelihood_of, prepare, real_examples
-from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
+from .data import likelihood_of
+from .evidence import Precision
 from .hessian import Fisher, Likelihood, num_columns
-from .holdout import checked_validation, holdout_nll, holdout_precision
+from .holdout import checked_validation
 from .kronecker import KroneckerEigen
+from .loading import Loader
 from .posterior import FitRecord, LaplacePosterior, check_positive, checked_precision
 from .processes import gathered, num_processes, process_index
 from .targets import Subset, Target, choose_targets
+from .tuning import PriorChoice, default_choice, tune
 
 logger = logging.getLogger(__name__)
 
-PriorChoice = Literal["marglik", "marglik_per_layer", "holdout"]
 MAX_DENSE = 5000
 """Weights of a last layer up to which curvature="auto" takes its dense GGN: 100 MB in float32."""
 MAX_BACKWARDS = 16
@@ -131,7 +131,7 @@ def fit(
     targets, skipped = choose_targets(model, target_modules, exclude_modules)
     if not isinstance(prior_precision, str):
         checked_precision(prior_precision, [target.name for target in targets])
-    loader = _Loader(model, dataloader, num_batches, num_data, progress)
+    loader = Loader(model, dataloader, num_batches, num_data, progress)
     with prediction_mode(model):
         batch = loader.first()
         likelihood = likelihood if is_given else likelihood_of(model, batch.labels)
@@ -158,90 +158,7 @@ def fit(
     return tune(posterior, prior_precision, noise_std=noise_std, validation=validation, link=link, progress=progress)
 
 
-def default_choice(validation: object) -> PriorChoice:
-    """How tau is found where nothing is said: by held-out data if there are any, else by the evidence."""
-    return "marglik" if validation is None else "holdout"
-
-
-def tune(
-    posterior: LaplacePosterior,
-    prior_precision: Precision | PriorChoice,
-    *,
-    noise_std: float | None = None,
-    validation: Iterable[Any] | None = None,
-    link: Link = "auto",
-    progress: bool = True,
-) -> LaplacePosterior:
-    """The posterior at a prior precision (and noise) that is given, or found as `fit` says; no curvature is refitted.
-
-    Raises:
-        ValueError: as for `fit`.
-    """
-    record = posterior.record
-    posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
-    spectra = posterior.spectra
-    per_layer = prior_precision == "marglik_per_layer"
-    finds_noise = noise_std is None and record.config.likelihood == "regression" and record.num_outputs > 0
-    if finds_noise and record.squared_error > 0:
-        best, noise = optimal_precision_and_noise(
-            spectra,
-            squared_error=record.squared_error,
-            num_outputs=record.num_outputs,
-            per_layer=per_layer,
-            temperature=posterior.temperature,
-        )
-        posterior = posterior.with_noise_std(noise)
-    elif isinstance(prior_precision, str) and prior_precision != "holdout":
-        best = optimal_prior_precision(spectra, per_layer=per_layer, scale=posterior.scale)
-    if not isinstance(prior_precision, str):
-        return posterior.with_prior_precision(prior_precision)
-    if prior_precision == "holdout":
-        validation = checked_validation(posterior.model, validation)
-        held_out = _Loader(posterior.model, validation, None, None, progress).batches("Held-out NLL")
-        best = holdout_precision(holdout_nll(posterior, held_out, link=link))
-    return posterior.with_prior_precision(best)
-
-
 # -- the pass ---------------------------------------------------------------------------------------------------------
-
-
-class _Loader:
-    """The dataloader's batches on the model's device, without duplicates, with a progress bar."""
-
-    def __init__(
-        self, model: nn.Module, loader: Iterable[Any], num_batches: int | None, num_data: int | None, progress: bool
-    ) -> None:
-        if isinstance(loader, Iterator):
-            raise TypeError("`dataloader` is read more than once: give a DataLoader or a list, not an iterator.")
-        self.model, self.loader, self.num_batches, self.progress = model, loader, num_batches, progress
-        self.num_data = num_data if num_data is not None else _dataset_length(loader)
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if num_batches is not None and self.num_data is None:
-            raise ValueError("`num_batches` needs `num_data` (N): the dataloader's dataset has no length.")
-
-    def first(self) -> Any:
-        found = next((prepare(self.model, batch, self.device) for batch in self.loader), None)
-        if any(gathered(found is None)):  # in all processes or in none: the others would wait for ever
-            raise ValueError("`dataloader` is empty: it must give at least one batch (in every process).")
-        return found
-
-    def batches(self, description: str, skip: int = 0) -> Iterable[Any]:
-        total = len(self.loader) if isinstance(self.loader, Sized) else None
-        total = total if self.num_batches is None else min(self.num_batches, total or self.num_batches)
-        is_shown = self.progress and process_index() == 0
-        with tqdm(total=total, initial=skip, desc=description, disable=not is_shown) as bar:
-            for number, batch in enumerate(self.loader):
-                if self.num_batches is not None and number >= self.num_batches:
-                    return
-                if number < skip:
-                    continue
-                whole = prepare(self.model, batch, self.device)
-                keep = real_examples(self.loader, number, len(whole))
-                if keep is not None and keep < len(whole):
-                    whole = prepare(self.model, batch, self.device, keep)
-                if len(whole):
-                    yield whole
-                bar.update()
 
 
 @dataclass(frozen=True)
@@ -267,7 +184,7 @@ def _as_matrix(logits: OutputOf) -> OutputOf:
 
 
 def _pass(
-    loader: _Loader,
+    loader: Loader,
     targets: list[Target],
     config: CurvatureConfig,
     logits: OutputOf,
@@ -293,7 +210,7 @@ def _pass(
 
 
 def _second_pass(
-    loader: _Loader,
+    loader: Loader,
     layers: list[tuple[Target, KroneckerEigen]],
     sums: Curvature,
     logits: OutputOf,
@@ -396,11 +313,6 @@ def _auto_fisher(fisher: str, outputs: Tensor, likelihood: Likelihood) -> Fisher
         return fisher  # type: ignore[return-value]
     positions = max(gathered(outputs.shape[1] if outputs.ndim == 3 else 1))
     return "exact" if num_columns(outputs.shape[-1], likelihood) * positions <= MAX_BACKWARDS else "mc"
-
-
-def _dataset_length(loader: Iterable[Any]) -> int | None:
-    dataset = getattr(loader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

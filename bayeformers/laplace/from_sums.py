@@ -13,9 +13,10 @@ from ..posteriors.linearized import OutputOf
 from ..predictive import logits_of
 from .curvature import Curvature
 from .evidence import Precision
-from .fit import PriorChoice, decompose, record_of, tune
+from .fit import decompose, record_of
 from .posterior import LaplacePosterior
 from .targets import Target, targets_of
+from .tuning import PriorChoice, tune
 
 
 def posterior_of(

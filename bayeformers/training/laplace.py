@@ -18,10 +18,10 @@ from ..laplace import LaplacePosterior, fit
 from ..laplace.curvature import CurvatureKind, WeightSharing
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
-from ..laplace.fit import PriorChoice, default_choice
 from ..laplace.hessian import Fisher
 from ..laplace.holdout import checked_validation
 from ..laplace.targets import Subset
+from ..laplace.tuning import PriorChoice, default_choice
 from ..patterns import Patterns
 from ..predictive import resolve_problem_type
 from .arguments import check_count, parse_noise_std
