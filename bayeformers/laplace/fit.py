@@ -29,7 +29,7 @@ from .kronecker import KroneckerEigen
 from .loading import Loader
 from .posterior import FitRecord, LaplacePosterior, check_positive, checked_precision
 from .processes import gathered, num_processes, process_index
-from .targets import Subset, Target, choose_targets
+from .targets import Subset, Target, choose_targets, squared_distances
 from .tuning import PriorChoice, default_choice, tune
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def fit(
     fisher: Fisher | Literal["auto"] = "auto",
     weight_sharing: WeightSharing = "expand",
     prior_precision: Precision | PriorChoice | None = None,
+    prior_mean: nn.Module | None = None,
     temperature: float = 1.0,
     noise_std: float | None = None,
     validation: Iterable[Any] | None = None,
@@ -87,6 +88,9 @@ def fit(
         prior_precision: tau, or a mapping from layer name; or how to find it: "marglik" (the evidence), one for all
             layers, "marglik_per_layer", or "holdout": least NLL of the linearised predictive on ``validation``, which
             predicts better (docs/results.md). By default "holdout" with ``validation``, "marglik" without.
+        prior_mean: the model that holds the prior's mean mu0, such as the pretrained one before fine-tuning; by
+            default, and for layers that it lacks or has in another shape, 0. Only the evidence knows it: the posterior
+            is centred at theta*.
         temperature: T of the likelihood p(y | x)^(1/T): below 1 a narrower posterior.
         noise_std: s of a regression; by default the one of largest evidence.
         validation: held-out batches with labels.
@@ -140,6 +144,7 @@ def fit(
             targets, skipped = _last_layer(targets, skipped, first.called)
         else:
             targets, skipped = _called(targets, skipped, first.called)
+        distances = None if prior_mean is None else squared_distances(targets, model, prior_mean)
         config = CurvatureConfig(
             curvature=_auto_curvature(curvature, subset, targets),
             fisher=_auto_fisher(fisher, first.outputs, likelihood),
@@ -152,8 +157,9 @@ def fit(
         layers = decompose(sums, targets)
         if config.curvature == "ekfac":
             layers = _second_pass(loader, layers, sums, logits, _device(device))
+    seen = record_of(sums, skipped, distances)
     posterior = LaplacePosterior(
-        model, layers, record_of(sums, skipped), temperature=temperature, noise_std=noise_std or 1.0, outputs_of=logits
+        model, layers, seen, temperature=temperature, noise_std=noise_std or 1.0, outputs_of=logits
     )
     return tune(posterior, prior_precision, noise_std=noise_std, validation=validation, link=link, progress=progress)
 
@@ -241,8 +247,8 @@ def decompose(sums: Curvature, targets: list[Target]) -> list[tuple[Target, Kron
     return [(target, sums.eigen(target.name, known)) for target in targets]
 
 
-def record_of(sums: Curvature, skipped: Mapping[str, str]) -> FitRecord:
-    """What the sums say about the data."""
+def record_of(sums: Curvature, skipped: Mapping[str, str], distances: Mapping[str, float] | None = None) -> FitRecord:
+    """What the sums say about the data; ``distances`` of the weights from a prior mean that is not 0."""
     return FitRecord(
         config=sums.config,
         num_data=round(sums.num_examples * sums.data_scale),
@@ -250,6 +256,7 @@ def record_of(sums: Curvature, skipped: Mapping[str, str]) -> FitRecord:
         squared_error=sums.squared_error * sums.data_scale,
         num_outputs=round(sums.num_outputs * sums.data_scale),
         skipped=dict(skipped),
+        squared_distances=dict(distances or {}),
     )
 
 

@@ -46,6 +46,7 @@ class FitRecord:
         squared_error: of a regression, summed over examples and outputs.
         num_outputs: numbers that a regression predicted.
         skipped: layer name -> why it stays deterministic.
+        squared_distances: layer name -> |theta* - mu0|^2, where the prior's mean mu0 is not 0.
     """
 
     config: CurvatureConfig
@@ -54,6 +55,7 @@ class FitRecord:
     squared_error: float = 0.0
     num_outputs: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
+    squared_distances: Mapping[str, float] = field(default_factory=dict)
 
 
 class LaplacePosterior(BasePosterior):
@@ -124,8 +126,12 @@ class LaplacePosterior(BasePosterior):
 
     @property
     def spectra(self) -> dict[str, Spectrum]:
-        """Layer name -> eigenvalues and squared norm of its weights, of which the evidence is made."""
-        return {target.name: Spectrum(eigen.eigenvalues, target.squared_norm) for target, eigen in self._layers}
+        """Layer name -> eigenvalues, and squared distance from the prior's mean, of which the evidence is made."""
+        distances = self.record.squared_distances
+        return {
+            target.name: Spectrum(eigen.eigenvalues, distances.get(target.name, target.squared_norm))
+            for target, eigen in self._layers
+        }
 
     @property
     def log_marginal_likelihood(self) -> float:

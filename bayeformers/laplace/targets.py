@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,6 +116,28 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
         if rule is None or not _trained(module):
             raise ValueError(f"The curvature is of {name!r}, which is frozen in the model or has no rule.")
         found.append(Target(name, _together(module, owners), _trained(module), rule))
+    return found
+
+
+def squared_distances(targets: Sequence[Target], model: nn.Module, prior_mean: nn.Module) -> dict[str, float]:
+    """|theta* - mu0|^2 of each target: mu0 are ``prior_mean``'s weights by name, 0 where it has none of that shape.
+
+    Raises:
+        ValueError: ``prior_mean`` has none of the targets' weights.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    centres = dict(prior_mean.named_parameters())
+    found, known = {}, 0
+    for target in targets:
+        total = 0.0
+        for parameter in target.parameters.values():
+            centre, value = centres.get(names[parameter]), parameter.detach().double()
+            if centre is not None and centre.shape == value.shape:
+                value, known = value - centre.detach().to(value), known + 1
+            total += float(value.square().sum())
+        found[target.name] = total
+    if known == 0:
+        raise ValueError("`prior_mean` has none of the covered layers' weights: give the model before fine-tuning.")
     return found
 
 

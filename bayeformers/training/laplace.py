@@ -62,6 +62,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         fisher: Fisher | Literal["auto"] = "auto",
         weight_sharing: WeightSharing = "expand",
         prior_precision: Precision | PriorChoice | None = None,
+        prior_mean: nn.Module | None = None,
         temperature: float = 1.0,
         noise_std: float | None = None,
         validation_dataset: Any = None,
@@ -91,6 +92,7 @@ class LaplaceTrainer(MonteCarloTrainer):
             temperature: T of the likelihood p(y | x)^(1/T).
             noise_std: s of a regression; by default `args.noise_std` if that is a number, else that of most evidence.
                 Evaluation predicts with the same.
+            prior_mean: the model that holds the prior's mean, such as the pretrained one; by default 0.
             validation_dataset: held-out data of "holdout"; where that is asked for, by default the `eval_dataset`.
             num_batches: so many batches of every process, of examples chosen at random; the curvature is scaled up to
                 ``num_data``.
@@ -135,6 +137,7 @@ class LaplaceTrainer(MonteCarloTrainer):
                 fisher=fisher,
                 weight_sharing=weight_sharing,
                 prior_precision=prior_precision,
+                prior_mean=prior_mean,
                 temperature=temperature,
                 noise_std=noise_std,
                 validation=None if held_out is None else self._curvature_batches(held_out, "validation", size),

@@ -20,7 +20,7 @@ def main() -> None:
     if args.step == "finetune":
         finetune(args.model, args.task, args.seed, args.data_dir, args.output_dir / f"{args.task}-{args.seed}")
     elif args.step == "predict":
-        context = Context(args.task, args.seed, args.data_dir, args.output_dir)
+        context = Context(args.task, args.seed, args.data_dir, args.output_dir, args.model)
         for name in args.methods:
             skips = args.reported_only and name != "map"  # whose held-out rows the temperature is fitted on
             print(run(context, name, METHODS[name], reported_only=skips), flush=True)
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     finetuning.add_argument("--model", required=True, help="folder or hub name of a pretrained encoder")
     for step in (predicting, tabulating):
         step.add_argument("--methods", type=_methods, default=list(METHODS), help=f"of {','.join(METHODS)}")
+    predicting.add_argument("--model", help="the pretrained encoder, for laplace_pretrained_mean")
     predicting.add_argument("--reported_only", action="store_true", help="no predictions of the held-out rows")
     tabulating.add_argument("--tasks", type=lambda text: text.split(","), default=sorted(FOLDERS))
     tabulating.add_argument("--seeds", type=lambda text: text.split(","), default=["0", "1", "2"])

@@ -32,6 +32,8 @@ class Context:
     seed: int
     data_dir: Path
     output_dir: Path
+    pretrained: str | None = None
+    """The model that fine-tuning began with, for methods that ask for it."""
     fits: dict[Any, Any] = field(default_factory=dict)
     """Posteriors that several methods of one run share."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from bayeformers import VariationalPosterior, calibrate_delta, laplace, metrics, to_bayesian
 from bayeformers.posteriors import PointPosterior
@@ -80,6 +81,19 @@ def laplace_posterior(
     return of_posterior(context, posterior, **(predict or {"method": "glm", "contrasts": True})), chosen
 
 
+def laplace_pretrained_mean(context: Context) -> tuple[Predictor, dict[str, Any]]:
+    """The evidence under a prior around the pretrained weights instead of 0."""
+    if context.pretrained is None:
+        raise SystemExit("laplace_pretrained_mean needs --model, the pretrained encoder.")
+    origin = AutoModelForSequenceClassification.from_pretrained(context.pretrained, num_labels=2)
+    posterior = laplace.fit(context.model(), context.batches(context.train), prior_mean=origin, progress=False)
+    chosen = {
+        "prior_precision": posterior.prior_precision,
+        "squared_distance": sum(posterior.record.squared_distances.values()),
+    }
+    return of_posterior(context, posterior, method="glm", contrasts=True), chosen
+
+
 METHODS: dict[str, Method] = {
     "map": mean_network,
     "temperature": temperature,
@@ -93,6 +107,7 @@ METHODS: dict[str, Method] = {
     "laplace_ekfac": partial(laplace_posterior, curvature="ekfac"),
     "laplace_mc": partial(laplace_posterior, fisher="mc"),
     "laplace_per_layer": partial(laplace_posterior, prior_precision="marglik_per_layer"),
+    "laplace_pretrained_mean": laplace_pretrained_mean,
     "laplace_probit_diagonal": partial(laplace_posterior, predict={"method": "glm", "link": "probit_diagonal"}),
     "laplace_network": partial(laplace_posterior, predict={"method": "nn", "num_samples": NUM_SAMPLES}),
 }

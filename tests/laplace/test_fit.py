@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers.laplace import LaplacePosterior, fit, tune
@@ -212,3 +213,34 @@ def test_held_out_data_choose_the_prior_where_nothing_is_said() -> None:
         for name in ("marglik", "holdout")
     ]
     assert unsaid == named and named[0] != named[1]
+
+
+def test_a_prior_mean_moves_the_evidence_and_nothing_else() -> None:
+    """|theta* - mu0|^2 in the place of |theta*|^2, over the layers that the other model has in the same shape."""
+    model, origin = mlp(), mlp(d_in=7)  # the first layer has another shape there: its mean is 0
+    with torch.no_grad():
+        for parameter in origin.parameters():
+            parameter.add_(0.1)
+    plain, centred = (fit(model, batches(X, Y), prior_mean=mean, **FIXED) for mean in (None, origin))
+    ours, theirs = dict(model.named_parameters()), dict(origin.named_parameters())
+    for target in centred.targets:
+        expected = 0.0
+        for parameter in target.parameters.values():
+            name = next(n for n, p in ours.items() if p is parameter)
+            centre = theirs[name] if theirs[name].shape == parameter.shape else torch.zeros_like(parameter)
+            expected += float((parameter - centre).detach().square().sum())
+        assert centred.spectra[target.name].squared_norm == pytest.approx(expected, rel=1e-12)
+    difference = sum(s.squared_norm for s in plain.spectra.values()) - sum(
+        s.squared_norm for s in centred.spectra.values()
+    )
+    assert centred.log_marginal_likelihood - plain.log_marginal_likelihood == pytest.approx(0.5 * difference, rel=1e-9)
+    assert torch.equal(centred.predict(X).logit_covariance, plain.predict(X).logit_covariance)
+    with pytest.raises(ValueError, match="`prior_mean` has none of the covered layers"):
+        fit(model, batches(X, Y), prior_mean=nn.Bilinear(1, 1, 1), **FIXED)
+
+
+def test_a_prior_mean_is_saved(tmp_path: Path) -> None:
+    model = mlp()
+    posterior = fit(model, batches(X, Y), prior_mean=mlp(d_in=7), **FIXED)
+    posterior.save(tmp_path)
+    assert LaplacePosterior.load(tmp_path, model).log_marginal_likelihood == posterior.log_marginal_likelihood
