@@ -85,8 +85,9 @@ class Accumulator:
 
     @property
     def _needs_examples(self) -> bool:
-        config = self.curvature.config
-        return self.is_second_pass or config.curvature not in ("kfac", "ekfac") or config.weight_sharing == "reduce"
+        """Whether some sum adds an example's positions before it squares: it must know which belong to which."""
+        is_reduced = self.curvature.config.weight_sharing == "reduce"
+        return is_reduced or not all(self._is_factored(target) for target in self.targets)
 
     def _is_factored(self, target: Target) -> bool:
         """Whether its sums are Kronecker factors; a normalisation has the exact diagonal."""

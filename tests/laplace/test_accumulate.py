@@ -235,3 +235,24 @@ def test_architectures_are_dense(name: str) -> None:
         found = dense(posterior.layers[target.name])
         tolerance = 1e-6 if name == "qwen2" else 1e-10  # its RMSNorm is always in float32
         assert float((found - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
+
+
+class Windows(nn.Module):
+    """A normalisation over windows: its first axis is examples times windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.tanh(self.norm(x.reshape(-1, 2, 3))).reshape(len(x), -1, 3)
+        return self.head(seen.mean(1))
+
+
+def test_the_windows_of_an_example_add_before_they_are_squared() -> None:
+    """Under "kfac" too, where a normalisation has the exact diagonal."""
+    model, x, y = built(Windows()), normal(5, 4, 3), classes(5, outputs=2)
+    options: dict[str, Any] = {"target_modules": ["norm", "head"], "prior_precision": 1.0, "progress": False}
+    together = fit(model, [(x, y)], **options)
+    alone = fit(model, [(x[i : i + 1], y[i : i + 1]) for i in range(5)], **options)
+    close(together.layers["norm"].eigenvalues, alone.layers["norm"].eigenvalues, 1e-12)
