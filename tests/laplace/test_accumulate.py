@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeformers.laplace import KroneckerEigen
+from bayeformers.laplace import KroneckerEigen, fit
 from tests.cases import case
 from tests.laplace.networks import Twice, built, classes, fitted, reader, text
 from tests.laplace.reference import basis, close, dense, error, ggn, integers, normal, outputs_of
