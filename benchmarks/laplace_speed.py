@@ -1,6 +1,6 @@
 """What fitting a Kronecker-factored Laplace posterior costs, and a linearised prediction, beside other libraries.
 
-    pip install --no-deps laplace-torch==0.3 curvlinops-for-pytorch==3.0.1   # and what they import
+    pip install --no-deps -r benchmarks/requirements.txt
     python -m benchmarks.laplace_speed --data_dir GLUE
 
 All Linear layers of MiniLM with a two-class head, on CoLA's training sentences. A training step is forward, backward

@@ -1,6 +1,6 @@
 """Logit covariances beside laplace-torch's: equal where the definitions coincide, and what differs elsewhere.
 
-    pip install --no-deps laplace-torch==0.3 curvlinops-for-pytorch==3.0.1   # and what they import
+    pip install --no-deps -r benchmarks/requirements.txt
     python -m benchmarks.laplace_torch
 
 Every case has the same model, data and prior on both sides and float64 throughout. The reference of each is built from
