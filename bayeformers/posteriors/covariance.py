@@ -96,6 +96,12 @@ def affine_covariance(
     return torch.cat(parts, dim=1)
 
 
+def affine_coordinates(inputs: Tensor, gradients: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """N_c = sum_t (U_G^T g_ct)(U_A^T a_t)^T, (K, B, C, r, q); arguments as in `affine_covariance`."""
+    inputs, gradients = reached(inputs, gradients)
+    return _jacobian(_rotated(inputs, right), _rotated(gradients, left))
+
+
 def jacobian_covariance(jacobian: Tensor, variances: Tensor) -> Tensor:
     """sum_ij M_c,ij M_d,ij V_ij; M (K, B, C, d_out, d_in'), V (n, K, d_out, d_in') -> (n, B, C, C)."""
     rows = jacobian.movedim(0, 2).flatten(2)  # (B, C, K d_out d_in')

@@ -25,6 +25,7 @@ from ..jacobians.rules import EmbeddingRule
 from ..predictive import logits_of
 from .blocks import GaussianBlock, to_matrix
 from .covariance import (
+    affine_coordinates,
     affine_covariance,
     affine_products,
     jacobian_covariance,
@@ -95,12 +96,15 @@ class Captured:
 
     def coordinates(self) -> Tensor:
         """N = U_G^T M U_A, (K, B, C, d_out, d_in'), of the block's own form."""
+        block = self.block
+        if _rule(block).is_affine and not block.is_flat:  # vectors are cheaper to rotate than matrices
+            return affine_coordinates(self.inputs, self.gradients, block.left, block.right)
         matrix = self.jacobian()
-        if self.block.is_flat:
+        if block.is_flat:
             matrix = matrix.movedim(0, 2).flatten(2)[None, :, :, None]
-        if self.block.left is not None:
-            matrix = torch.matmul(self.block.left.mT[:, None, None], matrix)
-        return matrix if self.block.right is None else torch.matmul(matrix, self.block.right[:, None, None])
+        if block.left is not None:
+            matrix = torch.matmul(block.left.mT[:, None, None], matrix)
+        return matrix if block.right is None else torch.matmul(matrix, block.right[:, None, None])
 
     def selected(self, directions: Tensor) -> Tensor:
         """J v_k of eigen-directions, by their flat index in (K, d_out, d_in'): (B, C, m)."""

@@ -62,16 +62,23 @@ def laplace_torch_last_layer_full(context: Context) -> tuple[Predictor, dict[str
 
 
 def laplace_posterior(
-    context: Context, *, predict: Mapping[str, Any] | None = None, **options: Any
+    context: Context, *, rows: int | None = None, predict: Mapping[str, Any] | None = None, **options: Any
 ) -> tuple[Predictor, dict[str, Any]]:
     """This package's Laplace posterior, fitted on the training rows; the held-out rows choose its prior if asked to.
 
-    Rows of one run that differ in the prior or in the prediction share a fit.
+    ``rows``: only so many training rows, in random order, for the curvature, which is scaled up.
+    Methods of one run that differ in the prior or in the prediction share a fit.
     """
     prior_precision = options.pop("prior_precision", "marglik")
-    key = tuple(sorted(options.items()))
+    key = (rows, *sorted(options.items()))
     if key not in context.fits:
-        context.fits[key] = laplace.fit(context.model(), context.batches(context.train), progress=False, **options)
+        context.fits[key] = laplace.fit(
+            context.model(),
+            context.batches(context.train[:rows]),
+            num_data=len(context.train),
+            progress=False,
+            **options,
+        )
     validation = context.batches(context.held_out[: CALIBRATION_ROWS["glm"]]) if prior_precision == "holdout" else None
     posterior = laplace.tune(context.fits[key], prior_precision, validation=validation, progress=False)
     chosen = {
@@ -104,7 +111,7 @@ METHODS: dict[str, Method] = {
     "laplace_last_layer": partial(laplace_posterior, subset="last_layer"),
     "laplace": laplace_posterior,
     "laplace_holdout": partial(laplace_posterior, prior_precision="holdout"),
-    "laplace_ekfac": partial(laplace_posterior, curvature="ekfac"),
+    "laplace_ekfac": partial(laplace_posterior, curvature="ekfac", rows=2000),
     "laplace_mc": partial(laplace_posterior, fisher="mc"),
     "laplace_per_layer": partial(laplace_posterior, prior_precision="marglik_per_layer"),
     "laplace_pretrained_mean": laplace_pretrained_mean,
