@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..jacobians import Use, are_batched, gradients, record
 from ..jacobians.rules import EmbeddingRule, LinearRule
 from ..posteriors.blocks import GaussianBlock
-from ..posteriors.linearized import Captured, captured_block
+from ..posteriors.linearized import Captured, captured_block, in_block
 from .curvature import Curvature
 from .data import Batch
 from .hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
@@ -213,7 +213,7 @@ class _Inputs:
             return
         for use in uses:
             a = use.rule.inputs(use.module, use.input).to(use.dtype)
-            yield use, _with_bias(target, a[:, self._mask(a, use)])
+            yield use, in_block(target.parameters, a[:, self._mask(a, use)])
 
     def _averages(self, target: Target, uses: Sequence[Use]) -> Tensor:
         sums, counts = [], []
@@ -223,7 +223,7 @@ class _Inputs:
             sums.append(torch.einsum("kbtj,bt->kbj", a, mask.to(a.dtype)))
             counts.append(mask.sum(1))
         total = torch.stack(counts).sum(0).clamp_min(1)
-        return _with_bias(target, torch.stack(sums).sum(0) / total[:, None])
+        return in_block(target.parameters, torch.stack(sums).sum(0) / total[:, None])
 
     def counts(self, use: Use) -> Tensor:
         """How often each row of a table was looked up, (rows,)."""
@@ -266,11 +266,6 @@ def _note_reached(uses: Sequence[Use], grads: Mapping[Use, Tensor], batch: Batch
             continue
         now = g.ne(0).any(-1).any(0)
         reached[use] = now | reached[use] if use in reached else now
-
-
-def _with_bias(target: Target, a: Tensor) -> Tensor:
-    parts = {"weight": a, "bias": a.new_ones(*a.shape[:-1], 1)}
-    return torch.cat([parts[name] for name in target.parameters], dim=-1)
 
 
 def _trained_rows(use: Use, gradients: Tensor) -> Tensor:

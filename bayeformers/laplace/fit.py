@@ -27,6 +27,7 @@ from .hessian import Fisher, Likelihood, num_columns
 from .holdout import checked_validation
 from .kronecker import KroneckerEigen
 from .loading import Loader
+from .moved import in_columns
 from .posterior import FitRecord, LaplacePosterior, check_positive, checked_precision
 from .processes import gathered, num_processes, process_index
 from .targets import Subset, Target, choose_targets, squared_distances
@@ -177,16 +178,8 @@ def _probe(model: nn.Module, batch: Any, targets: list[Target], logits: OutputOf
     """Outputs, and the covered layers in the order in which the model calls them."""
     modules = [module for target in targets for module in target.modules]
     with torch.no_grad():
-        outputs, uses = record(model, batch.inputs, modules, _as_matrix(logits))
+        outputs, uses = record(model, batch.inputs, modules, in_columns(logits))
     return _Probe(outputs.detach(), [use.module for use in uses])
-
-
-def _as_matrix(logits: OutputOf) -> OutputOf:
-    def outputs_of(output: Any) -> Tensor:
-        found = logits(output)
-        return found.unsqueeze(-1) if found.ndim == 1 else found
-
-    return outputs_of
 
 
 def _pass(
@@ -200,7 +193,7 @@ def _pass(
 ) -> Curvature:
     path = None if checkpoint is None else _own_path(checkpoint)
     sums = _begun(path, config, targets, device)
-    accumulator = Accumulator(sums, loader.model, targets, _as_matrix(logits), device=device)
+    accumulator = Accumulator(sums, loader.model, targets, in_columns(logits), device=device)
     for batch in loader.batches("Curvature", skip=sums.num_batches):
         accumulator.add(batch)
         if path is not None and sums.num_batches % checkpoint_steps == 0:
@@ -228,7 +221,7 @@ def _second_pass(
         return layers
     squares = Curvature(sums.config)
     rotated = [target for target, _ in layers if target.name in bases]
-    accumulator = Accumulator(squares, loader.model, rotated, _as_matrix(logits), bases=bases, device=device)
+    accumulator = Accumulator(squares, loader.model, rotated, in_columns(logits), bases=bases, device=device)
     for batch in loader.batches("EKFAC's eigenvalues"):
         accumulator.add(batch)
     squares.all_reduce()

@@ -6,26 +6,23 @@ with at most k (d_out + d_in') numbers for their vectors, and p for the diagonal
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..posteriors.base import BasePosterior, check_draw
 from ..posteriors.blocks import block_noise
 from ..posteriors.linearized import OutputOf
 from ..predictive import ProblemType, logits_of
 from .blocks import LaplaceBlock
 from .inf import LowRankPlusDiagonal
+from .moved import MovedPosterior
 from .posterior import LaplacePosterior
 from .storage import read, write
 from .targets import Target, targets_named
-from .weights import by_parameter, holding
+from .weights import by_parameter
 
 FILE = "inf.safetensors"
 _PARTS = ("left", "right", "rows", "columns", "eigenvalues", "unclamped_diagonal")
@@ -33,7 +30,7 @@ InfBlocks = Sequence[LowRankPlusDiagonal]
 """One per group of a convolution, one elsewhere."""
 
 
-class InfPosterior(BasePosterior):
+class InfPosterior(MovedPosterior):
     """N(theta*, (scale (V lam V^T + D) + tau)^-1) layer by layer; see `inf_posterior`.
 
     It predicts by sampling the network: a linearised method needs the eigenvectors that it gave up.
@@ -77,37 +74,14 @@ class InfPosterior(BasePosterior):
         ]
         return torch.stack([value.cpu() for value in found]).sum()
 
-    def mean(self) -> AbstractContextManager[None]:
-        """The model as it was trained."""
-        return contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def draw(self, index: int, seed: int = 0) -> Iterator[None]:
-        """The model at draw ``index`` of the sequence ``seed``, until exit; its weights come back bit by bit.
-
-        Raises:
-            TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
-        """
-        check_draw(index, seed)
-        with holding(self._deviation(index, seed)):
-            yield
-
-    def random_parameters(self) -> Iterable[nn.Parameter]:
-        """The covered Parameters."""
-        return [parameter for target, _ in self.layers for parameter in target.parameters.values()]
-
-    def outputs_of(self, output: Any) -> Tensor:
-        """The logits in what the model returns, by the accessor that the fit was given."""
-        outputs = self._outputs_of(output)
-        return outputs.unsqueeze(-1) if outputs.ndim == 1 else outputs
+    @property
+    def targets(self) -> list[Target]:
+        """The covered layers, in the model's order."""
+        return [target for target, _ in self.layers]
 
     def problem_type(self) -> ProblemType:
         """As given."""
         return self._problem_type
-
-    def recorded_noise_std(self) -> float:
-        """s."""
-        return self.noise_std
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``inf.safetensors``."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..jacobians import rule_of
 from ..jacobians.rules import EmbeddingRule
-from ..posteriors.covariance import reached
+from ..posteriors.covariance import reached, rotated
 from ..posteriors.linearized import Captured
 from .blocks import LaplaceBlock
 from .gradients import ExampleGradients
@@ -168,7 +168,7 @@ def _inner(first: Captured, second: Captured) -> Tensor:
         return table_inner(_looked_up(first), _looked_up(second), variances[0])
     if not rule.is_affine or first.block.is_flat:
         return _by_coordinates(first, second, variances)
-    (h1, q1), (h2, q2) = (_rotated(_trimmed(each)) for each in (first, second))
+    (h1, q1), (h2, q2) = (_in_basis(_trimmed(each)) for each in (first, second))
     if q1.shape[2] == 1 == q2.shape[2]:
         return one_position_inner((h1[:, :, 0], q1[:, :, 0]), (h2[:, :, 0], q2[:, :, 0]), variances)
     return positions_inner((h1, q1), (h2, q2), variances)
@@ -189,14 +189,12 @@ def _trimmed(captured: Captured) -> Captured:
     return replace(captured, inputs=inputs, gradients=grads)
 
 
-def _rotated(captured: Captured) -> tuple[Tensor, Tensor]:
+def _in_basis(captured: Captured) -> tuple[Tensor, Tensor]:
     """h = U_G^T g, (K, B, T, d_out), and q = U_A^T a, (K, B, T, d_in')."""
     h, q = captured.gradients[:, :, 0], captured.inputs
-    left, right = captured.block.left, captured.block.right
-    return h if left is None else h @ left[:, None], q if right is None else q @ right[:, None]
+    return rotated(h, captured.block.left), rotated(q, captured.block.right)
 
 
 def _looked_up(captured: Captured) -> tuple[Tensor, Tensor]:
     """Row numbers (B, T), and the gradients (B, T, d) in the basis of a table's features."""
-    g, right = captured.gradients[0, :, 0], captured.block.right
-    return captured.inputs[0], g if right is None else g @ right[0]
+    return captured.inputs[0], rotated(captured.gradients[:, :, 0], captured.block.right)[0]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..posteriors.base import BasePosterior, check_draw
 from ..posteriors.blocks import GaussianBlock, block_draw
 from ..posteriors.linearized import OutputOf, Statistic
 from ..predictive import ProblemType, logits_of, resolve_problem_type
@@ -22,9 +19,10 @@ from .blocks import LaplaceBlock
 from .curvature import CurvatureConfig
 from .evidence import Precision, Spectrum, effective_parameters, log_marginal_likelihood
 from .kronecker import KroneckerEigen
+from .moved import MovedPosterior
 from .storage import read, write
 from .targets import Target, targets_named
-from .weights import by_parameter, holding
+from .weights import by_parameter
 
 FILE = "laplace.safetensors"
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
@@ -58,7 +56,7 @@ class FitRecord:
     squared_distances: Mapping[str, float] = field(default_factory=dict)
 
 
-class LaplacePosterior(BasePosterior):
+class LaplacePosterior(MovedPosterior):
     """The result of `fit`: frozen, and independent of the data it was fitted to.
 
     The model's own weights are the posterior mean; a draw is copied into them and taken out again.
@@ -218,43 +216,11 @@ class LaplacePosterior(BasePosterior):
 
     # -- a posterior -------------------------------------------------------------------------------------------------
 
-    def mean(self) -> AbstractContextManager[None]:
-        """The model as it was trained."""
-        return contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def draw(self, index: int, seed: int = 0) -> Iterator[None]:
-        """The model at draw ``index`` of the sequence ``seed``, until exit; its weights come back bit by bit.
-
-        Raises:
-            TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
-        """
-        check_draw(index, seed)
-        with self.holding(self._deviation(index, seed)):
-            yield
-
-    def holding(self, deviation: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
-        """The model with ``deviation`` added to its weights, until exit."""
-        return holding(deviation)
-
-    def random_parameters(self) -> Iterable[nn.Parameter]:
-        """The covered Parameters."""
-        return [parameter for target, _ in self._layers for parameter in target.parameters.values()]
-
-    def outputs_of(self, output: Any) -> Tensor:
-        """The logits in what the model returns, by the accessor that the fit was given."""
-        outputs = self._outputs_of(output)
-        return outputs.unsqueeze(-1) if outputs.ndim == 1 else outputs
-
     def problem_type(self) -> ProblemType:
         """That of the model's class; for a class that transformers does not know, of the fit's likelihood."""
         known, likelihood = resolve_problem_type(self.model), self.record.config.likelihood
         is_told = known != "unknown" and likelihood == "classification"  # a model may not know that it is multi-label
         return known if is_told else _PROBLEMS[likelihood]
-
-    def recorded_noise_std(self) -> float:
-        """s."""
-        return self.noise_std
 
     def _deviation(self, index: int, seed: int) -> dict[nn.Parameter, Tensor]:
         """The first draws stay in memory: every batch asks for the same ones."""

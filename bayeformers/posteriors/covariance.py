@@ -69,7 +69,7 @@ def separable_covariance(
     Shape: as `affine_covariance` with K = n = 1 -> (1, B, C, C). The result lies within the relative error of
     ``separable``, for S is a sum of squares weighted by V.
     """
-    a, g = _rotated(inputs, right)[0], _rotated(gradients, left)[0].flatten(1, 2)
+    a, g = rotated(inputs, right)[0], rotated(gradients, left)[0].flatten(1, 2)
     count, positions = gradients.shape[2:4]
     inner = _grams(a, separable.columns)  # (B, R, T, T)
     outer = _grams(g, separable.rows).view(len(a), -1, count, positions, count, positions)
@@ -82,10 +82,9 @@ def affine_covariance(
     """S_cd = sum_ij N_c,ij N_d,ij V_ij with N_c = sum_t (U_G^T g_ct)(U_A^T a_t)^T.
 
     Shape: ``inputs`` a (K, B, T, d_in'), ``gradients`` g (K, B, C, T, d_out), U_G (K, d_out, r), U_A (K, d_in', q),
-    V (n, K, r, q) -> (n, B, C, C).
+    V (n, K, r, q) -> (n, B, C, C). Give what `reached` leaves: fewer positions, often one.
     """
-    inputs, gradients = reached(inputs, gradients)
-    inputs, gradients = _rotated(inputs, right), _rotated(gradients, left)
+    inputs, gradients = rotated(inputs, right), rotated(gradients, left)
     if inputs.shape[2] == 1:
         return _one_position(inputs[:, :, 0], gradients[:, :, :, 0], variances)
     size = max(1, _CHUNK_ELEMENTS // max(1, gradients.shape[2] * variances[0].numel()))
@@ -99,7 +98,7 @@ def affine_covariance(
 def affine_coordinates(inputs: Tensor, gradients: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """N_c = sum_t (U_G^T g_ct)(U_A^T a_t)^T, (K, B, C, r, q); arguments as in `affine_covariance`."""
     inputs, gradients = reached(inputs, gradients)
-    return _jacobian(_rotated(inputs, right), _rotated(gradients, left))
+    return _jacobian(rotated(inputs, right), rotated(gradients, left))
 
 
 def jacobian_covariance(jacobian: Tensor, variances: Tensor) -> Tensor:
@@ -122,10 +121,10 @@ def table_covariance(ids: Tensor, gradients: Tensor, right: Tensor | None, varia
 
     Shape: ``ids`` (1, B, T), ``gradients`` (1, B, C, T, d), U_A (1, d, d), V (n, 1, rows, d) -> (n, B, C, C).
     """
-    looked_up, rotated = ids[0], _rotated(gradients, right)[0]
-    same = (looked_up[:, :, None] == looked_up[:, None, :]).to(rotated.dtype)
-    summed = torch.einsum("bts,bcsd->bctd", same, rotated).flatten(2).mT
-    return torch.stack([torch.bmm((rotated * v[0, looked_up][:, None]).flatten(2), summed) for v in variances])
+    looked_up, turned = ids[0], rotated(gradients, right)[0]
+    same = (looked_up[:, :, None] == looked_up[:, None, :]).to(turned.dtype)
+    summed = torch.einsum("bts,bcsd->bctd", same, turned).flatten(2).mT
+    return torch.stack([torch.bmm((turned * v[0, looked_up][:, None]).flatten(2), summed) for v in variances])
 
 
 def table_squares(ids: Tensor, gradients: Tensor, rows: int) -> Tensor:
@@ -173,8 +172,8 @@ def _jacobian(inputs: Tensor, gradients: Tensor) -> Tensor:
     return torch.matmul(gradients.mT, inputs.unsqueeze(2))
 
 
-def _rotated(tensor: Tensor, basis: Tensor | None) -> Tensor:
-    """(K, ..., d) @ (K, d, r)."""
+def rotated(tensor: Tensor, basis: Tensor | None) -> Tensor:
+    """(K, ..., d) @ (K, d, r); as it is without a basis."""
     if basis is None:
         return tensor
     moved = torch.matmul(tensor.flatten(1, -2), basis)

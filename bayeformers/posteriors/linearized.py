@@ -13,7 +13,7 @@ decision of the mean, where sampling the network at the same scale can destroy i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from .covariance import (
     affine_products,
     jacobian_covariance,
     reached,
+    rotated,
     separable_covariance,
     table_covariance,
     table_squares,
@@ -76,7 +77,7 @@ class Captured:
     def squares(self) -> Tensor:
         """sum over examples and outputs of N^2, (K, d_out, d_in'): the diagonal of J^T J in the block's basis."""
         if isinstance(_rule(self.block), EmbeddingRule):
-            g = self.gradients[0] if self.block.right is None else self.gradients[0] @ self.block.right[0]
+            g = rotated(self.gradients, self.block.right)[0]
             return table_squares(self.inputs[0], g, self._num_rows())
         return self.coordinates().square().sum((1, 2))
 
@@ -113,7 +114,7 @@ class Captured:
             return self.coordinates().movedim(0, 2).flatten(2)[..., directions]
         k, i, j = torch.unravel_index(directions, block.variances().shape[1:])
         if isinstance(rule, EmbeddingRule):
-            g = self.gradients[0] if block.right is None else self.gradients[0] @ block.right[0]
+            g = rotated(self.gradients, block.right)[0]
             return torch.einsum("bctm,btm->bcm", g[..., j], (self.inputs[0, :, :, None] == i).to(g.dtype))
         a = (
             self.inputs[k, :, :, j]
@@ -248,9 +249,13 @@ def block_inputs(block: GaussianBlock, use: Use, batch: int) -> Tensor:
     a = use.inputs(batch)
     if not use.rule.is_affine:
         return a
-    a = a.to(use.dtype)
+    return in_block(block.parameters, a.to(use.dtype))
+
+
+def in_block(parameters: Iterable[str], a: Tensor) -> Tensor:
+    """Inputs of the named parameters: a (..., d_in) of a weight, then 1 for a bias; (..., d_in')."""
     parts = {"weight": a, "bias": a.new_ones(*a.shape[:-1], 1)}
-    return torch.cat([parts[name] for name in block.parameters], dim=-1)
+    return torch.cat([parts[name] for name in parameters], dim=-1)
 
 
 def _rule(block: GaussianBlock) -> LayerRule:

@@ -23,7 +23,6 @@ from torch import Tensor
 from .blocks import GaussianBlock, block_draw
 from .linearized import Captured, Statistic, covariance
 
-LinearizedMethod = Literal["glm", "mc_glm", "one_glm", "lr_glm", "e_glm"]
 Method = Literal["sample", "nn", "glm", "mc_glm", "one_glm", "lr_glm", "e_glm"]
 Bound = Literal["lower", "upper"]
 METHODS: tuple[str, ...] = get_args(Method)
