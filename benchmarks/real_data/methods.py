@@ -19,7 +19,8 @@ from .data import Batch, labels
 from .laplace_torch import last_layer
 
 NUM_SAMPLES = 16
-CALIBRATION_ROWS = {"sample": 500, "glm": 1000}  # a sampled search passes NUM_SAMPLES times per delta over its rows
+CALIBRATION_ROWS = {"sample": 160, "glm": 1000}  # a sampled search passes CALIBRATION_SAMPLES times per delta over them
+CALIBRATION_SAMPLES = 8
 
 Method = Callable[[Context], tuple[Predictor, dict[str, Any]]]
 """What a method does: fit and choose, then return a predictor and what was chosen, for the record."""
@@ -136,7 +137,8 @@ def of_posterior(context: Context, posterior: Any, **options: Any) -> Predictor:
 
 def _untrained_variational(context: Context, **options: Any) -> tuple[Predictor, dict[str, Any]]:
     model, rows = context.model(), context.held_out[: CALIBRATION_ROWS[options["method"]]]
-    delta = calibrate_delta(model, context.batches(rows), progress=False, **options)
+    search = options | ({"num_samples": CALIBRATION_SAMPLES} if options["method"] == "sample" else {})
+    delta = calibrate_delta(model, context.batches(rows), progress=False, **search)
     posterior = VariationalPosterior(to_bayesian(model, delta))
     return of_posterior(context, posterior, **options), {"delta": delta, "calibration_rows": len(rows), **options}
 
