@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import integrate, optimize
+from scipy.special import dawsn
 from torch import Tensor, nn
 
 import bayeformers.nn as bnn
 from bayeformers import (
+    ARDPrior,
+    DoubleExponentialPrior,
     EmpiricalBayesPrior,
+    LogUniformPrior,
     MopedPrior,
     NormalPrior,
     ScaleMixturePrior,
@@ -24,6 +30,8 @@ from bayeformers import (
     to_bayesian,
     unfreeze,
 )
+from bayeformers.distributions import InitialScale, Prior
+from bayeformers.objective import tensor_kl
 from tests.cases import case
 from tests.reference import key_of, kl_by_quadrature, moped_sigma, normal_log_density, row_noise, sigma
 
@@ -36,7 +44,14 @@ PRIORS = [
     EmpiricalBayesPrior(centre=0.0),
     ScaleMixturePrior(0.3, 0.5, 0.1),
     ScaleMixturePrior(0.3, 0.5, 0.1, quadrature=16),
+    DoubleExponentialPrior(0.3),
+    DoubleExponentialPrior(0.2, centre=0.1),
+    LogUniformPrior(),
+    ARDPrior(),
 ]
+
+
+GAUSSIAN_PRIORS = PRIORS[:-4]
 
 
 class Tied(nn.Module):
@@ -92,8 +107,17 @@ def reference_kl(prior: Any, mu: Tensor, scale: Tensor, w0: Tensor) -> float:
 
         values = zip(mu.flatten().tolist(), scale.flatten().tolist(), strict=True)
         return sum(kl_by_quadrature(m, s, log_p, 20_001) for m, s in values)
+    if isinstance(prior, LogUniformPrior):  # 2 int_0^y D, y = mu / (sigma sqrt 2)
+        ratios = (mu / scale).abs().flatten().tolist()
+        return sum(2 * integrate.quad(dawsn, 0, r / math.sqrt(2), limit=200)[0] for r in ratios)
     centre = w0 if getattr(prior, "centre", "pretrained") == "pretrained" else torch.full_like(mu, prior.centre)
-    if isinstance(prior, MopedPrior):
+    if isinstance(prior, DoubleExponentialPrior):
+        values = zip(mu.flatten().tolist(), scale.flatten().tolist(), centre.flatten().tolist(), strict=True)
+        width = torch.tensor(prior.scale, dtype=torch.float64)
+        return sum(kl_by_quadrature(m, s, torch.distributions.Laplace(c, width).log_prob) for m, s, c in values)
+    if isinstance(prior, ARDPrior):
+        centre, std = torch.zeros_like(mu), (mu.square() + scale.square()).sqrt()
+    elif isinstance(prior, MopedPrior):
         std = prior.relative_scale * moped_sigma(w0, 0.1)
     elif isinstance(prior, NormalPrior):
         std = torch.full_like(mu, prior.std)
@@ -161,7 +185,7 @@ def test_kl_has_gradient(prior: Any) -> None:
     assert model.table.weight.grad[2].abs().max() == 0 and model.table.weight_rho.grad[2].abs().max() == 0
 
 
-@pytest.mark.parametrize("prior", PRIORS, ids=repr)
+@pytest.mark.parametrize("prior", GAUSSIAN_PRIORS, ids=repr)
 @pytest.mark.parametrize("padding_idx", [None, 5])
 def test_large_tensors_are_summed_whole(prior: Any, padding_idx: int | None) -> None:
     """A tensor that is worked on in blocks or around a padding row has the KL, and gradients, of the formula."""
@@ -203,6 +227,82 @@ def test_large_tensors_are_summed_whole(prior: Any, padding_idx: int | None) -> 
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, [mu, rho]), strict=True):
         # float32 sums over 420,000 weights (the floor of sigma_0) are good to some 1e-5
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=5e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("centre", ["pretrained", 0.1])
+def test_empirical_bayes_per_layer(centre: Any) -> None:
+    """min over one s per layer of the KL, by a search; weight and bias share it, a tied weight is its first owner's."""
+    model = tied(prior=EmpiricalBayesPrior(centre=centre, per="layer"))
+    torch.manual_seed(1)
+    table, weight, bias, decoder_bias = random_weights(model, Tied().double())
+    expected, best = 0.0, []
+    for layer in ([table], [weight, bias], [decoder_bias]):
+
+        def at(log_s: float, layer: Any = layer) -> float:
+            priors = [
+                torch.distributions.Normal(w0 if centre == "pretrained" else centre, math.exp(log_s))
+                for *_, w0 in layer
+            ]
+            posteriors = [torch.distributions.Normal(mu, scale) for mu, scale, _ in layer]
+            pairs = zip(posteriors, priors, strict=True)
+            return sum(float(torch.distributions.kl_divergence(q, p).sum()) for q, p in pairs)
+
+        found = optimize.minimize_scalar(at, bounds=(-8, 4), method="bounded", options={"xatol": 1e-8})
+        expected, best = expected + found.fun, [*best, math.exp(found.x)]
+    kl = kl_divergence(model)
+    assert float(kl.detach()) == pytest.approx(expected, rel=1e-7)
+    assert summary_kl(model) == pytest.approx(expected, rel=1e-6)
+    (gradient,) = torch.autograd.grad(kl, model.hidden.bias)
+    shift = bias[0] - (bias[2] if centre == "pretrained" else centre)
+    torch.testing.assert_close(gradient, shift / best[1] ** 2, rtol=1e-5, atol=1e-8)
+
+
+def summary_kl(model: nn.Module) -> float:
+    """What the table of `summary` adds up to."""
+    return sum(float(tensor_kl(tensor).detach()) for tensor in bnn.variational_tensors(model))
+
+
+def test_empirical_bayes_per_layer_has_gradient() -> None:
+    """By finite differences of the whole KL, s moving along: it stands at its optimum, so that costs nothing."""
+    model = tied(prior=EmpiricalBayesPrior(per="layer"))
+    kl_divergence(model).backward()
+    for name, parameter in model.named_parameters():
+        flat, element, step = parameter.data.view(-1), parameter.numel() - 1, 1e-2 if name.endswith("rho") else 1e-5
+        before, values = float(flat[element]), []
+        for sign in (1, -1):
+            flat[element] = before + sign * step
+            values.append((float(flat[element]), float(kl_divergence(model).detach())))
+        flat[element] = before
+        slope = (values[0][1] - values[1][1]) / (values[0][0] - values[1][0])
+        assert float(parameter.grad.view(-1)[element]) == pytest.approx(slope, rel=2e-3, abs=1e-4), name
+
+
+def test_users_prior_is_estimated_without_bias() -> None:
+    """A density with `log_prob` alone: mean of 2,000 one-draw KLs within 4 standard errors of the quadrature."""
+
+    @dataclass(frozen=True)
+    class StudentPrior(Prior):
+        freedom: float = 3.0
+        type: ClassVar[str] = "test_student"
+        needs_centre: ClassVar[bool] = False
+
+        def for_tensor(self, centre: Tensor, initial: InitialScale) -> Any:
+            return torch.distributions.StudentT(self.freedom)
+
+    model = tied(prior=StudentPrior()).train()
+    torch.manual_seed(1)
+    weights, density = random_weights(model, Tied().double()), torch.distributions.StudentT(torch.tensor(3.0).double())
+    expected = sum(
+        kl_by_quadrature(m, s, density.log_prob, 4001)
+        for mu, scale, _ in weights
+        for m, s in zip(mu.flatten().tolist(), scale.flatten().tolist(), strict=True)
+    )
+    values = []
+    for _ in range(2000):
+        model(torch.tensor([0]))
+        values.append(float(kl_divergence(model).detach()))
+    found = torch.tensor(values, dtype=torch.float64)
+    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / math.sqrt(2000)
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -1,29 +1,35 @@
 """The variational family, the priors, and the divergence between them."""
 
-from .diagonal_normal import MIN_SCALE, DiagonalNormal, rho_from_scale, scale_from_rho
-from .kl import kl_divergence, register_kl
-from .priors import (
-    EmpiricalBayesPrior,
-    EmpiricalNormal,
-    InitialScale,
-    MopedPrior,
-    NormalPrior,
-    Prior,
-    PriorDistribution,
+from .diagonal_normal import MIN_SCALE, DiagonalNormal, rho_from_scale, scale_from_rho, unit_of
+from .gaussian_priors import ARDNormal, ARDPrior, EmpiricalBayesPrior, EmpiricalNormal, MopedPrior, NormalPrior
+from .heavy_tailed import (
+    DoubleExponential,
+    DoubleExponentialPrior,
+    LogUniform,
+    LogUniformPrior,
     ScaleMixture,
     ScaleMixturePrior,
-    initial_scale,
-    prior_from_dict,
 )
+from .initial_scale import InitialScale, initial_scale
+from .kl import kl_divergence, register_kl
+from .posterior_prior import PosteriorPrior
+from .prior import Prior, PriorDistribution, prior_from_dict
 
 __all__ = [
     "MIN_SCALE",
+    "ARDNormal",
+    "ARDPrior",
     "DiagonalNormal",
+    "DoubleExponential",
+    "DoubleExponentialPrior",
     "EmpiricalBayesPrior",
     "EmpiricalNormal",
     "InitialScale",
+    "LogUniform",
+    "LogUniformPrior",
     "MopedPrior",
     "NormalPrior",
+    "PosteriorPrior",
     "Prior",
     "PriorDistribution",
     "ScaleMixture",
@@ -34,4 +40,5 @@ __all__ = [
     "register_kl",
     "rho_from_scale",
     "scale_from_rho",
+    "unit_of",
 ]

@@ -1,15 +1,18 @@
-"""The variational family: independent Gaussians, scale = max(softplus(rho), MIN_SCALE)."""
+"""The variational family: independent Gaussians, scale = max(softplus(rho), MIN_SCALE), in units of 1 or of |loc|."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 MIN_SCALE = 1e-8
 """Floor of every scale: one number for the draw and for the KL, so that both see the same posterior."""
+
+ScaleName = Literal["additive", "multiplicative"]
 
 LINEAR_FROM = 20.0  # softplus(rho) = rho beyond this, in float32 exactly
 
@@ -38,6 +41,31 @@ def rho_from_scale(scale: Tensor) -> Tensor:
     """
     scale = scale.clamp_min(MIN_SCALE)
     return scale + torch.log(-torch.expm1(-scale))
+
+
+def check_scale(scale: str) -> None:
+    """Raise ValueError unless ``scale`` is a :data:`ScaleName`."""
+    if scale not in get_args(ScaleName):
+        raise ValueError(
+            f"`scale` must be one of {list(get_args(ScaleName))}, got {scale!r}: sigma = softplus(rho), or "
+            "softplus(rho) * |weight|."
+        )
+
+
+def unit_of(loc: Tensor, floor: Tensor) -> Tensor:
+    """Unit of the multiplicative scale, sigma = unit * scale_from_rho(rho): max(|loc|, floor).
+
+    So sigma^2 = alpha loc^2 with alpha = scale_from_rho(rho)^2. Kharitonov et al. 2018 (arXiv 1811.00596),
+    but for the floor, under which sigma does not depend on loc: a weight at 0 stays uncertain. The derivative in loc is
+    its sign above the floor, and 0 else.
+
+    Shape: ``loc`` any, ``floor`` a scalar tensor > 0 -> that of ``loc``, in the wider dtype of the two.
+
+    >>> unit_of(torch.tensor([-2.0, 0.0]), torch.tensor(0.1))
+    tensor([2.0000, 0.1000])
+    """
+    size = loc.to(torch.promote_types(loc.dtype, floor.dtype)).abs()
+    return torch.where(size > floor, size, floor)
 
 
 @dataclass(frozen=True)

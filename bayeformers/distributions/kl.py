@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from .diagonal_normal import DiagonalNormal
-from .priors import EmpiricalNormal, PriorDistribution, ScaleMixture
+from .gaussian_priors import ARDNormal, EmpiricalNormal
+from .heavy_tailed import DoubleExponential, LogUniform, ScaleMixture
+from .log_moment import log_moment
+from .prior import PriorDistribution
 
 _KL: dict[tuple[type, type], Callable[..., Tensor]] = {}
 
@@ -109,3 +112,29 @@ def _gauss_hermite(count: int) -> tuple[list[float], list[float]]:
     weights = vectors[0].square()
     assert math.isclose(float(weights.sum()), 1.0)
     return nodes.tolist(), weights.tolist()
+
+
+@register_kl(DiagonalNormal, ARDNormal)
+def _kl_normal_ard(q: DiagonalNormal, p: ARDNormal) -> Tensor:
+    """Sum of log(1 + mu^2 / sigma^2) / 2, at every weight's best s^2 = mu^2 + sigma^2."""
+    return 0.5 * (q.loc / q.scale).square().log1p().sum()
+
+
+@register_kl(DiagonalNormal, DoubleExponential)
+def _kl_normal_double_exponential(q: DiagonalNormal, p: DoubleExponential) -> Tensor:
+    """Sum of log(2 b) + E|w - m| / b, less H[q]; d = mu - m.
+
+    E|w - m| = sigma sqrt(2 / pi) exp(-d^2 / (2 sigma^2)) + d erf(d / (sigma sqrt 2)): the folded Gaussian's mean.
+    """
+    folded = math.sqrt(2 / math.pi) * q.scale
+    if p.loc is not q.loc:
+        shift = q.loc - p.loc
+        standardised = shift / q.scale
+        folded = folded * (-0.5 * standardised.square()).exp() + shift * torch.erf(standardised / math.sqrt(2))
+    return (folded / p.scale + (2 * p.scale).log()).expand_as(q.loc).sum() - q.entropy()
+
+
+@register_kl(DiagonalNormal, LogUniform)
+def _kl_normal_log_uniform(q: DiagonalNormal, p: LogUniform) -> Tensor:
+    """Sum of E log|mu / sigma + z| - E log|z|: exact, where Molchanov et al. 2017 (equation 14) fit a sigmoid to it."""
+    return log_moment(q.loc / q.scale).sum()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .diagonal_normal import LINEAR_FROM, MIN_SCALE, DiagonalNormal
+from .diagonal_normal import LINEAR_FROM, MIN_SCALE, DiagonalNormal, unit_of
 
 PriorOfBlock = Callable[[Tensor], DiagonalNormal]
 """The prior of a block of weights, given the block of trained weights (or of means, where they are frozen)."""
@@ -23,7 +23,14 @@ _DEVICE_BLOCK = 2**24  # elsewhere kernel launches cost more than memory traffic
 
 
 def normal_kl(
-    loc: Tensor, rho: Tensor, centre: Tensor | None, prior: PriorOfBlock, padding_idx: int | None = None
+    loc: Tensor,
+    rho: Tensor,
+    centre: Tensor | None,
+    prior: PriorOfBlock,
+    padding_idx: int | None = None,
+    *,
+    prior_scale: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> Tensor:
     """Sum of log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2, sigma = max(softplus(rho), MIN_SCALE).
 
@@ -34,21 +41,30 @@ def normal_kl(
             m = mu, and the quadratic term is zero.
         prior: gives N(m, s^2) of a block.
         padding_idx: row that is not random: no part of the sum, gradient 0.
+        prior_scale: s of every weight, with m = ``centre``, in place of ``prior``.
+        floor: of a multiplicative scale, sigma = max(softplus(rho), MIN_SCALE) * max(|mu|, floor); None: additive.
 
     Shape: ``loc``, ``rho``, ``centre`` alike -> a scalar of their widest dtype, once differentiable.
     """
-    value: Tensor = _NormalKL.apply(loc, rho, centre, prior, padding_idx)  # type: ignore[no-untyped-call]
+    value: Tensor = _NormalKL.apply(loc, rho, centre, prior, padding_idx, prior_scale, floor)  # type: ignore[no-untyped-call]
     return value
 
 
 class _NormalKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, loc: Tensor, rho: Tensor, centre: Tensor | None, prior: PriorOfBlock, padding_idx: int | None
+        ctx: Any,
+        loc: Tensor,
+        rho: Tensor,
+        centre: Tensor | None,
+        prior: PriorOfBlock,
+        padding_idx: int | None,
+        prior_scale: Tensor | None,
+        floor: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(loc, rho, centre)
+        ctx.save_for_backward(loc, rho, centre, prior_scale, floor)
         ctx.rest = prior, padding_idx, ctx.needs_input_grad
-        value, ctx.grads = _value_and_grads(loc, rho, centre, *ctx.rest)
+        value, ctx.grads = _value_and_grads(loc, rho, centre, prior_scale, floor, *ctx.rest)
         return value
 
     @staticmethod
@@ -57,13 +73,15 @@ class _NormalKL(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward through the same graph: the first one gave its buffers away
             _, grads = _value_and_grads(*ctx.saved_tensors, *ctx.rest)
-        return *(None if g is None else g.mul_(grad) for g in grads), None, None, None
+        return *(None if g is None else g.mul_(grad) for g in grads), None, None, None, None, None
 
 
 def _value_and_grads(
     loc: Tensor,
     rho: Tensor,
     centre: Tensor | None,
+    prior_scale: Tensor | None,
+    floor: Tensor | None,
     prior: PriorOfBlock,
     padding_idx: int | None,
     wanted: tuple[bool, ...],
@@ -74,10 +92,10 @@ def _value_and_grads(
         for value, want in zip((loc, rho), wanted, strict=False)
     )
     values = [torch.zeros((), dtype=dtype, device=rho.device)]
-    for mu, r, m, grad_mu, grad_r in _blocks(padding_idx, loc, rho, centre, *grads):
-        p = prior((mu if m is None else m).to(dtype))
+    for mu, r, m, s, grad_mu, grad_r in blocks(padding_idx, loc, rho, centre, prior_scale, *grads):
+        p = prior((mu if m is None else m).to(dtype)) if s is None else DiagonalNormal(m.to(dtype), s.to(dtype))
         exp_rho, scale = _softplus(r.to(dtype))
-        ratio = scale / p.scale
+        ratio = scale / p.scale if floor is None else scale * unit_of(mu.to(dtype), floor) / p.scale
         values.append(-ratio.log().sum())
         excess = ratio.square_().sub_(1)  # summed element by element: near 0 where posterior and prior agree
         values.append(0.5 * excess.sum())
@@ -88,7 +106,9 @@ def _value_and_grads(
                 grad_mu.copy_(shift.div_(p.scale))
         elif grad_mu is not None:
             grad_mu.zero_()
-        if grad_r is not None:  # d/d rho = (ratio^2 - 1) / sigma * sigmoid(rho), and 0 on the floor
+        if floor is not None and grad_mu is not None:  # d log sigma / d mu = 1 / mu, and 0 on the floor
+            grad_mu.add_(torch.where(mu.abs() > floor, excess / mu.to(dtype), 0.0))
+        if grad_r is not None:  # d/d rho = (ratio^2 - 1) / softplus * sigmoid(rho), and 0 on the floor
             slope = torch.threshold(exp_rho.div_(exp_rho + 1), MIN_SCALE, 0.0)
             grad_r.copy_(excess.div_(scale).mul_(slope))
     return torch.stack(values).sum(dtype=torch.float64).to(dtype), grads
@@ -106,7 +126,7 @@ def _softplus(rho: Tensor) -> tuple[Tensor, Tensor]:
     return exp_rho, torch.maximum(scale, rho, out=scale).clamp_min_(MIN_SCALE)
 
 
-def _blocks(padding_idx: int | None, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def blocks(padding_idx: int | None, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Flat blocks of all tensors together, as views; the padding row is left out and set to zero in the last two."""
     for grad in tensors[-2:]:
         if grad is not None and padding_idx is not None:

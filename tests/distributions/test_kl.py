@@ -6,11 +6,15 @@ import math
 
 import pytest
 import torch
+from scipy import integrate, optimize
 from torch import Tensor
 
 from bayeformers.distributions import (
+    ARDNormal,
     DiagonalNormal,
+    DoubleExponential,
     EmpiricalNormal,
+    LogUniform,
     ScaleMixture,
     kl_divergence,
     register_kl,
@@ -136,6 +140,107 @@ def test_empirical_bayes_is_the_best_normal(centre: float) -> None:
     )  # at fixed s: the optimum's derivative is 0
 
 
+@pytest.mark.parametrize(("loc", "scale"), [*POSTERIORS, (3.0, 1e-3)])
+@pytest.mark.parametrize(("centre", "width"), [(0.0, 1.0), (0.5, 0.03), (-1.0, 4.0)])
+def test_double_exponential_matches_quadrature(loc: float, scale: float, centre: float, width: float) -> None:
+    """Against `torch.distributions.Laplace`, in pieces that end at its kink."""
+    p = torch.distributions.Laplace(scalar(centre), scalar(width))
+    q = torch.distributions.Normal(scalar(loc), scalar(scale))
+
+    def integrand(x: float) -> float:
+        log_q = q.log_prob(scalar(x))
+        return float(log_q.exp() * (log_q - p.log_prob(scalar(x))))
+
+    ends = sorted({loc - 12 * scale, loc + 12 * scale, min(max(centre, loc - 12 * scale), loc + 12 * scale), loc})
+    pieces = zip(ends, ends[1:], strict=False)
+    expected = sum(integrate.quad(integrand, a, b, epsabs=1e-12, epsrel=1e-10)[0] for a, b in pieces)
+    found = kl_divergence(posterior((loc, scale)), DoubleExponential(scalar(centre), scalar(width)))
+    assert float(found) == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+def test_double_exponential_around_its_own_mean() -> None:
+    """A frozen mean is the prior's centre itself: the same number as with an equal centre."""
+    q = posterior(*POSTERIORS)
+    own = kl_divergence(q, DoubleExponential(q.loc, scalar(0.3)))
+    torch.testing.assert_close(own, kl_divergence(q, DoubleExponential(q.loc.clone(), scalar(0.3))))
+
+
+@pytest.mark.parametrize(("loc", "scale"), [*POSTERIORS, (1.0, 1e-3), (-5e-3, 1.0)])
+def test_log_uniform_matches_quadrature(loc: float, scale: float) -> None:
+    """-H[q] - E_q log p, p the improper density of `LogUniform.log_prob`; singular at 0, where the pieces end."""
+    q = torch.distributions.Normal(scalar(loc), scalar(scale))
+
+    def integrand(x: float) -> float:
+        return float(q.log_prob(scalar(x)).exp() * LogUniform().log_prob(scalar(x))) if x else 0.0
+
+    low, high = loc - 12 * scale, loc + 12 * scale
+    ends = sorted({low, high, loc, *(x for x in (-0.1 * scale, 0.0, 0.1 * scale) if low < x < high)})
+    pieces = zip(ends, ends[1:], strict=False)
+    expected_log_p = sum(integrate.quad(integrand, a, b, epsabs=1e-12, epsrel=1e-10, limit=200)[0] for a, b in pieces)
+    expected = -float(q.entropy()) - expected_log_p
+    # `log_prob` is cut off at |w| = 1e-8, which moves its expectation by about 1e-8 / sigma
+    found = float(kl_divergence(posterior((loc, scale)), LogUniform()))
+    assert found == pytest.approx(expected, rel=1e-7, abs=1e-7 + 2e-8 / scale)
+
+
+def test_log_uniform_is_zero_where_all_is_noise() -> None:
+    """At mu = 0 exactly, non-negative elsewhere, and finite at mu / sigma = 1e6 in float32, gradients too."""
+    assert float(kl_divergence(posterior((0.0, 0.1), (0.0, 3.0)), LogUniform())) == 0.0
+    loc = torch.tensor([0.0, 1e-8, 1e-3, 1.0, 1e2], requires_grad=True)
+    scale = torch.tensor([1e-4, 1e-2, 1e-4, 1e-6, 1e-4], requires_grad=True)
+    kl = kl_divergence(DiagonalNormal(loc, scale), LogUniform())
+    kl.backward()
+    assert float(kl) > 0 and torch.isfinite(kl)
+    assert torch.isfinite(loc.grad).all() and torch.isfinite(scale.grad).all()
+
+
+@pytest.mark.parametrize(("loc", "scale"), POSTERIORS)
+def test_ard_is_the_best_normal_of_each_weight(loc: float, scale: float) -> None:
+    """min over s of KL(N(mu, sigma^2) || N(0, s^2)), the minimum found by a search over s and each KL by quadrature."""
+
+    def at(log_s: float) -> float:
+        return kl_by_quadrature(loc, scale, lambda x: normal_log_density(x, 0.0, math.exp(log_s)), 4001)
+
+    found = float(kl_divergence(posterior((loc, scale)), ARDNormal()))
+    best = optimize.minimize_scalar(at, bounds=(-12, 6), method="bounded", options={"xatol": 1e-9})
+    assert found == pytest.approx(best.fun, rel=1e-7, abs=1e-9)
+    assert found == pytest.approx(0.5 * math.log(1 + (loc / scale) ** 2), rel=1e-12)
+
+
+def test_ard_of_a_multiplicative_posterior() -> None:
+    """BayeTorch's form: sigma^2 = alpha mu^2 gives sum log(1 + 1 / alpha) / 2, whatever mu is."""
+    loc = torch.tensor([0.3, -2.0, 1e-4], dtype=torch.float64)
+    alpha = torch.tensor([0.01, 1.0, 7.0], dtype=torch.float64)
+    kl = kl_divergence(DiagonalNormal(loc, alpha.sqrt() * loc.abs()), ARDNormal())
+    torch.testing.assert_close(kl, 0.5 * (1 + 1 / alpha).log().sum())
+
+
+def test_improper_and_fitted_densities_have_a_log_prob() -> None:
+    """log_prob: the kernel 1 / |w| for both; ARD's is N(w; 0, s^2) at its best s = |w|."""
+    w = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    expected = torch.stack([torch.distributions.Normal(0.0, float(x.abs())).log_prob(x) for x in w])
+    torch.testing.assert_close(ARDNormal().log_prob(w), expected)
+    difference = LogUniform().log_prob(w[:1]) - LogUniform().log_prob(w[1:])
+    assert float(difference) == pytest.approx(math.log(4.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_new_forms_are_finite_at_extremes(dtype: torch.dtype) -> None:
+    """mu = 0, |mu| / sigma from 1e-8 to 1e6: value and gradients."""
+    ratio = torch.tensor([0.0, 1e-8, 1e-3, 1.0, 1e3, 1e6], dtype=dtype)
+    for sigma in (1e-8, 1e-3, 10.0):
+        for p in (
+            ARDNormal(),
+            LogUniform(),
+            DoubleExponential(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)),
+        ):
+            loc = (ratio * sigma).requires_grad_()
+            scale = torch.full_like(ratio, sigma).requires_grad_()
+            kl = kl_divergence(DiagonalNormal(loc, scale), p)
+            kl.backward()
+            assert torch.isfinite(kl) and torch.isfinite(loc.grad).all() and torch.isfinite(scale.grad).all()
+
+
 def test_kl_has_gradient() -> None:
     """kl_has_gradient: in loc and scale, against finite differences, for every density."""
     densities = (
@@ -143,6 +248,9 @@ def test_kl_has_gradient() -> None:
         ScaleMixture(0.5, 1.0, 0.1, 16),
         ScaleMixture(0.5, 1.0, 0.1),
         EmpiricalNormal(scalar(0.2)),
+        DoubleExponential(scalar(0.25), scalar(0.4)),
+        LogUniform(),
+        ARDNormal(),
     )
     noise = torch.tensor([0.3, -1.2, 0.8], dtype=torch.float64)
     leaves = posterior((0.3, 0.4), (-0.2, 0.9), (1.0, 0.1))

@@ -9,18 +9,25 @@ import pytest
 import torch
 
 from bayeformers.distributions import (
+    ARDNormal,
+    ARDPrior,
     DiagonalNormal,
+    DoubleExponential,
+    DoubleExponentialPrior,
     EmpiricalBayesPrior,
     EmpiricalNormal,
+    InitialScale,
+    LogUniform,
+    LogUniformPrior,
     MopedPrior,
     NormalPrior,
+    PosteriorPrior,
     Prior,
     ScaleMixture,
     ScaleMixturePrior,
     initial_scale,
     prior_from_dict,
 )
-from bayeformers.distributions.priors import InitialScale
 from tests.reference import moped_sigma
 
 PRIORS: list[Prior] = [
@@ -32,6 +39,13 @@ PRIORS: list[Prior] = [
     ScaleMixturePrior(quadrature=9),
     EmpiricalBayesPrior(),
     EmpiricalBayesPrior(centre=0.0),
+    EmpiricalBayesPrior(per="layer"),
+    DoubleExponentialPrior(),
+    DoubleExponentialPrior(scale=0.1, centre=-0.2),
+    LogUniformPrior(),
+    ARDPrior(),
+    PosteriorPrior(),
+    PosteriorPrior(fresh=["classifier.weight"], relative_scale=2.0),
 ]
 
 
@@ -93,11 +107,18 @@ def test_densities() -> None:
     assert ScaleMixturePrior(0.2, 0.5, 0.1).for_tensor(weight, rule) == ScaleMixture(0.2, 0.5, 0.1, None)
     empirical = EmpiricalBayesPrior().for_tensor(weight, rule)
     assert isinstance(empirical, EmpiricalNormal) and torch.equal(empirical.loc, weight)
+    assert EmpiricalBayesPrior(per="layer").for_tensor(weight, rule).per == "layer"
+    double = DoubleExponentialPrior(0.5).for_tensor(weight, rule)
+    assert isinstance(double, DoubleExponential) and torch.equal(double.loc, weight) and float(double.scale) == 0.5
+    assert float(DoubleExponentialPrior(centre=-1.0).for_tensor(weight, rule).loc) == -1.0
+    assert LogUniformPrior().for_tensor(weight, rule) == LogUniform()
+    assert ARDPrior().for_tensor(weight, rule) == ARDNormal()
 
 
 def test_which_priors_need_the_trained_weight() -> None:
-    needing = [MopedPrior(), NormalPrior(), EmpiricalBayesPrior()]
+    needing = [MopedPrior(), NormalPrior(), EmpiricalBayesPrior(), DoubleExponentialPrior(), PosteriorPrior()]
     others = [NormalPrior(centre=0.0), EmpiricalBayesPrior(centre=1.0), ScaleMixturePrior()]
+    others += [DoubleExponentialPrior(centre=0.0), LogUniformPrior(), ARDPrior()]
     assert all(prior.needs_centre for prior in needing) and not any(prior.needs_centre for prior in others)
 
 
@@ -111,6 +132,11 @@ NAN, INF = float("nan"), float("inf")
         *((NormalPrior, {"std": v}, "std") for v in (0.0, -0.1, NAN, INF, "wide", False, None)),
         *((NormalPrior, {"centre": v}, "centre") for v in (NAN, INF, "zero", True, None)),
         *((EmpiricalBayesPrior, {"centre": v}, "centre") for v in (NAN, -INF, "w0", None)),
+        *((EmpiricalBayesPrior, {"per": v}, "per") for v in ("network", "Tensor", None, 2)),
+        *((DoubleExponentialPrior, {"scale": v}, "scale") for v in (0, -0.1, NAN, INF, "wide", True, None)),
+        *((DoubleExponentialPrior, {"centre": v}, "centre") for v in (NAN, INF, "zero", True, None)),
+        *((PosteriorPrior, {"fresh": v}, "fresh") for v in ("classifier.weight", [1], [None])),
+        *((PosteriorPrior, {"relative_scale": v}, "relative_scale") for v in (0, -1.0, NAN, "1", True, None)),
         *((ScaleMixturePrior, {"pi": v}, "pi") for v in (0, 1, -0.1, 1.5, NAN, "half", True)),
         *((ScaleMixturePrior, {"std1": v}, "std1") for v in (0, -1, NAN, INF)),
         *((ScaleMixturePrior, {"std2": v}, "std2") for v in (0, -1, NAN, INF)),

@@ -1,0 +1,150 @@
+"""Priors that are Gaussian, of a scale that is given, or fitted to the posterior as it trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from .diagonal_normal import MIN_SCALE, DiagonalNormal
+from .initial_scale import InitialScale
+from .prior import Prior, centre_tensor, check_centre, check_positive, scalar_like
+
+Group = Literal["tensor", "layer"]
+
+
+@dataclass(frozen=True)
+class MopedPrior(Prior):
+    """N(w0, (r sigma_0)^2), centred at the trained weight, r times as wide as the initial posterior.
+
+    With r = 1 the KL is 0 before training and delta is the prior's noise level.
+
+    Args:
+        relative_scale: r > 0.
+    """
+
+    relative_scale: float = 1.0
+    type: ClassVar[str] = "moped"
+
+    def __post_init__(self) -> None:
+        check_positive("relative_scale", self.relative_scale)
+
+    @property
+    def needs_centre(self) -> bool:
+        """Always: both its mean and its scale come from the trained weight."""
+        return True
+
+    def for_tensor(self, centre: Tensor, initial: InitialScale) -> DiagonalNormal:
+        """N(centre, (r * initial(centre))^2)."""
+        return DiagonalNormal(centre, initial(centre).mul_(self.relative_scale).clamp_min_(MIN_SCALE))
+
+
+@dataclass(frozen=True)
+class NormalPrior(Prior):
+    """N(m, std^2), one absolute scale for all weights; m is the trained weight or a number.
+
+    With far more weights than data the ELBO then drives every scale towards ``std`` and the network dissolves: the true
+    optimum of that objective. Prefer :class:`MopedPrior` for fine-tuned networks.
+
+    Args:
+        std: standard deviation > 0.
+        centre: "pretrained" (the trained weight) or a finite number.
+    """
+
+    std: float = 1.0
+    centre: float | Literal["pretrained"] = "pretrained"
+    type: ClassVar[str] = "normal"
+
+    def __post_init__(self) -> None:
+        check_positive("std", self.std)
+        check_centre(self.centre)
+
+    @property
+    def needs_centre(self) -> bool:
+        """Only with ``centre="pretrained"``."""
+        return self.centre == "pretrained"
+
+    def for_tensor(self, centre: Tensor, initial: InitialScale) -> DiagonalNormal:
+        """N(m, std^2)."""
+        return DiagonalNormal(centre_tensor(self.centre, centre), scalar_like(centre, self.std))
+
+
+@dataclass(frozen=True)
+class EmpiricalBayesPrior(Prior):
+    """N(m, s^2) with one s per group, at its optimum s^2 = mean(sigma^2 + (mu - m)^2) (type-II maximum likelihood).
+
+    Args:
+        centre: "pretrained" (the trained weight) or a finite number.
+        per: "tensor", or "layer": weight and bias of a layer share one s. A tied tensor belongs to the first layer
+            that owns it.
+    """
+
+    centre: float | Literal["pretrained"] = "pretrained"
+    per: Group = "tensor"
+    type: ClassVar[str] = "empirical_bayes"
+
+    def __post_init__(self) -> None:
+        check_centre(self.centre)
+        if self.per not in get_args(Group):
+            raise ValueError(f"`per` must be one of {list(get_args(Group))}, got {self.per!r}.")
+
+    @property
+    def needs_centre(self) -> bool:
+        """Only with ``centre="pretrained"``."""
+        return self.centre == "pretrained"
+
+    def for_tensor(self, centre: Tensor, initial: InitialScale) -> EmpiricalNormal:
+        """The family N(m, s^2), s still free."""
+        return EmpiricalNormal(centre_tensor(self.centre, centre), self.per)
+
+
+@dataclass(frozen=True)
+class ARDPrior(Prior):
+    """N(0, s^2) with one s for every weight, at its optimum s^2 = mu^2 + sigma^2 (automatic relevance determination).
+
+    KL = 1/2 sum log(1 + mu^2 / sigma^2): it depends on the signal-to-noise ratio alone, is 0 for a weight that is all
+    noise, and, with the multiplicative scale sigma^2 = alpha mu^2, is 1/2 sum log(1 + 1/alpha). Centred at 0, it does
+    not hold a mean at its trained value. MacKay 1995; Kharitonov et al. 2018 (arXiv 1811.00596).
+    """
+
+    type: ClassVar[str] = "ard"
+
+    @property
+    def needs_centre(self) -> bool:
+        """Never: it is centred at zero."""
+        return False
+
+    def for_tensor(self, centre: Tensor, initial: InitialScale) -> ARDNormal:
+        """The family, every s still free."""
+        return ARDNormal()
+
+
+@dataclass(frozen=True)
+class EmpiricalNormal:
+    """N(loc, s^2) whose s is fitted to the posterior: see :meth:`best_scale`."""
+
+    loc: Tensor
+    per: Group = "tensor"
+
+    def best_scale(self, q: DiagonalNormal) -> Tensor:
+        """The s that minimises KL(q || N(loc, s^2)): a scalar with gradient."""
+        variance = q.scale.square() if self.loc is q.loc else q.scale.square() + (q.loc - self.loc).square()
+        return variance.expand_as(q.loc).mean().sqrt()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Elementwise log density at the s that fits ``value`` itself."""
+        scale = (value - self.loc).square().mean().sqrt().clamp_min(MIN_SCALE)
+        return DiagonalNormal(self.loc, scale).log_prob(value)
+
+
+@dataclass(frozen=True)
+class ARDNormal:
+    """N(0, s^2) whose s is fitted to each weight."""
+
+    separable: ClassVar[bool] = True
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Elementwise log density at the s = |w| that fits ``value`` itself: -log|w| - log(2 pi e) / 2."""
+        return -value.abs().clamp_min(MIN_SCALE).log() - 0.5 * math.log(2 * math.pi * math.e)
