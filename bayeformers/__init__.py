@@ -1,11 +1,21 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import laplace
+from . import laplace, losses
 from .calibration import calibrate_delta
 from .checkpoint import from_pretrained
 from .config import BayesianConfig
+from .continual import posterior_as_prior
 from .conversion import bayesian_config, is_bayesian, to_bayesian, to_deterministic, unfreeze
-from .distributions import EmpiricalBayesPrior, MopedPrior, NormalPrior, ScaleMixturePrior
+from .distributions import (
+    ARDPrior,
+    DoubleExponentialPrior,
+    EmpiricalBayesPrior,
+    LogUniformPrior,
+    MopedPrior,
+    NormalPrior,
+    PosteriorPrior,
+    ScaleMixturePrior,
+)
 from .laplace import LaplacePosterior
 from .nn import fixed_draw, posterior_mean
 from .objective import kl_divergence, log_prior, log_variational_posterior
@@ -18,14 +28,18 @@ from .training import BayesianTrainer, BayesianTrainingArguments
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARDPrior",
     "BayesianConfig",
     "BayesianTrainer",
     "BayesianTrainingArguments",
+    "DoubleExponentialPrior",
     "EmpiricalBayesPrior",
     "LaplacePosterior",
+    "LogUniformPrior",
     "MopedPrior",
     "NormalPrior",
     "Posterior",
+    "PosteriorPrior",
     "Predictive",
     "ScaleMixturePrior",
     "VariationalPosterior",
@@ -38,6 +52,8 @@ __all__ = [
     "laplace",
     "log_prior",
     "log_variational_posterior",
+    "losses",
+    "posterior_as_prior",
     "posterior_mean",
     "predict",
     "register_layer",

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .conversion import is_bayesian, to_bayesian, to_deterministic
-from .distributions import InitialScale, rho_from_scale
+from .distributions import InitialScale
 from .nn import variational_tensors
 from .posteriors import PointPosterior, VariationalPosterior
 from .posteriors.logits import linearized_predictive
-from .predictive import IGNORED, Predictive
+from .predictive import IGNORED, NoiseStd, Predictive
 
 Batch = Mapping[str, Any] | Tensor
 _BOUNDS = {"sample": (1e-2, 1.0), "glm": (1e-2, 10.0)}
@@ -35,7 +35,7 @@ def calibrate_delta(
     seed: int = 0,
     bounds: tuple[float, float] | None = None,
     tolerance: float = 0.003,
-    noise_std: float | None = None,
+    noise_std: NoiseStd | None = None,
     progress: bool = True,
     **conversion: Any,
 ) -> float:
@@ -58,7 +58,7 @@ def calibrate_delta(
         bounds: smallest and largest delta to consider; by default (0.01, 1), and (0.01, 10) for "glm", whose decision
             does not suffer from large scales.
         tolerance: allowed relative rise of the NLL in the search without labels.
-        noise_std: of a regression; by default what the model's configuration records.
+        noise_std: of a regression, or "head" of a model that predicts it; by default what the configuration records.
         progress: show a progress bar.
         conversion: arguments of :func:`to_bayesian` for a model that is not converted (``target_modules``, ...).
 
@@ -181,7 +181,7 @@ def _set_scales(model: nn.Module, delta: float) -> None:
     with torch.no_grad():
         for tensor in variational_tensors(model):
             rule = InitialScale.of(tensor.loc, delta, tensor.spec.padding_idx)
-            tensor.rho.copy_(rho_from_scale(rule(tensor.loc)))
+            tensor.module.set_scale(tensor.parameter_name, rule(tensor.loc))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import cached_file
@@ -16,6 +17,8 @@ from .config import BayesianConfig
 from .conversion import convert, freeze_as_saved
 from .laplace import LaplacePosterior
 from .laplace.posterior import FILE
+from .nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
+from .nn.parameters import of_source
 
 _HUB_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code",
@@ -72,16 +75,26 @@ def _converted(
     model: PreTrainedModel
     info: dict[str, Any]
     model, info = loader.from_pretrained(directory, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
-    missing = sorted(key for key in info["missing_keys"] if key.endswith("_rho"))
+    missing = sorted(key for key in info["missing_keys"] if _is_of_posterior(model, key))
     if missing:
         raise ValueError(
             f"The checkpoint in {str(directory)!r} lacks {len(missing)} tensors of its posterior, such as "
             f"{missing[:3]}. It was probably saved again from a plainly loaded model, which holds the mean only; "
             "load that mean with transformers' `from_pretrained`."
         )
-    model.__class__ = original
+    model.__class__ = of_source(type(model), original)  # type: ignore[assignment]
     freeze_as_saved(model, set(info["missing_keys"]))
     return model
+
+
+def _is_of_posterior(model: nn.Module, key: str) -> bool:
+    """Whether a checkpoint must hold this entry; a prior's centre may be missing, unless its scale is stored too."""
+    module, _, name = key.rpartition(".")
+    if name.endswith("_prior_centre"):
+        name = name.removesuffix("_prior_centre")
+        layer = model.get_submodule(module)
+        return isinstance(layer, BayesianModule) and layer.prior_scale(name) is not None
+    return name.endswith(("_rho", *WIDE_BUFFERS))
 
 
 def _posterior_file(directory: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
@@ -111,14 +124,13 @@ def _converting(original: type[PreTrainedModel], recorded: BayesianConfig) -> ty
     """A transient subclass whose `__init__` converts, so that meta devices, shards and ties are transformers' work."""
 
     class Converting(original):  # type: ignore[valid-type, misc]
-        _keep_in_fp32_modules_strict = set(getattr(original, "_keep_in_fp32_modules_strict", None) or ()) | {
-            "weight_rho",
-            "bias_rho",
-        }
-
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             convert(self, recorded)
+            endings = "_rho", *WIDE_BUFFERS
+            scales = {f"{tensor.parameter_name}{end}" for tensor in variational_tensors(self) for end in endings}
+            kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
+            self._keep_in_fp32_modules_strict = {*kept, *scales}
 
     Converting.__name__, Converting.__qualname__ = original.__name__, original.__qualname__
     Converting.__module__ = original.__module__

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from .distributions import MopedPrior, Prior, prior_from_dict
+from .distributions.diagonal_normal import ScaleName, check_scale
+from .distributions.initial_scale import check_delta
+from .distributions.prior import check_prior
 
 CONFIG_VERSION = 1
 NOISE_VERSION = 1  # of nn/noise.py: raise it with any change there that changes the draws of old checkpoints
-
-EstimatorName = Literal["reparameterization"]
-
-
-def check_delta(delta: float) -> float:
-    """``delta`` as a float.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite or not > 0.
-    """
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
-        raise TypeError(f"`delta` must be a number > 0, got {delta!r}.")
-    if not (math.isfinite(delta) and delta > 0):
-        raise ValueError(
-            f"`delta` must be finite and > 0, got {delta!r}. It sets the initial posterior, scale = delta * |weight|; "
-            "try 0.05, or name the layer in `exclude_modules` to keep it deterministic."
-        )
-    return float(delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +26,32 @@ class BayesianConfig:
     delta: float = field(default=0.05, metadata={"help": "Initial scale relative to |weight|."})
     freeze: bool = field(default=True, metadata={"help": "Keep means and deterministic parameters fixed."})
     prior: Prior = field(default_factory=MopedPrior, metadata={"help": "Prior of every Bayesian weight."})
-    estimator: EstimatorName = field(default="reparameterization", metadata={"help": "How noise enters in training."})
+    estimator: str | dict[str, str] = field(
+        default="reparameterization", metadata={"help": "How noise enters in training; by module pattern if a dict."}
+    )
+    scale: ScaleName = field(
+        default="additive",
+        metadata={"help": 'What rho sets: "additive" sigma itself, "multiplicative" sigma / |mean|.'},
+    )
     modules: dict[str, str] = field(default_factory=dict, metadata={"help": "Converted modules and their kind."})
     modules_to_save: list[str] = field(default_factory=list, metadata={"help": "Deterministic but trainable."})
+    norms: bool = field(default=False, metadata={"help": "Gains and biases of normalisations are Bayesian too."})
     dropout: dict[str, float] = field(default_factory=dict, metadata={"help": "Dropout rates switched off."})
     num_training_items: int | None = field(default=None, metadata={"help": "N of the ELBO, set by training."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL, set by training."})
-    noise_std: float | None = field(default=None, metadata={"help": "Observation noise of a regression."})
+    noise_std: float | str | None = field(
+        default=None, metadata={"help": 'Observation noise of a regression; "head": the model predicts it.'}
+    )
     version: int = CONFIG_VERSION
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
-        if not isinstance(self.prior, Prior):
-            raise TypeError(f"`prior` must be a Prior such as MopedPrior(), got {self.prior!r}.")
+        check_scale(self.scale)
+        check_prior(self.prior)
+        for name in ("freeze", "norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

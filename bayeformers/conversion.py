@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from .config import BayesianConfig, check_delta
-from .distributions import MopedPrior, Prior
+from .config import BayesianConfig
+from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
+from .distributions import MopedPrior, PosteriorPrior, Prior
+from .distributions.diagonal_normal import ScaleName
+from .distributions.initial_scale import check_delta
 from .dropout import dropout_rates, set_dropout
 from .nn import draws
 from .nn.base import BayesianModule, variational_tensors
-from .nn.estimators import get_estimator
-from .nn.variational import TensorSpec
 from .patterns import Patterns
-from .selection import Chosen, check_weights, choose, matching_subtrees, owners_of, recorded
+from .selection import (
+    Chosen,
+    check_weights,
+    choose,
+    estimators_of,
+    matching_subtrees,
+    owner_shapes,
+    owners_of,
+    recorded,
+)
+from .surgery import swap_class, switch_fused_off, tie, tie_saved_names
 
 _STATE = "bayesian_conversion"
 _RESIZE = "resize_token_embeddings"
@@ -41,11 +51,13 @@ def to_bayesian(
     delta: float = 0.05,
     freeze: bool = True,
     *,
-    prior: Prior = _MOPED_PRIOR,
-    estimator: str = "reparameterization",
+    prior: Prior | nn.Module | HasModel = _MOPED_PRIOR,
+    scale: ScaleName = "additive",
+    estimator: str | Mapping[str, str] = "reparameterization",
     target_modules: Patterns = "all",
     exclude_modules: Patterns | None = None,
     modules_to_save: Sequence[str] | None = None,
+    norms: bool = False,
     keep_dropout: bool = False,
 ) -> nn.Module:
     """Make a trained model Bayesian, in place: each weight becomes N(weight, (delta |weight|)^2) (MOPED).
@@ -59,12 +71,21 @@ def to_bayesian(
         delta: initial posterior scale relative to |weight|, > 0; with the default prior also the prior's noise level.
         freeze: keep means and all other parameters fixed and train only the scales (``rho``); False leaves the
             `requires_grad` flags of the means as they are.
-        prior: prior of every converted weight; default `MopedPrior()`.
-        estimator: how noise enters in training.
+        prior: prior of every converted weight; default `MopedPrior()`. Or a model of the last task that was converted
+            and trained, or its `VariationalPosterior`: each tensor that it has too, by name, takes its posterior as
+            the prior and starts at its scale, the others take `MopedPrior()` (see `posterior_as_prior`).
+        scale: "additive", sigma = softplus(rho), or "multiplicative", sigma = softplus(rho) max(|mean|, floor), which
+            keeps its share of a mean that trains (sigma^2 = alpha mean^2); the floor is 0.1 mean|weight| of the tensor.
+        estimator: how noise enters in training: "reparameterization" (one draw per batch), "flipout" (one per example)
+            or "local_reparameterization" (one per output element), for the whole model; or a mapping from module
+            pattern (a name suffix, or a regular expression matched in full) to one of them, where the first
+            pattern that matches a layer decides and other layers keep "reparameterization".
         target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
         exclude_modules: names to leave out with all inside them, in the same forms.
         modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
             fresh head.
+        norms: convert the gains and biases of normalisations too: LayerNorm, RMSNorm and the models' own RMSNorm
+            classes.
         keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
 
     Returns:
@@ -78,17 +99,20 @@ def to_bayesian(
     >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
     torch.Size([8, 4])
     """
-    _check_flags(freeze=freeze, keep_dropout=keep_dropout)
-    config = BayesianConfig(delta=check_delta(delta), freeze=freeze, prior=prior)
+    _check_flags(freeze=freeze, norms=norms, keep_dropout=keep_dropout)
+    config = BayesianConfig(delta=check_delta(delta), freeze=freeze, prior=as_prior(prior), scale=scale)
     _check_convertible(model)
     saved = matching_subtrees(model, modules_to_save)
-    chosen, skipped = choose(model, target_modules, exclude_modules, saved)
+    chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms)
+    estimators_of(chosen, estimator)
     check_weights(model, chosen)
     config = replace(
         config,
-        estimator=get_estimator(estimator).name,
+        prior=fitted_prior(config.prior, owner_shapes(model, chosen)),
+        estimator=dict(estimator) if isinstance(estimator, Mapping) else estimator,
         modules={name: kind.__name__ for name, kind in chosen.items()},
         modules_to_save=list(modules_to_save or []),
+        norms=norms,
         dropout={} if keep_dropout else dropout_rates(model),
     )
     return convert(model, config, chosen, skipped)
@@ -106,18 +130,23 @@ def convert(
         ValueError: ``config`` names modules that ``model`` has not, or of another class.
     """
     chosen = recorded(model, config) if chosen is None else chosen
+    prior, posterior = without_posterior(config.prior)
+    config = replace(config, prior=prior)
     state = Conversion(config, {name: p.requires_grad for name, p in _parameters(model)}, dict(skipped or {}))
     for key in config.dropout:
         set_dropout(model, key, 0.0)
     if config.freeze:
         freeze_means(model, config)
     owners = list(owners_of(model, chosen).values())
+    estimators = estimators_of(chosen, config.estimator)
     for name, kind in chosen.items():
-        _become(model.get_submodule(name), kind, config)
+        _become(model.get_submodule(name), kind, config, estimators[name])
     for tied in owners:
-        _tie([(model.get_submodule(name), parameter) for name, parameter in tied], ".".join(filter(None, tied[0])))
-    _tie_saved_names(model, state)
-    state.fused = _switch_fused_off(model)
+        tie([(model.get_submodule(name), parameter) for name, parameter in tied], ".".join(filter(None, tied[0])))
+    if isinstance(config.prior, PosteriorPrior):
+        store_posterior(model, config.prior, posterior, [tied[0] for tied in owners])
+    state.rho_ties = tie_saved_names(model)
+    state.fused = switch_fused_off(model)
     setattr(model, _STATE, state)
     draws.one_draw_per_forward(model)
     if hasattr(model, _RESIZE):
@@ -162,7 +191,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     state = conversion_of(model)
     for module in draws.bayesian_modules(model).values():
         module.become_deterministic()
-        _swap_class(module, type(module).torch_class)
+        swap_class(module, type(module).torch_class)
     for name, parameter in _parameters(model):
         parameter.requires_grad_(state.requires_grad.get(name, True))
     for key, rate in state.config.dropout.items():
@@ -260,60 +289,10 @@ def _check_convertible(model: nn.Module) -> None:
         )
 
 
-def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfig) -> None:
-    _swap_class(module, kind)
+def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfig, estimator: str) -> None:
+    swap_class(module, kind)
     assert isinstance(module, BayesianModule)
-    module.become_bayesian(prior=config.prior, delta=config.delta, estimator=config.estimator)
-
-
-def _swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change the class; accelerate's hooks keep, and leave, the old `forward` on the instance, bound: bind it anew."""
-    own = type(module).forward
-    module.__class__ = kind
-    for name in ("forward", "_old_forward"):
-        bound = module.__dict__.get(name)
-        if isinstance(bound, types.MethodType) and bound.__func__ is own:
-            module.__dict__[name] = types.MethodType(kind.forward, module)
-
-
-def _tie(owners: list[tuple[nn.Module, str]], name: str) -> None:
-    """Tied means share rho, noise key and padding row; the prior's centre stays with the first owner."""
-    bayesian = [(m, p) for m, p in owners if isinstance(m, BayesianModule) and p in m.specs]
-    specs = [module.specs[parameter] for module, parameter in bayesian]
-    padding = [spec.padding_idx for spec in specs if spec.padding_idx is not None]
-    spec = TensorSpec(name, by_row=any(s.by_row for s in specs), padding_idx=next(iter(padding), None), named=True)
-    for number, (module, parameter) in enumerate(bayesian):
-        module.specs[parameter] = spec
-        if number == 0:
-            if specs[0].padding_idx != spec.padding_idx:
-                module.reset_rho(parameter)  # the padding row, which another owner told of, has no part in the floor
-        else:
-            setattr(module, f"{parameter}_rho", getattr(bayesian[0][0], f"{bayesian[0][1]}_rho"))
-            module.drop_centre(parameter)
-
-
-def _tie_saved_names(model: nn.Module, state: Conversion) -> None:
-    """Tell transformers of the tied rho, so that a checkpoint holds it once and a reload ties it again."""
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for target, source in list(ties.items()):
-        if f"{target}_rho" in names and f"{source}_rho" in names:
-            ties[f"{target}_rho"] = f"{source}_rho"
-            state.rho_ties.append(f"{target}_rho")
-
-
-_FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
-
-
-def _switch_fused_off(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """In `eval()` torch's own encoder hands its weights to one kernel that knows no draw: make it call its layers."""
-    switched: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        for kind, attribute in _FUSED:
-            if isinstance(module, kind) and getattr(module, attribute, None) and draws.bayesian_modules(module):
-                switched.append((module, attribute, getattr(module, attribute)))
-                setattr(module, attribute, type(getattr(module, attribute))(0))
-    return switched
+    module.become_bayesian(prior=config.prior, delta=config.delta, estimator=estimator, scale=config.scale)
 
 
 def _publish(model: nn.Module, config: BayesianConfig) -> None:

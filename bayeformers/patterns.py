@@ -27,6 +27,18 @@ def matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str
     return set().union(*by_pattern.values())
 
 
+def matches(name: str, pattern: str, argument: str) -> bool:
+    """Whether ``pattern`` is a suffix of the module's name, or a regular expression that matches it in full."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"`{argument}` must have strings as module patterns, got {pattern!r}.")
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"`{argument}` has no valid regular expression: {pattern!r} ({error}).") from None
+
+
 def subtrees(names: Iterable[str], roots: set[str]) -> set[str]:
     """``roots`` and all inside them: who excludes a container means its layers."""
     return {name for name in names if any(name == root or name.startswith(f"{root}.") for root in roots)}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from .config import BayesianConfig
 from .nn.base import BayesianModule
-from .patterns import Patterns, matching, subtrees
-from .registry import bayesian_class, is_only_read, supported_layers
+from .nn.estimators import REPARAMETERIZATION, get_estimator
+from .nn.norms import Normalization
+from .patterns import Patterns, matches, matching, subtrees
+from .registry import Found, bayesian_class, is_layer, supported_layers
 
 Chosen = dict[str, type[BayesianModule]]
 
 
 def choose(
-    model: nn.Module, target: Patterns, exclude: Patterns | None, saved: list[str]
+    model: nn.Module, target: Patterns, exclude: Patterns | None, saved: list[str], norms: bool = False
 ) -> tuple[Chosen, dict[str, str]]:
     names = [name for name, _ in model.named_modules()]
     targeted = set(names) if target == "all" else matching(names, target, "target_modules")
@@ -27,6 +29,8 @@ def choose(
         if not module._parameters or all(p is None for p in module._parameters.values()):
             continue
         kind, reason = _bayesian_class(model, name, module)
+        if kind is not None and issubclass(kind, Normalization) and not norms:
+            kind, reason = None, "a normalisation: `norms=True` converts it"
         if any(name == s or name.startswith(f"{s}.") for s in saved):
             skipped[name] = "in modules_to_save"
         elif kind is None:
@@ -37,6 +41,7 @@ def choose(
             skipped[name] = "in exclude_modules"
         else:
             chosen[name] = kind
+            skipped |= dict.fromkeys(_left_alone(name, module, kind), "not a matrix, of a module without a rule for it")
     if not chosen:
         raise ValueError(_nothing_to_convert(target, targeted, skipped))
     if not isinstance(target, str):
@@ -45,14 +50,16 @@ def choose(
     return chosen, skipped
 
 
-def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> tuple[type[BayesianModule] | None, str]:
-    """`bayesian_class`, less the layers whose owner reads their weight and never calls them."""
-    kind, reason = bayesian_class(module)
+def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> Found:
+    """`bayesian_class` of a module by its place in the model."""
     above, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(above)
-    if kind is not None and name and is_only_read(owner, attribute):
-        return None, f"its weight is read by {type(owner).__name__} without calling the layer"
-    return kind, reason
+    return bayesian_class(module, model.get_submodule(above) if name else None, attribute)
+
+
+def _left_alone(name: str, module: nn.Module, kind: type[BayesianModule]) -> list[str]:
+    """Names of a converted module's own Parameters that stay deterministic."""
+    rest = [key for key, p in module._parameters.items() if p is not None and key not in kind.names_of(module)]
+    return [f"{name}.{key}".lstrip(".") for key in rest]
 
 
 def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
@@ -80,8 +87,8 @@ def _nothing_to_convert(target: Patterns, targeted: Iterable[str], skipped: dict
     )
 
 
-def owners_of(model: nn.Module, names: Iterable[str]) -> dict[int, list[tuple[str, str]]]:
-    """Owners (module, parameter) of each distinct Parameter among the named modules, in their order.
+def owners_of(model: nn.Module, chosen: Chosen) -> dict[int, list[tuple[str, str]]]:
+    """Owners (module, parameter) of each distinct Parameter that becomes random, in the order of ``chosen``.
 
     A model that transformers is still loading declares its ties before it has made them.
     """
@@ -93,26 +100,51 @@ def owners_of(model: nn.Module, names: Iterable[str]) -> dict[int, list[tuple[st
         if t in parameters and s in parameters and parameters[t].is_meta
     }
     owners: dict[int, list[tuple[str, str]]] = {}
-    for name in names:
-        for parameter_name, parameter in model.get_submodule(name)._parameters.items():
-            if parameter is not None:
-                owners.setdefault(same.get(id(parameter), id(parameter)), []).append((name, parameter_name))
+    for name, kind in chosen.items():
+        module = model.get_submodule(name)
+        random = kind.names_of(module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and key in random:
+                owners.setdefault(same.get(id(parameter), id(parameter)), []).append((name, key))
     return owners
+
+
+def owner_shapes(model: nn.Module, chosen: Chosen) -> dict[str, tuple[int, ...]]:
+    """Shape of each distinct tensor that becomes random, by the name of its first owner."""
+    names = [".".join(filter(None, owners[0])) for owners in owners_of(model, chosen).values()]
+    return {name: tuple(model.get_parameter(name).shape) for name in names}
 
 
 def _check_ties(model: nn.Module, chosen: Chosen, skipped: dict[str, str]) -> None:
     """A tied weight is one random tensor: all layers that use it convert, or none."""
     owners = owners_of(model, chosen)
-    for name in skipped:
-        module = model.get_submodule(name)
-        for parameter in module._parameters.values():
-            if id(parameter) in owners and isinstance(module, (nn.Linear, nn.Embedding)):
-                other = owners[id(parameter)][0][0]
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if name in chosen or parameter is None or id(parameter) not in owners:
+                continue
+            if parameter.dim() > 1 or is_layer(module):  # a vector may only have a second name, as a head's bias
                 raise ValueError(
-                    f"{name!r} shares its weight with {other!r} but stays deterministic ({skipped[name]}): a tied "
-                    "weight is Bayesian in all its uses or in none. Name both in `target_modules` or in "
-                    "`exclude_modules`."
+                    f"{name!r} shares its {key} with {owners[id(parameter)][0][0]!r} but stays deterministic "
+                    f"({skipped[name]}): a tied weight is Bayesian in all its uses or in none. Name both in "
+                    "`target_modules` or in `exclude_modules`."
                 )
+
+
+def estimators_of(names: Iterable[str], estimator: str | Mapping[str, str]) -> dict[str, str]:
+    """Each layer's estimator: the one for all, or that of the first pattern that matches the layer."""
+    names = list(names)
+    if not isinstance(estimator, Mapping):
+        return dict.fromkeys(names, get_estimator(estimator).name)
+    if not estimator:
+        raise ValueError("`estimator` is an empty mapping; give one of the estimators, or patterns of modules.")
+    found = dict.fromkeys(names, "")
+    for pattern, value in estimator.items():
+        matched = [name for name in names if matches(name, pattern, "estimator")]
+        if not matched:
+            raise ValueError(f"`estimator` has the pattern {pattern!r}, which matches no converted layer.")
+        for name in matched:
+            found[name] = found[name] or get_estimator(value).name
+    return {name: value or REPARAMETERIZATION.name for name, value in found.items()}
 
 
 def check_weights(model: nn.Module, chosen: Iterable[str]) -> None:
@@ -130,7 +162,7 @@ def recorded(model: nn.Module, config: BayesianConfig) -> Chosen:
     chosen = {}
     position = {name: number for number, name in enumerate(modules)}  # JSON has sorted the names
     for name in sorted(config.modules, key=lambda name: position.get(name, -1)):
-        kind = bayesian_class(modules[name])[0] if name in modules else None
+        kind = _bayesian_class(model, name, modules[name])[0] if name in modules else None
         if kind is None or kind.__name__ != config.modules[name]:
             found = type(modules[name]).__name__ if name in modules else "no such module"
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +38,19 @@ class ModelSummary:
 
     Attributes:
         tensors: every distinct Bayesian tensor.
-        skipped: modules with weights that stay deterministic, and the reason.
+        skipped: modules whose weights stay deterministic, and the reason; single tensors of converted modules.
         bayesian_parameters: number of random weights.
         total_parameters: number of weights without the scales.
+        bayesian_matrix_parameters: of the random weights, those in tensors of 2 or more axes.
+        total_matrix_parameters: of all weights, those in tensors of 2 or more axes.
     """
 
     tensors: list[TensorSummary]
     skipped: dict[str, str]
     bayesian_parameters: int
     total_parameters: int
+    bayesian_matrix_parameters: int
+    total_matrix_parameters: int
 
     @property
     def coverage(self) -> float:
@@ -53,19 +58,25 @@ class ModelSummary:
         return self.bayesian_parameters / max(self.total_parameters, 1)
 
     @property
+    def matrix_coverage(self) -> float:
+        """:attr:`coverage` of the tensors of 2 or more axes alone: all but biases, gains and other vectors."""
+        return self.bayesian_matrix_parameters / max(self.total_matrix_parameters, 1)
+
+    @property
     def kl(self) -> float:
         """KL(q || p) of the model in nats."""
         return sum(tensor.kl for tensor in self.tensors)
 
     def __str__(self) -> str:
-        width = max(len(tensor.name) for tensor in self.tensors)
-        lines = [f"{'tensor':<{width}}  {'layer':<10} {'shape':<16} {'scale/|mean|':>12} {'KL (nats)':>12}"]
+        width, kind = (max(map(len, column)) for column in zip(*((t.name, t.kind) for t in self.tensors), strict=True))
+        lines = [f"{'tensor':<{width}}  {'layer':<{kind}} {'shape':<16} {'scale/|mean|':>12} {'KL (nats)':>12}"]
         for t in self.tensors:
             shape = "x".join(map(str, t.shape))
-            lines.append(f"{t.name:<{width}}  {t.kind:<10} {shape:<16} {t.relative_scale:>12.3g} {t.kl:>12.4g}")
+            lines.append(f"{t.name:<{width}}  {t.kind:<{kind}} {shape:<16} {t.relative_scale:>12.3g} {t.kl:>12.4g}")
         lines.append(
-            f"Bayesian: {self.bayesian_parameters:,} of {self.total_parameters:,} weights ({self.coverage:.1%}), "
-            f"KL {self.kl:.6g} nats"
+            f"Bayesian: {self.bayesian_parameters:,} of {self.total_parameters:,} parameters ({self.coverage:.1%}), "
+            f"{self.bayesian_matrix_parameters:,} of {self.total_matrix_parameters:,} in matrices "
+            f"({self.matrix_coverage:.1%}), KL {self.kl:.6g} nats"
         )
         for reason in sorted(set(self.skipped.values())):
             names = [name or "(the model itself)" for name, why in self.skipped.items() if why == reason]
@@ -82,14 +93,20 @@ def summary(model: nn.Module) -> ModelSummary:
 
     >>> from bayeformers import to_bayesian
     >>> summary(to_bayesian(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))).skipped
-    {'1': 'LayerNorm is not a supported layer'}
+    {'1': 'a normalisation: `norms=True` converts it'}
     """
     state = conversion_of(model)
     with torch.no_grad():
         tensors = [_summarise(tensor) for tensor in variational_tensors(model)]
-    random = sum(tensor.loc.numel() for tensor in variational_tensors(model))
-    total = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("_rho"))
-    return ModelSummary(tensors, dict(state.skipped), random, total)
+    random = [tensor.loc for tensor in variational_tensors(model)]
+    scales = {id(tensor.rho) for tensor in variational_tensors(model)}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in scales]
+    counts = (_count(random), _count(weights), _count(random, matrices=True), _count(weights, matrices=True))
+    return ModelSummary(tensors, dict(state.skipped), *counts)
+
+
+def _count(parameters: Iterable[nn.Parameter], *, matrices: bool = False) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.dim() > 1 or not matrices)
 
 
 def _summarise(tensor: NamedVariational) -> TensorSummary:

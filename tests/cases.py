@@ -16,7 +16,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-Kind = Literal["Linear", "Embedding", "Conv1D"]
+Kind = Literal["Linear", "Embedding", "Conv1D", "Conv1d", "Conv2d"]
 Part = Literal["head", "last", "middle", "embeddings"]
 LENGTHS = (7, 5, 3)
 CLASSES = 3
@@ -27,9 +27,9 @@ class Case:
     """One architecture.
 
     ``head``, ``last`` (last block), ``middle`` (first block, or one projection of it) and ``embeddings`` are regular
-    expressions for module names, matched in full. ``uncalled``: layers of ``layers`` that the forward never calls (it
-    calls others that share their weight). ``read``: plain layers that are never called, as their owner reads their
-    weight; they are not in ``layers``.
+    expressions for module names, matched in full. Of ``layers``, ``uncalled`` are never called by the forward (it calls
+    others that share their weight, or reads it), and ``read`` have their weight read, by their owner or their own
+    forward. ``bare``: names of matrices that belong to no layer; ``unused``: those of them that ``inputs`` do not need.
     """
 
     name: str
@@ -44,6 +44,19 @@ class Case:
     embeddings: str
     uncalled: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
+    bare: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of the modules that convert."""
+        return {*self.layers, *(name.rpartition(".")[0] for name in self.bare)}
+
+    def tensors(self, model: nn.Module) -> set[str]:
+        """All names of the Parameters of ``model`` that become random."""
+        own = {f"{name}.{key}" for name in self.layers for key in model.get_submodule(name)._parameters}
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return {name for name in names if name in own or name in self.bare}
 
     def build(self) -> nn.Module:
         """The same model at every call, in ``eval()`` mode, with every parameter away from 0 and 1."""
@@ -78,10 +91,23 @@ def expand(pattern: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*pieces)]
 
 
-def layers(*, linear: str = "", embedding: str = "", conv1d: str = "") -> dict[str, Kind]:
-    """Patterns separated by white space, per kind."""
-    kinds: tuple[tuple[Kind, str], ...] = (("Embedding", embedding), ("Linear", linear), ("Conv1D", conv1d))
+def layers(
+    *, linear: str = "", embedding: str = "", conv1d: str = "", convolution1: str = "", convolution2: str = ""
+) -> dict[str, Kind]:
+    """Patterns separated by white space, per kind; ``conv1d`` is that of GPT-2, ``convolution1`` is torch's."""
+    kinds: tuple[tuple[Kind, str], ...] = (
+        ("Embedding", embedding),
+        ("Linear", linear),
+        ("Conv1D", conv1d),
+        ("Conv1d", convolution1),
+        ("Conv2d", convolution2),
+    )
     return {name: kind for kind, patterns in kinds for pattern in patterns.split() for name in expand(pattern)}
+
+
+def bare(patterns: str) -> frozenset[str]:
+    """Patterns separated by white space."""
+    return frozenset(name for pattern in patterns.split() for name in expand(pattern))
 
 
 def tie(*names: str) -> frozenset[str]:
@@ -243,24 +269,31 @@ def bert(name: str, model: str, labels: Callable[[], dict[str, Tensor]], extra: 
     )
 
 
-def llama_like(name: str, model: str, config: str, head: str, blocks: str = LLAMA_BLOCKS, **options: Any) -> Case:
+def llama_like(
+    name: str, model: str, config: str, head: str, blocks: str = LLAMA_BLOCKS, bare_names: str = "", **options: Any
+) -> Case:
     return Case(
         name=name,
         make=lambda: getattr(hf, model)(getattr(hf, config)(**DECODER, **options)),
         inputs=text,
         labels=classes if head == "score" else tokens,
         layers=layers(embedding="model.embed_tokens", linear=f"{blocks} {head}"),
+        bare=bare(bare_names),
         **decoder_parts(r"model\.layers", head, "q_proj", r"model\.embed_tokens"),
     )
 
 
-def vit_like(name: str, model: str, config: str) -> Case:
+def vit_like(name: str, model: str, config: str, tokens: str) -> Case:
     return Case(
         name=name,
         make=lambda: getattr(hf, model)(getattr(hf, config)(**VISION, num_labels=CLASSES)),
         inputs=image(),
         labels=classes,
-        layers=layers(linear=at(name, VIT_BLOCKS) + "classifier"),
+        layers=layers(
+            linear=at(name, VIT_BLOCKS) + "classifier",
+            convolution2=f"{name}.embeddings.patch_embeddings.projection",
+        ),
+        bare=bare(f"{name}.embeddings.{{{tokens},position_embeddings}}"),
         head="classifier",
         last=rf"{name}\.layers\.1\..*",
         middle=rf"{name}\.layers\.0\..*q_proj",
@@ -393,12 +426,13 @@ CASES: tuple[Case, ...] = (
         inputs=text,
         labels=classes,
         layers=layers(
-            embedding="deberta.embeddings.word_embeddings",
+            embedding="deberta.embeddings.word_embeddings deberta.encoder.rel_embeddings",
             linear="""deberta.encoder.layer.{0,1}.attention.self.{query,key,value}_proj
                 deberta.encoder.layer.{0,1}.attention.output.dense deberta.encoder.layer.{0,1}.intermediate.dense
                 deberta.encoder.layer.{0,1}.output.dense pooler.dense classifier""",
         ),
         **encoder_parts("deberta", "classifier", "query_proj"),
+        uncalled=frozenset({"deberta.encoder.rel_embeddings"}),
         read=frozenset({"deberta.encoder.rel_embeddings"}),
     ),
     Case(
@@ -469,6 +503,7 @@ CASES: tuple[Case, ...] = (
             linear="""funnel.encoder.blocks.{0,1}.0.attention.{q_head,k_head,v_head,post_proj}
                 funnel.encoder.blocks.{0,1}.0.ffn.{linear_1,linear_2} classifier.{linear_hidden,linear_out}""",
         ),
+        bare=bare("funnel.encoder.blocks.{0,1}.0.attention.{r_w_bias,r_r_bias,r_kernel,r_s_bias,seg_embed}"),
         **decoder_parts(r"funnel\.encoder\.blocks", r"classifier\..*", "q_head", r"funnel\.embeddings\..*"),
     ),
     Case(
@@ -476,12 +511,16 @@ CASES: tuple[Case, ...] = (
         make=lambda: hf.XLNetForSequenceClassification(
             hf.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=32, num_labels=CLASSES)
         ),
-        inputs=text,
+        inputs=token_types,  # without them its segment embeddings have no part
         labels=classes,
-        layers=layers(  # the attention projections are bare Parameters
+        layers=layers(
             embedding="transformer.word_embedding",
             linear="transformer.layer.{0,1}.ff.{layer_1,layer_2} sequence_summary.summary logits_proj",
         ),
+        bare=bare(
+            "transformer.mask_emb transformer.layer.{0,1}.rel_attn.{q,k,v,o,r,r_r_bias,r_s_bias,r_w_bias,seg_embed}"
+        ),
+        unused=frozenset({"transformer.mask_emb"}),  # for `target_mapping`, in pretraining
         **decoder_parts(r"transformer\.layer", "logits_proj", "layer_1", r"transformer\.word_embedding"),
     ),
     Case(
@@ -505,12 +544,13 @@ CASES: tuple[Case, ...] = (
     llama_like("llama-lm", "LlamaForCausalLM", "LlamaConfig", "lm_head"),
     llama_like("mistral-lm", "MistralForCausalLM", "MistralConfig", "lm_head"),
     llama_like("qwen2", "Qwen2ForSequenceClassification", "Qwen2Config", "score", num_labels=CLASSES),
-    llama_like(  # experts and router are bare Parameters
+    llama_like(
         "mixtral-lm",
         "MixtralForCausalLM",
         "MixtralConfig",
         "lm_head",
         blocks="model.layers.{0,1}.self_attn.{q,k,v,o}_proj",
+        bare_names="model.layers.{0,1}.mlp.gate.weight model.layers.{0,1}.mlp.experts.{gate_up,down}_proj",
         num_local_experts=2,
         num_experts_per_tok=1,
     ),
@@ -631,15 +671,17 @@ CASES: tuple[Case, ...] = (
         ),
         inputs=spectrogram,
         labels=target_tokens,
-        layers=layers(  # the decoder's WhisperPositionalEmbedding slices its weight: not convertible
-            embedding="model.encoder.embed_positions model.decoder.embed_tokens",
+        layers=layers(
+            embedding="model.encoder.embed_positions model.decoder.embed_{tokens,positions}",
             linear=at("model.encoder", BART_ENCODER) + at("model.decoder", BART_DECODER) + "proj_out",
+            convolution1="model.encoder.conv{1,2}",
         ),
+        read=frozenset({"model.decoder.embed_positions"}),  # WhisperPositionalEmbedding slices its weight
         tied=(tie("model.decoder.embed_tokens.weight", "proj_out.weight"),),
         **decoder_parts(r"model\.decoder\.layers", "proj_out", r"self_attn\.q_proj", r"model\.decoder\.embed_tokens"),
     ),
-    vit_like("vit", "ViTForImageClassification", "ViTConfig"),
-    vit_like("deit", "DeiTForImageClassification", "DeiTConfig"),
+    vit_like("vit", "ViTForImageClassification", "ViTConfig", "cls_token"),
+    vit_like("deit", "DeiTForImageClassification", "DeiTConfig", "cls_token,distillation_token"),
     Case(
         name="swin",
         make=lambda: hf.SwinForImageClassification(
@@ -658,8 +700,10 @@ CASES: tuple[Case, ...] = (
         layers=layers(
             linear="""swin.encoder.layers.{0,1}.blocks.0.attention.{q,k,v,o}_proj
                 swin.encoder.layers.{0,1}.blocks.0.mlp.{fc1,fc2} swin.encoder.layers.0.downsample.reduction
-                classifier"""
+                classifier""",
+            convolution2="swin.embeddings.patch_embeddings.projection",
         ),
+        bare=bare("swin.encoder.layers.{0,1}.blocks.0.attention.relative_position_bias.relative_position_bias_table"),
         **decoder_parts(r"swin\.encoder\.layers", "classifier", "q_proj", r"swin\.embeddings\..*"),
     ),
     Case(
@@ -671,7 +715,11 @@ CASES: tuple[Case, ...] = (
         ),
         inputs=image(16),
         labels=classes,
-        layers=layers(linear="convnext.encoder.stages.{0,1}.layers.0.{pwconv1,pwconv2} classifier"),
+        layers=layers(
+            linear="convnext.encoder.stages.{0,1}.layers.0.{pwconv1,pwconv2} classifier",
+            convolution2="""convnext.embeddings.patch_embeddings convnext.encoder.stages.{0,1}.layers.0.dwconv
+                convnext.encoder.stages.1.downsampling_layer.1""",
+        ),
         **decoder_parts(r"convnext\.encoder\.stages", "classifier", "pwconv1", r"convnext\.embeddings\..*"),
     ),
     Case(
@@ -697,8 +745,10 @@ CASES: tuple[Case, ...] = (
         labels=classes,
         layers=layers(
             linear="""wav2vec2.feature_projection.projection wav2vec2.encoder.layers.{0,1}.attention.{q,k,v,out}_proj
-                wav2vec2.encoder.layers.{0,1}.feed_forward.{intermediate,output}_dense projector classifier"""
+                wav2vec2.encoder.layers.{0,1}.feed_forward.{intermediate,output}_dense projector classifier""",
+            convolution1="wav2vec2.feature_extractor.conv_layers.{0,1}.conv",
         ),
+        bare=bare("wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original{0,1}"),  # weight norm
         **decoder_parts(r"wav2vec2\.encoder\.layers", "classifier", "q_proj", r"wav2vec2\.feature_projection\..*"),
     ),
     Case(
@@ -715,6 +765,7 @@ CASES: tuple[Case, ...] = (
         layers=layers(
             embedding="text_model.embeddings.{token,position}_embedding vision_model.embeddings.position_embedding",
             linear=at("text_model", CLIP_BLOCKS) + at("vision_model", CLIP_BLOCKS) + "{text,visual}_projection",
+            convolution2="vision_model.embeddings.patch_embedding",
         ),
         head="(text|visual)_projection",
         last=r"text_model\.encoder\.layers\.1\..*",

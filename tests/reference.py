@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,22 +81,25 @@ def row_noise(key: int, rows: Iterable[int], width: int) -> Tensor:
     return torch.from_numpy(math.sqrt(2) * erfinv(np.array(table))).reshape(-1, width)
 
 
-def noise_of(model: nn.Module, layers: Mapping[str, str], index: int, seed: int = 0) -> dict[str, Tensor]:
+def noise_of(
+    model: nn.Module, layers: Mapping[str, str], index: int, seed: int = 0, bare: Container[str] = ()
+) -> dict[str, Tensor]:
     """Noise of every distinct tensor of the layers named in ``layers`` (name -> kind) of a plain model, by first name.
 
-    A tensor that an Embedding owns takes `row_noise`, its padding row none; any other `dense_noise`.
+    ``bare`` holds names of further tensors. A tensor that an Embedding owns takes `row_noise`, its padding row none;
+    any other `dense_noise`.
     """
     owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
-        if name in layers:
-            for parameter, value in module.named_parameters(recurse=False):
+        for parameter, value in module.named_parameters(recurse=False):
+            if name in layers or f"{name}.{parameter}".lstrip(".") in bare:
                 owners.setdefault(id(value), []).append((name, parameter))
     noise = {}
     for owned in owners.values():
         names = [".".join(filter(None, pair)) for pair in owned]
         value = model.get_parameter(names[0])
         key = key_of(seed, index, names[0])
-        tables = [model.get_submodule(name) for name, _ in owned if layers[name] == "Embedding"]
+        tables = [model.get_submodule(name) for name, _ in owned if layers.get(name) == "Embedding"]
         eps = row_noise(key, range(len(value)), value.shape[1]) if tables else dense_noise(key, tuple(value.shape))
         for table in tables:
             if table.padding_idx is not None:

@@ -291,7 +291,7 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((X, Y), {"num_samples": 0}, "`num_samples` must be a whole number >= 1, got 0"),
     ((X, Y), {"seed": 0.5}, "`seed` must be a whole number, got 0.5"),
     ((X, Y), {"target_modules": ["nothing"]}, r"`target_modules` names \['nothing'\], which match no module"),
-    ((X, Y), {"estimator": "flipout"}, "`estimator` must be"),
+    ((X, Y), {"estimator": "flipot"}, "`estimator` must be"),
     ((3, Y), {}, "`inputs` must be"),
 ]
 

@@ -30,6 +30,7 @@ from bayeformers import (
     unfreeze,
 )
 from bayeformers import nn as bnn
+from bayeformers.nn.parameters import RandomParameters
 from bayeformers.registry import _BAYESIAN
 from tests.cases import case
 from tests.reference import moped_sigma, sigma
@@ -207,7 +208,7 @@ def test_untied_by_hand() -> None:
 
 
 def test_subclass_layers() -> None:
-    """subclass_layers: one that adds to `super().forward` converts and draws; one that reads its weight does not."""
+    """subclass_layers: one that adds to `super().forward` draws in its layer's way, one that reads its weight by it."""
 
     class Scaled(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:
@@ -261,16 +262,13 @@ def test_subclass_layers() -> None:
     assert type(copy.deepcopy(scaled)[0]).__name__ == "Scaled"
     assert type(to_deterministic(scaled)[0]) is Scaled
     for kind in (Direct, Both, Hidden, ByName, ByMethod, ByProperty, Inner, Unchanged):
-        model = to_bayesian(nn.Sequential(kind(4, 4), nn.Linear(4, 4)))
-        assert type(model[0]) is kind, kind
-        assert "subclass of Linear" in summary(model).skipped["0"]
-
-
-def test_multihead_attention_is_left_alone() -> None:
-    """Its projections are read by a fused function: not one of them may turn Bayesian unseen."""
-    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(4, 4)])
-    assert converted_names(to_bayesian(model)) == {"1"}
-    assert "0.out_proj" in summary(model).skipped
+        layer, x = kind(4, 4), torch.randn(2, 4)
+        model = to_bayesian(nn.Sequential(copy.deepcopy(layer), nn.Linear(4, 4)), delta=0.5)
+        assert isinstance(model[0], RandomParameters) and isinstance(model[0], kind), kind
+        with fixed_draw(model, 0):
+            weights = {name: model[0].variational(name).sample() for name in ("weight", "bias")}
+            torch.testing.assert_close(model[0](x), torch.func.functional_call(layer, weights, (x,)))
+        assert type(to_deterministic(model)[0]) is kind
 
 
 def test_fused_transformer_layer_draws() -> None:
@@ -279,7 +277,8 @@ def test_fused_transformer_layer_draws() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     original = nn.TransformerEncoder(layer, 2).eval()
     model = to_bayesian(copy.deepcopy(original), delta=0.5).eval()
-    assert converted_names(model) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    names = ("linear1", "linear2", "self_attn", "self_attn.out_proj")
+    assert converted_names(model) == {f"layers.{i}.{name}" for i in (0, 1) for name in names}
     x, mask = torch.randn(2, 3, 8), torch.tensor([[False, False, False], [False, False, True]])
     for padding in (None, mask):
         arguments = {"src": x, "src_key_padding_mask": padding}
@@ -350,7 +349,6 @@ def test_accelerate_hooks(removed: str) -> None:
     [
         torch.nn.utils.weight_norm,
         torch.nn.utils.spectral_norm,
-        torch.nn.utils.parametrizations.weight_norm,
         lambda m: prune.l1_unstructured(m, "weight", 0.5),
         lambda m: prune.l1_unstructured(m, "bias", 0.5),
         lambda m: m.to(torch.complex64),
@@ -362,6 +360,24 @@ def test_computed_weights_are_left_alone(wrap: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
     to_bayesian(model)
     assert converted_names(model) == {"0"} and summary(model).skipped["1"]
+
+
+def test_a_parametrized_weight_is_computed_from_drawn_tensors() -> None:
+    """torch keeps the tensors behind a parametrization in a module of their own, which reads them by name."""
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 3))
+    names = {f"0.parametrizations.weight.original{i}" for i in (0, 1)}
+    to_bayesian(model, delta=0.5)
+    assert converted_names(model) == {"0.parametrizations.weight", "1"}
+    assert "computed from other parameters" in summary(model).skipped["0"]
+    with fixed_draw(model, 0):
+        drawn = {t.name: t.module.variational(t.parameter_name).sample() for t in bnn.variational_tensors(model)}
+        g, v = (drawn[name] for name in sorted(names))
+        weight = g * v / v.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(model[0](X), F.linear(X, weight, model[0].bias))
+    model.train()(X).sum().backward()
+    assert all(t.rho.grad is not None for t in bnn.variational_tensors(model))
+    assert len({model[0](X)[0, 0].item() for _ in range(3)}) == 3
+    to_deterministic(model)
 
 
 def test_register_layer() -> None:

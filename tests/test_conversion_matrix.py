@@ -6,6 +6,7 @@ recomputed element by element in `tests/reference.py`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -30,19 +31,23 @@ from bayeformers import (
     to_deterministic,
 )
 from bayeformers import nn as bnn
+from bayeformers.nn.parameters import RandomParameters
 from tests.cases import CASES, Case, case
 from tests.reference import gradients, noise_of, probe, run_with, sigma, sigma_slope, tensors_of
 from tests.reload_worker import describe
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-KINDS = {"Linear": bnn.Linear, "Embedding": bnn.Embedding, "Conv1D": bnn.Conv1D}
+KINDS = {kind: getattr(bnn, kind) for kind in ("Linear", "Embedding", "Conv1D", "Conv1d", "Conv2d")}
 RELOADED = {  # loader arguments and how the folder is written
     "sharded": ({}, {"max_shard_size": "20KB"}),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
     "device_map": ({"device_map": "cpu"}, {}),
     "sharded_device_map": ({"device_map": {"": "cpu"}}, {"max_shard_size": "20KB"}),
 }
-RELOADED_MODELS = ("bert", "bert-mlm", "gpt2-lm", "bart-lm")
+WITHOUT_EFFECT = {  # the head reads the class token, which Funnel keeps apart from positions and segments
+    f"funnel.encoder.blocks.1.0.attention.{name}" for name in ("r_kernel", "r_r_bias", "r_s_bias", "seg_embed")
+}
+RELOADED_MODELS = ("bert", "bert-mlm", "gpt2-lm", "bart-lm", "mixtral-lm", "deit")
 
 
 def plain(item: Case) -> nn.Module:
@@ -80,9 +85,14 @@ def batch(item: Case) -> dict[str, Any]:
     return {**inputs, **item.labels()}
 
 
+def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs in float64."""
+    return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+
+
 def drawn(original: nn.Module, model: nn.Module, item: Case, index: int, seed: int = 0) -> dict[str, Tensor]:
     """Weights of a draw, from the reference noise in float64: first name -> tensor."""
-    noise = noise_of(original, item.layers, index, seed)
+    noise = noise_of(original, item.layers, index, seed, item.bare)
     scales = {name: sigma(model.get_parameter(f"{name}_rho")) for name in noise}
     return {name: (original.get_parameter(name).double() + scales[name] * eps).float() for name, eps in noise.items()}
 
@@ -132,23 +142,54 @@ def test_converts_exactly_the_expected_layers(case: Case) -> None:
     """conversion_by_class, subclass_layers: every layer that is listed, and no other."""
     original, model = case.build(), to_bayesian(case.build())
     found = {name: m for name, m in model.named_modules() if isinstance(m, bnn.BayesianModule)}
-    assert set(found) == set(case.layers) == set(bayesian_config(model).modules)
+    assert set(found) == case.modules == set(bayesian_config(model).modules)
     for name, module in found.items():
-        assert isinstance(module, KINDS[case.layers[name]])
+        known = name in case.layers and name not in case.read
+        assert isinstance(module, KINDS[case.layers[name]] if known else RandomParameters)
         assert isinstance(module, type(original.get_submodule(name)))
-        assert module.weight_rho.shape == module.weight.shape
-    weights = {name for name, m in original.named_modules() if list(m.named_parameters(recurse=False))}
-    assert set(summary(model).skipped) == weights - set(case.layers)
-    assert all(summary(model).skipped.values())
+        assert all(getattr(module, f"{key}_rho").shape == module.get_parameter(key).shape for key in module.specs)
+    assert {f"{n}.{key}".lstrip(".") for n, m in found.items() for key in m.specs} == case.tensors(original)
 
 
 @each_case
-def test_every_random_tensor_is_drawn(case: Case) -> None:
+def test_coverage(case: Case) -> None:
+    """All matrices are random, of every model; what is not is named with a reason."""
+    original, found = case.build(), summary(to_bayesian(case.build()))
+    names = {name for name, _ in original.named_parameters(remove_duplicate=False)}
+    left = names - case.tensors(original)
+    assert all(original.get_parameter(name).dim() < 2 for name in left)
+    assert found.matrix_coverage == 1.0 and found.coverage > 0.9
+    assert all({name, name.rpartition(".")[0]} & found.skipped.keys() for name in left)
+    assert not found.skipped.keys() & (case.modules | case.tensors(original))
+    assert all(found.skipped.values())
+
+
+@each_case
+@pytest.mark.parametrize("held", [True, False])
+def test_every_random_tensor_is_drawn(case: Case, held: bool) -> None:
     """No tensor has a KL and no noise: each scale has a gradient of the outputs, zeros where an example cancels it."""
-    model = converted(case)
-    with fixed_draw(model, 0):
+    model = converted(case).train(not held)
+    with fixed_draw(model, 0) if held else contextlib.nullcontext():
         probe(model(**case.inputs())).backward()
-    assert {t.name for t in bnn.variational_tensors(model) if t.rho.grad is None} == set()
+    assert {t.name for t in bnn.variational_tensors(model) if t.rho.grad is None} == case.unused
+
+
+@each_case
+def test_every_bare_tensor_moves_the_output(case: Case) -> None:
+    """Each alone: with its scale wide and all others closed, a draw is another network than the mean (in float64)."""
+    model = to_bayesian(plain(case), delta=0.5).double()
+    inputs = in_double(case.inputs())
+    scales = {tensor.name: tensor.rho for tensor in bnn.variational_tensors(model)}
+    wide = {name: rho.detach().clone() for name, rho in scales.items()}
+    with torch.no_grad(), fixed_draw(model, 0):
+        for rho in scales.values():
+            rho.fill_(-200.0)
+        closed = tensors_of(model(**inputs))
+        for name in sorted(case.bare - case.unused - WITHOUT_EFFECT):
+            scales[name].copy_(wide[name])
+            moved = max(float((a - b).abs().max()) for a, b in zip(tensors_of(model(**inputs)), closed, strict=True))
+            assert moved > 1e-9, name
+            scales[name].fill_(-200.0)
 
 
 @each_case
@@ -156,23 +197,22 @@ def test_wrapper_loses_api(case: Case) -> None:
     """wrapper_loses_api: the same object, class and configuration; the old Parameters are the means."""
     model = case.build()
     kind, before = type(model), dict(model.named_parameters(remove_duplicate=False))
+    random = case.tensors(model)
     assert to_bayesian(model) is model and type(model) is kind
     after = dict(model.named_parameters(remove_duplicate=False))
     assert all(after[name] is parameter for name, parameter in before.items())
-    assert {name for name in after if name not in before} == {
-        name + "_rho" for name in before if name.rpartition(".")[0] in case.layers
-    }
+    assert {name for name in after if name not in before} == {f"{name}_rho" for name in random}
 
 
 @each_case
 def test_tied_weights(case: Case) -> None:
     """tied_weights, kl_counted_once: tied means share one rho and one entry of the KL."""
-    model = to_bayesian(case.build())
-    assert_ties(model, case)
+    model = case.build()
+    distinct = {id(model.get_parameter(name)) for name in case.tensors(model)}
+    assert_ties(to_bayesian(model), case)
     names = [tensor.name for tensor in bnn.variational_tensors(model)]
     assert len(names) == len(set(names))
-    distinct = {id(model.get_submodule(layer).weight) for layer in case.layers}
-    assert sum(name.endswith("weight") for name in names) == len(distinct)
+    assert len(names) == len(distinct)
 
 
 def assert_ties(model: nn.Module, item: Case) -> None:
@@ -238,10 +278,10 @@ def test_rho_gradient_of_the_nll(case: Case, freeze: bool) -> None:
     depth of the network multiplies; gradients that cancel (a key's bias) are compared with the largest one.
     """
     original, model = plain(case).double(), converted(case, freeze=freeze).double().train()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(case).items()}
+    inputs = in_double(batch(case))
     with fixed_draw(model, 3):
         negative_log_likelihood(case, model(**inputs)).backward()
-    noise = noise_of(original, case.layers, 3)
+    noise = noise_of(original, case.layers, 3, bare=case.bare)
     weights = {n: original.get_parameter(n) + sigma(model.get_parameter(f"{n}_rho")) * eps for n, eps in noise.items()}
     by_weight = gradients(lambda w: negative_log_likelihood(case, run_with(original, w, inputs)), weights)
     largest = max(float(g.abs().max()) for g in by_weight.values())
@@ -255,7 +295,8 @@ def test_rho_gradient_of_the_nll(case: Case, freeze: bool) -> None:
         if freeze or not original.get_parameter(name).requires_grad:
             assert mean.grad is None
         else:
-            torch.testing.assert_close(mean.grad, by_weight[name], **close)
+            found = torch.zeros_like(mean) if name in case.unused else mean.grad
+            torch.testing.assert_close(found, by_weight[name], **close)
 
 
 @each_case

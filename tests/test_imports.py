@@ -22,17 +22,20 @@ EVERYTHING_ABOVE = ("*",)
 # a row names only rooms of earlier rows, so imports run one way.
 ROOMS: dict[str, tuple[str, ...]] = {
     "distributions": (),
-    "config": ("distributions",),
     "patterns": (),
     "nn": ("distributions",),
+    "config": ("distributions",),
     "registry": ("nn",),
     "selection": ("nn", "config", "registry", "patterns"),
     "dropout": (),
-    "conversion": ("nn", "distributions", "config", "selection", "dropout", "patterns"),
+    "continual": ("nn", "distributions"),
+    "surgery": ("nn",),
+    "conversion": ("nn", "distributions", "config", "continual", "selection", "surgery", "dropout", "patterns"),
     "objective": ("nn", "distributions"),
     "summary": ("nn", "conversion", "objective"),
     "metrics": (),
-    "predictive": ("metrics",),
+    "losses": ("metrics",),
+    "predictive": ("metrics", "losses.gaussian"),
     "snapshot": (),
     "shared_prefix": ("snapshot",),
     "monte_carlo": ("predictive", "shared_prefix", "snapshot"),
@@ -40,7 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "posteriors.covariance": (),
     "posteriors.blocks": ("jacobians", "posteriors.covariance"),
     "posteriors.linearized": ("jacobians", "posteriors.blocks", "posteriors.covariance", "predictive"),
-    "posteriors.logits": ("predictive",),
+    "posteriors.logits": ("predictive", "losses.gaussian"),
     "posteriors.methods": ("posteriors.blocks", "posteriors.linearized"),
     "posteriors.base": (
         "monte_carlo",
@@ -64,7 +67,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "posteriors.logits",
         "posteriors.methods",
     ),  # fmt: skip
-    "checkpoint": ("conversion", "config", "laplace"),
+    "checkpoint": ("conversion", "config", "laplace", "nn"),
     "calibration": ("posteriors", "predictive", "conversion", "nn", "distributions"),
     "tasks": ("metrics",),
     "models": (),
@@ -179,6 +182,7 @@ def public_names() -> list[tuple[str, str]]:
     """(module, name) of each name that the package and its public folders offer."""
     offered = [
         "bayeformers", "bayeformers.distributions", "bayeformers.nn", "bayeformers.metrics", "bayeformers.laplace",
+        "bayeformers.losses",
     ]  # fmt: skip
     return [(module, name) for module in offered for name in importlib.import_module(module).__all__]
 

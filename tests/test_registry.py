@@ -1,4 +1,4 @@
-"""Layers whose weight is read without a call take no draw: they stay deterministic, and say why."""
+"""Layers whose weight is read without a call: found in the code of their owner, and drawn where they are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer, WavLMAttention
 
 from bayeformers import fixed_draw, summary, to_bayesian
-from bayeformers.registry import is_only_read
+from bayeformers.nn.parameters import RandomParameters
+from bayeformers.registry import is_only_read, takes_past_names
 from tests.cases import case
 
 
@@ -51,11 +52,12 @@ def test_uses_of_a_child() -> None:
     assert {name for name in names if is_only_read(Reader(), name)} == {"read", "checked", "inner"}
 
 
-def test_a_read_layer_stays_deterministic_and_says_why() -> None:
+def test_a_read_layer_draws_where_it_is_read() -> None:
+    """All its tensors are random, and the rest of the model is converted as ever."""
     model = to_bayesian(Reader(), delta=0.5)
-    assert summary(model).skipped == dict.fromkeys(
-        ("read", "checked", "inner"), "its weight is read by Reader without calling the layer"
-    )
+    assert summary(model).skipped == {} and summary(model).coverage == 1.0
+    kinds = {name: isinstance(module, RandomParameters) for name, module in model.named_children()}
+    assert kinds == {name: name in ("read", "checked", "inner") for name in kinds}
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,51 @@ def _wavlm() -> tuple[nn.Module, dict[str, Any]]:
 MODELS = {"deberta": _deberta, "wavlm": _wavlm}
 
 
-def test_naming_a_read_layer_is_an_error() -> None:
-    model = case("deberta-v2").build()
-    with pytest.raises(ValueError, match=r"names 'rel_embeddings', of which nothing .* DebertaV2Encoder without"):
-        to_bayesian(model, target_modules=["rel_embeddings", "dense"])
-    with pytest.raises(ValueError, match=r"leaves nothing to convert .*its weight is read by DebertaV2Encoder"):
-        to_bayesian(model, target_modules=r".*rel_embeddings")
+def test_a_read_layer_can_be_named() -> None:
+    """By itself, like any other; a layer that cannot convert is still an error."""
+    model = to_bayesian(case("deberta-v2").build(), target_modules=["rel_embeddings"])
+    assert [tensor.name for tensor in summary(model).tensors] == ["deberta.encoder.rel_embeddings.weight"]
+    with pytest.raises(ValueError, match=r"names 'rel_embeddings.LayerNorm'|match no module"):
+        to_bayesian(case("deberta-v2").build(), target_modules=["rel_embeddings.LayerNorm"])
+
+
+class Base(nn.Module):
+    def helper(self) -> list[Tensor]:
+        return list(self.parameters())
+
+    @property
+    def first(self) -> Tensor:
+        return next(self.parameters())
+
+
+class ByHelper(Base):
+    def forward(self) -> Tensor:
+        return self.helper()[0]
+
+
+class ByProperty(Base):
+    def forward(self) -> Tensor:
+        return self.first
+
+
+class ByDict(nn.Module):
+    def forward(self) -> Tensor:
+        return [self._parameters[name] for name in "a"][0]  # type: ignore[return-value]
+
+
+class ForItsDtype(Base):
+    def forward(self) -> Tensor:
+        return torch.zeros((), dtype=next(self.parameters()).dtype)
+
+
+class Overridden(ByHelper):
+    def helper(self) -> list[Tensor]:
+        return [self.weight]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [(ByHelper, True), (ByProperty, True), (ByDict, True), (ForItsDtype, False), (Overridden, False), (Reader, False)],
+)
+def test_forwards_that_take_parameters_past_their_names(source: type[nn.Module], expected: bool) -> None:
+    assert takes_past_names(source) is expected

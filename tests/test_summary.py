@@ -13,10 +13,14 @@ from tests.cases import CASES, Case, case
 def test_counts(case: Case) -> None:
     """Distinct weights of the expected layers over all distinct weights of the original."""
     original = case.build()
-    bayesian = {id(p): p.numel() for n in case.layers for p in original.get_submodule(n).parameters(recurse=False)}
+    random = {id(p): p for p in map(original.get_parameter, case.tensors(original))}.values()
+    bayesian = [p.numel() for p in random]
     found = summary(to_bayesian(case.build(), delta=0.1))
-    assert found.bayesian_parameters == sum(bayesian.values())
+    assert found.bayesian_parameters == sum(bayesian)
     assert found.total_parameters == sum(p.numel() for p in original.parameters())
+    matrices = [p.numel() for p in original.parameters() if p.dim() > 1]
+    assert found.bayesian_matrix_parameters == sum(p.numel() for p in random if p.dim() > 1) == sum(matrices)
+    assert found.total_matrix_parameters == sum(matrices) and found.matrix_coverage == 1.0
     assert found.coverage == found.bayesian_parameters / found.total_parameters
     assert len(found.tensors) == len(bayesian)
     for tensor in found.tensors:  # an all-zero tensor has no relative scale; none here
@@ -35,7 +39,7 @@ def test_text() -> None:
     found = summary(model)
     text = str(found)
     assert all(tensor.name in text for tensor in found.tensors)
-    assert "in exclude_modules" in text and "LayerNorm is not a supported layer" in text and "%" in text
+    assert "in exclude_modules" in text and "a normalisation: `norms=True` converts it" in text and "%" in text
     assert found.skipped["classifier"] == "in exclude_modules"
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, scale_from_rho
+from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, unit_of
+from ..distributions.diagonal_normal import ScaleName, check_scale
+from ..distributions.initial_scale import check_delta
+from ..distributions.prior import check_prior
 from .draws import MEAN, DrawScope, bayesian_modules
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
-from .variational import Draw, TensorSpec, Variational, wide
+from .variational import Draw, TensorSpec, Variational, scale_of
 
 DEFAULT_DELTA = 0.05
 DEFAULT_PRIOR = NormalPrior(std=1.0, centre=0.0)  # a hand-built layer has no trained weight to centre at
-_CENTRE = "_prior_centre"
+_CENTRE, _PRIOR_SCALE, _FLOOR = "_prior_centre", "_prior_scale", "_scale_floor"
+WIDE_BUFFERS = (_PRIOR_SCALE, _FLOOR)
+"""Endings of buffers that stay float32, as rho does, whatever the model is cast to; a checkpoint must have them."""
 
 
 class BayesianModule(nn.Module):
-    """Mixin over a torch layer: each of ``bayesian_parameters`` is the mean of a Gaussian; ``<name>_rho`` its scale.
+    """Mixin over a torch layer: each of `names_of` is the mean of a Gaussian; ``<name>_rho`` its scale.
 
     The layer's own Parameters stay in place as the means, so ties, hooks and code that reads ``.weight`` keep working.
     rho stays float32 through every cast. An instance becomes Bayesian by :meth:`become_bayesian`.
@@ -45,21 +50,26 @@ class BayesianModule(nn.Module):
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
-    def become_bayesian(self, *, prior: Prior, delta: float, estimator: str) -> None:
+    def become_bayesian(self, *, prior: Prior, delta: float, estimator: str, scale: ScaleName = "additive") -> None:
         """Add rho (scale = delta |weight|, see `initial_scale`) and the state of a Bayesian layer.
 
-        A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient.
+        A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient. A
+        multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one.
+
+        Raises:
+            TypeError, ValueError: an argument is not one of these, before anything changes.
         """
-        self.prior, self.delta, self.estimator = prior, delta, get_estimator(estimator)
+        check_scale(scale)
+        check_prior(prior)
+        self.prior, self.delta, self.estimator = prior, check_delta(delta), get_estimator(estimator)
         self.draw, self.scope = None, DrawScope()
-        self.specs = {
-            name: TensorSpec(name, by_row=self.by_row, padding_idx=getattr(self, "padding_idx", None))
-            for name in self.bayesian_parameters
-            if getattr(self, name, None) is not None
-        }
+        names = [name for name in self.names_of(self) if getattr(self, name, None) is not None]
+        self.specs = {name: self._spec_of(name) for name in names}
         for name in self.specs:
             rho = torch.empty_like(self.get_parameter(name), dtype=torch.float32)
             self.register_parameter(f"{name}_rho", nn.Parameter(rho))
+            if scale == "multiplicative":
+                self.register_buffer(f"{name}{_FLOOR}", self.initial_scale(name, self.get_parameter(name)).floor)
             self.reset_rho(name)
             if self.get_parameter(name).requires_grad:
                 self.store_centre(name)
@@ -69,20 +79,34 @@ class BayesianModule(nn.Module):
         for name in list(self.specs):
             delattr(self, f"{name}_rho")
             self.drop_centre(name)
+            self._buffers.pop(f"{name}{_FLOOR}", None)
         for attribute in ("prior", "delta", "estimator", "draw", "specs", "scope"):
             delattr(self, attribute)
 
     @classmethod
+    def names_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of ``module``, torch's layer or its Bayesian twin, that are random if it has them.
+
+        The first is a weight that every instance has. A layer overrides it whose names depend on the instance.
+        """
+        return cls.bayesian_parameters
+
+    @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Why this instance of the torch layer cannot become Bayesian; None if it can."""
-        for name in cls.bayesian_parameters:
+        names = cls.names_of(module)
+        for name in names:
             value = getattr(module, name, None)
             if value is not None and value is not module._parameters.get(name):
                 return f"its {name} is computed from other parameters (weight norm, pruning)"
-        weight = module._parameters.get("weight")
+        weight = module._parameters.get(names[0])
         if weight is None or not weight.is_floating_point():
-            return "its weight is not a floating-point tensor"
+            return f"its {names[0]} is not a floating-point tensor"
         return None
+
+    def _spec_of(self, name: str) -> TensorSpec:
+        """What the noise of the tensor ``name`` depends on, before its ties are known."""
+        return TensorSpec(name, by_row=self.by_row, padding_idx=getattr(self, "padding_idx", None))
 
     # -- which draw -------------------------------------------------------------------------------------------------
 
@@ -102,13 +126,19 @@ class BayesianModule(nn.Module):
         Raises:
             RuntimeError: its scale no longer fits (the layer was resized after conversion).
         """
-        loc, rho, spec = getattr(self, name), getattr(self, f"{name}_rho"), self.specs[name]
+        loc, rho, spec = self._mean_of(name), getattr(self, f"{name}_rho"), self.specs[name]
         if loc.shape != rho.shape:
             raise RuntimeError(
                 f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
                 "after conversion. Call `to_deterministic(model)`, resize, then `to_bayesian` again."
             )
-        return Variational(loc, rho, spec, self.draw if isinstance(self.draw, Draw) else self.scope.training_draw())
+        draw = self.draw if isinstance(self.draw, Draw) else self.scope.training_draw()
+        return Variational(loc, rho, spec, draw, self.scale_floor(name))
+
+    def _mean_of(self, name: str) -> Tensor:
+        """The tensor ``name`` without noise."""
+        value: Tensor = getattr(self, name)
+        return value
 
     def maybe(self, name: str) -> Variational | None:
         """:meth:`variational`, or None where the layer has no such tensor."""
@@ -121,9 +151,20 @@ class BayesianModule(nn.Module):
         if self.prior.needs_centre and f"{name}{_CENTRE}" not in self._buffers:
             self.register_buffer(f"{name}{_CENTRE}", self.get_parameter(name).detach().clone())
 
+    def store_prior(self, name: str, centre: Tensor, scale: Tensor) -> None:
+        """Give ``name`` a prior of its own, N(centre, scale^2), in buffers that are saved, whatever the layer's is."""
+        loc = self.get_parameter(name)
+        self.register_buffer(f"{name}{_CENTRE}", centre.detach().to(loc.device, loc.dtype, copy=True))
+        self.register_buffer(f"{name}{_PRIOR_SCALE}", scale.detach().to(loc.device, copy=True))
+
     def drop_centre(self, name: str) -> None:
-        """Forget the stored centre: another owner of the tensor keeps it."""
+        """Forget the stored centre, and scale: another owner of the tensor keeps it."""
         self._buffers.pop(f"{name}{_CENTRE}", None)
+        self._buffers.pop(f"{name}{_PRIOR_SCALE}", None)
+
+    def prior_scale(self, name: str) -> Tensor | None:
+        """Scales of a prior that :meth:`store_prior` gave; None where the layer's prior holds."""
+        return self._buffers.get(f"{name}{_PRIOR_SCALE}")
 
     def prior_centre(self, name: str) -> Tensor:
         """The trained weight: the stored copy, or the mean itself while it is frozen.
@@ -152,9 +193,29 @@ class BayesianModule(nn.Module):
 
     def reset_rho(self, name: str) -> None:
         """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean."""
-        loc, rho = self.get_parameter(name), self.get_parameter(f"{name}_rho")
+        loc, floor = self.get_parameter(name), self.scale_floor(name)
+        initial = self.initial_scale(name, loc)
+        if floor is not None:
+            floor.copy_(initial.floor)
+        self.set_scale(name, initial(loc))
+
+    def set_scale(self, name: str, scale: Tensor) -> None:
+        """Write the rho that gives these standard deviations, of the shape of ``name``."""
+        loc, floor = self.get_parameter(name), self.scale_floor(name)
         with torch.no_grad():
-            rho.copy_(rho_from_scale(self.initial_scale(name, loc)(loc)))
+            relative = scale if floor is None else scale / unit_of(loc, floor)
+            self.get_parameter(f"{name}_rho").copy_(rho_from_scale(relative))
+
+    def scale_floor(self, name: str) -> Tensor | None:
+        """Floor of a multiplicative scale, sigma = softplus(rho) max(|mu|, floor); None if the scale is additive."""
+        return self._buffers.get(f"{name}{_FLOOR}")
+
+    def copy_scale(self, name: str, owner: BayesianModule, other: str) -> None:
+        """Share rho with another owner of the same tensor; its floor, a scalar, is copied."""
+        setattr(self, f"{name}_rho", owner.get_parameter(f"{other}_rho"))
+        floor, own = owner.scale_floor(other), self.scale_floor(name)
+        if floor is not None and own is not None:
+            own.copy_(floor)
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
@@ -167,6 +228,7 @@ class BayesianModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         rhos = {id(getattr(self, f"{name}_rho")) for name in getattr(self, "specs", ())}
+        rhos |= {id(buffer) for key, buffer in self._buffers.items() if key.endswith(WIDE_BUFFERS)}
         grads = {id(p.grad) for p in self._parameters.values() if p is not None and id(p) in rhos}
 
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -188,11 +250,13 @@ class NamedVariational:
         name: its first name in the model, the key of its noise.
         module: the layer that owns it first.
         parameter_name: its name there.
+        siblings: names of all tensors that the layer owns first.
     """
 
     name: str
     module: BayesianModule
     parameter_name: str
+    siblings: tuple[str, ...]
 
     @property
     def loc(self) -> nn.Parameter:
@@ -211,7 +275,18 @@ class NamedVariational:
 
     def scale(self) -> Tensor:
         """Standard deviations, in float32 or the wider dtype of the means."""
-        return scale_from_rho(wide(self.rho, self.loc))
+        return scale_of(self.loc, self.rho, self.floor)
+
+    @property
+    def floor(self) -> Tensor | None:
+        """Of a multiplicative scale."""
+        return self.module.scale_floor(self.parameter_name)
+
+    @property
+    def layer(self) -> Iterator[NamedVariational]:
+        """The tensors that its layer owns first, itself among them."""
+        specs = self.module.specs
+        return (replace(self, name=specs[name].name, parameter_name=name) for name in self.siblings)
 
     def random_rows(self) -> list[slice]:
         """Slices of the first axis that are random: all but the padding row."""
@@ -225,8 +300,8 @@ def variational_tensors(model: nn.Module) -> Iterator[NamedVariational]:
     """Every distinct Bayesian Parameter of ``model`` once, tied tensors under their first owner."""
     seen: set[int] = set()
     for name, module in bayesian_modules(model).items():
-        for parameter, spec in module.specs.items():
-            if id(loc := module.get_parameter(parameter)) not in seen:
-                seen.add(id(loc))
-                unnamed = f"{name}.{parameter}" if name else parameter
-                yield NamedVariational(spec.name if spec.named else unnamed, module, parameter)
+        own = tuple(parameter for parameter in module.specs if id(module.get_parameter(parameter)) not in seen)
+        for parameter in own:
+            seen.add(id(module.get_parameter(parameter)))
+            spec, unnamed = module.specs[parameter], f"{name}.{parameter}" if name else parameter
+            yield NamedVariational(spec.name if spec.named else unnamed, module, parameter, own)

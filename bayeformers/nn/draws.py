@@ -61,6 +61,28 @@ class DrawScope:
         if self._depth == 0:
             self.running = self.traced = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward runs, or a part of one is recomputed in backward."""
+        if torch.compiler.is_compiling():
+            return self.traced is not None
+        return self.running is not None or torch._C._current_graph_task_id() != -1
+
+    def begin_part(self) -> Draw | None:
+        """A part runs forward, perhaps on its own: it has one draw. Returns what `end_part` restores."""
+        if torch.compiler.is_compiling():
+            outer, self.traced = self.traced, self.traced or TracedDraw()
+            return outer
+        before, self.running = self.running, self.training_draw()
+        return before
+
+    def end_part(self, outer: Draw | None) -> None:
+        """The part's forward ends."""
+        if torch.compiler.is_compiling():
+            self.traced = outer if isinstance(outer, TracedDraw) else None
+        else:
+            self.running = outer
+
     def training_draw(self) -> Draw:
         """The draw of the running forward; of the recomputed one during backward; else one for this call alone."""
         if torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ class Embedding(BayesianModule, torch.nn.Embedding):
             (``max_norm``, ``sparse``, ``scale_grad_by_freq``) have no meaning for a random table and are refused.
         prior: prior of every weight.
         delta: initial scale relative to |weight|.
+        estimator: how the noise enters; local reparameterization is plain reparameterization here.
 
     Shape: ids (*) -> (*, embedding_dim).
 
@@ -43,23 +44,24 @@ class Embedding(BayesianModule, torch.nn.Embedding):
         dtype: Any = None,
         prior: Prior = DEFAULT_PRIOR,
         delta: float = DEFAULT_DELTA,
+        estimator: str = "reparameterization",
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator="reparameterization")
+        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
 
     @classmethod
     def refusal(cls, module: torch.nn.Module) -> str | None:
         """Lookup options that a random table cannot honour."""
-        options = ("max_norm", "sparse", "scale_grad_by_freq")
-        used = [name for name in options if getattr(module, name, None)]
-        return f"Embedding with {', '.join(used)} is not supported" if used else super().refusal(module)
+        return refused_options(module) or super().refusal(module)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look the ids up in the mean, the held draw or a fresh draw."""
         if not self.is_random:
             return super().forward(input)
-        weight = self.variational("weight")
-        if torch.compiler.is_compiling():  # it cannot trace the data-dependent shape of `unique`
-            return weight.sample_rows(input)
-        rows, inverse = torch.unique(input, return_inverse=True)
-        return torch.nn.functional.embedding(inverse, weight.sample_rows(rows))
+        return self.active_estimator.lookup(input, self.variational("weight"))
+
+
+def refused_options(module: torch.nn.Module) -> str | None:
+    """Why a lookup table cannot be random, by its options; None if they allow it."""
+    used = [name for name in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(module, name, None)]
+    return f"{type(module).__name__} with {', '.join(used)} is not supported" if used else None

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..distributions import Prior
 from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
+from .estimators import Layout
+
+_TRANSPOSED = Layout(transposed=True)
 
 
 class Linear(BayesianModule, torch.nn.Linear):
@@ -50,7 +53,7 @@ class Linear(BayesianModule, torch.nn.Linear):
         """Apply the layer with its mean, its held draw or fresh noise."""
         if not self.is_random:
             return super().forward(input)
-        return self.active_estimator.affine(F.linear, input, self.variational("weight"), self.maybe("bias"))
+        return self.active_estimator.affine(F.linear, (input,), self.variational("weight"), self.maybe("bias"))
 
 
 class Conv1D(BayesianModule, transformers.pytorch_utils.Conv1D):
@@ -78,7 +81,8 @@ class Conv1D(BayesianModule, transformers.pytorch_utils.Conv1D):
         if not self.is_random:
             output: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
             return output
-        return self.active_estimator.affine(_conv1d, x, self.variational("weight"), self.maybe("bias"))
+        weight, bias = self.variational("weight"), self.maybe("bias")
+        return self.active_estimator.affine(_conv1d, (x,), weight, bias, _TRANSPOSED)
 
 
 def _conv1d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

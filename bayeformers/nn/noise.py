@@ -28,6 +28,12 @@ def normal(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
     return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
 
+def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Independent fair signs, -1 or 1, in float32 of the given shape."""
+    generator = torch.Generator(device=device).manual_seed(key % 2**63)
+    return torch.randint(2, tuple(shape), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+
+
 def normal_rows(key: int | Tensor, rows: Tensor, width: int) -> Tensor:
     """N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
 

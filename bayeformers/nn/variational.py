@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..distributions import MIN_SCALE, rho_from_scale, scale_from_rho
+from ..distributions import MIN_SCALE, rho_from_scale, scale_from_rho, unit_of
 from . import noise
 
 _MIN_RHO = float(rho_from_scale(torch.tensor(MIN_SCALE, dtype=torch.float64)))
@@ -59,25 +60,25 @@ class Draw:
             self._noise[spec.name] = value
         return value
 
-    def weight(self, spec: TensorSpec, loc: Tensor, rho: Tensor) -> Tensor:
+    def weight(self, spec: TensorSpec, loc: Tensor, rho: Tensor, floor: Tensor | None = None) -> Tensor:
         """loc + sigma * noise; under ``no_grad`` a held draw makes it once and keeps it while loc and rho stand."""
         if torch.is_grad_enabled() or self._weights is None:
-            return sample(loc, rho, self.noise(spec, loc))
+            return sample(loc, rho, self.noise(spec, loc), floor)
         kept = self._weights.get(spec.name)
         if kept is None or kept[0] != _stamp(loc, rho):
-            kept = _stamp(loc, rho), sample(loc, rho, self._make_noise(spec, loc))
+            kept = _stamp(loc, rho), sample(loc, rho, self._make_noise(spec, loc), floor)
             self._weights[spec.name] = kept
         return kept[1]
 
-    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
+    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
         """Rows of :meth:`weight`, bit for bit, at the cost of those rows: (n,) -> (n, width).
 
         Under ``no_grad`` a held draw keeps the rows that it has made.
         """
         if torch.is_grad_enabled() or self._weights is None:
-            return self._make_rows(spec, loc, rho, rows)
+            return self._make_rows(spec, loc, rho, rows, floor)
         if spec.name in self._weights:
-            return F.embedding(rows, self.weight(spec, loc, rho))
+            return F.embedding(rows, self.weight(spec, loc, rho, floor))
         kept = self._tables.get(spec.name)
         if kept is None or kept[0] != _stamp(loc, rho):
             kept = _stamp(loc, rho), torch.empty_like(loc), torch.zeros(len(loc), 1, device=loc.device)
@@ -85,13 +86,29 @@ class Draw:
         _, table, made = kept
         missing = rows[F.embedding(rows, made)[:, 0] == 0]  # `embedding` also refuses ids that indexing would wrap
         if missing.numel():
-            table[missing] = self._make_rows(spec, loc, rho, missing)
+            table[missing] = self._make_rows(spec, loc, rho, missing, floor)
             made[missing] = 1
         return F.embedding(rows, table)
 
-    def _make_rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
-        eps = _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
-        return sample(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps)
+    def perturbed_rows(
+        self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None
+    ) -> Tensor:
+        """sigma * noise of the given rows: (n,) -> (n, width)."""
+        eps = self._noise_of_rows(spec, loc, rows)
+        if floor is None:
+            return perturbation(F.embedding(rows, rho), eps, loc.dtype)
+        return multiplied(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps, floor)
+
+    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """Fair signs (examples, features) of one axis of a tensor: the same whenever this draw is asked for them."""
+        return noise.signs(noise.noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
+
+    def _make_rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
+        eps = self._noise_of_rows(spec, loc, rows)
+        return sample(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps, floor)
+
+    def _noise_of_rows(self, spec: TensorSpec, loc: Tensor, rows: Tensor) -> Tensor:
+        return _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
 
     @property
     def nbytes(self) -> int:
@@ -112,10 +129,18 @@ class TracedDraw(Draw):
 
     def __init__(self) -> None:
         self._noise, self._weights, self._tables = {}, None, {}
+        self._signs: dict[tuple[str, int, tuple[int, int]], Tensor] = {}
 
-    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor) -> Tensor:
+    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """Made once per forward and shape."""
+        key = (spec.name, axis, shape)
+        if key not in self._signs:
+            self._signs[key] = torch.randint(2, shape, device=device, dtype=torch.float32) * 2 - 1
+        return self._signs[key]
+
+    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
         """Rows of the whole table's value: the compiler fuses the lookup."""
-        return F.embedding(rows, self.weight(spec, loc, rho), spec.padding_idx)
+        return F.embedding(rows, self.weight(spec, loc, rho, floor), spec.padding_idx)
 
     def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
         rows = torch.arange(loc.shape[0], device=loc.device)
@@ -131,25 +156,62 @@ class Variational:
         rho: scale = max(softplus(rho), 1e-8); float32, shape of ``loc``.
         spec: what its noise depends on.
         draw: the draw to take.
+        floor: of a multiplicative scale, see :func:`scale_of`; None if the scale is additive.
     """
 
     loc: Tensor
     rho: Tensor
     spec: TensorSpec
     draw: Draw
+    floor: Tensor | None = None
+    _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def scale(self) -> Tensor:
         """Standard deviations, in float32 or the wider dtype of ``loc``; the padding row's plays no part."""
-        return scale_from_rho(wide(self.rho, self.loc))
+        return scale_of(self.loc, self.rho, self.floor)
+
+    @property
+    def perturbation(self) -> Tensor:
+        """scale * noise under the draw: shape and dtype of ``loc``. Made once."""
+        return self._once("perturbation", self._perturbation)
+
+    def _perturbation(self) -> Tensor:
+        eps = self.draw.noise(self.spec, self.loc)
+        if self.floor is None:
+            return perturbation(self.rho, eps, self.loc.dtype)
+        return multiplied(self.loc, self.rho, eps, self.floor)
+
+    @property
+    def variance(self) -> Tensor:
+        """scale^2, in float32 or the wider dtype of ``loc``; 0 in the padding row. Made once."""
+        return self._once("variance", self._variance)
+
+    def _variance(self) -> Tensor:
+        value = variance(wide(self.rho, self.loc))
+        if self.floor is not None:
+            value = value * unit_of(self.loc, self.floor).square()
+        if self.spec.padding_idx is None:
+            return value
+        return value.index_fill(0, torch.tensor([self.spec.padding_idx], device=value.device), 0.0)
+
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Not `functools.cached_property`, whose lock torch.compile does not take."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def sample(self) -> Tensor:
         """The tensor's value under the draw: shape and dtype of ``loc``."""
-        return self.draw.weight(self.spec, self.loc, self.rho)
+        return self.draw.weight(self.spec, self.loc, self.rho, self.floor)
 
     def sample_rows(self, rows: Tensor) -> Tensor:
         """Values of the given rows under the draw: (n,) -> (n, width)."""
-        return self.draw.rows(self.spec, self.loc, self.rho, rows)
+        return self.draw.rows(self.spec, self.loc, self.rho, rows, self.floor)
+
+    def perturbed_rows(self, rows: Tensor) -> Tensor:
+        """scale * noise of the given rows: (n,) -> (n, width)."""
+        return self.draw.perturbed_rows(self.spec, self.loc, self.rho, rows, self.floor)
 
 
 def wide(tensor: Tensor, like: Tensor) -> Tensor:
@@ -157,12 +219,52 @@ def wide(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(torch.promote_types(tensor.dtype, like.dtype), torch.float32))
 
 
-def sample(loc: Tensor, rho: Tensor, eps: Tensor) -> Tensor:
+def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
+    """sigma: softplus(rho), or softplus(rho) * max(|loc|, floor) where the scale is multiplicative.
+
+    Shape: ``loc`` and ``rho`` alike -> the same, float32 or the wider dtype of ``loc``.
+    """
+    scale = scale_from_rho(wide(rho, loc))
+    return scale if floor is None else scale * unit_of(loc, floor)
+
+
+def sample(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
     """w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
+
+    With a ``floor`` the scale is multiplicative, and the gradient also goes through its |loc|.
 
     Shape: all three alike -> the same.
     """
-    value: Tensor = _Sample.apply(loc, rho, eps)  # type: ignore[no-untyped-call]
+    if floor is not None:
+        return loc + multiplied(loc, rho, eps, floor)
+    value: Tensor = _Sample.apply(loc, rho, eps, loc.dtype)  # type: ignore[no-untyped-call]
+    return value
+
+
+def perturbation(rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """sigma(rho) * eps, which is :func:`sample` without the mean.
+
+    Shape: both alike -> the same, in ``dtype``.
+    """
+    value: Tensor = _Sample.apply(None, rho, eps, dtype)  # type: ignore[no-untyped-call]
+    return value
+
+
+def multiplied(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor) -> Tensor:
+    """:func:`perturbation` under a multiplicative scale: softplus(rho) * max(|loc|, floor) * eps.
+
+    Shape: all three alike -> the same, in the dtype of ``loc``.
+    """
+    unit = unit_of(loc, floor)
+    return (unit * perturbation(rho, eps, unit.dtype)).to(loc.dtype)
+
+
+def variance(rho: Tensor) -> Tensor:
+    """sigma(rho)^2; saves rho alone for the gradient 2 sigma sigmoid(rho).
+
+    Shape: any -> the same.
+    """
+    value: Tensor = _Variance.apply(rho)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -188,22 +290,45 @@ class _Sample(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(loc: Tensor, rho: Tensor, eps: Tensor) -> Tensor:
-        noise = scale_from_rho(wide(rho, loc)).mul_(eps)  # not fused with the sum: its rounding depends on the position
-        return noise.to(loc.dtype).add_(loc)
+    def forward(loc: Tensor | None, rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+        wider = torch.promote_types(torch.promote_types(rho.dtype, dtype), torch.float32)
+        noise = scale_from_rho(rho.to(wider)).mul_(eps).to(dtype)
+        return noise if loc is None else noise.add_(loc)  # not fused: rounding would depend on the position
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        loc, rho, eps = inputs
-        ctx.dtype = torch.promote_types(rho.dtype, loc.dtype)
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+        _, rho, eps, dtype = inputs
+        ctx.dtype = torch.promote_types(rho.dtype, dtype)
         ctx.save_for_backward(rho, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_rho = None
         if ctx.needs_input_grad[1]:
             rho, eps = ctx.saved_tensors
-            inside = torch.threshold(rho.to(ctx.dtype), _MIN_RHO, -torch.inf)  # below the floor sigma is constant
-            grad_rho = inside.sigmoid_().mul_(eps).mul_(grad).to(rho.dtype)
-        return (grad if ctx.needs_input_grad[0] else None), grad_rho, None
+            grad_rho = _slope(rho.to(ctx.dtype)).mul_(eps).mul_(grad).to(rho.dtype)
+        return (grad if ctx.needs_input_grad[0] else None), grad_rho, None, None
+
+
+class _Variance(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rho: Tensor) -> Tensor:
+        return scale_from_rho(rho).square_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rho,) = ctx.saved_tensors
+        return _slope(rho).mul_(scale_from_rho(rho)).mul_(2).mul_(grad)
+
+
+def _slope(rho: Tensor) -> Tensor:
+    """d sigma / d rho = sigmoid(rho), and 0 where the floor holds: below it sigma is constant."""
+    return torch.threshold(rho, _MIN_RHO, -torch.inf).sigmoid_()

@@ -1,0 +1,181 @@
+"""Bayesian weights that no layer class knows: whoever reads the tensor during a forward gets its value under the draw.
+
+Fused experts and einsum projections are bare Parameters of some module; the table of a relative position is read by
+the layer that owns it. There is no operation to take over, so the draw enters where the tensor is read: the module's
+class becomes a subclass in which each such tensor is a property. `nn.Module` keeps the Parameter itself, the posterior
+mean, in ``_parameters``, where optimizers, checkpoints and `named_parameters` find it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..distributions import Prior
+from ..distributions.diagonal_normal import ScaleName
+from .base import BayesianModule
+from .draws import MEAN
+from .estimators import REPARAMETERIZATION
+from .variational import TensorSpec
+
+# torch's norms are a matter of their own; a kernel of nn.RNN takes the list `_flat_weights`, not the attributes
+_UNREADABLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, torch.jit.ScriptModule)
+
+
+class RandomParameters(BayesianModule):
+    """Mixin over any module class: reading one of ``bayesian_parameters`` gives its value under the active draw.
+
+    That is the held draw, or the training draw while the model, or the module itself, runs forward in `train()`, also
+    when it is recomputed in backward; otherwise the Parameter, which is the mean. A tensor has one value per draw
+    however often it is read. Noise enters by plain sampling whatever the estimator, one draw for the whole batch.
+    """
+
+    is_read: ClassVar[bool] = True  # no call of the module tells what became of its weights
+
+    def become_bayesian(self, *, prior: Prior, delta: float, estimator: str, scale: ScaleName = "additive") -> None:
+        """As `BayesianModule.become_bayesian`; only reparameterization needs no knowledge of the operation."""
+        super().become_bayesian(prior=prior, delta=delta, estimator=REPARAMETERIZATION.name, scale=scale)
+        self._values: dict[tuple[str, int, bool], Tensor] | None = None
+
+    def become_deterministic(self) -> None:
+        """As `BayesianModule.become_deterministic`."""
+        super().become_deterministic()
+        del self._values
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The Parameter, which is the mean, under a draw too."""
+        own = self._parameters.get(target)
+        return super().get_parameter(target) if own is None else own
+
+    def _mean_of(self, name: str) -> Tensor:
+        """The Parameter, or what `torch.func.functional_call` has put in its place."""
+        value = self._parameters[name]
+        assert value is not None
+        return value
+
+    def _spec_of(self, name: str) -> TensorSpec:
+        """As `BayesianModule` has it; an attribute ``padding_idx`` means a row of the weight in an Embedding only."""
+        is_table = isinstance(self, nn.Embedding) and name == "weight"
+        return TensorSpec(name, by_row=is_table, padding_idx=getattr(self, "padding_idx", None) if is_table else None)
+
+    def reset_parameters(self) -> None:
+        """As the source class, where it has such a method, and the scales with it."""
+        if hasattr(super(BayesianModule, self), "reset_parameters"):
+            super().reset_parameters()
+            return
+        for name in self.specs:
+            self.reset_rho(name)
+
+    def _read(self, name: str) -> Tensor | None:
+        """What the attribute ``name`` is at present."""
+        if name not in self._parameters:
+            raise AttributeError(name)  # `nn.Module.__getattr__` has the words for it
+        parameter = self._parameters[name]
+        if parameter is None or parameter.is_meta or not self._is_drawing:
+            return parameter
+        try:
+            return self._value(name)
+        except AttributeError as error:  # a property that raises it would silently become `_parameters[name]`
+            raise RuntimeError(f"`{name}` of {type(self).__name__} could not be drawn.") from error
+
+    @property
+    def _is_drawing(self) -> bool:
+        if "specs" not in self.__dict__:  # half way through a conversion
+            return False
+        return self.training and self.scope.is_running if self.draw is None else self.draw is not MEAN
+
+    def _value(self, name: str) -> Tensor:
+        """The tensor under the draw; made once for all readings in one forward of the module."""
+        variational = self.variational(name)
+        if self._values is None:
+            return variational.sample()
+        key = name, id(variational.draw), torch.is_grad_enabled()
+        if key not in self._values:
+            self._values[key] = variational.sample()
+        return self._values[key]
+
+
+@functools.cache
+def random_class(source: type[nn.Module], names: tuple[str, ...]) -> type[RandomParameters]:
+    """The subclass of ``source`` in which the Parameters ``names`` are random.
+
+    >>> class Scores(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.table = nn.Parameter(torch.ones(2, 3))
+    ...     def forward(self, x): return torch.einsum("bi,ij->bj", x, self.table)
+    >>> random_class(Scores, ("table",)).bayesian_parameters
+    ('table',)
+    """
+    namespace: dict[str, Any] = {
+        **{name: property(functools.partial(_read, name=name)) for name in names},
+        "torch_class": source,
+        "bayesian_parameters": names,
+        "forward": _with_one_draw(source.forward),
+        "__module__": source.__module__,  # transformers looks its output recorders up by the class as text
+        "__qualname__": source.__qualname__,
+        "__doc__": source.__doc__,
+        "__reduce_ex__": _reduce,
+    }
+    kind = type(source.__name__, (RandomParameters, source), namespace)
+    assert issubclass(kind, RandomParameters)
+    return kind
+
+
+def of_source(kind: type[nn.Module], source: type[nn.Module]) -> type[nn.Module]:
+    """``source``, with the random tensors that ``kind``, made for a subclass of it, has."""
+    return random_class(source, kind.bayesian_parameters) if issubclass(kind, RandomParameters) else source  # type: ignore[arg-type]
+
+
+def random_names(module: nn.Module, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names of the module's own matrices (2 or more axes, floating point), and of those in ``also``."""
+    if isinstance(module, _UNREADABLE):
+        return ()
+    plain = {name: p for name, p in module._parameters.items() if p is not None and not nn.parameter.is_lazy(p)}
+    return tuple(n for n, p in plain.items() if p.is_floating_point() and (p.dim() > 1 or n in set(also)))
+
+
+def name_clash(module: nn.Module) -> str | None:
+    """An attribute of the module's own that a Bayesian one keeps its state under; None: no such."""
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules, *dir(type(module))}
+    return min(own & _STATE, default=None)
+
+
+def _read(self: RandomParameters, name: str) -> Tensor | None:
+    return self._read(name)
+
+
+def _with_one_draw(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` during which the module's tensors have one draw: that of the model's forward if one is running."""
+
+    @functools.wraps(forward)
+    def own_forward(self: RandomParameters, *args: Any, **kwargs: Any) -> Any:
+        takes = self.training and self.draw is None
+        outer, values = self.scope.begin_part() if takes else None, self._values
+        self._values = None if torch.compiler.is_compiling() else {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self._values = values
+            if takes:
+                self.scope.end_part(outer)
+
+    return own_forward
+
+
+def _reduce(self: RandomParameters, protocol: Any) -> tuple[Any, ...]:
+    """Pickle by the source class: the class itself is made on demand and has no importable name."""
+    kind = type(self)
+    return _rebuild, (kind.torch_class, kind.bayesian_parameters), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _rebuild(source: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    kind = random_class(source, names)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+_STATE = {*dir(RandomParameters), *BayesianModule.__annotations__, "_values"} - {*dir(nn.Module), "reset_parameters"}
