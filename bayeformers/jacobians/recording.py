@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rules import EmbeddingRule, LayerRule, rule_of
+from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
 
 Inputs = Mapping[str, Any] | Tensor
 
@@ -52,22 +52,58 @@ class Use:
         return _merged(self.rule.gradients(self.module, gradient), batch)
 
 
+class TensorUse(Use):
+    """Whatever a forward does with one parameter, whose module has no rule; it is the point of the graph itself."""
+
+    def __init__(self, parameter: nn.Parameter, module: nn.Module) -> None:
+        super().__init__(module, TENSOR, parameter, parameter)
+
+    def is_batched(self, batch: int) -> bool:
+        """A gradient in a parameter is a sum over the batch."""
+        return batch == 1
+
+    def inputs(self, batch: int) -> Tensor:
+        """One number, (1, 1, 1, 1), that stands for all of the parameter's."""
+        return self.rule.inputs(self.module, self.input)
+
+    def gradients(self, gradient: Tensor, batch: int) -> Tensor:
+        """g, (1, 1, 1, p)."""
+        return self.rule.gradients(self.module, gradient)
+
+
+@contextlib.contextmanager
+def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These parameters require a gradient until exit, for `record` and for `gradients`."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def record(
-    model: nn.Module, inputs: Inputs, modules: Iterable[nn.Module], output_of: Callable[[Any], Tensor]
+    model: nn.Module,
+    inputs: Inputs,
+    modules: Iterable[nn.Module],
+    output_of: Callable[[Any], Tensor],
+    tensors: Mapping[nn.Parameter, nn.Module] | None = None,
 ) -> tuple[Tensor, list[Use]]:
-    """``output_of(model(inputs))`` and every call of ``modules``, in order.
+    """``output_of(model(inputs))`` and every call of ``modules``, in order; then a use of each of ``tensors``.
 
     The graph begins at the first of these calls: nothing is stored for layers before it. Lower precision is switched
-    off, for curvature needs float32.
+    off, for curvature needs float32. ``tensors``, with their modules, must be `differentiable`.
 
     Raises:
         ValueError: a module has no rule.
     """
-    rules = {module: _rule(module) for module in modules}
-    output, uses = _forward(model, inputs, rules, output_of, copy=False)
+    rules, tensors = {module: _rule(module) for module in modules}, tensors or {}
+    output, uses = _forward(model, inputs, rules, output_of, tensors, copy=False)
     if any(use.is_stale for use in uses):
-        output, uses = _forward(model, inputs, rules, output_of, copy=True)
-    return output, uses
+        output, uses = _forward(model, inputs, rules, output_of, tensors, copy=True)
+    return output, uses + [TensorUse(parameter, module) for parameter, module in tensors.items()]
 
 
 def _forward(
@@ -75,6 +111,7 @@ def _forward(
     inputs: Inputs,
     rules: Mapping[nn.Module, LayerRule],
     output_of: Callable[[Any], Tensor],
+    tensors: Iterable[nn.Parameter],
     *,
     copy: bool,
 ) -> tuple[Tensor, list[Use]]:
@@ -100,7 +137,7 @@ def _forward(
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _without_parameter_gradients(model),
+            _without_parameter_gradients(model, tensors),
             torch.autocast(device, enabled=False),
         ):
             if isinstance(inputs, Tensor):
@@ -177,8 +214,9 @@ def _rule(module: nn.Module) -> LayerRule:
 
 
 @contextlib.contextmanager
-def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _without_parameter_gradients(model: nn.Module, but: Iterable[nn.Parameter]) -> Iterator[None]:
+    kept = set(but)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in kept]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -94,8 +94,10 @@ def register_curvature(*kinds: type[nn.Module]) -> Callable[[R], R]:
 def rule_of(module: nn.Module) -> LayerRule | None:
     """The rule of a module's class, or of the nearest ancestor whose forward it inherits unchanged; None without one.
 
-    A subclass with a forward of its own may use its weight differently.
+    A subclass with a forward of its own may use its weight differently, and so does a module whose weight others read.
     """
+    if getattr(module, "is_read", False):
+        return None
     # a variational layer computes at its mean what its torch class does
     source = getattr(type(module), "torch_class", None) or type(module)
     for kind in source.__mro__:
@@ -143,14 +145,7 @@ class ConvRule(LayerRule):
     """A Linear on patches, at every position of the output; one block per group."""
 
     def inputs(self, module: Any, input: Tensor) -> Tensor:
-        patches = _padded(module, input)
-        for axis, (kernel, stride, dilation) in enumerate(
-            zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-        ):
-            patches = patches.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
-        batch, channels = patches.shape[:2]  # (B, C_in, *positions, *kernel)
-        grouped = patches.reshape(batch, module.groups, channels // module.groups, -1, math.prod(module.kernel_size))
-        return grouped.permute(1, 0, 3, 2, 4).flatten(3)
+        return _patches(module, _padded(module, input), module.stride)
 
     def gradients(self, module: Any, gradient: Tensor) -> Tensor:
         batch, channels = gradient.shape[:2]
@@ -164,6 +159,31 @@ class ConvRule(LayerRule):
 
     def position_axes(self, module: Any, input: Tensor) -> tuple[int, ...]:
         return ()  # torch's convolutions have the batch first
+
+
+@register_curvature(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeRule(ConvRule):
+    """A convolution of stride 1, by the kernel reversed, of the input with ``stride - 1`` zeros between its values."""
+
+    def inputs(self, module: Any, input: Tensor) -> Tensor:
+        return _patches(module, _spread(module, input), (1,) * len(module.kernel_size), flip=True)
+
+    def gradients(self, module: Any, gradient: Tensor) -> Tensor:
+        for size, smallest, stride in zip(gradient.shape[2:], _smallest(module), module.stride, strict=True):
+            if (size - smallest) % stride:
+                raise ValueError(
+                    f"There is no rule for the Jacobian of {type(module).__name__} when it is called with an "
+                    "`output_size` that `output_padding` does not give."
+                )
+        return super().gradients(module, gradient)
+
+    def matrix(self, module: Any, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(module.groups, module.in_channels // module.groups, *weight.shape[1:])
+        return grouped.transpose(1, 2).flatten(2)
+
+    def weight(self, module: Any, matrix: Tensor) -> Tensor:
+        grouped = matrix.reshape(*matrix.shape[:2], module.in_channels // module.groups, *module.kernel_size)
+        return grouped.transpose(1, 2).reshape(module.weight.shape)
 
 
 @register_curvature(nn.Embedding)
@@ -222,16 +242,71 @@ class NormRule(LayerRule):
 _NORM = NormRule()
 
 
+class TensorRule(LayerRule):
+    """One parameter of any module, flat: M (B, C, 1, 1, p) is its gradient, which autograd gives for a batch of one."""
+
+    by_default = False
+    is_affine = False
+
+    def inputs(self, module: nn.Module, input: Tensor) -> Tensor:
+        return input.new_ones(1, 1, 1, 1)
+
+    def gradients(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        return gradient.reshape(1, 1, 1, -1)
+
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        return weight.reshape(1, 1, -1)
+
+    def weight(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        raise NotImplementedError  # nothing puts a single tensor back
+
+    def position_axes(self, module: nn.Module, input: Tensor) -> tuple[int, ...]:
+        return ()
+
+
+TENSOR = TensorRule()
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
     """nn.RMSNorm, LlamaRMSNorm, T5LayerNorm, ...: one vector of gains and nothing else."""
     name = type(module).__name__
-    own = [key for key, parameter in module._parameters.items() if parameter is not None]
+    own = [key for key, p in module._parameters.items() if p is not None and not key.endswith("_rho")]
     return name.endswith(("RMSNorm", "LayerNorm")) and own == ["weight"] and "forward" not in vars(module)
 
 
 def _padded(module: Any, input: Tensor) -> Tensor:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def _patches(module: Any, input: Tensor, stride: tuple[int, ...], *, flip: bool = False) -> Tensor:
+    """What the kernel meets at every position of the output, (K, B, T, C_in / K * kernel); ``flip`` reverses it."""
+    patches = input
+    sizes = zip(module.kernel_size, stride, module.dilation, strict=True)
+    for axis, (kernel, step, dilation) in enumerate(sizes, start=2):
+        patches = patches.unfold(axis, (kernel - 1) * dilation + 1, step)[..., ::dilation]
+    if flip:
+        patches = patches.flip(tuple(range(input.ndim, patches.ndim)))
+    batch, channels = patches.shape[:2]  # (B, C_in, *positions, *kernel)
+    grouped = patches.reshape(batch, module.groups, channels // module.groups, -1, math.prod(module.kernel_size))
+    return grouped.permute(1, 0, 3, 2, 4).flatten(3)
+
+
+def _spread(module: Any, input: Tensor) -> Tensor:
+    """The input of a transposed convolution with zeros between its values, padded as a convolution needs it."""
+    sizes = [(n - 1) * stride + 1 for n, stride in zip(input.shape[2:], module.stride, strict=True)]
+    spread = input.new_zeros(*input.shape[:2], *sizes)
+    steps = [slice(None, None, stride) for stride in module.stride]
+    spread[:, :, *steps] = input
+    geometry = zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True)
+    pads = [((k - 1) * d - p, (k - 1) * d - p + extra) for k, d, p, extra in geometry]
+    return F.pad(spread, [side for pair in reversed(pads) for side in pair])  # a negative number crops
+
+
+def _smallest(module: Any) -> list[int]:
+    """Sizes of the output of a transposed convolution for an input of size 1."""
+    geometry = zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True)
+    return [(k - 1) * d + 1 - 2 * p + extra for k, d, p, extra in geometry]
 
 
 def _positions(tensor: Tensor) -> Tensor:

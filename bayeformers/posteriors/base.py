@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from ..monte_carlo import monte_carlo
 from ..predictive import (
+    HEAD,
     IGNORED,
+    NoiseStd,
     Predictive,
     ProblemType,
+    check_noise_std,
     drawn_values,
     logits_of,
+    mean_and_variance,
     resolve_problem_type,
     token_mask,
     unwrapped,
@@ -118,7 +122,7 @@ class BasePosterior(ABC):
         link: Link = "auto",
         seed: int = 0,
         problem_type: ProblemType | None = None,
-        noise_std: float | None = None,
+        noise_std: NoiseStd | None = None,
         bound: Bound = "lower",
         direction: int | float = 0,
         contrasts: bool = False,
@@ -136,7 +140,9 @@ class BasePosterior(ABC):
             seed: the same seed gives the same draws, for every batch and process.
             problem_type: what the head predicts; by default found from the model's class and configuration, and
                 classification for a model that transformers does not know.
-            noise_std: a regression's noise; by default what the posterior or the configuration records.
+            noise_std: a regression's noise, or "head" of a model that predicts it: L means, then L log variances; by
+                default what the posterior or the configuration records. A linearised method takes the covariance of the
+                means, and the noise at the posterior mean.
             bound: of "lr_glm": "lower" or "upper".
             direction: of "e_glm": a rank, 0 the most uncertain, or a quantile as a float.
             contrasts: give the covariance of the centred logits f_c - mean f, all that a softmax depends on: the same
@@ -150,13 +156,13 @@ class BasePosterior(ABC):
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
         problem = problem_type or self.problem_type()
-        if problem == "regression" and noise_std is None:
-            noise_std = self.recorded_noise_std()
+        if problem == "regression":
+            noise_std = self.recorded_noise_std() if noise_std is None else check_noise_std(noise_std)
         if method in SAMPLING:
             outputs = self.passes(inputs, num_samples=num_samples, seed=seed)
             values = torch.stack([drawn_values(output, problem, inputs) for output in outputs])
             if problem == "regression":
-                return Predictive(problem_type=problem, values=values, noise_std=noise_std)
+                return _regressed(values, noise_std)
             return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
         if has_many_logits(self.model, problem):
             raise ValueError(
@@ -230,9 +236,17 @@ class BasePosterior(ABC):
         """What the head predicts; single-label classification for a model that transformers does not know."""
         return known_problem_type(self.model)
 
-    def recorded_noise_std(self) -> float | None:
+    def recorded_noise_std(self) -> NoiseStd | None:
         """A regression's noise as the configuration records it, or None."""
         return recorded_noise_std(self.model)
+
+
+def _regressed(values: Tensor, noise_std: NoiseStd | None) -> Predictive:
+    """Of the drawn outputs (S, B, ...)."""
+    if noise_std != HEAD:
+        return Predictive(problem_type="regression", values=values, noise_std=noise_std)
+    mean, variance = mean_and_variance(values)
+    return Predictive(problem_type="regression", values=mean, noise_std=HEAD, noise_variance=variance)
 
 
 def check_num_samples(num_samples: int) -> None:
@@ -320,8 +334,10 @@ def has_many_logits(model: nn.Module, problem_type: ProblemType) -> bool:
     return callable(output_embeddings) and output_embeddings() is not None
 
 
-def recorded_noise_std(model: nn.Module) -> float | None:
+def recorded_noise_std(model: nn.Module) -> NoiseStd | None:
     """A regression's noise as its configuration records it, or None."""
     recorded = getattr(getattr(unwrapped(model), "config", None), "bayesian", None)
     noise = recorded.get("noise_std") if isinstance(recorded, Mapping) else None
+    if noise == HEAD:
+        return HEAD
     return float(noise) if isinstance(noise, int | float) else None

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import rule_of
+from ..jacobians import TENSOR, LayerRule, rule_of
 from .covariance import Separable
 
 
@@ -74,11 +74,15 @@ class MeanFieldBlock:
         """None: they are not."""
 
 
+@dataclass(frozen=True, eq=False)
+class TensorBlock(MeanFieldBlock):
+    """One tensor of a module without a rule, flat: ``variance`` is (1, 1, p)."""
+
+
 def mean_field_blocks(model: nn.Module, variances: Mapping[nn.Parameter, Tensor]) -> list[MeanFieldBlock]:
     """One block per layer; a Parameter that several layers share is a block of its own.
 
-    Raises:
-        ValueError: a layer without a rule, or a tensor that layers of different kinds share.
+    So is every tensor of a module without a rule, and one that layers of different kinds share.
     """
     owners: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
@@ -87,12 +91,29 @@ def mean_field_blocks(model: nn.Module, variances: Mapping[nn.Parameter, Tensor]
                 owners.setdefault(parameter, []).append((name, module, key))
     grouped: dict[tuple[nn.Module, ...], dict[str, nn.Parameter]] = {}
     names: dict[tuple[nn.Module, ...], str] = {}
+    alone: list[MeanFieldBlock] = []
     for parameter, found in owners.items():
         modules, (name, _, key) = tuple(module for _, module, _ in found), found[0]
+        if not _share_a_rule(modules):
+            flat = variances[parameter].reshape(1, 1, -1)
+            alone.append(TensorBlock(f"{name}.{key}", modules, {key: parameter}, flat))
+            continue
         if modules not in names:  # a shared weight and a bias of its own: two blocks of one layer, two names
             names[modules] = f"{name}.{key}" if name in names.values() else name
         grouped.setdefault(modules, {})[key] = parameter
-    return [_mean_field(names[modules], modules, given, variances) for modules, given in grouped.items()]
+    return [_mean_field(names[modules], modules, given, variances) for modules, given in grouped.items()] + alone
+
+
+def block_rule(block: GaussianBlock) -> LayerRule:
+    """The rule of the block's layers, or that of single tensors."""
+    rule = TENSOR if isinstance(block, TensorBlock) else rule_of(block.modules[0])
+    assert rule is not None  # of a block
+    return rule
+
+
+def _share_a_rule(modules: Iterable[nn.Module]) -> bool:
+    rules = [rule_of(module) for module in modules]
+    return None not in rules and len({type(rule) for rule in rules}) == 1
 
 
 def _mean_field(
@@ -101,23 +122,8 @@ def _mean_field(
     parameters: dict[str, nn.Parameter],
     variances: Mapping[nn.Parameter, Tensor],
 ) -> MeanFieldBlock:
-    check_rules(name, modules)
     given = {key: variances[parameter] for key, parameter in parameters.items()}
     return MeanFieldBlock(name, modules, parameters, to_matrix(modules[0], given))
-
-
-def check_rules(name: str, modules: Iterable[nn.Module]) -> None:
-    """All of one kind, which has a rule.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    rules = {type(rule_of(module)).__name__: (module, rule_of(module)) for module in modules}
-    for module, rule in rules.values():
-        if rule is None:
-            raise ValueError(f"The linearised predictive has no rule for {type(module).__name__} ({name!r}).")
-    if len(rules) > 1:
-        raise ValueError(f"The linearised predictive has no rule for an Embedding tied to another layer ({name!r}).")
 
 
 def to_matrix(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -13,17 +13,17 @@ decision of the mean, where sampling the network at the same scale can destroy i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import Inputs, LayerRule, Use, are_batched, batch_size, examples, gradients, record, rule_of
+from ..jacobians import Inputs, TensorUse, Use, are_batched, batch_size, differentiable, examples, gradients, record
 from ..jacobians.rules import EmbeddingRule
 from ..predictive import logits_of
-from .blocks import GaussianBlock, to_matrix
+from .blocks import GaussianBlock, TensorBlock, block_rule, to_matrix
 from .covariance import (
     affine_coordinates,
     affine_covariance,
@@ -59,11 +59,13 @@ class Captured:
 
     def jacobian(self) -> Tensor:
         """M, (K, B, C, d_out, d_in'); mostly zeros for a table, whose other methods form none."""
-        if isinstance(_rule(self.block), EmbeddingRule):
+        if isinstance(block_rule(self.block), EmbeddingRule):
             one_hot = nn.functional.one_hot(self.inputs[0], self._num_rows()).to(self.gradients)
             return torch.matmul(one_hot.mT.unsqueeze(1), self.gradients)
-        if _rule(self.block).is_affine:
+        if block_rule(self.block).is_affine:
             return torch.matmul(self.gradients.mT, self.inputs.unsqueeze(2))
+        if isinstance(self.block, TensorBlock):
+            return self.gradients
         inputs = {"weight": self.inputs, "bias": torch.ones_like(self.inputs)}
         rows = [(self.gradients * inputs[name].unsqueeze(2)).sum(3) for name in self.block.parameters]
         return torch.stack(rows, dim=-2)
@@ -76,14 +78,14 @@ class Captured:
 
     def squares(self) -> Tensor:
         """sum over examples and outputs of N^2, (K, d_out, d_in'): the diagonal of J^T J in the block's basis."""
-        if isinstance(_rule(self.block), EmbeddingRule):
+        if isinstance(block_rule(self.block), EmbeddingRule):
             g = rotated(self.gradients, self.block.right)[0]
             return table_squares(self.inputs[0], g, self._num_rows())
         return self.coordinates().square().sum((1, 2))
 
     def covariance(self) -> Tensor:
         """This block's part of S, (n, B, C, C)."""
-        block, rule = self.block, _rule(self.block)
+        block, rule = self.block, block_rule(self.block)
         if isinstance(rule, EmbeddingRule) and not block.is_flat:
             return table_covariance(self.inputs, self.gradients, block.right, block.variances())
         if not rule.is_affine or block.is_flat:
@@ -98,7 +100,7 @@ class Captured:
     def coordinates(self) -> Tensor:
         """N = U_G^T M U_A, (K, B, C, d_out, d_in'), of the block's own form."""
         block = self.block
-        if _rule(block).is_affine and not block.is_flat:  # vectors are cheaper to rotate than matrices
+        if block_rule(block).is_affine and not block.is_flat:  # vectors are cheaper to rotate than matrices
             return affine_coordinates(self.inputs, self.gradients, block.left, block.right)
         matrix = self.jacobian()
         if block.is_flat:
@@ -109,7 +111,7 @@ class Captured:
 
     def selected(self, directions: Tensor) -> Tensor:
         """J v_k of eigen-directions, by their flat index in (K, d_out, d_in'): (B, C, m)."""
-        block, rule = self.block, _rule(self.block)
+        block, rule = self.block, block_rule(self.block)
         if block.is_flat or not isinstance(rule, EmbeddingRule) and not rule.is_affine:
             return self.coordinates().movedim(0, 2).flatten(2)[..., directions]
         k, i, j = torch.unravel_index(directions, block.variances().shape[1:])
@@ -130,14 +132,14 @@ class Captured:
 
     def gram(self) -> Tensor:
         """J J^T, (1, B, C, C)."""
-        if isinstance(_rule(self.block), EmbeddingRule) and not self.block.is_flat:
+        if isinstance(block_rule(self.block), EmbeddingRule) and not self.block.is_flat:
             return table_covariance(self.inputs, self.gradients, None, torch.ones_like(self.block.variances()[:1]))
         matrix = self.jacobian()
         return jacobian_covariance(matrix, torch.ones_like(matrix[:, 0, 0]).unsqueeze(0))
 
     def products(self, deviation: Tensor) -> Tensor:
         """J eta, (B, C), for a matrix eta (K, d_out, d_in')."""
-        rule = _rule(self.block)
+        rule = block_rule(self.block)
         if isinstance(rule, EmbeddingRule):
             return torch.einsum("bctd,btd->bc", self.gradients[0], deviation[0, self.inputs[0]])
         if rule.is_affine:
@@ -165,23 +167,36 @@ def linearize(
 
     ``model`` stands at its posterior mean in `eval()`; ``inputs`` have no labels. Positions are taken one after the
     other, so a token classifier costs T C backward passes. ``contrasts``: the statistic of the centred outputs
-    f - mean_c f_c instead, all that a softmax depends on, with one backward pass fewer.
+    f - mean_c f_c instead, all that a softmax depends on, with one backward pass fewer. A tensor of a module without a
+    rule (`TensorBlock`) has the examples taken one after the other.
 
     Raises:
         ValueError: a layer without a rule, or outputs of another shape.
     """
-    modules = [module for block in blocks for module in block.modules]
-    outputs, uses = record(model, inputs, modules, output_of)
+    tensors = {p: block.modules[0] for block in blocks if isinstance(block, TensorBlock) for p in _own(block)}
+    with differentiable(tensors):
+        return _linearize(model, inputs, blocks, tensors, statistic, output_of, contrasts)
+
+
+def _linearize(
+    model: nn.Module,
+    inputs: Inputs,
+    blocks: Sequence[GaussianBlock],
+    tensors: Mapping[nn.Parameter, nn.Module],
+    statistic: Statistic,
+    output_of: OutputOf,
+    contrasts: bool,
+) -> tuple[Tensor, Tensor]:
+    if tensors and batch_size(inputs) > 1:
+        return _one_by_one(model, inputs, batch_size(inputs), blocks, tensors, statistic, output_of, contrasts)
+    modules = [module for block in blocks if not isinstance(block, TensorBlock) for module in block.modules]
+    outputs, uses = record(model, inputs, modules, output_of, tensors)
     if outputs.ndim not in (2, 3) or len(outputs) != batch_size(inputs):
         raise ValueError(f"The linearised predictive needs logits (B, C) or (B, T, C), got {tuple(outputs.shape)}.")
     if not (uses and outputs.requires_grad):
         raise ValueError("The outputs depend on none of the layers that the posterior covers: it cannot be linearised.")
     if not are_batched(outputs, uses):
-        parts = [
-            linearize(model, one, blocks, statistic, output_of, contrasts=contrasts)
-            for one in examples(inputs, len(outputs))
-        ]
-        return torch.cat([mean for mean, _ in parts]), torch.cat([value for _, value in parts], dim=1)
+        return _one_by_one(model, inputs, len(outputs), blocks, tensors, statistic, output_of, contrasts)
     positions = range(outputs.shape[1]) if outputs.ndim == 3 else [None]
     basis = torch.eye(outputs.shape[-1]).to(outputs)
     basis = contrast_basis(basis) if contrasts else basis
@@ -190,6 +205,11 @@ def linearize(
         if contrasts:
             found = [basis @ value @ basis.mT for value in found]
     return outputs.detach(), torch.stack(found, dim=2) if outputs.ndim == 3 else found[0]
+
+
+def _one_by_one(model: nn.Module, inputs: Inputs, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    parts = [_linearize(model, one, *rest) for one in examples(inputs, count)]
+    return torch.cat([mean for mean, _ in parts]), torch.cat([value for _, value in parts], dim=1)
 
 
 def covariance(captured: Sequence[Captured]) -> Tensor:
@@ -222,10 +242,20 @@ def capture(
     of_use = dict(zip(map(id, uses), zip(*by_output, strict=True), strict=True))
     captured = []
     for block in blocks:
-        own = [use for use in uses if any(use.module is module for module in block.modules)]
+        own = [use for use in uses if _is_of(use, block)]
         if own:
             captured.append(captured_block(block, own, [of_use[id(use)] for use in own], len(outputs)))
     return captured
+
+
+def _is_of(use: Use, block: GaussianBlock) -> bool:
+    if isinstance(block, TensorBlock):
+        return any(use.output is parameter for parameter in _own(block))
+    return not isinstance(use, TensorUse) and any(use.module is module for module in block.modules)
+
+
+def _own(block: GaussianBlock) -> list[nn.Parameter]:
+    return list(block.parameters.values())
 
 
 def captured_block(
@@ -239,7 +269,7 @@ def captured_block(
     ]
     stacked = torch.cat(of_use, dim=3)
     padding = getattr(block.modules[0], "padding_idx", None)
-    if padding is not None:  # torch trains no padding row
+    if padding is not None and not isinstance(block, TensorBlock):  # torch trains no padding row
         stacked = stacked * (inputs != padding)[:, :, None, :, None]
     return Captured(block, inputs, stacked)
 
@@ -256,9 +286,3 @@ def in_block(parameters: Iterable[str], a: Tensor) -> Tensor:
     """Inputs of the named parameters: a (..., d_in) of a weight, then 1 for a bias; (..., d_in')."""
     parts = {"weight": a, "bias": a.new_ones(*a.shape[:-1], 1)}
     return torch.cat([parts[name] for name in parameters], dim=-1)
-
-
-def _rule(block: GaussianBlock) -> LayerRule:
-    rule = rule_of(block.modules[0])
-    assert rule is not None  # of a block
-    return rule

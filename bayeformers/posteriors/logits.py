@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from scipy.stats.qmc import MultivariateNormalQMC
 from torch import Tensor
 
-from ..predictive import Predictive, ProblemType, drawn_values
+from ..losses.gaussian import split_variance_head
+from ..predictive import HEAD, NoiseStd, Predictive, ProblemType, drawn_values
+from ..predictive.noise import squeezed
 
 __all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "linearized_predictive", "logit_draws"]
 
@@ -52,7 +54,7 @@ def linearized_predictive(
     link: Link = "auto",
     num_draws: int | None = None,
     seed: int = 0,
-    noise_std: float | None = None,
+    noise_std: NoiseStd | None = None,
     mask: Tensor | None = None,
 ) -> Predictive:
     """What Gaussian logits say: the link's probabilities, and all uncertainties from one set of logit draws.
@@ -67,7 +69,8 @@ def linearized_predictive(
         num_draws: of the logits; by default 1,024, or 256 per token, and fewer, at least 64, for a batch whose draws
             would have more than 2^26 elements.
         seed: the same seed gives the same draws, for every input, batch and process.
-        noise_std: a regression's noise.
+        noise_std: a regression's noise, or "head": of 2 L outputs the first L are targets, with their block of the
+            covariance, and the last L log variances, taken at their mean; their own spread is left out.
         mask: which tokens count, (B, T) bool.
 
     Raises:
@@ -80,6 +83,11 @@ def linearized_predictive(
     """
     _check_gaussian(mean, covariance)
     mean, covariance = _wide(mean), _wide(covariance)
+    variance = None
+    if problem == "regression" and noise_std == HEAD:
+        mean, log_variance = split_variance_head(mean)
+        covariance = covariance[..., : mean.shape[-1], : mean.shape[-1]]
+        variance = squeezed(log_variance.exp())[None]
     log_probs = link_log_probs(mean, covariance, link, problem)
     draws = logit_draws(mean, covariance, _default_draws(mean) if num_draws is None else num_draws, seed)
     values, is_regression = drawn_values(draws, problem, {}), problem == "regression"
@@ -88,6 +96,7 @@ def linearized_predictive(
         log_probs=None if is_regression else values,
         values=values if is_regression else None,
         noise_std=noise_std if is_regression else None,
+        noise_variance=variance,
         mask=mask,
         logit_mean=mean,
         logit_covariance=covariance,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..predictive import Predictive, ProblemType
+from ..predictive import NoiseStd, Predictive, ProblemType
 from .base import Posterior
 from .logits import Link
 from .point import PointPosterior
@@ -26,7 +26,7 @@ def predict(
     link: Link = "auto",
     seed: int = 0,
     problem_type: ProblemType | None = None,
-    noise_std: float | None = None,
+    noise_std: NoiseStd | None = None,
 ) -> Predictive:
     """Predict with uncertainties.
 
@@ -42,7 +42,7 @@ def predict(
         link: from Gaussian logits to probabilities, of the linearised methods.
         seed: the same seed gives the same draws.
         problem_type: what the head predicts; by default found from the model's class and configuration.
-        noise_std: a regression's noise; by default what the configuration records.
+        noise_std: a regression's noise, or "head" of a model that predicts it; by default as the configuration records.
 
     Raises:
         TypeError, ValueError: an argument is not one of these.

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeformers.jacobians import LayerRule, gradients, record, register_curvature, rule_of, supported_layers
 from bayeformers.jacobians import rules as module_of_rules
-from bayeformers.jacobians.rules import ConvRule, EmbeddingRule, LinearRule, NormRule
+from bayeformers.jacobians.rules import ConvRule, ConvTransposeRule, EmbeddingRule, LinearRule, NormRule
 from bayeformers.laplace import fit
 from tests.laplace.networks import QUIET, classes, reader, text
 from tests.laplace.reference import close, dense, ggn, in_matrix_form, integers, jacobian, normal
@@ -27,6 +27,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "conv2d": (lambda: nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(1, 0)), normal(2, 3, 5, 4)),
     "conv2d, same": (lambda: nn.Conv2d(2, 4, 3, padding="same", groups=2, padding_mode="reflect"), normal(2, 2, 3, 3)),
     "conv3d": (lambda: nn.Conv3d(2, 2, 2, padding=(0, 1, 0), padding_mode="circular"), normal(2, 2, 2, 3, 2)),
+    "conv1d, transposed": (
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=3, padding=1, output_padding=2, dilation=2, groups=2),
+        normal(2, 4, 3),
+    ),
+    "conv2d, transposed": (lambda: nn.ConvTranspose2d(2, 3, (1, 2), stride=(2, 1), padding=(0, 2)), normal(2, 2, 2, 5)),
+    "conv3d, transposed": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(1, 2, 1), groups=2), normal(2, 2, 1, 2, 2)),
     "embedding": (lambda: nn.Embedding(5, 3), integers(5, 2, 4)),
     "LayerNorm": (lambda: nn.LayerNorm(4), normal(2, 3, 4)),
     "LayerNorm, plane": (lambda: nn.LayerNorm((2, 4)), normal(2, 3, 2, 4)),
@@ -101,16 +107,40 @@ def test_rules_by_class() -> None:
     kinds: dict[nn.Module, type[LayerRule]] = {
         nn.Linear(2, 2): LinearRule,
         nn.Conv3d(1, 1, 1): ConvRule,
+        nn.ConvTranspose1d(1, 1, 1): ConvTransposeRule,
         nn.Embedding(2, 2): EmbeddingRule,
         nn.LayerNorm(2): NormRule,
         nn.RMSNorm(2): NormRule,
     }
     for module, expected in kinds.items():
         assert type(rule_of(module)) is expected
-    for other in (nn.BatchNorm1d(2), nn.GroupNorm(1, 2), nn.ConvTranspose1d(1, 1, 1), nn.EmbeddingBag(2, 2), nn.Tanh()):
+    for other in (nn.BatchNorm1d(2), nn.GroupNorm(1, 2), nn.EmbeddingBag(2, 2), nn.Tanh()):
         assert rule_of(other) is None
     known = {"Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "LayerNorm", "Linear", "RMSNorm of any model"}
     assert known <= set(supported_layers().split(", "))
+
+
+def test_another_output_size_has_no_rule() -> None:
+    """The rule sees the layer's arguments, not those of the call; a size that they give is fine."""
+
+    class Sized(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size, self.layer = size, nn.ConvTranspose1d(1, 1, 2, stride=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(x, output_size=[self.size])
+            return output.flatten(1)
+
+    for size in (8, 9):
+        model = Sized(size).double()
+        outputs, (use,) = record(model, normal(2, 1, 3), [model.layer], lambda output: output)
+        (gradient,) = gradients(outputs, [use], torch.ones_like(outputs))
+        if size == 8:
+            assert use.gradients(gradient, 2).shape[2] == use.inputs(2).shape[2]
+        else:
+            with pytest.raises(ValueError, match="no rule for the Jacobian of ConvTranspose1d.*`output_size`"):
+                use.gradients(gradient, 2)
 
 
 def test_a_norm_of_another_form_has_no_rule() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 Inputs = Mapping[str, Any] | Tensor
@@ -57,6 +58,8 @@ def in_matrix_form(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
     groups, columns = getattr(module, "groups", 1), []
     for name, value in tensors.items():
         value = value.mT if isinstance(module, Conv1D) and name == "weight" else value
+        if isinstance(module, _ConvTransposeNd) and name == "weight":
+            value = value.unflatten(1, (groups, -1)).transpose(2, 3).flatten(1, 2)
         columns.append(value.reshape(len(value), groups, value.shape[1] // groups, -1))
     return torch.cat(columns, dim=-1)
 

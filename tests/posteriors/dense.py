@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from bayeformers.posteriors.blocks import GaussianBlock
+from bayeformers.posteriors.blocks import GaussianBlock, TensorBlock
 
 
 def as_matrix(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -54,6 +54,10 @@ def jacobians(model: nn.Module, blocks: Sequence[GaussianBlock], inputs: Any) ->
     matrices = []
     for block in blocks:
         module = block.modules[0]
+        if isinstance(block, TensorBlock):
+            ((_, parameter),) = block.parameters.items()
+            matrices.append(found[names[parameter]].detach().flatten(-parameter.ndim)[..., None, None, :])
+            continue
         rows = {key: found[names[parameter]].detach() for key, parameter in block.parameters.items()}
         if getattr(module, "padding_idx", None) is not None:
             rows["weight"] = rows["weight"].index_fill(-2, torch.tensor(module.padding_idx), 0)

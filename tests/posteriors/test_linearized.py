@@ -321,8 +321,38 @@ def test_an_embedding_tied_to_a_linear_layer() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.table(ids).mean(1))
 
-    with pytest.raises(ValueError, match="no rule for an Embedding tied to another layer"):
-        VariationalPosterior(to_bayesian(Tied())).predict(IDS, method="glm")
+    model = to_bayesian(Tied(), delta=0.2).double().eval()
+    _, covariance = VariationalPosterior(model).linearize(IDS)
+    assert_covariance(covariance, dense(model, IDS))
+
+
+class Mixed(nn.Module):
+    """Layers that no rule knows, beside one that has a rule; a bare tensor that is read twice; a frozen flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.mix = nn.LSTM(3, 4, batch_first=True), nn.Bilinear(4, 3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scores, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+        self.scores.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.mix(self.rnn(x)[0], x)
+        hidden = self.attention(hidden, hidden, hidden)[0] @ self.scores
+        return self.head(torch.tanh(hidden.mean(1) @ self.scores))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("contrasts", [True, False])
+def test_tensors_without_a_rule(freeze: bool, contrasts: bool) -> None:
+    """Recurrent, attention, bilinear and bare weights: J Sigma J^T to rounding; flags and gradients are left alone."""
+    torch.manual_seed(0)
+    model = to_bayesian(Mixed(), delta=0.3, freeze=freeze).double().eval()
+    x, flags = torch.randn(4, 5, 3, dtype=torch.float64), [p.requires_grad for p in model.parameters()]
+    _, covariance = VariationalPosterior(model).linearize(x, contrasts=contrasts)
+    centre = torch.eye(3).double() - contrasts / 3
+    assert_covariance(covariance, centre @ dense(model, x) @ centre)
+    assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
 
 
 def test_posteriors_that_are_not_gaussian() -> None:
@@ -349,8 +379,6 @@ def test_posteriors_that_are_not_gaussian() -> None:
 
 def test_a_layer_without_a_rule() -> None:
     layer = nn.Bilinear(2, 2, 1)
-    with pytest.raises(ValueError, match=r"no rule for Bilinear \(''\)"):
-        mean_field_blocks(layer, {layer.weight: torch.ones_like(layer.weight)})
     other = nn.Linear(2, 1)
     block = mean_field_blocks(other, {other.weight: torch.ones_like(other.weight)})[0]
     object.__setattr__(block, "modules", (layer,))

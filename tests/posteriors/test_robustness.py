@@ -333,12 +333,10 @@ def test_a_wrapped_model() -> None:
 # ----------------------------------------------------------------------------------------- tables that scale their rows
 
 
-def test_scaled_tables_are_refused_by_name() -> None:
-    """BART multiplies what it looks up: its class has a forward of its own, so nothing is computed without it."""
+def test_scaled_tables() -> None:
+    """BART multiplies what it looks up: its class has a forward of its own, and the table is taken as a tensor."""
     this = case("bart")
-    model = to_bayesian(this.build(), delta=0.1)
-    with pytest.raises(ValueError, match=r"no rule for BartScaledWordEmbedding \('model\.shared'\)"):
-        VariationalPosterior(model).predict(this.inputs(), method="glm")
+    assert_dense(VariationalPosterior(to_bayesian(this.build(), delta=0.1).double()), this.inputs())
 
 
 def test_without_scaled_tables() -> None:
