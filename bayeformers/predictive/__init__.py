@@ -1,17 +1,23 @@
 """What a prediction is: from draws of a model's output to probabilities and uncertainties."""
 
-from .outputs import drawn_values, logits_of, token_mask
+from .noise import HEAD, NoiseStd, check_noise_std, mean_and_variance
+from .outputs import drawn_values, logits_of, regression_values, token_mask
 from .prediction import IGNORED, Predictive
 from .problem import ProblemType, resolve_problem_type, sequence_problem_type, unwrapped
 from .running import RunningPredictive
 
 __all__ = [
+    "HEAD",
     "IGNORED",
+    "NoiseStd",
     "Predictive",
     "ProblemType",
     "RunningPredictive",
+    "check_noise_std",
     "drawn_values",
     "logits_of",
+    "regression_values",
+    "mean_and_variance",
     "resolve_problem_type",
     "sequence_problem_type",
     "token_mask",

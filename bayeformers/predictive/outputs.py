@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .noise import HEAD, NoiseStd, mean_and_variance, squeezed
 from .problem import ProblemType
 
 TOKEN_PROBLEMS: tuple[ProblemType, ...] = ("token_classification", "causal_lm", "seq2seq_lm")
@@ -21,7 +22,7 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Mapping[str, An
     | --- | --- |
     | single-label classification, "unknown" | (B, C) |
     | multi-label classification | (B, L, 2): a Bernoulli per label, absent and present |
-    | regression | (B,), or (B, L) with several outputs |
+    | regression | (B,), or (B, L) with several outputs (a variance head: `noise.mean_and_variance` splits them) |
     | token classification, language models | (B, T, C) |
     | question answering | (B, 2, T): start and end, over the positions that ``attention_mask`` admits |
 
@@ -35,10 +36,28 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Mapping[str, An
         return _span_log_probs(output, inputs)
     logits = logits_of(output)
     if problem_type == "regression":
-        return logits.squeeze(-1) if logits.dim() > 1 and logits.shape[-1] == 1 else logits
+        return squeezed(logits)
     if problem_type == "multi_label_classification":
         return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
     return logits.log_softmax(dim=-1)
+
+
+def regression_values(output: Any, noise_std: NoiseStd | None) -> tuple[Tensor, Tensor]:
+    """Means and noise variances of one draw of a regression, (B,) or (B, L) each, in float32 or wider.
+
+    Raises:
+        ValueError: ``output`` has no values, the noise is not known, or a variance head has an odd number of them.
+
+    >>> regression_values(torch.tensor([[1.5, 0.0]]), "head")
+    (tensor([1.5000]), tensor([1.]))
+    """
+    values = logits_of(output)
+    if noise_std is None:
+        raise ValueError("`noise_std` is not known: give a number > 0, for example the RMSE on training data.")
+    if noise_std == HEAD:
+        return mean_and_variance(values)
+    values = squeezed(values)
+    return values, torch.full_like(values, noise_std**2)
 
 
 def token_mask(values: Tensor, problem_type: ProblemType, inputs: Mapping[str, Any] | Tensor) -> Tensor | None:

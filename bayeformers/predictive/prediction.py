@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..metrics import uncertainty
+from .noise import HEAD, NoiseStd, check_noise_std
 from .problem import ProblemType
 
 IGNORED = -100
@@ -30,7 +31,10 @@ class Predictive:
         problem_type: what the head predicts, in transformers' words.
         log_probs: log p_s, (S, B, ..., C); None for a regression.
         values: a regression's outputs f_s, (S, B) or (S, B, L); None otherwise.
-        noise_std: standard deviation of a regression's Gaussian noise; None if it is not known.
+        noise_std: standard deviation of a regression's Gaussian noise; "head" if the model predicts it; None if it is
+            not known.
+        noise_variance: sigma_s^2 that a variance head predicts, (S, B) or (S, B, L) as ``values``; of a linearised
+            predictive (1, B) or (1, B, L), the head's at the mean weights; None otherwise.
         mask: which tokens count, (B, T) bool; None: all.
         logit_mean: (B, C) or, per token, (B, T, C), of linearised predictives; (B, L) of L labels or outputs.
         logit_covariance: (B, C, C) or (B, T, C, C), of linearised predictives.
@@ -47,7 +51,8 @@ class Predictive:
     problem_type: ProblemType
     log_probs: Tensor | None = None
     values: Tensor | None = None
-    noise_std: float | None = None
+    noise_std: NoiseStd | None = None
+    noise_variance: Tensor | None = None
     mask: Tensor | None = None
     logit_mean: Tensor | None = None
     logit_covariance: Tensor | None = None
@@ -57,8 +62,8 @@ class Predictive:
         is_regression = self.problem_type == "regression"
         if (self.values is None) == is_regression or (self.log_probs is None) != is_regression:
             raise ValueError(f"`values` are a regression's, `log_probs` all others', got {self.problem_type!r}.")
-        if self.noise_std is not None and not (math.isfinite(self.noise_std) and self.noise_std > 0):
-            raise ValueError(f"`noise_std` must be finite and > 0, got {self.noise_std!r}.")
+        check_noise_std(self.noise_std)
+        self._check_noise_variance()
         if (self.logit_mean is None) != (self.logit_covariance is None):
             raise ValueError("`logit_mean` and `logit_covariance` go together: give both or none.")
         if self.link_log_probs is None:
@@ -68,6 +73,17 @@ class Predictive:
         if self.link_log_probs.shape != self.log_probs.shape[1:]:
             expected, got = tuple(self.log_probs.shape[1:]), tuple(self.link_log_probs.shape)
             raise ValueError(f"`link_log_probs` must have shape {expected}, as one draw of `log_probs`, got {got}.")
+
+    def _check_noise_variance(self) -> None:
+        if (self.noise_variance is None) == (self.noise_std == HEAD):
+            raise ValueError(f'`noise_variance` goes with `noise_std`="head", got {self.noise_std!r}.')
+        if self.noise_variance is None:
+            return
+        expected = self._values.shape if self.logit_mean is None else (1, *self._values.shape[1:])
+        if self.noise_variance.shape != expected:
+            raise ValueError(
+                f"`noise_variance` must have shape {tuple(expected)}, got {tuple(self.noise_variance.shape)}."
+            )
 
     @property
     def num_samples(self) -> int:
@@ -130,19 +146,19 @@ class Predictive:
 
     @property
     def aleatoric_variance(self) -> Tensor:
-        """noise_std^2, (B,), of several outputs (B, L).
+        """noise_std^2, or mean_s sigma_s^2 of a variance head: (B,), of several outputs (B, L).
 
         Raises:
             ValueError: the noise is not known.
         """
-        return torch.full_like(self._values[0], self._noise_std**2)
+        return self._noise_variance.mean(dim=0).expand(self._values.shape[1:])
 
     # -- both -------------------------------------------------------------------------------------------------------
 
     def log_prob(self, labels: Tensor) -> Tensor:
         """log p(label), averaged over draws as a probability, of the example's shape; NaN where a label is -100.
 
-        Of a linearised predictive: the link's, or log N(label; mean, epistemic_variance + noise_std^2) per output.
+        Of a linearised predictive: the link's, or log N(label; mean, epistemic + aleatoric variance) per output.
 
         Args:
             labels: of the example's shape: class numbers, 0/1 per label, values of a regression, token numbers
@@ -171,7 +187,7 @@ class Predictive:
 
     def _normal_log_prob(self, labels: Tensor) -> Tensor:
         if self.logit_mean is None:
-            return _mean_normal_log_prob(self._values, labels, self._noise_std)
+            return _mean_normal_log_prob(self._values, labels, self._noise_variance)
         variance = self.epistemic_variance + self.aleatoric_variance
         squares = (labels.to(variance.dtype) - self.mean).square() / variance
         return -0.5 * (squares + variance.log() + math.log(2 * math.pi))
@@ -195,14 +211,17 @@ class Predictive:
         return self.values
 
     @property
-    def _noise_std(self) -> float:
-        if self.noise_std is None:
+    def _noise_variance(self) -> Tensor:
+        """Broadcasts against the values, draw axis first."""
+        if self.noise_variance is not None:
+            return self.noise_variance
+        if self.noise_std is None or self.noise_std == HEAD:
             raise ValueError("`noise_std` is not known: pass it to `predict`, for example the RMSE on training data.")
-        return self.noise_std
+        return self._values.new_full((1,) * self._values.dim(), self.noise_std**2)
 
 
-def _mean_normal_log_prob(values: Tensor, labels: Tensor, noise_std: float) -> Tensor:
-    """log mean_s N(label; f_s, noise_std^2)."""
-    z = (labels.to(values.dtype) - values) / noise_std
-    log_density = -0.5 * z.square() - math.log(noise_std) - 0.5 * math.log(2 * math.pi)
+def _mean_normal_log_prob(values: Tensor, labels: Tensor, variance: Tensor) -> Tensor:
+    """log mean_s N(label; f_s, sigma_s^2)."""
+    squares = (labels.to(values.dtype) - values).square() / variance
+    log_density = -0.5 * (squares + variance.log() + math.log(2 * math.pi))
     return log_density.logsumexp(dim=0) - math.log(values.shape[0])

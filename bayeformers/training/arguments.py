@@ -2,48 +2,34 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
 from ..posteriors.logits import LINKS, Link
 from ..posteriors.methods import METHODS, SAMPLING, Method
+from ..predictive import HEAD, NoiseStd
+from .calibration_arguments import CalibrationArguments, check_calibration
+from .number_checks import check_choice, check_count, check_number
 
-__all__ = ["BayesianTrainingArguments", "check_count", "parse_noise_std"]
+__all__ = ["BayesianTrainingArguments", "parse_noise_std"]
 
 DRAW_CACHE_BYTES = 2 * 1024**3
 
 if TYPE_CHECKING:
-    NoiseStd = str | float
+    NoiseArgument = str | float
 else:
-    NoiseStd = str  # HfArgumentParser would take a union with str for its other type and refuse "residual"
+    NoiseArgument = str  # HfArgumentParser would take a union with str for its other type and refuse "residual"
 
 
-def check_count(name: str, value: Any, minimum: int) -> None:
-    """Errors: ValueError for anything but a whole number >= ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
+def parse_noise_std(value: str | float) -> NoiseStd | None:
+    """The noise that `noise_std` names: "head", a number, or None for "residual" (to be estimated on training data).
 
-
-def _check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, strict: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not minimum <= value <= maximum or (strict and value == minimum):
-        allowed = f"> {minimum:g}" if strict else f">= {minimum:g}"
-        allowed += f" and <= {maximum:g}" if math.isfinite(maximum) else ""
-        raise ValueError(f"`{name}` must be a finite number {allowed}, got {value!r}.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
-
-
-def parse_noise_std(value: str | float) -> float | None:
-    """The standard deviation that `noise_std` names, or None for "residual" (to be estimated on the training data).
-
-    >>> parse_noise_std("residual") is None, parse_noise_std("0.5")
-    (True, 0.5)
+    >>> parse_noise_std("residual") is None, parse_noise_std("0.5"), parse_noise_std("head")
+    (True, 0.5, 'head')
     """
+    if value == HEAD:
+        return HEAD
     if value == "residual":
         return None
     try:
@@ -51,12 +37,12 @@ def parse_noise_std(value: str | float) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(value, bool) or not (math.isfinite(number) and number > 0):
-        raise ValueError(f'`noise_std` must be "residual" or a finite number > 0, got {value!r}.')
+        raise ValueError(f'`noise_std` must be "residual", "head" or a finite number > 0, got {value!r}.')
     return number
 
 
 @dataclass
-class BayesianTrainingArguments(TrainingArguments):
+class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
     """`TrainingArguments` with the ELBO's and the Monte-Carlo evaluation's choices; works with `HfArgumentParser`.
 
     >>> args = BayesianTrainingArguments("out", kl_weight=0.1, report_to="none")
@@ -107,9 +93,12 @@ class BayesianTrainingArguments(TrainingArguments):
     draw_cache_bytes: int = field(
         default=DRAW_CACHE_BYTES, metadata={"help": "Memory in which evaluation may keep its weight draws, in bytes."}
     )
-    noise_std: NoiseStd = field(
+    noise_std: NoiseArgument = field(
         default="residual",
-        metadata={"help": 'Standard deviation of the noise of a regression, or "residual": its RMSE on training data.'},
+        metadata={
+            "help": 'Standard deviation of the noise of a regression; "residual": its RMSE on training data; "head": '
+            "the model predicts it, with L means and then L log variances for L targets."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -127,15 +116,16 @@ class BayesianTrainingArguments(TrainingArguments):
         if self.num_training_items is not None:
             check_count("num_training_items", self.num_training_items, 1)
         self._check_prediction()
-        _check_number("kl_weight", self.kl_weight, 0.0)
-        _check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
-        _check_number("rho_learning_rate", self.rho_learning_rate, 0.0, strict=True)
+        check_number("kl_weight", self.kl_weight, 0.0)
+        check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
+        check_number("rho_learning_rate", self.rho_learning_rate, 0.0, strict=True)
         self.noise_std = parse_noise_std(self.noise_std) or "residual"
+        check_calibration(self)
 
     def _check_prediction(self) -> None:
         if self.eval_method is not None:
-            _check_choice("eval_method", self.eval_method, METHODS)
-        _check_choice("eval_link", self.eval_link, LINKS)
+            check_choice("eval_method", self.eval_method, METHODS)
+        check_choice("eval_link", self.eval_link, LINKS)
         if self.eval_method in SAMPLING and self.eval_link != "auto":
             raise ValueError(
                 f'`eval_link` must be "auto" with `eval_method`={self.eval_method!r}, which averages probabilities '

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from ..conversion import bayesian_config, is_bayesian
 from ..nn.base import variational_tensors
+from ..predictive import HEAD, ProblemType
 from .arguments import BayesianTrainingArguments
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "check_converted",
     "check_data_parallel",
     "check_dataset",
+    "check_uncalibrated",
+    "check_variance_head",
     "recorded_config",
 ]
 
@@ -79,6 +82,24 @@ def check_dataset(dataset: Any, name: str) -> None:
             check_dataset(part, f"{name}[{key!r}]")
     elif not isinstance(dataset, str) and has_length(dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
+
+
+def check_uncalibrated(args: BayesianTrainingArguments) -> None:
+    """Errors: ValueError for a calibration loss of an unconverted model."""
+    if args.calibration_loss is not None:
+        raise ValueError(
+            f"`calibration_loss`={args.calibration_loss!r} is a term beside the ELBO, and the model is not Bayesian: "
+            "call `to_bayesian(model)` before making the trainer."
+        )
+
+
+def check_variance_head(noise_std: Any, problem_type: ProblemType) -> None:
+    """Errors: ValueError for `noise_std`="head" of a head that is no regression."""
+    if noise_std == HEAD and problem_type != "regression":
+        raise ValueError(
+            f'`noise_std`="head" is for regressions, got a {problem_type} head: set `config.problem_type` to '
+            '"regression", with `num_labels` twice the number of targets (means, then log variances).'
+        )
 
 
 def _env(name: str) -> bool:

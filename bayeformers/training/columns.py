@@ -1,8 +1,9 @@
 """One batch's prediction, scored against its labels: of S outputs, reduced as they come, or of a `Predictive`."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..predictive import Predictive, ProblemType, RunningPredictive, drawn_values, token_mask
+from ..predictive import (
+    HEAD,
+    NoiseStd,
+    Predictive,
+    ProblemType,
+    RunningPredictive,
+    drawn_values,
+    regression_values,
+    token_mask,
+)
 from ..predictive.outputs import TOKEN_PROBLEMS
-from .likelihood import item_nll, output_field
+from .likelihood import item_nll, output_field, regression_labels
 
 __all__ = ["BatchPrediction", "infer_problem_type", "predict_batch", "score_predictive"]
 
@@ -51,11 +61,11 @@ def predict_batch(
     outputs: Iterable[Any],
     inputs: Mapping[str, Any],
     problem_type: ProblemType,
-    noise_std: float | None = None,
+    noise_std: NoiseStd | None = None,
 ) -> BatchPrediction:
     """The averaged prediction of the S model ``outputs`` for one batch, scored where ``inputs`` has labels.
 
-    ``noise_std``: a regression's; without it there is neither an aleatoric variance nor an NLL.
+    ``noise_std``: a regression's, or "head"; without it there is neither an aleatoric variance nor an NLL.
 
     Errors: ValueError for labels that do not fit the head.
 
@@ -65,7 +75,13 @@ def predict_batch(
     (tensor([[0.5000, 0.5000]]), tensor([0.6931]))
     """
     if problem_type == "regression":
-        return _sampled_regression(outputs, inputs, noise_std)
+        draws = (
+            (drawn_values(output, problem_type, inputs), None)
+            if noise_std is None
+            else regression_values(output, noise_std)
+            for output in outputs
+        )
+        return _sampled_regression(draws, inputs)
     running = RunningPredictive()
     for output in outputs:
         running.update(drawn_values(output, problem_type, inputs))
@@ -76,12 +92,13 @@ def score_predictive(
     predictive: Predictive,
     inputs: Mapping[str, Any],
     problem_type: ProblemType,
-    noise_std: float | None = None,
+    noise_std: NoiseStd | None = None,
 ) -> BatchPrediction:
     """The same columns of a `Predictive`, linearised or of draws: its averaged prediction is what is scored.
 
-    Of a linearised regression everything is in closed form, the NLL that of N(y; mean, covariance + noise_std^2 I) over
-    all outputs of an example. ``noise_std`` is by default that of the predictive.
+    Of a linearised regression everything is in closed form, the NLL that of N(y; mean, covariance + noise) over all
+    outputs of an example, with the noise's variances on the diagonal. A ``noise_std`` that is given replaces the
+    predictive's own number.
 
     Errors: ValueError for labels that do not fit the head.
 
@@ -93,21 +110,26 @@ def score_predictive(
     """
     if problem_type != "regression":
         return _classified(predictive, inputs, problem_type, predictive.mask)
-    noise_std = predictive.noise_std if noise_std is None else noise_std
+    if noise_std is not None and HEAD not in (noise_std, predictive.noise_std):
+        predictive = replace(predictive, noise_std=noise_std)
+    noise = None if predictive.noise_std is None else predictive.aleatoric_variance
     if predictive.logit_mean is None or predictive.logit_covariance is None:
-        return _sampled_regression(() if predictive.values is None else predictive.values, inputs, noise_std)
-    batch = _regressed(predictive.mean, predictive.epistemic_variance, inputs, noise_std)
-    if batch.mask is not None and noise_std is not None:
-        nll = _joint_nll(predictive.logit_mean, predictive.logit_covariance, inputs["labels"], noise_std)
-        batch.scores["nll"] = nll
+        assert predictive.values is not None  # a regression
+        own = predictive.noise_variance
+        variances = itertools.repeat(noise) if own is None else iter(own)
+        return _sampled_regression(zip(predictive.values, variances, strict=False), inputs)
+    batch = _regressed(predictive.mean, predictive.epistemic_variance, noise, inputs)
+    if batch.mask is not None and noise is not None:
+        labels = regression_labels(inputs, predictive.mean)
+        batch.scores["nll"] = _joint_nll(predictive.logit_mean, predictive.logit_covariance, labels, noise)
     return batch
 
 
-def _joint_nll(mean: Tensor, covariance: Tensor, labels: Tensor, noise_std: float) -> Tensor:
-    """-log N(y; mean, covariance + noise_std^2 I) in float64: (B, L), (B, L, L) -> (B,) in the dtype of ``mean``."""
-    noise = noise_std**2 * torch.eye(mean.shape[-1], dtype=torch.float64, device=mean.device)
+def _joint_nll(mean: Tensor, covariance: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    """-log N(y; mean, covariance + diag(noise)) in float64: (B, L), (B, L, L) -> (B,) in the dtype of ``mean``."""
+    diagonal = noise.reshape(mean.shape).double().diag_embed()
     # the noise makes it positive definite; what rounding leaves of asymmetry is no reason to refuse it
-    density = MultivariateNormal(mean.double(), covariance.double() + noise, validate_args=False)
+    density = MultivariateNormal(mean.double(), covariance.double() + diagonal, validate_args=False)
     log_prob: Tensor = density.log_prob(labels.reshape(mean.shape).double())  # type: ignore[no-untyped-call]
     return -log_prob.to(mean.dtype)
 
@@ -172,30 +194,40 @@ def _score(batch: BatchPrediction, log_probs: Tensor, inputs: Mapping[str, Any],
         batch.scores |= {"probs": log_probs.exp(), "labels": labels}
 
 
-def _sampled_regression(outputs: Iterable[Any], inputs: Mapping[str, Any], noise_std: float | None) -> BatchPrediction:
-    """Mean and variance over draws, and, with labels, -log mean_s N(y; f_s, noise_std^2) per example."""
-    running, density, labelled = RunningPredictive(), None, inputs.get("labels") is not None
-    for output in outputs:
-        values = drawn_values(output, "regression", inputs)
-        running.update_values(values)
-        if labelled and noise_std is not None:
-            drawn = -item_nll(values, inputs, "regression", noise_std).values
+def _sampled_regression(draws: Iterable[tuple[Tensor, Tensor | None]], inputs: Mapping[str, Any]) -> BatchPrediction:
+    """Of the draws' means and noise variances: their averages, and, with labels, -log mean_s N(y; f_s, sigma_s^2)."""
+    running, density, noise = RunningPredictive(), None, None
+    for mean, variance in draws:
+        running.update_values(mean)
+        if variance is None:
+            continue
+        noise = variance if noise is None else noise + variance
+        if inputs.get("labels") is not None:
+            drawn = _log_density(mean, variance, inputs)
             density = drawn if density is None else torch.logaddexp(density, drawn)
-    batch = _regressed(running.mean, running.epistemic_variance, inputs, noise_std)
+    noise = None if noise is None else noise / running.num_samples
+    batch = _regressed(running.mean, running.epistemic_variance, noise, inputs)
     if density is not None:
         batch.scores["nll"] = math.log(running.num_samples) - density
     return batch
 
 
-def _regressed(mean: Tensor, variance: Tensor, inputs: Mapping[str, Any], noise_std: float | None) -> BatchPrediction:
+def _log_density(mean: Tensor, variance: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """log N(y; mean, variance), summed over the outputs of an example, (B,)."""
+    squares = (regression_labels(inputs, mean) - mean.reshape(len(mean), -1)).square()
+    spread = variance.reshape(len(mean), -1)
+    return -0.5 * (squares / spread + spread.log() + math.log(2 * math.pi)).sum(1)
+
+
+def _regressed(mean: Tensor, epistemic: Tensor, aleatoric: Tensor | None, inputs: Mapping[str, Any]) -> BatchPrediction:
     """All but the NLL; with labels, the squared error per example."""
-    batch = BatchPrediction(mean[:, None] if mean.dim() == 1 else mean, {"epistemic_variance": variance})
-    if noise_std is not None:
-        batch.uncertainty["aleatoric_variance"] = torch.full_like(mean, noise_std**2)
+    batch = BatchPrediction(mean[:, None] if mean.dim() == 1 else mean, {"epistemic_variance": epistemic})
+    if aleatoric is not None:
+        batch.uncertainty["aleatoric_variance"] = aleatoric
     if inputs.get("labels") is not None:
-        batch.mask = item_nll(mean, inputs, "regression", 1.0).mask  # checks the labels
-        residual = inputs["labels"].reshape(len(mean), -1).to(mean) - mean.reshape(len(mean), -1)
+        residual = regression_labels(inputs, mean) - mean.reshape(len(mean), -1)
         batch.scores["squared_error"] = residual.square().mean(1)
+        batch.mask = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
     return batch
 
 

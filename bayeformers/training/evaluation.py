@@ -17,9 +17,9 @@ from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
 from ..posteriors.base import has_many_logits
 from ..posteriors.logits import ignores_shift
 from ..posteriors.methods import SAMPLING
-from ..predictive import ProblemType, resolve_problem_type, unwrapped
+from ..predictive import NoiseStd, ProblemType, check_noise_std, resolve_problem_type, unwrapped
 from .arguments import BayesianTrainingArguments, parse_noise_std
-from .checks import check_dataset
+from .checks import check_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
 from .elbo import preserved_rng
 from .items import LABEL_NAMES
@@ -125,6 +125,7 @@ class MonteCarloTrainer(Trainer):
         """(mean NLL, log mean probabilities, labels) of one batch; None for what there is not."""
         inputs = self._prepare_inputs(inputs)
         problem_type = self._prediction_type(inputs)
+        check_variance_head(self.args.noise_std, problem_type)
         if problem_type == "unknown":
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self._evaluated_type = problem_type
@@ -173,7 +174,7 @@ class MonteCarloTrainer(Trainer):
         return False
 
     def _linearized(
-        self, inputs: dict[str, Any], problem_type: ProblemType, noise_std: float | None
+        self, inputs: dict[str, Any], problem_type: ProblemType, noise_std: NoiseStd | None
     ) -> BatchPrediction:
         """In the model's own precision, not autocast's: covariances are sums of squares of gradients."""
         posterior = self._evaluated
@@ -228,7 +229,7 @@ class MonteCarloTrainer(Trainer):
 
     # -- noise of a regression ---------------------------------------------------------------------------------------
 
-    def noise_std(self) -> float | None:
+    def noise_std(self) -> NoiseStd | None:
         """A regression's noise: the argument, else what the posterior or the converted model stores, else its residual.
 
         The residual is that of the training data. None for a point estimate without a number: it has no likelihood, and
@@ -240,7 +241,7 @@ class MonteCarloTrainer(Trainer):
         if not is_bayesian(self.model):
             return None if self._posterior is None else self._posterior.recorded_noise_std()
         stored = bayesian_config(self.model).noise_std
-        return self.store_residual() if stored is None else stored
+        return self.store_residual() if stored is None else check_noise_std(stored)
 
     def store_residual(self) -> float:
         """Estimate the noise as the RMSE of the posterior mean on the training data, and record it in the model.

@@ -23,11 +23,12 @@ from ..laplace.holdout import checked_validation
 from ..laplace.targets import Subset
 from ..laplace.tuning import PriorChoice, default_choice
 from ..patterns import Patterns
-from ..predictive import resolve_problem_type
-from .arguments import check_count, parse_noise_std
+from ..predictive import HEAD, NoiseStd, resolve_problem_type
+from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
 from .evaluation import MonteCarloTrainer
+from .number_checks import check_count
 from .precision import own_precision
 from .sharding import sharded_batches
 
@@ -123,7 +124,13 @@ class LaplaceTrainer(MonteCarloTrainer):
         check_count("batch_size", size, 1)
         check_count("seed", seed, 0)
         if noise_std is None and resolve_problem_type(self.model) == "regression":
-            noise_std = parse_noise_std(self.args.noise_std)
+            given = parse_noise_std(self.args.noise_std)
+            if given == HEAD:
+                raise ValueError(
+                    '`noise_std`="head" has no Laplace posterior, whose likelihood is a Gaussian of one noise: use a '
+                    'head that predicts the means only, and a number or "residual".'
+                )
+            noise_std = given
         shows = (not self.args.disable_tqdm if progress is None else progress) and self.is_world_process_zero()
         start = time.perf_counter()
         with self._measuring(seed):
@@ -154,7 +161,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         self._adopt(posterior, time.perf_counter() - start)
         return posterior
 
-    def noise_std(self) -> float | None:
+    def noise_std(self) -> NoiseStd | None:
         """That of the Laplace posterior, whose weights were given their scale by it; else as ever."""
         if isinstance(self._posterior, LaplacePosterior) and not is_bayesian(self.model):
             return self._posterior.noise_std

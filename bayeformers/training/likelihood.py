@@ -13,6 +13,8 @@ The functions here return one number per *item*, the unit in which the ELBO coun
 | causal LM | label != -100 after the first position | the same; position t predicts label t + 1 |
 | question answering | feature | start NLL + end NLL over attended positions; one outside them adds nothing |
 | unknown | example | the model's own `loss`, taken as a mean over examples |
+
+s is one number, or what a variance head predicts of each example (`losses.gaussian_nll`).
 """
 
 import math
@@ -23,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..predictive import ProblemType
+from ..losses import gaussian_nll, split_variance_head
+from ..predictive import HEAD, NoiseStd, ProblemType
 from .items import IGNORED, attended_positions, item_mask, labels_of, span_end
 
-__all__ = ["ItemNLL", "align_causal", "item_nll", "output_field"]
+__all__ = ["ItemNLL", "align_causal", "item_nll", "output_field", "regression_labels"]
 
 
 class ItemNLL(NamedTuple):
@@ -77,14 +80,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, name: str = "la
     return ItemNLL(values.view(labels.shape), mask)
 
 
-def _class_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _class_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     logits, labels = _logits(outputs), labels_of(inputs)
     if labels.dim() == logits.dim() and labels.shape[-1] == 1:
         labels = labels.squeeze(-1)  # (B, 1), which the models' own losses flatten
     return _cross_entropy(logits, labels, labels != IGNORED)
 
 
-def _multi_label_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _multi_label_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     logits, labels = _logits(outputs), labels_of(inputs)
     if labels.shape != logits.shape:
         raise ValueError(f"`labels` must have shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
@@ -95,19 +98,31 @@ def _multi_label_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float |
     return ItemNLL(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def _regression_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _regression_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
+    output = _logits(outputs)
+    if noise_std == HEAD:
+        labels = regression_labels(inputs, split_variance_head(output)[0])
+        values = gaussian_nll(output.reshape(len(output), -1), labels, "none")
+        return ItemNLL(values, torch.ones_like(values, dtype=torch.bool))
     if noise_std is None or not (math.isfinite(noise_std) and noise_std > 0):
         raise ValueError(f"`noise_std` must be a number > 0 for a Gaussian likelihood, got {noise_std!r}.")
-    mean = _logits(outputs)
+    residual = (regression_labels(inputs, output) - output.reshape(len(output), -1)) / noise_std
+    constant = math.log(noise_std) + 0.5 * math.log(2 * math.pi)
+    values = (0.5 * residual.square() + constant).sum(1)
+    return ItemNLL(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def regression_labels(inputs: Mapping[str, Any], mean: Tensor) -> Tensor:
+    """A regression's labels (B, L) in the dtype of its ``mean`` (B,) or (B, L).
+
+    Errors: ValueError for labels of another number, or that are not finite.
+    """
     labels = labels_of(inputs).to(mean)
     if labels.numel() != mean.numel():
         raise ValueError(f"`labels` must have {mean.numel()} numbers, as the head's output, got {labels.numel()}.")
     if not bool(labels.isfinite().all()):
         raise ValueError("`labels` of a regression must be finite.")
-    residual = (labels.reshape(len(mean), -1) - mean.reshape(len(mean), -1)) / noise_std
-    constant = math.log(noise_std) + 0.5 * math.log(2 * math.pi)
-    values = (0.5 * residual.square() + constant).sum(1)
-    return ItemNLL(values, torch.ones_like(values, dtype=torch.bool))
+    return labels.reshape(len(mean), -1)
 
 
 def align_causal(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,12 +133,12 @@ def align_causal(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
 
 
-def _token_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _token_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     labels = labels_of(inputs)
     return _cross_entropy(_logits(outputs), labels, labels != IGNORED)
 
 
-def _causal_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _causal_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     logits = _logits(outputs)
     if inputs.get("shift_labels") is not None:  # a padding-free collator has shifted them
         labels = labels_of(inputs, "shift_labels")
@@ -132,7 +147,7 @@ def _causal_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None
     return _cross_entropy(logits, labels, labels != IGNORED)
 
 
-def _question_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _question_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     parts = []
     for side in ("start", "end"):
         logits = _logits(outputs, f"{side}_logits")
@@ -145,7 +160,7 @@ def _question_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: float | No
     return ItemNLL(start.values + end.values, start.mask | end.mask)
 
 
-def _own_loss(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) -> ItemNLL:
+def _own_loss(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     loss = output_field(outputs, "loss")
     if loss is None:
         raise ValueError(
@@ -156,7 +171,7 @@ def _own_loss(outputs: Any, inputs: Mapping[str, Any], noise_std: float | None) 
     return ItemNLL(loss.mean().expand(mask.shape), mask)
 
 
-_NLL: dict[ProblemType, Callable[[Any, Mapping[str, Any], float | None], ItemNLL]] = {
+_NLL: dict[ProblemType, Callable[[Any, Mapping[str, Any], NoiseStd | None], ItemNLL]] = {
     "single_label_classification": _class_nll,
     "multi_label_classification": _multi_label_nll,
     "regression": _regression_nll,
@@ -169,12 +184,13 @@ _NLL: dict[ProblemType, Callable[[Any, Mapping[str, Any], float | None], ItemNLL
 
 
 def item_nll(
-    outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType, noise_std: float | None = None
+    outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType, noise_std: NoiseStd | None = None
 ) -> ItemNLL:
     """-log p(y | x, w) of each item of a batch, in nats, float32 or better, with gradient.
 
     ``outputs``: the model's output (ModelOutput, dict, tuple or logits); ``inputs``: the batch, labels included;
-    ``noise_std``: the Gaussian likelihood's standard deviation, in the labels' unit; regression only.
+    ``noise_std``: the Gaussian likelihood's standard deviation, in the labels' unit, or "head" for outputs that are L
+    means and then L log variances; regression only.
 
     Errors: ValueError for missing, misshapen or out-of-range labels, naming them.
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..distributions import scale_from_rho
 from ..nn.base import variational_tensors
 from ..nn.draws import bayesian_modules
+from ..nn.variational import scale_of
 
 __all__ = ["CallWatch", "ScaleShift", "TrainingRecord"]
 
@@ -23,9 +23,11 @@ class ScaleShift:
     @staticmethod
     @torch.no_grad()
     def _sample(model: nn.Module) -> Tensor:
-        rhos = [tensor.rho.flatten() for tensor in variational_tensors(model)]
-        kept = [rho[:: max(1, rho.numel() // SAMPLED_PER_TENSOR)] for rho in rhos]
-        return scale_from_rho(torch.cat([rho.cpu() for rho in kept])).log()
+        scales = []
+        for tensor in variational_tensors(model):
+            kept = slice(None, None, max(1, tensor.rho.numel() // SAMPLED_PER_TENSOR))
+            scales.append(scale_of(tensor.loc.flatten()[kept], tensor.rho.flatten()[kept], tensor.floor).cpu())
+        return torch.cat(scales).log()
 
     def median(self, model: nn.Module) -> float:
         """In units of log sigma. Near 0 after training, the scales have not been learned: see `rho_learning_rate`."""
@@ -56,11 +58,15 @@ class TrainingRecord:
     Attributes:
         num_items: N.
         fits_noise: whether a regression's noise is estimated from the residual.
+        has_calibration: whether a calibration loss is logged.
         starts_step: whether the next micro-batch is the first of its optimizer step.
     """
 
-    def __init__(self, model: nn.Module, num_items: int, *, fits_noise: bool, watch_calls: bool) -> None:
+    def __init__(
+        self, model: nn.Module, num_items: int, *, fits_noise: bool, watch_calls: bool, has_calibration: bool = False
+    ) -> None:
         self.num_items, self.fits_noise, self.starts_step = num_items, fits_noise, False
+        self.has_calibration = has_calibration
         self._model, self._shift = model, ScaleShift(model)
         self._watch = CallWatch(bayesian_modules(model)) if watch_calls else None
         self._sums: Tensor | None = None
@@ -71,10 +77,10 @@ class TrainingRecord:
         self._steps += 1
         self.starts_step = True
 
-    def add(self, nll: Tensor, kl: Tensor, log_posterior: Tensor | float) -> None:
-        """One micro-batch's share of its step: mean NLL, KL, and (once per step) E_q[log q]."""
-        values = [torch.as_tensor(value, device=nll.device).detach().float() for value in (nll, kl, log_posterior)]
-        share = torch.stack(values)
+    def add(self, nll: Tensor, kl: Tensor, log_posterior: Tensor | float, calibration: Tensor | float = 0.0) -> None:
+        """One micro-batch's share of its step: mean NLL, KL, (once per step) E_q[log q], and calibration loss."""
+        values = (nll, kl, log_posterior, calibration)
+        share = torch.stack([torch.as_tensor(value, device=nll.device).detach().float() for value in values])
         self._sums = share if self._sums is None else self._sums + share
         self.starts_step = False
 
@@ -82,9 +88,10 @@ class TrainingRecord:
         """The log's entries: means per step since the last call, E_q[log p] = E_q[log q] - KL among them."""
         if self._sums is None:
             return {}
-        nll, kl, log_posterior = (mean_over_ranks(self._sums) / self._steps).tolist()
+        nll, kl, log_posterior, calibration = (mean_over_ranks(self._sums) / self._steps).tolist()
         self._sums, self._steps = None, 0
         return {
+            **({"calibration_loss": calibration} if self.has_calibration else {}),
             "nll": nll,
             "kl": kl,
             "log_prior": log_posterior - kl,

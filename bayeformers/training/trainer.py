@@ -1,19 +1,22 @@
 """`BayesianTrainer`: transformers' Trainer with the ELBO as its loss and Monte-Carlo prediction in its evaluation."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..conversion import is_bayesian, update_config, without_stale_record
 from ..nn.draws import training_draw
 from ..objective import kl_divergence, log_variational_posterior
-from ..predictive import ProblemType, resolve_problem_type
+from ..predictive import HEAD, ProblemType, resolve_problem_type
 from . import checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
+from .calibration_term import CalibrationTerm
 from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
 from .items import count_items, model_inputs
 from .laplace import LaplaceTrainer
@@ -35,7 +38,8 @@ class BayesianTrainer(LaplaceTrainer):
         mean NLL of its items + (kl_weight / N) * KL
 
     whatever the batch size, accumulation and number of processes (see `training.elbo`); with `num_train_samples` > 1
-    the NLL is averaged over as many draws. An unconverted model trains on its own loss, scaled as exactly.
+    the NLL is averaged over as many draws. A `calibration_loss` is added with its weight (`training.calibration_term`).
+    An unconverted model trains on its own loss, scaled as exactly, or, with `noise_std`="head", on its Gaussian NLL.
 
     Errors: TypeError for other training arguments; ValueError for what would make the ELBO wrong (label smoothing),
     for `nn.DataParallel`, FSDP and DeepSpeed, and for an empty dataset.
@@ -62,11 +66,15 @@ class BayesianTrainer(LaplaceTrainer):
         self.loss_is_scaled_for_ga = True  # the stock step then divides nothing: `compute_loss` scales for the group
         self._group: Group | None = None
         self._run: TrainingRecord | None = None
+        self._calibration: CalibrationTerm | None = None
+        self._resumed: Path | None = None
         self._begun = False
 
     def problem_type(self, inputs: Mapping[str, Any]) -> ProblemType:
         """The problem type of the model's head, for a batch whose labels may decide between single and multi label."""
-        return resolve_problem_type(self.model, inputs.get("labels"))
+        problem_type = resolve_problem_type(self.model, inputs.get("labels"))
+        checks.check_variance_head(self.args.noise_std, problem_type)
+        return problem_type
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Items of a batch in the unit of its loss: a 0-dimensional tensor. Override it along with a custom loss."""
@@ -84,7 +92,7 @@ class BayesianTrainer(LaplaceTrainer):
 
         Errors: ValueError where N is unknown, labels do not fit the head, or a checkpoint is of another conversion.
         """
-        self._begun, self._group, self._run = False, None, None
+        self._begun, self._group, self._run, self._calibration, self._resumed = False, None, None, None, None
         self._drop_posterior()
         if self.args.activation_checkpointing:
             given = self.args.activation_checkpointing_kwargs
@@ -99,6 +107,7 @@ class BayesianTrainer(LaplaceTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checks.check_checkpoint(self.model if model is None else model, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed = Path(resume_from_checkpoint)
         recorded = checks.recorded_config(resume_from_checkpoint)
         if recorded is not None and recorded.get("noise_std") is not None:
             update_config(self.model, noise_std=recorded["noise_std"])  # that of the training that goes on
@@ -106,6 +115,7 @@ class BayesianTrainer(LaplaceTrainer):
     def _begin(self, inputs: Mapping[str, Any]) -> TrainingRecord | None:
         """At the first batch of a `train()`: by then `model_init` has made the model and a checkpoint is loaded."""
         if not is_bayesian(self.model):
+            checks.check_uncalibrated(self.args)
             self._say(
                 "The model is not Bayesian: this is ordinary training of a point estimate. Call `to_bayesian(model)` "
                 "before making the trainer for variational inference, or `fit_laplace()` after training."
@@ -113,15 +123,42 @@ class BayesianTrainer(LaplaceTrainer):
             return None
         checks.check_converted(self.args)
         problem_type = self.problem_type(inputs)
+        self._calibration = self._calibration_term(problem_type)
         num_items = infer_num_items(
             self.train_dataset, problem_type, lambda: self._count_labels(problem_type), self.args.num_training_items
         )
         update_config(self.model, num_training_items=num_items, kl_weight=float(self.args.kl_weight))
         is_regression = problem_type == "regression"
+        noise_std = self.noise_std() if is_regression else None
         if is_regression:
-            update_config(self.model, noise_std=self.noise_std())
-        fits_noise = is_regression and parse_noise_std(self.args.noise_std) is None
-        return TrainingRecord(self.model, num_items, fits_noise=fits_noise, watch_calls=not self.args.torch_compile)
+            update_config(self.model, noise_std=noise_std)
+        return TrainingRecord(
+            self.model,
+            num_items,
+            fits_noise=is_regression and noise_std != HEAD and parse_noise_std(self.args.noise_std) is None,
+            watch_calls=not self.args.torch_compile,
+            has_calibration=self._calibration is not None,
+        )
+
+    def _calibration_term(self, problem_type: ProblemType) -> CalibrationTerm | None:
+        if self.args.calibration_loss is None:
+            return None
+        warmup_steps = math.ceil(self.args.calibration_warmup_ratio * self.state.max_steps)
+        term = CalibrationTerm(self.args, problem_type, warmup_steps)
+        if self._resumed is not None:
+            term.load(self._resumed, self.state.global_step)
+        return term
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._calibration is not None:
+            self._fold_calibration(self._calibration)
+            if self.args.should_save:  # before the stock part, which may push the folder
+                folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                self._calibration.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _fold_calibration(self, term: CalibrationTerm) -> None:
+        term.fold(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.device, self.state.global_step)
 
     def _count_labels(self, problem_type: ProblemType) -> int:
         """Label tokens of the training data, each rank counting its share."""
@@ -154,6 +191,8 @@ class BayesianTrainer(LaplaceTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if batches and not self._begun:
             self._run, self._begun = self._begin(batches[0]), True
+        if self._calibration is not None:
+            self._fold_calibration(self._calibration)
         counts = [self.count_items(batch).to(device) for batch in batches]
         own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
         num_items = self.accelerator.gather(own.reshape(1)).sum()
@@ -178,10 +217,21 @@ class BayesianTrainer(LaplaceTrainer):
         passes = [self._summed_nll(model, inputs) for _ in range(self.args.num_train_samples if bayesian else 1)]
         nll = torch.stack([nll for nll, _ in passes]).mean()
         group = self._group or Group(self.count_items(inputs), 1)
-        loss = self._elbo(nll, group) if bayesian else elbo_loss(nll, group)[0]
+        if not bayesian:
+            loss = elbo_loss(nll, group)[0]
+        else:
+            loss = self._elbo(nll, group, self._calibrated([outputs for _, outputs in passes], inputs, group))
         return (loss, passes[-1][1]) if return_outputs else loss
 
-    def _elbo(self, nll_sum: Tensor, group: Group) -> Tensor:
+    def _calibrated(self, outputs: list[Any], inputs: dict[str, Any], group: Group) -> Tensor | float:
+        """This micro-batch's share of the calibration loss, weighted by its items as the NLL is; 0 without one."""
+        if self._calibration is None:
+            return 0.0
+        noise_std = self.noise_std() if self.problem_type(inputs) == "regression" else None
+        value = self._calibration(outputs, inputs, noise_std, self.state.global_step)
+        return 0.0 if value is None else elbo_loss(value * self.count_items(inputs), group)[0]
+
+    def _elbo(self, nll_sum: Tensor, group: Group, calibration: Tensor | float = 0.0) -> Tensor:
         num_items = self.args.num_training_items if self._run is None else self._run.num_items
         if num_items is None:
             raise ValueError("`num_training_items` must be given to compute the ELBO outside `train()`.")
@@ -193,17 +243,17 @@ class BayesianTrainer(LaplaceTrainer):
         if self._run is not None:
             with torch.no_grad():
                 log_posterior = log_variational_posterior(self.model) if self._run.starts_step else 0.0
-            self._run.add(nll, kl / group.num_batches, log_posterior)
+            self._run.add(nll, kl / group.num_batches, log_posterior, calibration)
             self._name_silent_layers(self._run.silent_layers())
-        return nll + kl_term
+        return nll + kl_term + self.args.calibration_weight * calibration
 
     def _summed_nll(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """(NLL summed over the batch's items, outputs) of one forward, under one training draw."""
-        if self.compute_loss_func is None and not is_bayesian(self.model):
+        has_own_loss = self.compute_loss_func is not None
+        if not has_own_loss and not is_bayesian(self.model) and self.args.noise_std != HEAD:
             loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
             return loss * self.count_items(inputs), outputs
         problem_type = self.problem_type(inputs)
-        has_own_loss = self.compute_loss_func is not None
         with training_draw(self.model):
             outputs = model(**model_inputs(self.model, inputs, None if has_own_loss else problem_type))
         if self.compute_loss_func is not None:
@@ -242,6 +292,8 @@ class BayesianTrainer(LaplaceTrainer):
         """Adds the ELBO's parts, as means since the last log, to every log of the training loss."""
         if "loss" in logs and self._run is not None:
             logs.update(self._run.drain(lambda sums: self.accelerator.reduce(sums, "mean")))
+            if self._calibration is not None:
+                logs.update(self._calibration.report())
         super().log(logs, start_time)
 
     def _name_silent_layers(self, names: list[str]) -> None:

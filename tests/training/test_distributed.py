@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training import steps, worker
+from bayeformers import fixed_draw
+from bayeformers.losses import avuc_loss
+from tests.training import steps, tiny, worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,3 +93,28 @@ def test_logs_are_means_over_processes(ranks: list[dict[str, Any]]) -> None:
     assert [entry["nll"] for entry in first] == [entry["nll"] for entry in second]
     for entry in first:
         assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / 20, rel=1e-5)
+
+
+def test_calibration_threshold_is_that_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Items of both ranks estimate it; the loss after the warm-up is the mean over all micro-batches of equal size."""
+    model = tiny.bayesian().eval()
+    spreads: dict[bool, list[float]] = {True: [], False: []}
+    losses = []
+    threshold = ranks[0]["calibrated"]["logs"][-1]["calibration_threshold"]
+    for rank in ranks:
+        for step, batches in enumerate(rank["calibrated"]["fed"]):
+            for batch in batches:
+                with torch.no_grad(), fixed_draw(model, steps.DRAW):
+                    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                if step == 3:
+                    losses.append(float(avuc_loss(logits, batch["labels"], threshold)))
+                    continue
+                entropy = torch.distributions.Categorical(logits=logits).entropy()
+                for right, value in zip(logits.argmax(-1) == batch["labels"], entropy, strict=True):
+                    spreads[bool(right)].append(float(value))
+    expected = sum(sum(values) / len(values) for values in spreads.values()) / 2
+    assert sum(len(values) for values in spreads.values()) == 3 * 2 * 2 * 4
+    assert threshold == pytest.approx(expected, rel=1e-4)
+    logs = ranks[0]["calibrated"]["logs"]
+    assert [entry["calibration_loss"] for entry in logs[:3]] == [0.0, 0.0, 0.0]
+    assert logs[3]["calibration_loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bayeformers import fixed_draw
 from bayeformers.nn.draws import training_draw
 from tests.training import steps, tiny
 
@@ -65,6 +66,21 @@ def logs(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "nll" in entry]
 
 
+def calibrated(folder: Path) -> dict[str, Any]:
+    """Three steps of warm-up and one after it, with weights that stand still under a held draw."""
+    trainer = steps.Recorder(
+        model=tiny.bayesian(),
+        args=tiny.arguments(
+            folder, calibration_loss="avuc", calibration_warmup_ratio=0.75, max_steps=4, learning_rate=0.0,
+            rho_learning_rate=1e-12, gradient_accumulation_steps=2,
+        ),
+        train_dataset=tiny.dataset("single", 80),
+    )  # fmt: skip
+    with fixed_draw(trainer.model, steps.DRAW):
+        trainer.train()
+    return {"fed": trainer.fed, "logs": [entry for entry in trainer.state.log_history if "nll" in entry]}
+
+
 def main(folder: Path) -> None:
     results = {
         "steps": {kind: steps.recorded(folder, kind, batch=4, accumulation=4) for kind in TRAINED},
@@ -74,6 +90,7 @@ def main(folder: Path) -> None:
         "resumed": resumed(folder),
         "evaluations": evaluations(folder),
         "live": live_logits(),
+        "calibrated": calibrated(folder),
         "unused": unused_layer(folder),
         "logs": logs(folder),
         "world_size": dist.get_world_size(),
