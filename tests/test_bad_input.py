@@ -309,3 +309,146 @@ def test_embedding_ids_out_of_range(ids: list[int]) -> None:
                     model(torch.tensor(ids))
     with pytest.raises(IndexError):
         model.train()(torch.tensor(ids))
+
+
+# ------------------------------------------------------------------------------- layers by hand, estimators and priors
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "Linear": lambda **options: bnn.Linear(3, 2, **options),
+    "Conv1D": lambda **options: bnn.Conv1D(3, 2, **options),
+    "Bilinear": lambda **options: bnn.Bilinear(2, 2, 2, **options),
+    "Conv1d": lambda **options: bnn.Conv1d(2, 2, 3, **options),
+    "Conv2d": lambda **options: bnn.Conv2d(2, 2, 3, **options),
+    "Conv3d": lambda **options: bnn.Conv3d(2, 2, 3, **options),
+    "ConvTranspose1d": lambda **options: bnn.ConvTranspose1d(2, 2, 3, **options),
+    "ConvTranspose2d": lambda **options: bnn.ConvTranspose2d(2, 2, 3, **options),
+    "ConvTranspose3d": lambda **options: bnn.ConvTranspose3d(2, 2, 3, **options),
+    "Embedding": lambda **options: bnn.Embedding(5, 2, **options),
+    "EmbeddingBag": lambda **options: bnn.EmbeddingBag(5, 2, **options),
+    "GRU": lambda **options: bnn.GRU(3, 2, **options),
+    "LSTM": lambda **options: bnn.LSTM(3, 2, **options),
+    "LayerNorm": lambda **options: bnn.LayerNorm(4, **options),
+    "RMSNorm": lambda **options: bnn.RMSNorm(4, **options),
+    "MultiheadAttention": lambda **options: bnn.MultiheadAttention(4, 2, **options),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("delta", (0, -0.1, NAN, INF, "0.05", True, None)),
+        ("prior", ("normal", None, 1.0, bayeformers.NormalPrior, {"type": "normal"})),
+        ("estimator", ("flipot", None, 3, ["flipout"], {"0": "flipout"})),
+    ],
+)
+def test_layer_refuses(layer: str, name: str, values: tuple[Any, ...]) -> None:
+    """Every layer checks its own three arguments as `to_bayesian` does."""
+    for value in values:
+        with pytest.raises((ValueError, TypeError)) as error:
+            LAYERS[layer](**{name: value})
+        assert f"`{name}`" in str(error.value) and repr(value) in str(error.value)
+
+
+def test_every_layer_is_tested() -> None:
+    plain = {name for name in bnn.__all__ if isinstance(getattr(bnn, name), type)}
+    layers = {name for name in plain if issubclass(getattr(bnn, name), bnn.BayesianModule)}
+    assert layers - {"BayesianModule"} == set(LAYERS)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"estimator": {"0": "flipout", "9": "flipout"}}, "`estimator`.*'9'.*matches no converted layer"),
+        ({"estimator": {"1": "flipout"}}, "`estimator`.*'1'.*matches no converted layer"),  # a normalisation
+        ({"estimator": {"": "flipout"}}, "`estimator`.*''.*matches no converted layer"),
+        ({"estimator": {"0": ["flipout"]}}, r"`estimator`.*\['flipout'\]"),
+        ({"estimator": {"*": "flipout"}}, "`estimator`.*regular expression"),
+        ({"estimator": {"0": "flipout", 2: "flipout"}}, "`estimator`.*strings.*2"),
+        ({"estimator": ("flipout",)}, r"`estimator`.*\('flipout',\)"),
+        ({"estimator": "Flipout"}, "`estimator`.*flipout.*'Flipout'"),
+        ({"estimator": True}, "`estimator`.*True"),
+        ({"estimator": {"0": "flipout"}, "exclude_modules": ["0"]}, "`estimator`.*'0'.*matches no converted layer"),
+        ({"norms": 1}, "`norms` must be True or False, got 1"),
+        ({"norms": "yes"}, "`norms` must be True or False, got 'yes'"),
+        ({"norms": None}, "`norms` must be True or False, got None"),
+        ({"norms": ["1"]}, "`norms` must be True or False"),
+        ({"target_modules": ["1"]}, "`target_modules`.*`norms=True`"),
+        ({"scale": "relative"}, "`scale` must be one of.*'relative'"),
+        ({"scale": None}, "`scale` must be one of.*None"),
+        ({"scale": 1}, "`scale` must be one of.*1"),
+        ({"scale": ["additive"]}, r"`scale` must be one of.*\['additive'\]"),
+        ({"prior": bayeformers.ARDPrior}, "`prior` must be a Prior.*ARDPrior"),
+        ({"prior": [bayeformers.ARDPrior()]}, r"`prior` must be a Prior.*\[ARDPrior"),
+        ({"prior": {"type": "ard"}}, "`prior` must be a Prior.*ard"),
+        ({"prior": nn.Linear(2, 2)}, "`prior`.*Linear.*no Bayesian layer.*to_bayesian"),
+    ],
+)
+def test_new_options_refuse(options: dict[str, Any], named: str) -> None:
+    """Named, before anything changes."""
+    model = net()
+    before = state_of(model)
+    with pytest.raises((ValueError, TypeError), match=named):
+        to_bayesian(model, **options)
+    assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize("shapes", [(9, 4), (4, 9)])
+def test_prior_of_another_shape(shapes: tuple[int, int]) -> None:
+    """A posterior of other shapes is no prior for this model; the error names the tensor and the way out."""
+    other = to_bayesian(nn.Sequential(nn.Linear(*shapes), nn.LayerNorm(4), nn.Linear(4, 2)))
+    model = net()
+    with pytest.raises(ValueError, match=r"`prior`.*'0\.weight'.*exclude="):
+        to_bayesian(model, prior=other)
+    assert not is_bayesian(model)
+
+
+@pytest.mark.parametrize("estimator", sorted(bnn.ESTIMATORS))
+@pytest.mark.parametrize(
+    "x", [torch.ones(4, 5), torch.tensor(1.0), torch.ones(4, 3).long(), torch.ones(4, 3).double()], ids=str
+)
+def test_input_of_a_linear(estimator: str, x: torch.Tensor) -> None:
+    """Another width, no axis, another dtype: torch's own error, whatever the estimator."""
+    with pytest.raises(RuntimeError) as expected:
+        nn.Linear(3, 2)(x)
+    with pytest.raises(RuntimeError) as found:
+        bnn.Linear(3, 2, estimator=estimator).train()(x)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("estimator", sorted(bnn.ESTIMATORS))
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [(torch.tensor([[5]]), IndexError), (torch.tensor([[-1]]), IndexError), (torch.ones(2, 2), RuntimeError)],
+)
+def test_ids_of_an_embedding(estimator: str, ids: torch.Tensor, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        bnn.Embedding(5, 2, estimator=estimator).train()(ids)
+
+
+@pytest.mark.parametrize("estimator", sorted(bnn.ESTIMATORS))
+def test_an_empty_batch_is_no_error(estimator: str) -> None:
+    assert bnn.Linear(3, 2, estimator=estimator).train()(torch.ones(0, 3)).shape == (0, 2)
+    for shape in ((0, 3), (2, 0)):
+        ids = torch.zeros(shape, dtype=torch.long)
+        assert bnn.Embedding(5, 2, estimator=estimator).train()(ids).shape == (*shape, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norms": "yes"}, "`norms` must be True or False, got 'yes'"),
+        ({"freeze": "no"}, "`freeze` must be True or False, got 'no'"),
+        ({"freeze": None}, "`freeze` must be True or False, got None"),
+        ({"scale": "relative"}, "`scale` must be one of"),
+        ({"prior": {"type": "double_exponential", "scale": -1}}, "`scale` must be a finite number > 0"),
+        ({"prior": {"type": "empirical_bayes", "per": "network"}}, "`per`"),
+    ],
+)
+def test_configuration_refuses_new_values(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=named):
+        BayesianConfig.from_dict({**BayesianConfig().to_dict(), **changes})
