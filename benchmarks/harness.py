@@ -20,6 +20,8 @@ EMBEDDINGS = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
 # last layer of six, the pooler and the classification head
 LAST_LAYER_AND_HEAD = r".*\.layer\.5\..*|.*pooler\.dense|classifier"
 
+Clock = Callable[[], float]
+
 
 def arguments(description: str, repeats: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -47,13 +49,15 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each run in each round. A round goes through all runs, so a slow spell of the machine hits each."""
     for run in runs.values():
         for _ in range(warmup):
@@ -61,7 +65,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for done in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds(run))
+            times[name].append(seconds(run, clock))
         print(f"\rround {done + 1} of {repeats}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return times

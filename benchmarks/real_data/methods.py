@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from bayeformers import VariationalPosterior, calibrate_delta, laplace, metrics, to_bayesian
 from bayeformers.posteriors import PointPosterior
-from bayeformers.predictive import Predictive
 
 from .context import Context, Predictor
-from .data import Batch, labels
+from .data import labels
+from .elbo import ESTIMATOR_ROWS, PRIOR_ROWS
 from .laplace_torch import last_layer
+from .prediction import of_posterior
 
 NUM_SAMPLES = 16
 CALIBRATION_ROWS = {"sample": 160, "glm": 1000}  # a sampled search passes CALIBRATION_SAMPLES times per delta over them
@@ -118,21 +118,10 @@ METHODS: dict[str, Method] = {
     "laplace_pretrained_mean": laplace_pretrained_mean,
     "laplace_probit_diagonal": partial(laplace_posterior, predict={"method": "glm", "link": "probit_diagonal"}),
     "laplace_network": partial(laplace_posterior, predict={"method": "nn", "num_samples": NUM_SAMPLES}),
+    **ESTIMATOR_ROWS,
+    **PRIOR_ROWS,
 }
 """By name, in the order of the table. `temperature` reads what `map` saved."""
-
-
-def of_posterior(context: Context, posterior: Any, **options: Any) -> Predictor:
-    """Predictions of a posterior of this package, with the Gaussian of its logits where it has one."""
-
-    def arrays(batch: Batch) -> dict[str, Tensor]:
-        predictive: Predictive = posterior.predict(batch, **options)
-        found = {"probs": predictive.mean_log_probs.double().exp()}
-        if predictive.logit_mean is not None and predictive.logit_covariance is not None:
-            found |= {"logit_mean": predictive.logit_mean, "logit_covariance": predictive.logit_covariance}
-        return found
-
-    return lambda part: context.predict(part, arrays)
 
 
 def _untrained_variational(context: Context, **options: Any) -> tuple[Predictor, dict[str, Any]]:
