@@ -9,8 +9,13 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.cases import CASES, Case, expand
 
-EXACT = {nn.Linear: "Linear", nn.Embedding: "Embedding", Conv1D: "Conv1D"}
-COOPERATIVE = ("BartScaledWordEmbedding", "BartLearnedPositionalEmbedding", "OPTLearnedPositionalEmbedding")
+EXACT = {nn.Linear: "Linear", nn.Embedding: "Embedding", Conv1D: "Conv1D", nn.Conv1d: "Conv1d", nn.Conv2d: "Conv2d"}
+SUBCLASSES = (
+    "BartScaledWordEmbedding",
+    "BartLearnedPositionalEmbedding",
+    "OPTLearnedPositionalEmbedding",
+    "WhisperPositionalEmbedding",
+)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -25,9 +30,16 @@ def test_names_are_unique() -> None:
 @each_case
 def test_layers_are_those_of_the_model(case: Case) -> None:
     found = {name: EXACT[type(module)] for name, module in case.build().named_modules() if type(module) in EXACT}
-    subclasses = {name for name, module in case.build().named_modules() if type(module).__name__ in COOPERATIVE}
-    assert found | dict.fromkeys(subclasses, "Embedding") == case.layers | {n: found[n] for n in case.read}
-    assert not case.read & set(case.layers)
+    subclasses = {name for name, module in case.build().named_modules() if type(module).__name__ in SUBCLASSES}
+    assert found | dict.fromkeys(subclasses, "Embedding") == case.layers
+    assert case.read | case.uncalled <= set(case.layers)
+    assert case.unused <= case.bare
+
+
+@each_case
+def test_bare_tensors_are_the_matrices_of_no_layer(case: Case) -> None:
+    shapes = {name: p.dim() for name, p in case.build().named_parameters(remove_duplicate=False)}
+    assert {n for n, dim in shapes.items() if dim > 1 and n.rpartition(".")[0] not in case.layers} == case.bare
 
 
 @each_case
@@ -49,7 +61,7 @@ def test_parts_name_parameters(case: Case) -> None:
 def test_runs_the_same_twice_and_depends_on_its_inputs(case: Case) -> None:
     called: set[str] = set()
     model = case.build()
-    for name in (*case.layers, *case.read):
+    for name in case.layers:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
     with torch.no_grad():
         first = model(**case.inputs())
@@ -57,7 +69,7 @@ def test_runs_the_same_twice_and_depends_on_its_inputs(case: Case) -> None:
     logits = next(value for value in first.values() if isinstance(value, torch.Tensor))
     torch.testing.assert_close(logits, next(v for v in second.values() if isinstance(v, torch.Tensor)), rtol=0, atol=0)
     assert torch.isfinite(logits).all() and logits.std() > 1e-3
-    assert {*case.layers, *case.read} - called == case.uncalled | case.read
+    assert set(case.layers) - called == case.uncalled
 
 
 @each_case

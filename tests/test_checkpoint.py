@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 import bayeformers
 from bayeformers import (
+    ARDPrior,
+    DoubleExponentialPrior,
     EmpiricalBayesPrior,
     LaplacePosterior,
+    LogUniformPrior,
     MopedPrior,
     NormalPrior,
     ScaleMixturePrior,
@@ -40,6 +43,11 @@ PRIORS = [
     NormalPrior(0.3, 0.1),
     EmpiricalBayesPrior(),
     EmpiricalBayesPrior(centre=0.0),
+    EmpiricalBayesPrior(per="layer"),
+    DoubleExponentialPrior(0.2),
+    DoubleExponentialPrior(0.2, centre=0.1),
+    LogUniformPrior(),
+    ARDPrior(),
     ScaleMixturePrior(0.2, 0.5, 0.01),
     ScaleMixturePrior(quadrature=5),
 ]
