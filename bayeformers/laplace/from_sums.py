@@ -16,14 +16,14 @@ from .evidence import Precision
 from .fit import decompose, record_of
 from .posterior import LaplacePosterior
 from .targets import Target, targets_of
-from .tuning import PriorChoice, tune
+from .tuning import PriorChoice, default_choice, tune
 
 
 def posterior_of(
     model: nn.Module,
     curvature: Curvature,
     *,
-    prior_precision: Precision | PriorChoice = "marglik",
+    prior_precision: Precision | PriorChoice | None = None,
     temperature: float = 1.0,
     noise_std: float | None = None,
     num_data: int | None = None,
@@ -39,7 +39,7 @@ def posterior_of(
     Args:
         model: the trained model.
         curvature: the sums.
-        prior_precision: as for `fit`.
+        prior_precision: as for `fit`: where nothing is said, by ``validation`` if it is given, else by the evidence.
         temperature: as for `fit`.
         noise_std: as for `fit`.
         num_data: N, the examples that the sums stand for; by default those that were seen, times ``data_scale``.
@@ -80,7 +80,8 @@ def posterior_of(
         noise_std=noise_std or 1.0,
         outputs_of=logits,
     )
-    return tune(posterior, prior_precision, noise_std=noise_std, **tuning)
+    choice = default_choice(tuning.get("validation")) if prior_precision is None else prior_precision
+    return tune(posterior, choice, noise_std=noise_std, **tuning)
 
 
 def _check_form(target: Target, curvature: Curvature) -> None:

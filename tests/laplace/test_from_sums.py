@@ -84,6 +84,18 @@ def test_sums_stand_for_more_data(tmp_path: Path) -> None:
     same(posterior_of(model, Curvature.load(tmp_path / "sums.safetensors"), num_data=60), expected)
 
 
+def test_validation_data_choose_the_prior(tmp_path: Path) -> None:
+    """As in `fit`: where nothing is said, the held-out data decide if they are given, else the evidence."""
+    model, x, y = mlp(), normal(12, 4), classes(12)
+    held_out = batches(normal(12, 4) + 1, classes(12))
+    fit(model, batches(x, y), checkpoint=tmp_path / "sums.safetensors", progress=False)
+    sums = Curvature.load(tmp_path / "sums.safetensors")
+    found = posterior_of(model, sums, validation=held_out, progress=False)
+    expected = fit(model, batches(x, y), validation=held_out, progress=False)
+    assert found.prior_precision == pytest.approx(expected.prior_precision, rel=1e-9)
+    assert found.prior_precision != pytest.approx(posterior_of(model, sums).prior_precision, rel=1e-3)
+
+
 def test_ekfac_needs_its_second_pass_alone(tmp_path: Path) -> None:
     model, x, y = mlp(), normal(12, 4), classes(12)
     options = {"curvature": "ekfac", "prior_precision": 1.0, **QUIET}
