@@ -483,3 +483,19 @@ def test_reload_of_a_model_whose_root_has_bare_tensors(tmp_path: Path) -> None:
         assert torch.equal(plainly(**ids).last_hidden_state, model(**ids).last_hidden_state)
     half = bayeformers.from_pretrained(tmp_path, dtype="bfloat16")
     assert {p.dtype for n, p in half.named_parameters() if n.endswith("_rho")} == {torch.float32}
+
+
+def test_values_that_are_kept_between_calls() -> None:
+    """A module that caches what it made of its weights would serve the first draw for ever: left alone, and said so."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.biases = nn.Parameter(torch.ones(2, 3))
+            self.attention_bias_cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attention_bias_cache.setdefault("cpu", self.biases.sum(0))
+
+    model = to_bayesian(nn.Sequential(Cached(), nn.Linear(3, 2)))
+    assert "between calls, in `attention_bias_cache`" in summary(model).skipped["0"]
