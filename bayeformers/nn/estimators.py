@@ -52,7 +52,7 @@ class Layout:
     def signs(self, weight: Variational, axis: int, like: Tensor) -> Tensor:
         """Random signs of one axis of ``weight``, per example and feature of ``like``, broadcastable to it."""
         examples, features = like.shape[self.examples], like.shape[self.features]
-        signs = weight.draw.signs(weight.spec, axis, (examples, features), like.device).to(like.dtype)
+        signs = weight.signs(axis, (examples, features), like.device).to(like.dtype)
         shape = [1] * like.dim()
         shape[self.examples], shape[self.features] = examples, features
         if self.examples % like.dim() > self.features % like.dim():
@@ -147,7 +147,7 @@ class Flipout:
             rows, inverse = torch.unique(ids, return_inverse=True)
             noise = F.embedding(inverse, weight.perturbed_rows(rows))
         by_column = LAST.signs(weight, 1, noise)
-        by_row = weight.draw.signs(weight.spec, 0, (len(ids), len(weight.loc)), ids.device)
+        by_row = weight.signs(0, (len(ids), len(weight.loc)), ids.device)
         by_row = by_row.gather(1, ids.flatten(1)).reshape(*ids.shape, 1)
         return F.embedding(ids, weight.loc, weight.spec.padding_idx) + noise * by_column * by_row.to(noise.dtype)
 

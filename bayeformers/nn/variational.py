@@ -195,6 +195,10 @@ class Variational:
             return value
         return value.index_fill(0, torch.tensor([self.spec.padding_idx], device=value.device), 0.0)
 
+    def signs(self, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """Signs (examples, features) of one axis under the draw. Made once: a recurrent cell asks at every step."""
+        return self._once(f"signs {axis} {shape}", lambda: self.draw.signs(self.spec, axis, shape, device))
+
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Not `functools.cached_property`, whose lock torch.compile does not take."""
         if name not in self._made:
