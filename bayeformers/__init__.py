@@ -1,6 +1,6 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import laplace, losses
+from . import laplace, losses, models
 from .calibration import calibrate_delta
 from .checkpoint import from_pretrained
 from .config import BayesianConfig
@@ -21,6 +21,7 @@ from .nn import fixed_draw, posterior_mean
 from .objective import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict
 from .predictive import Predictive
+from .pruning import prune, signal_to_noise
 from .registry import register_layer
 from .summary import summary
 from .training import BayesianTrainer, BayesianTrainingArguments
@@ -53,10 +54,13 @@ __all__ = [
     "log_prior",
     "log_variational_posterior",
     "losses",
+    "models",
     "posterior_as_prior",
     "posterior_mean",
     "predict",
+    "prune",
     "register_layer",
+    "signal_to_noise",
     "summary",
     "to_bayesian",
     "to_deterministic",

@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "conversion": ("nn", "distributions", "config", "continual", "selection", "surgery", "dropout", "patterns"),
     "objective": ("nn", "distributions"),
     "summary": ("nn", "conversion", "objective"),
+    "pruning": ("nn", "distributions"),
     "metrics": (),
     "losses": ("metrics",),
     "predictive": ("metrics", "losses.gaussian"),
@@ -182,7 +183,7 @@ def public_names() -> list[tuple[str, str]]:
     """(module, name) of each name that the package and its public folders offer."""
     offered = [
         "bayeformers", "bayeformers.distributions", "bayeformers.nn", "bayeformers.metrics", "bayeformers.laplace",
-        "bayeformers.losses",
+        "bayeformers.losses", "bayeformers.models",
     ]  # fmt: skip
     return [(module, name) for module in offered for name in importlib.import_module(module).__all__]
 
