@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from examples.glue.models import (
 )
 from examples.glue.outputs import FIGURE, format_results, write_figure, write_predictions
 from examples.glue.training import FITS, fit_deterministic, posteriors_to_fit, saved_trainer
+from examples.running import Clock, say
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -73,19 +73,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-class Clock:
-    """Seconds of each part of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 1)
-        self._last = now
-
-
 @dataclass
 class Run:
     """What fitting or loading leaves: tokenised data; by folder, predictions and what fitting decided."""
@@ -110,14 +97,14 @@ def train_and_predict(arguments: Arguments, data: GlueData) -> Run:
     data = data.tokenized(tokenizer, data_args.max_seq_length)
     folder, run = Path(args.output_dir or "."), Run(data)
 
-    _say(args, f"1. Training the deterministic model: {_sizes(data)}")
+    say(f"1. Training the deterministic model: {_sizes(data)}")
     trained = fit_deterministic(model, args, data, tokenizer)
     run.clock.lap(f"{DETERMINISTIC}_training")
     trained.save_model(str(folder / DETERMINISTIC))
     run.predict(DETERMINISTIC, trained)
 
     for number, name in enumerate(posteriors_to_fit(model_args), start=2):
-        _say(args, f"{number}. {STEPS[name]}")
+        say(f"{number}. {STEPS[name]}")
         trainer = FITS[name](trained, model_args, args, data, tokenizer)
         run.clock.lap(f"{name}_training")
         trainer.save_model(str(folder / name))
@@ -169,11 +156,6 @@ def _training_arguments(args: ExampleTrainingArguments) -> dict[str, Any]:
     return {
         name: value for name, value in args.to_sanitized_dict().items() if value is not None and name != "output_dir"
     }
-
-
-def _say(args: ExampleTrainingArguments, text: str) -> None:
-    if args.process_index == 0:
-        print(f"\n{text}", flush=True)
 
 
 def _leave_process_group() -> None:

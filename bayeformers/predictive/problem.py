@@ -1,6 +1,6 @@
 """Which likelihood a model's head has: the problem type that the loss, the item count and the evaluation share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
@@ -20,21 +20,31 @@ ProblemType = Literal[
     "unknown",
 ]
 
+
+def _names(table: Mapping[str, Any]) -> frozenset[str]:
+    """The class names of one of transformers' tables, whose values are a name or several."""
+    values = table.values()
+    return frozenset(name for names in values for name in (names if isinstance(names, (tuple, list)) else (names,)))
+
+
 # A class in two tables is what the first says: BART is no masked language model here; XLM and Flaubert, masked and
-# causal, do not shift their labels.
-_TABLES: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    ("seq2seq_lm", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-    ("seq2seq_lm", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
-    ("token_classification", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-    ("token_classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-    ("causal_lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    ("question_answering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
-    ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-    ("sequence", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
-    ("sequence", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
-    ("sequence", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
-    ("single_label_classification", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
-    ("single_label_classification", auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES),
+# causal, do not shift their labels. Sets, for training looks a class up several times per step.
+_TABLES: tuple[tuple[str, frozenset[str]], ...] = tuple(
+    (task, _names(table))
+    for task, table in (
+        ("seq2seq_lm", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("seq2seq_lm", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+        ("token_classification", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("token_classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+        ("causal_lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("question_answering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+        ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        ("sequence", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("sequence", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+        ("sequence", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
+        ("single_label_classification", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
+        ("single_label_classification", auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES),
+    )
 )
 _PERMUTATION_LM = "XLNetLMHeadModel"  # predicts through `target_mapping`: neither aligned nor shifted
 _SEQUENCE_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -55,16 +65,11 @@ def _class_task(model: nn.Module) -> str | None:
         return None
     for name in names:
         for task, table in _TABLES:
-            if name in _flat(table):
+            if name in table:
                 return task
     if LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss:
         return "seq2seq_lm" if getattr(model.config, "is_encoder_decoder", False) else "causal_lm"
     return None
-
-
-def _flat(table: Mapping[str, Any]) -> Iterator[str]:
-    for names in table.values():
-        yield from names if isinstance(names, (tuple, list)) else (names,)
 
 
 def sequence_problem_type(num_labels: int, labels: Tensor | None) -> ProblemType:
