@@ -1,0 +1,1 @@
+"""The parts of ``python -m examples.token_classification``: CoNLL files, entities, a generated set, scores."""

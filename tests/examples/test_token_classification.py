@@ -1,0 +1,309 @@
+"""The token-classification example: what it says of words and entities exactly; then a small run, and its reload."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("datasets")
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from bayeformers import LaplacePosterior, metrics, predict, to_bayesian
+from examples.conll import evaluation
+from examples.conll.arguments import TokenDataArguments, parse_arguments
+from examples.conll.data import IGNORED, Encoded, encode, load_data
+from examples.conll.entities import Entity, find_entities
+from examples.conll.evaluation import FoundEntity, SentencePrediction
+from examples.conll.fitting import (
+    Task,
+    at_words,
+    draw_words,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    make_trainer,
+    mean_nll,
+)
+from examples.conll.reader import Sentence, read_conll
+from examples.token_classification import main
+
+NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+SMALL = [
+    "--max_train_samples", "48", "--max_eval_samples", "24", "--num_train_epochs", "2", "--bayesian_epochs", "1",
+    "--num_eval_samples", "3", "--use_cpu", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+def random_draws(num_draws: int, num_words: int) -> np.ndarray:
+    logits = 2 * np.random.default_rng(0).normal(size=(num_draws, num_words, len(NAMES)))
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+# --- Entities from draws ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("entity", [Entity(0, 1, "PER"), Entity(1, 3, "LOC"), Entity(2, 4, "PER"), Entity(0, 4, "LOC")])
+def test_span_probability_is_a_sum_over_all_label_sequences(entity: Entity) -> None:
+    """Of those that have the entity, with a B at its first word: by enumeration, draw by draw."""
+    drawn, expected = np.exp(random_draws(3, 4)), 0.0
+    for numbers in itertools.product(range(len(NAMES)), repeat=4):
+        labels = [NAMES[number] for number in numbers]
+        if entity in find_entities(labels) and labels[entity.start][0] == "B":
+            expected += drawn[:, range(4), numbers].prod(1).mean()
+    assert evaluation.span_probability(drawn, entity, NAMES) == pytest.approx(expected)
+    weakest = evaluation.weakest_word(drawn.mean(0), entity, NAMES)
+    assert weakest >= expected
+
+
+def test_weakest_word_is_reached_by_words_that_vary_together() -> None:
+    """Two draws that are sure of opposite types: the span is as probable as each of its words."""
+    sure = np.full((2, 2, len(NAMES)), 1e-12)
+    sure[0, 0, 3] = sure[0, 1, 4] = sure[1, 0, 1] = sure[1, 1, 2] = 1.0
+    entity = Entity(0, 2, "PER")
+    assert evaluation.span_probability(sure, entity, NAMES) == pytest.approx(0.5)
+    assert evaluation.weakest_word(sure.mean(0), entity, NAMES) == pytest.approx(0.5)
+    alone = sure.mean(0, keepdims=True)  # without the draws: independent words
+    assert evaluation.span_probability(alone, entity, NAMES) == pytest.approx(0.25)
+
+
+def test_predictions_average_probabilities_and_divide_entropy() -> None:
+    log_probs = random_draws(5, 6)
+    gold = Sentence(tuple("abcdef"), ("B-PER", "I-PER", "O", "O", "B-LOC", "O"))
+    (found,) = evaluation.read_draws([log_probs], [gold], NAMES)
+    probs = np.exp(log_probs).mean(0)
+    np.testing.assert_allclose(found.probs, probs)
+    assert found.labels == [NAMES[index] for index in probs.argmax(-1)]
+    entropy = -(probs * np.log(probs)).sum(-1)
+    expected = -(np.exp(log_probs) * log_probs).sum(-1).mean(0)
+    np.testing.assert_allclose(found.entropy, entropy)
+    np.testing.assert_allclose(found.epistemic, entropy - expected)
+    assert [item.entity for item in found.entities] == find_entities(found.labels)
+    for item in found.entities:
+        words = slice(item.entity.start, item.entity.end)
+        assert item.entropy == pytest.approx(entropy[words].sum())
+        assert item.is_right == (item.entity in {Entity(0, 2, "PER"), Entity(4, 5, "LOC")})
+
+
+def test_words_without_a_piece_are_outside_for_certain() -> None:
+    pieces = random_draws(2, 5).astype(np.float32)
+    words = at_words(pieces, [1, -1, 3])
+    np.testing.assert_array_equal(words[:, [0, 2]], pieces[:, [1, 3]])
+    np.testing.assert_allclose(np.exp(words[:, 1]), [[1, 0, 0, 0, 0]] * 2, atol=1e-20)
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+def test_calibration_error_by_hand() -> None:
+    probability, right = np.array([0.9, 0.1, 0.3, 0.7]), np.array([1.0, 0.0, 1.0, 0.0])
+    np.testing.assert_allclose(evaluation.calibration_bins(probability, right, 2), [[0.2, 0.5, 2], [0.8, 0.5, 2]])
+    assert evaluation.calibration_error(probability, right, 2) == pytest.approx(0.3)
+
+
+def test_calibrated_probabilities_have_a_small_error() -> None:
+    rng, size = np.random.default_rng(0), 20_000
+    probability = rng.random(size)
+    right = (rng.random(size) < probability).astype(float)
+    # in each of ten bins the error has a standard deviation of at most 0.5 / sqrt(2000); a mean of |normal|
+    assert evaluation.calibration_error(probability, right) < 2 * 0.5 / np.sqrt(size / 10)
+    assert evaluation.calibration_error(probability**2, right) > 0.1
+
+
+def prediction(labels: list[str], probability: float, is_right: bool) -> SentencePrediction:
+    found = [FoundEntity(entity, is_right, probability, probability, 0.1, 0.2) for entity in find_entities(labels)]
+    return SentencePrediction(np.full((len(labels), 5), 0.2), np.zeros(len(labels)), labels, found)
+
+
+def test_entity_report_by_hand() -> None:
+    gold = [Sentence(("a",), ("B-PER",)), Sentence(("b",), ("B-PER",)), Sentence(("c",), ("O",))]
+    found = [prediction(["B-PER"], 0.8, True), prediction(["B-LOC"], 0.6, False), prediction(["O"], 0.0, False)]
+    report = evaluation.entity_report(found, gold)
+    assert (report["precision"], report["recall"], report["f1"]) == (0.5, 0.5, 0.5)
+    assert report["brier"] == pytest.approx((0.2**2 + 0.6**2) / 2)
+    assert report["ece"] == pytest.approx((0.2 + 0.6) / 2)
+    assert report["auroc_probability"] == 1.0 and report["auroc_epistemic"] is None  # all are equally sure
+    assert report["aurc"] == pytest.approx((0 + 0.5) / 2)
+    assert set(evaluation.entity_report([found[2]], [gold[2]])) == {"precision", "recall", "f1"}
+
+
+def test_temperature_of_a_point_estimate() -> None:
+    draws = [random_draws(1, 50)]
+    flat = evaluation.tempered(draws, 2.0)[0]
+    np.testing.assert_allclose(np.exp(flat).sum(-1), 1.0)
+    np.testing.assert_allclose(flat - flat[..., :1], (draws[0] - draws[0][..., :1]) / 2)
+    labels = [NAMES[i] for i in [np.random.default_rng(1).choice(5, p=p) for p in np.exp(flat[0])]]
+    sentence = Sentence(("a",) * 50, tuple(labels))
+    temperature = evaluation.fitted_temperature(draws, [sentence], NAMES)
+    best = metrics.negative_log_likelihood(
+        np.exp(evaluation.tempered(draws, temperature)[0][0]), evaluation.label_numbers([sentence], NAMES)
+    )
+    for other in (0.9 * temperature, 1.1 * temperature):
+        probs = np.exp(evaluation.tempered(draws, other)[0][0])
+        assert metrics.negative_log_likelihood(probs, evaluation.label_numbers([sentence], NAMES)) > best
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("run")
+    return main([*SMALL, "--output_dir", str(folder)]), folder
+
+
+METHODS = ["deterministic", "deterministic + temperature", "variational", "Laplace all layers"]
+
+
+def test_results_hold_words_and_entities_of_every_group(run: tuple[dict[str, Any], Path]) -> None:
+    results, folder = run
+    assert list(results["methods"]) == METHODS and results["temperature"] > 0
+    for name, report in results["methods"].items():
+        assert list(report["groups"]) == ["in-domain", "ambiguous", "clean", "shifted"]
+        is_point = name.startswith("deterministic")
+        for numbers in report["groups"].values():
+            words, entities = numbers["words"], numbers["entities"]
+            assert words["entropy"] == pytest.approx(words["aleatoric"] + words["epistemic"], abs=1e-6)
+            assert (words["epistemic"] == 0) == is_point
+            assert {"precision", "recall", "f1"} <= set(entities)
+            assert not is_point or entities.get("auroc_epistemic") is None
+        assert report["ambiguous"]["true_aleatoric"] == pytest.approx(0.6109, abs=1e-4)
+        assert set(report["shift_auroc"]) == ({"entropy"} if is_point else {"entropy", "epistemic"})
+    first, second = (results["methods"][name]["groups"]["in-domain"]["words"] for name in METHODS[:2])
+    assert first["accuracy"] == second["accuracy"]  # a temperature changes no decision
+    facts = results["facts"]
+    assert facts["variational"]["delta"] == 0.4 and facts["Laplace all layers"]["prior_precision"] > 0
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["labels"] == results["labels"]
+
+
+def test_files_agree_with_each_other_and_with_the_results(run: tuple[dict[str, Any], Path]) -> None:
+    results, folder = run
+    words = list(csv.DictReader((folder / "predictions.csv").open(encoding="utf-8")))
+    entities = list(csv.DictReader((folder / "entities.csv").open(encoding="utf-8")))
+    test, scheme = read_conll(str(folder / "test.conll"))
+    assert scheme == "IOB2" and len(test) == 24
+    assert [row["word"] for row in words if row["set"] == "test"] == [word for one in test for word in one.words]
+    for method in METHODS:
+        column, rows = method.replace(" + ", "+").replace(" ", "_"), [row for row in words if row["set"] == "test"]
+        right = [row["label"] == row[f"{column}:label"] for row in rows]
+        report = results["methods"][method]["groups"]["in-domain"]
+        assert np.mean(right) == pytest.approx(report["words"]["accuracy"])
+        found = [row for row in entities if row["method"] == method and row["set"] == "test"]
+        share = np.mean([int(row["right"]) for row in found]) if found else 0.0
+        assert share == pytest.approx(report["entities"]["precision"])
+        for row in found:
+            assert 0 <= float(row["probability"]) <= float(row["weakest"]) + 1e-6
+    assert (folder / "entities.png").read_bytes().startswith(b"\x89PNG")
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {name: value for key, item in tree.items() for name, value in flat(item, f"{path}/{key}").items()}
+
+
+def test_saved_models_give_the_same_numbers(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    results, folder = run
+    again = main([*SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)])
+    assert flat(again["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-5)
+    assert again["temperature"] == pytest.approx(results["temperature"], rel=1e-4)
+
+
+def test_files_with_a_model_and_another_scheme(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """BIOES in, IOB2 inside; the last layer alone; a pretrained model is the prior's mean."""
+    lines = "\n\n".join("Mara B-PER\nHalden E-PER\nsaw O\nOrland S-LOC" for _ in range(12)) + "\n"
+    (tmp_path / "data.txt").write_text(lines, encoding="utf-8")
+    path, model = str(tmp_path / "data.txt"), str(run[1] / "deterministic")
+    results = main(
+        [*SMALL, "--train_file", path, "--test_file", path, "--model_name_or_path", model, "--method", "laplace",
+         "--laplace_subset", "last_layer", "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert results["schemes"] == {"train": "BIOES", "test": "BIOES"}
+    assert results["labels"] == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    assert list(results["methods"]) == [*METHODS[:2], "Laplace last layer"]
+    report = results["methods"]["Laplace last layer"]
+    assert set(report) == {"groups"} and list(report["groups"]) == ["in-domain"]
+
+
+def save_tiny_roberta(folder: Path, words: list[str]) -> str:
+    """A random model whose tokenizer works on bytes and wants a blank before each word; its attention is fused."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
+
+    folder.mkdir()
+    learned = ByteLevelBPETokenizer()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    learned.train_from_iterator(words * 3, vocab_size=300, special_tokens=specials, show_progress=False)
+    learned.save_model(str(folder))
+    tokenizer = RobertaTokenizerFast.from_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    config = RobertaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    RobertaForMaskedLM(config).save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_another_architecture_with_a_tokenizer_of_bytes(tmp_path: Path) -> None:
+    lines = "\n\n".join(f"Mara{i} I-PER\nsaw O\nOrland I-LOC" for i in range(12)) + "\n"
+    (tmp_path / "data.txt").write_text(lines, encoding="utf-8")
+    path, model = str(tmp_path / "data.txt"), save_tiny_roberta(tmp_path / "roberta", ["Mara saw Orland"])
+    results = main(
+        [*SMALL, "--train_file", path, "--test_file", path, "--model_name_or_path", model, "--prior_precision", "10",
+         "--max_seq_length", "60", "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert results["schemes"]["train"] == "IOB1"
+    for name in ("variational", "Laplace all layers"):
+        assert results["methods"][name]["groups"]["in-domain"]["words"]["epistemic"] > 0
+    assert 0 < results["facts"]["variational"]["delta"] <= 1  # found on the validation sentences
+    assert results["facts"]["Laplace all layers"]["prior_precision"] == 10.0
+    saved = AutoTokenizer.from_pretrained(str(tmp_path / "out" / "laplace"))
+    assert saved(["saw"], is_split_into_words=True)["input_ids"]  # refused without a prefix space
+
+
+# --- Draws of a model ------------------------------------------------------------------------------------------------
+def test_words_of_a_model_are_those_of_predict(tmp_path: Path) -> None:
+    """The example's own path from a batch to words, against `predict` on each sentence alone."""
+    arguments = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
+    data = load_data(TokenDataArguments(max_train_samples=40, max_eval_samples=4), seed=0)
+    tokenizer = load_tokenizer(None, data)
+    model = to_bayesian(load_model(None, data.labels, tokenizer), delta=0.3)
+    test = encode(data.test, tokenizer, data.labels, 64)
+    trainer = make_trainer(model, Task(arguments[0], arguments[2], tokenizer, test, test), "bayesian")
+    for found, sentence, first in zip(draw_words(trainer, test), data.test, test.first_pieces, strict=True):
+        inputs = tokenizer(list(sentence.words), is_split_into_words=True, return_tensors="pt")
+        expected = predict(model, dict(inputs), num_samples=3).log_probs[:, 0, first]
+        torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_nll_is_that_of_labelled_words() -> None:
+    draws, dataset = random_draws(2, 3), Dataset.from_dict({"labels": [[IGNORED, 1, 3, IGNORED]]})
+    draws[:, 1] = at_words(draws.astype(np.float32), [0, -1, 1])[:, 1]
+    probs = np.exp(draws).mean(0)
+    expected = -(np.log(probs[0, 1]) + np.log(probs[2, 3])) / 2  # the word without a piece has no label
+    assert mean_nll([draws], Encoded(dataset, [[1, -1, 2]])) == pytest.approx(expected)
+
+
+def test_held_out_sentences_choose_the_prior(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """No prior precision a factor 4 away predicts the validation words better, by the same draws."""
+    arguments = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
+    data = load_data(arguments[1], seed=arguments[2].seed)
+    model = load_saved("laplace", run[1] / "laplace")
+    tokenizer = AutoTokenizer.from_pretrained(run[1] / "laplace")
+    validation = encode(data.validation, tokenizer, data.labels, arguments[1].max_seq_length)
+    trainer = make_trainer(model, Task(arguments[0], arguments[2], tokenizer, validation, validation), "laplace")
+    posterior = trainer.posterior
+    assert isinstance(posterior, LaplacePosterior)
+    nll = {}
+    for factor in (0.25, 1.0, 4.0):
+        trainer.posterior = posterior.with_prior_precision(factor * posterior.prior_precision)
+        nll[factor] = mean_nll(draw_words(trainer, validation), validation)
+    assert nll[1.0] <= min(nll.values()) + 1e-3, nll
+
+
+def test_missing_models_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`eval_only` .* holds no saved model"):
+        main([*SMALL, "--eval_only", str(tmp_path), "--output_dir", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="none.txt does not exist"):
+        main([*SMALL, "--train_file", "none.txt", "--test_file", "none.txt", "--model_name_or_path", "x"])
