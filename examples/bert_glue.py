@@ -10,14 +10,12 @@ Every flag: ``--help``. See docs/glue_example.md.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
@@ -39,7 +37,7 @@ from examples.glue.models import (
 )
 from examples.glue.outputs import FIGURE, format_results, write_figure, write_predictions
 from examples.glue.training import FITS, fit_deterministic, posteriors_to_fit, saved_trainer
-from examples.running import Clock, say
+from examples.running import Clock, leave_process_group, say
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -158,16 +156,6 @@ def _training_arguments(args: ExampleTrainingArguments) -> dict[str, Any]:
     }
 
 
-def _leave_process_group() -> None:
-    """End a multi-process run together: torn down by the interpreter, gloo's threads abort one rank now and then."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
 if __name__ == "__main__":
     main(sys.argv[1:])
-    _leave_process_group()
+    leave_process_group()
