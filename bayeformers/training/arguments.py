@@ -1,7 +1,7 @@
 """`BayesianTrainingArguments`: what `BayesianTrainer` reads besides transformers' `TrainingArguments`."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
@@ -102,10 +102,13 @@ class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check_bayesian()
+        self.check_bayesian()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        for declared in fields(self):  # a hyperparameter search casts to the type it finds: int(0.25) of a whole number
+            if isinstance(declared.default, float) and type(value := getattr(self, declared.name)) is int:
+                setattr(self, declared.name, float(value))
 
-    def _check_bayesian(self) -> None:
+    def check_bayesian(self) -> None:
         """Raise ValueError for the first argument out of its range; nothing has been set up by then."""
         check_count("num_train_samples", self.num_train_samples, 1)
         check_count("num_eval_samples", self.num_eval_samples, 1)

@@ -98,11 +98,39 @@ class BayesianTrainer(LaplaceTrainer):
             given = self.args.activation_checkpointing_kwargs
             kwargs = given if isinstance(given, dict) else {}
             self.args.activation_checkpointing_kwargs = {"use_reentrant": False, **kwargs}
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.is_in_train = False  # a pruned trial leaves by an exception; evaluation then takes all draws again
         if self._run is not None and self._run.fits_noise:
             self.store_residual()  # the means may have moved
         self._group = None
+        if trial is not None:
+            self.objective: float | None = None  # the search then evaluates: see `hyperparameter_search`
         return output
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.hyperparameter_search`. A trial's objective is that of the model that it ends with.
+
+        It is evaluated after training with `num_eval_samples` draws; with `load_best_model_at_end` that is the best
+        epoch's model, where the stock search takes the last epoch's. The evaluations inside `train` serve to prune.
+
+        Errors: ValueError for a value of a trial that is out of the argument's range.
+        """
+        return super().hyperparameter_search(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As `Trainer.call_model_init`, for a model that is converted in it."""
+        model: nn.Module = super().call_model_init(trial)
+        if is_bayesian(model) and self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False  # as in `__init__`, where the accelerator stands by now
+            if self.accelerator.ddp_handler is not None:
+                self.accelerator.ddp_handler.find_unused_parameters = False
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self.args.check_bayesian()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checks.check_checkpoint(self.model if model is None else model, resume_from_checkpoint)

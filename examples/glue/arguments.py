@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -196,26 +196,38 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         FileNotFoundError, ValueError: the configuration file is missing, not a JSON object, or has an unknown key.
         SystemExit: an unknown flag, or a value of the wrong type.
     """
+    model, data, training = parse_groups((ModelArguments, DataArguments, ExampleTrainingArguments), argv, EMBEDDED)
+    if training.eval_only is None:
+        check_model_is_named(model, data)
+    return model, data, training
+
+
+def parse_groups(groups: Sequence[type], argv: Sequence[str] | None, embedded: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One object of each of the dataclasses ``groups``; ``embedded`` are the defaults of the embedded task."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--task_name")
     known, _ = first.parse_known_args(argv)
     config = read_config(known.config) if known.config else {}
 
-    parser = HfArgumentParser((ModelArguments, DataArguments, ExampleTrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser(groups, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="JSON file of arguments; the command line wins over it.")
     flags = {action.dest for action in parser._actions}
     if unknown := sorted(set(config) - flags):
         raise ValueError(f"{known.config} has unknown keys: {', '.join(unknown)}. Flags are listed by --help.")
     task = known.task_name or config.get("task_name")
-    parser.set_defaults(**{**(PRETRAINED if task else EMBEDDED), **config})
-    model, data, training, _ = parser.parse_args_into_dataclasses(args=argv)
-    if data.task_name is not None and model.model_name_or_path is None and training.eval_only is None:
+    parser.set_defaults(**{**(PRETRAINED if task else embedded), **config})
+    *parsed, _ = parser.parse_args_into_dataclasses(args=argv)
+    return tuple(parsed)
+
+
+def check_model_is_named(model: ModelArguments, data: DataArguments) -> None:
+    """Raise ValueError for a GLUE task without a model."""
+    if data.task_name is not None and model.model_name_or_path is None:
         raise ValueError(
             f"`model_name_or_path` is needed for the task {data.task_name}: a folder or a hub name, such as "
             "bert-base-uncased. Only the embedded task makes its own model."
         )
-    return model, data, training
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -45,11 +45,20 @@ class OneLineProgress(ProgressCallback):
 
 
 def make_trainer(
-    model: PreTrainedModel, args: ExampleTrainingArguments, data: GlueData, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None,
+    args: ExampleTrainingArguments,
+    data: GlueData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model_init: Callable[..., PreTrainedModel] | None = None,
 ) -> BayesianTrainer:
-    """A trainer that reports on the validation set after each epoch, and stops and keeps the best epoch by its NLL."""
+    """A trainer that reports on the validation set after each epoch, and stops and keeps the best epoch by its NLL.
+
+    With a ``model_init`` in place of the model, each training makes its own.
+    """
     trainer = BayesianTrainer(
         model=model,
+        model_init=model_init,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.validation,
