@@ -5,6 +5,7 @@ from .outputs import drawn_values, logits_of, regression_values, token_mask
 from .prediction import IGNORED, Predictive
 from .problem import ProblemType, resolve_problem_type, sequence_problem_type, unwrapped
 from .running import RunningPredictive
+from .spans import span_scores
 
 __all__ = [
     "HEAD",
@@ -20,6 +21,7 @@ __all__ = [
     "mean_and_variance",
     "resolve_problem_type",
     "sequence_problem_type",
+    "span_scores",
     "token_mask",
     "unwrapped",
 ]

@@ -1,0 +1,1 @@
+"""The parts of ``python -m examples.bert_squad``: arguments, articles, data, windows, spans, scores, outputs."""
