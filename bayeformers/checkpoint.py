@@ -57,7 +57,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
         raise ValueError(
             f"`directory` {str(directory)!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
             f"no {FILE}. Load it with transformers, and call `to_bayesian`, or fit a posterior with "
-            "`BayesianTrainer.fit_laplace`."
+            "`BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by `bayeformers.quantization.load`.)"
         )
     model: Any = _architecture(config, directory, hub).from_pretrained(directory, config=config, **kwargs)
     model.posterior = LaplacePosterior.load(posterior_file, model)

@@ -101,6 +101,14 @@ INDEX: dict[str, tuple[str, ...]] = {
     ),
     "one_draw_per_sequence": ("nn/test_recurrent.py::test_one_draw_per_sequence",),
     "lstm_is_a_lstm": ("nn/test_recurrent.py::test_lstm_is_a_lstm",),
+    # INT8
+    "int8_bias": (
+        "regressions/test_int8_bias.py::test_bias_of_five_stays_five",
+        "regressions/test_int8_bias.py::test_every_layer_runs_without_bias",
+        "regressions/test_int8_bias.py::test_signs_are_both",
+        "regressions/test_int8_bias.py::test_any_architecture",
+        "quantization/test_layers.py::test_mean_is_the_layer_with_rounded_weights",
+    ),
     # losses
     "avuc_runs": (
         "regressions/test_losses.py::test_avuc_runs",

@@ -1,0 +1,187 @@
+"""An INT8 posterior in a folder: one file of tensors, and the configuration of a transformers model beside it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from ..laplace.storage import read, write
+from .codes import Codes
+from .install import Weight, install, kinds, parameter_names
+from .laplace_noise import LaplaceNoise
+from .noise import MeanFieldNoise, Noise, NoNoise
+from .posterior import QuantizedPosterior
+from .report import LayerReport, Report
+from .twin import twin
+
+FILE, KIND = "quantized.safetensors", "quantized"
+_LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], nn.Module], Noise]] = {
+    MeanFieldNoise.kind: MeanFieldNoise.from_saved,
+    LaplaceNoise.kind: LaplaceNoise.from_saved,
+    NoNoise.kind: lambda tensors, meta, model: NoNoise(),
+}
+
+
+def save(posterior: QuantizedPosterior, directory: str | os.PathLike[str]) -> None:
+    """Write ``quantized.safetensors``, whole or not at all, and the model's ``config.json``."""
+    model, path = posterior.model, Path(directory)
+    tensors = {f"noise:{name}": value for name, value in posterior.noise.tensors().items()}
+    for weight in posterior.weights:
+        tensors |= {f"codes:{weight.name}": weight.codes.codes, f"step:{weight.name}": weight.codes.step}
+    tensors |= {f"float:{name}": value for name, value in _floats(model).items()}
+    tensors |= {f"buffer:{name}": value for name, value in _buffers(model).items()}
+    meta = {
+        "model": type(model).__name__,
+        "weights": [
+            {
+                "name": w.name,
+                "owners": w.owners,
+                "arithmetic": w.arithmetic,
+                "dtype": str(w.dtype).removeprefix("torch."),
+            }
+            for w in posterior.weights
+        ],
+        "noise": {"kind": posterior.noise.kind, "meta": posterior.noise.meta()},
+        "report": [asdict(row) for row in posterior.report],
+        "problem_type": posterior.problem_type(),
+        "noise_std": posterior.recorded_noise_std(),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(path)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(path)
+    write(path / FILE, tensors, meta, kind=KIND)
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> QuantizedPosterior:
+    """The posterior that `QuantizedPosterior.save` wrote: its predictions are the same bit by bit on one machine.
+
+    Args:
+        directory: the folder.
+        model: for a model that is not of transformers: one of the same structure, whatever its weights. It is not
+            changed.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the file is missing, damaged or of a newer version; ``model`` is missing, or has other layers.
+
+    >>> import tempfile
+    >>> from bayeformers.quantization import quantize
+    >>> network, x = nn.Sequential(nn.Linear(4, 3)), torch.ones(2, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     quantize(network, x).save(folder)
+    ...     load(folder, nn.Sequential(nn.Linear(4, 3))).predict(x).probs.shape
+    torch.Size([2, 3])
+    """
+    path = Path(directory)
+    tensors, meta = read(path / FILE, kind=KIND)
+    skeleton = _skeleton(path, meta) if model is None else model
+    if not isinstance(skeleton, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module or None, got {type(model).__name__}.")
+    try:
+        return _restored(tensors, meta, twin(skeleton)[0].eval())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path / FILE)!r} is damaged: it lacks {error}.") from error
+
+
+def _restored(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.Module) -> QuantizedPosterior:
+    weights = [
+        Weight(
+            entry["name"],
+            tuple(entry["owners"]),
+            entry["arithmetic"],
+            getattr(torch, entry["dtype"]),
+            Codes(tensors[f"codes:{entry['name']}"], tensors[f"step:{entry['name']}"]),
+        )
+        for entry in meta["weights"]
+    ]
+    _check_weights(model, weights)
+    install(model, weights)
+    _fill(_floats(model), _part(tensors, "float"), "Parameters")
+    _fill(_buffers(model), _part(tensors, "buffer"), "buffers")
+    noise = _LOADERS[meta["noise"]["kind"]](_part(tensors, "noise"), meta["noise"]["meta"], model)
+    report = Report([LayerReport(**row) for row in meta["report"]])
+    return QuantizedPosterior(
+        model, noise, weights, report, problem_type=meta["problem_type"], noise_std=meta["noise_std"]
+    )
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.partition(":")[2]: value for name, value in tensors.items() if name.startswith(f"{prefix}:")}
+
+
+def _check_weights(model: nn.Module, weights: list[Weight]) -> None:
+    """Every INT8 weight is one of the model's, of that shape and used by those layers."""
+    found, _ = kinds(model)
+    names = parameter_names(model)
+    users: dict[str, list[str]] = {}
+    for layer in found:
+        users.setdefault(names[model.get_submodule(layer)._parameters["weight"]], []).append(layer)  # type: ignore[index]
+    for weight in weights:
+        if users.get(weight.name) != list(weight.owners):
+            raise ValueError(
+                f"`model` ({type(model).__name__}) is not of the saved structure: the weight {weight.name!r} is of "
+                f"{list(weight.owners)} there, and to {users.get(weight.name, 'no such layer')} here."
+            )
+        shape = tuple(model.get_parameter(weight.name).shape)
+        if shape != tuple(weight.codes.codes.shape):
+            raise ValueError(
+                f"`model` ({type(model).__name__}) has {weight.name!r} of shape {shape}, the file "
+                f"{tuple(weight.codes.codes.shape)}."
+            )
+
+
+def _floats(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that stay float, each once."""
+    return {name: value for name, value in model.named_parameters() if not name.endswith("weight_step")}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """All but codes, also those that a state dict leaves out: a model in 16 bits may have them in 32."""
+    return {name: value for name, value in model.named_buffers() if not name.endswith("weight_codes")}
+
+
+def _fill(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    if set(targets) != set(saved):
+        differ = sorted(set(targets) ^ set(saved))[:3]
+        raise ValueError(f"The model has other {what} than the file; these differ: {differ}.")
+    for name, target in targets.items():
+        if target.shape != saved[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(target.shape)} in the model, {tuple(saved[name].shape)} saved."
+            )
+        target.data = saved[name]
+
+
+def _skeleton(path: Path, meta: Mapping[str, Any]) -> nn.Module:
+    """A model of transformers with fresh weights, of the class and configuration that were saved."""
+    kind = getattr(transformers, str(meta.get("model")), None)
+    if kind is None or not (path / "config.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} holds a {meta.get('model')!r}, which needs "
+            + (
+                "its `config.json`."
+                if kind is not None
+                else "`model`: one of the same structure, whatever its weights."
+            )
+        )
+    state = torch.get_rng_state()
+    try:
+        model: PreTrainedModel = kind(AutoConfig.from_pretrained(path))
+    finally:
+        torch.set_rng_state(state)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
