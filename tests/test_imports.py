@@ -183,7 +183,7 @@ def public_names() -> list[tuple[str, str]]:
     """(module, name) of each name that the package and its public folders offer."""
     offered = [
         "bayeformers", "bayeformers.distributions", "bayeformers.nn", "bayeformers.metrics", "bayeformers.laplace",
-        "bayeformers.losses", "bayeformers.models",
+        "bayeformers.losses", "bayeformers.models", "bayeformers.quantization",
     ]  # fmt: skip
     return [(module, name) for module in offered for name in importlib.import_module(module).__all__]
 
