@@ -59,7 +59,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
             f"no {FILE}. Load it with transformers, and call `to_bayesian`, or fit a posterior with "
             "`BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by `bayeformers.quantization.load`.)"
         )
-    model: Any = _architecture(config, directory, hub).from_pretrained(directory, config=config, **kwargs)
+    model: Any = architecture(config, directory, hub).from_pretrained(directory, config=config, **kwargs)
     model.posterior = LaplacePosterior.load(posterior_file, model)
     return model  # type: ignore[no-any-return]
 
@@ -71,7 +71,7 @@ def _converted(
     hub: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:
-    original = _architecture(config, directory, hub)
+    original = architecture(config, directory, hub)
     loader = _converting(original, recorded)
     model: PreTrainedModel
     info: dict[str, Any]
@@ -106,7 +106,11 @@ def _posterior_file(directory: str | os.PathLike[str], hub: dict[str, Any]) -> s
     return found
 
 
-def _architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:
+def architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:
+    """The class that a configuration names: of transformers, of an Auto class's table, or of the checkpoint's own code.
+
+    Errors: ValueError if there is none.
+    """
     name = (config.architectures or [None])[0]
     if name is not None and hasattr(transformers, name):
         known: type[PreTrainedModel] = getattr(transformers, name)

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from ..checkpoint import architecture
 from ..laplace.storage import read, write
 from .codes import Codes
 from .install import Weight, install, kinds, parameter_names
@@ -166,22 +167,24 @@ def _fill(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str)
 
 
 def _skeleton(path: Path, meta: Mapping[str, Any]) -> nn.Module:
-    """A model of transformers with fresh weights, of the class and configuration that were saved."""
-    kind = getattr(transformers, str(meta.get("model")), None)
-    if kind is None or not (path / "config.json").is_file():
-        raise ValueError(
-            f"{str(path)!r} holds a {meta.get('model')!r}, which needs "
-            + (
-                "its `config.json`."
-                if kind is not None
-                else "`model`: one of the same structure, whatever its weights."
-            )
-        )
+    """A model with fresh weights, of the class and configuration that were saved."""
+    name = str(meta.get("model"))
+    if not (path / "config.json").is_file():
+        is_known = hasattr(transformers, name)
+        raise ValueError(f"{str(path)!r} holds a {name!r}, which needs {'its `config.json`.' if is_known else _REMEDY}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        kind = architecture(config, path, {})
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} holds a {name!r}, which needs {_REMEDY}") from error
     state = torch.get_rng_state()
     try:
-        model: PreTrainedModel = kind(AutoConfig.from_pretrained(path))
+        model: PreTrainedModel = kind(config)
     finally:
         torch.set_rng_state(state)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
+
+
+_REMEDY = "`model`: one of the same structure, whatever its weights."

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bayeformers import laplace, to_bayesian
+from bayeformers.models import LeNetConfig, LeNetForImageClassification
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
 from bayeformers.quantization import QuantizedPosterior, load, quantize
 from tests.quantization.networks import bert, gpt2, images, masked_lm, mlp, probs, sentences
@@ -53,6 +54,16 @@ def test_reload_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     again.save(tmp_path / "twice")
     one, two = load_file(tmp_path / FILE), load_file(tmp_path / "twice" / FILE)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_model_of_an_auto_class_needs_nothing(tmp_path: Path) -> None:
+    """It is not in transformers itself, but registered there."""
+    x = torch.randn(4, 1, 28, 28)
+    small = quantize(to_bayesian(LeNetForImageClassification(LeNetConfig()), delta=0.2), x)
+    small.save(tmp_path)
+    again = load(tmp_path)
+    assert type(again.model) is LeNetForImageClassification
+    assert torch.equal(probs(again, x, 3), probs(small, x, 3))
 
 
 def test_plain_module_needs_a_skeleton(tmp_path: Path) -> None:
