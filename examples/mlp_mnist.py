@@ -27,12 +27,12 @@ from bayeformers import BayesianTrainer
 from bayeformers.plots import save_figure
 from bayeformers.report import write_json
 from examples.images.classifier_evaluation import BySet, predict_sets, scores, tempered
-from examples.images.classifier_training import fit_deterministic
+from examples.images.classifier_training import best_delta, fit_deterministic
 from examples.images.data import ImageData, load_images
 from examples.mlp.arguments import Arguments, MlpArguments, MlpTrainingArguments, parse_arguments
 from examples.mlp.outputs import FIGURES, pruning_figure, removal_table, scores_table, uncertainty_figure
 from examples.mlp.removal import Curve, decibels, removal_curve
-from examples.mlp.training import best_delta, fit_from_scratch, fit_moped, kl_per_image, new_network
+from examples.mlp.training import fit_from_scratch, fit_moped, kl_per_image, new_network
 from examples.running import Clock, leave_process_group, say
 
 DETERMINISTIC, TEMPERED = "deterministic", "deterministic + temperature"
@@ -96,7 +96,7 @@ def train(
     scratch = fit_from_scratch(start, mlp_args, args, data)
     clock.lap("scratch_training")
     say("3. MOPED: Gaussians around the trained weights, which are also the prior's centres")
-    facts["delta"] = best_delta(trained, mlp_args, args, data)
+    facts["delta"] = best_delta(trained, args, data) if mlp_args.delta is None else mlp_args.delta
     moped = fit_moped(trained, facts["delta"], mlp_args, args, data)
     clock.lap("moped_training")
     trainers = {DETERMINISTIC: trained, SCRATCH: scratch, MOPED: moped}

@@ -24,7 +24,6 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
 )
 
 import bayeformers
@@ -34,7 +33,7 @@ from examples.conll.arguments import TokenModelArguments, TokenTrainingArguments
 from examples.conll.data import Encoded, TokenData
 from examples.glue.models import BAYESIAN, DETERMINISTIC
 from examples.glue.tiny_bert import make_model, make_tokenizer
-from examples.glue.training import OneLineProgress, phase_arguments
+from examples.glue.training import phase_arguments, with_short_progress
 from examples.linearized import linearized_draws
 
 CERTAIN = -60.0
@@ -106,9 +105,7 @@ def make_trainer(model: PreTrainedModel, task: Task, name: str, **changes: Any) 
         processing_class=task.tokenizer,
         callbacks=[EarlyStoppingCallback(args.patience)],
     )
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(OneLineProgress)
-    return trainer
+    return with_short_progress(trainer)
 
 
 def fit_deterministic(model: PreTrainedModel, task: Task) -> BayesianTrainer:

@@ -158,12 +158,9 @@ class DataArguments:
 
 
 @dataclass
-class ExampleTrainingArguments(BayesianTrainingArguments):
-    """Every TrainingArguments flag, for both trainings, and what differs between them."""
+class TwoTrainingsArguments(BayesianTrainingArguments):
+    """Every TrainingArguments flag, for a deterministic training and the ELBO's, and what differs between them."""
 
-    output_dir: str | None = field(
-        default="outputs/bert_glue", metadata={"help": "Where models, results.json, predictions.csv and the PNG go."}
-    )
     patience: int = field(
         default=4, metadata={"help": "Stop a training after so many epochs without a better validation NLL."}
     )
@@ -171,9 +168,6 @@ class ExampleTrainingArguments(BayesianTrainingArguments):
     bayesian_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of trainable means in it; a tenth of --learning_rate if not given."},
-    )
-    eval_only: str | None = field(
-        default=None, metadata={"help": "Train nothing: evaluate the models in this folder, an earlier --output_dir."}
     )
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
 
@@ -184,6 +178,18 @@ class ExampleTrainingArguments(BayesianTrainingArguments):
             raise ValueError(f"`patience` must be at least 1 epoch, got {self.patience}.")
         if self.bayesian_epochs < 0:
             raise ValueError(f"`bayesian_epochs` must not be negative, got {self.bayesian_epochs}.")
+
+
+@dataclass
+class ExampleTrainingArguments(TwoTrainingsArguments):
+    """Those of this example."""
+
+    output_dir: str | None = field(
+        default="outputs/bert_glue", metadata={"help": "Where models, results.json, predictions.csv and the PNG go."}
+    )
+    eval_only: str | None = field(
+        default=None, metadata={"help": "Train nothing: evaluate the models in this folder, an earlier --output_dir."}
+    )
 
 
 Arguments = tuple[ModelArguments, DataArguments, ExampleTrainingArguments]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,11 +20,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
+from bayeformers import BayesianTrainer, BayesianTrainingArguments, calibrate_delta, to_bayesian
 from examples.glue.arguments import ExampleTrainingArguments, ModelArguments
 from examples.glue.data import GlueData
 from examples.glue.evaluation import training_rmse
 from examples.glue.models import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, load_saved
+
+PhaseArguments = TypeVar("PhaseArguments", bound=BayesianTrainingArguments)
 
 SHOWN = ("epoch", "loss", "nll", "kl", "eval_nll", "eval_ece", "eval_mutual_information")
 
@@ -66,12 +68,17 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(args.patience)] if args.load_best_model_at_end else None,
     )
+    return with_short_progress(trainer)
+
+
+def with_short_progress(trainer: BayesianTrainer) -> BayesianTrainer:
+    """The same trainer; where it shows its progress, one line of it."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(OneLineProgress)
     return trainer
 
 
-def phase_arguments(args: ExampleTrainingArguments, name: str, **changes: Any) -> ExampleTrainingArguments:
+def phase_arguments(args: PhaseArguments, name: str, **changes: Any) -> PhaseArguments:
     """The arguments of one training: checkpoints under its own folder, the best epoch by validation NLL at the end."""
     phase = copy.deepcopy(args)
     fixed = {

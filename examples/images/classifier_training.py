@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, default_data_collator
+from transformers import EarlyStoppingCallback, PreTrainedModel, default_data_collator
 
 from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
-from examples.glue.training import OneLineProgress
+from examples.glue import training
 from examples.images.classifier_arguments import ClassifierArguments, ClassifierTrainingArguments
 from examples.images.data import ImageData
 
@@ -25,26 +24,12 @@ def make_trainer(model: nn.Module, args: ClassifierTrainingArguments, data: Imag
         eval_dataset=data.validation,
         data_collator=default_data_collator,
     )
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(OneLineProgress)
-    return trainer
+    return training.with_short_progress(trainer)
 
 
 def phase_arguments(args: ClassifierTrainingArguments, name: str, **changes: Any) -> ClassifierTrainingArguments:
     """The arguments of one training: checkpoints under its own folder, the best epoch by validation NLL at the end."""
-    phase = copy.deepcopy(args)
-    fixed = {
-        "output_dir": str(Path(args.output_dir or ".") / "checkpoints" / name),
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_nll",
-        "greater_is_better": False,
-    }
-    for key, value in {**fixed, **changes}.items():
-        setattr(phase, key, value)
-    return phase
+    return training.phase_arguments(args, name, metric_for_best_model="eval_nll", **changes)
 
 
 def fit_deterministic(
@@ -66,11 +51,9 @@ def fit_further(trained: BayesianTrainer, args: ClassifierTrainingArguments, dat
 
 
 def best_delta(
-    trained: BayesianTrainer, model_args: ClassifierArguments, args: ClassifierTrainingArguments, data: ImageData
+    trained: BayesianTrainer, args: ClassifierTrainingArguments, data: ImageData, **conversion: Any
 ) -> float:
     """The delta of least validation NLL; every process searches on all of the same batches."""
-    if model_args.delta is not None:
-        return model_args.delta
     loader = DataLoader(data.validation, args.per_device_eval_batch_size, collate_fn=default_data_collator)
     return calibrate_delta(
         trained.model.to(args.device),
@@ -78,7 +61,7 @@ def best_delta(
         num_samples=args.num_eval_samples,
         seed=args.eval_seed,
         progress=args.process_index == 0 and not args.disable_tqdm,
-        **model_args.conversion,
+        **conversion,
     )
 
 

@@ -48,7 +48,10 @@ class Setting:
     def converted(self, name: str, *, freeze: bool) -> BayesianTrainer:
         """A Bayesian copy of the trained network, not trained yet, at the delta of least validation NLL."""
         if "delta" not in self.facts:
-            self.facts["delta"] = best_delta(self.trained, self.model_args, self.args, self.data)
+            delta = self.model_args.delta
+            if delta is None:
+                delta = best_delta(self.trained, self.args, self.data, **self.model_args.conversion)
+            self.facts["delta"] = delta
             self.clock.lap("delta")
         return converted(self.trained, self.facts["delta"], name, self.model_args, self.args, self.data, freeze=freeze)
 

@@ -6,10 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
 
-from bayeformers import BayesianTrainer, calibrate_delta, kl_divergence, to_bayesian
+from bayeformers import BayesianTrainer, kl_divergence, to_bayesian
 from bayeformers.models import MLPConfig, MLPForImageClassification
 from bayeformers.nn import variational_tensors
 from examples.glue.arguments import parse_prior
@@ -49,20 +48,6 @@ def fit_moped(
     rate = 0.3 * args.learning_rate if args.moped_learning_rate is None else args.moped_learning_rate
     changes: dict[str, Any] = {"num_train_epochs": args.moped_epochs, "learning_rate": rate}
     return _trained(model, phase_arguments(args, "moped", kl_weight=args.moped_kl_weight, **changes), data)
-
-
-def best_delta(trained: BayesianTrainer, mlp_args: MlpArguments, args: MlpTrainingArguments, data: ImageData) -> float:
-    """The delta of least validation NLL; every process searches on all of the same batches."""
-    if mlp_args.delta is not None:
-        return mlp_args.delta
-    loader = DataLoader(data.validation, args.per_device_eval_batch_size, collate_fn=default_data_collator)
-    return calibrate_delta(
-        trained.model.to(args.device),
-        [{name: value.to(args.device) for name, value in batch.items()} for batch in loader],
-        num_samples=args.num_eval_samples,
-        seed=args.eval_seed,
-        progress=args.process_index == 0 and not args.disable_tqdm,
-    )
 
 
 @torch.no_grad()

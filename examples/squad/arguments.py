@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import HfArgumentParser
 
-from bayeformers import BayesianTrainingArguments
-from examples.glue.arguments import parse_prior
+from examples.glue.arguments import TwoTrainingsArguments, parse_prior
 
 WRITTEN: dict[str, Any] = {
     "learning_rate": 2e-3, "num_train_epochs": 12, "per_device_train_batch_size": 16,
@@ -169,29 +167,13 @@ def _official(folder: str, split: str) -> str:
 
 
 @dataclass
-class ExampleTrainingArguments(BayesianTrainingArguments):
-    """Every TrainingArguments flag, for both trainings, and what differs between them."""
+class ExampleTrainingArguments(TwoTrainingsArguments):
+    """Those of this example."""
 
     output_dir: str | None = field(
         default="outputs/bert_squad", metadata={"help": "Where models, results.json, predictions.csv and the PNG go."}
     )
-    patience: int = field(
-        default=4, metadata={"help": "Stop a training after so many epochs without a better validation NLL."}
-    )
     bayesian_epochs: float = field(default=2.0, metadata={"help": "Epochs of the ELBO's training."})
-    bayesian_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of trainable means in it; a tenth of --learning_rate if not given."},
-    )
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.dataloader_pin_memory &= torch.cuda.is_available()  # elsewhere it only makes torch warn at every epoch
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1 epoch, got {self.patience}.")
-        if self.bayesian_epochs < 0:
-            raise ValueError(f"`bayesian_epochs` must not be negative, got {self.bayesian_epochs}.")
 
 
 Arguments = tuple[ModelArguments, DataArguments, ExampleTrainingArguments]

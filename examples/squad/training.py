@@ -14,11 +14,10 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
 )
 
 from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
-from examples.glue.training import OneLineProgress, phase_arguments
+from examples.glue.training import phase_arguments, with_short_progress
 from examples.squad.arguments import ExampleTrainingArguments, ModelArguments
 from examples.squad.data import SquadData
 from examples.squad.tiny_bert import make_model, make_tokenizer
@@ -72,9 +71,7 @@ class Setting:
             processing_class=self.tokenizer,
             callbacks=[EarlyStoppingCallback(args.patience)],
         )
-        if trainer.pop_callback(ProgressCallback) is not None:
-            trainer.add_callback(OneLineProgress)
-        return trainer
+        return with_short_progress(trainer)
 
     def save(self, trainer: BayesianTrainer, name: str) -> None:
         trainer.save_model(str(Path(self.args.output_dir or ".") / name))
