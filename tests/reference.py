@@ -33,9 +33,9 @@ def sigma(rho: Tensor) -> Tensor:
 
 
 def sigma_slope(rho: Tensor) -> Tensor:
-    """d sigma / d rho in float64: the logistic function, 0 below the floor."""
+    """d sigma / d rho in float64: the logistic function, and its value at the floor below it."""
     rho = rho.detach().double()
-    return torch.where(softplus(rho) > FLOOR, 1 / (1 + torch.exp(-rho)), 0.0)
+    return torch.where(softplus(rho) > FLOOR, 1 / (1 + torch.exp(-rho)), -math.expm1(-FLOOR))
 
 
 def moped_sigma(weight: Tensor, delta: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,15 +20,48 @@ LINEAR_FROM = 20.0  # softplus(rho) = rho beyond this, in float32 exactly
 def scale_from_rho(rho: Tensor) -> Tensor:
     """Scale sigma = max(softplus(rho), MIN_SCALE), finite with finite gradients for rho in [-200, 200].
 
-    Written as log1p(exp(rho)): `F.softplus` rounds differently in vectorised and in scalar code, so that a row of a
-    table would depend on where in a lookup it stands; these two functions do not.
+    Under the floor the slope is that at the floor, d log sigma / d rho = 1, so that a scale can leave it again.
 
     Shape: any -> the same.
 
     >>> scale_from_rho(torch.tensor([-200.0, 0.0, 200.0])).tolist()
     [9.99999993922529e-09, 0.6931471824645996, 200.0]
     """
+    if not (rho.requires_grad and torch.is_grad_enabled()):
+        return _floored_softplus(rho)
+    scale: Tensor = _Scale.apply(rho)  # type: ignore[no-untyped-call]
+    return scale
+
+
+def scale_slope(rho: Tensor) -> Tensor:
+    """d sigma / d rho = sigmoid(rho), and MIN_SCALE from the floor downwards; shape: any -> the same, a new tensor."""
+    return rho.clamp_min(_MIN_RHO).sigmoid()
+
+
+def _floored_softplus(rho: Tensor) -> Tensor:
+    """Written as log1p(exp(rho)): `F.softplus` rounds differently in vectorised and in scalar code, so that a row of a
+    table would depend on where in a lookup it stands; these two functions do not.
+    """
     return torch.maximum(rho, rho.clamp_max(LINEAR_FROM).exp().log1p()).clamp_min(MIN_SCALE)
+
+
+class _Scale(torch.autograd.Function):
+    """Keeps rho alone, and a slope where `clamp_min` has none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rho: Tensor) -> Tensor:
+        return _floored_softplus(rho)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rho,) = ctx.saved_tensors
+        return scale_slope(rho) * grad
 
 
 def rho_from_scale(scale: Tensor) -> Tensor:
@@ -41,6 +74,9 @@ def rho_from_scale(scale: Tensor) -> Tensor:
     """
     scale = scale.clamp_min(MIN_SCALE)
     return scale + torch.log(-torch.expm1(-scale))
+
+
+_MIN_RHO = float(rho_from_scale(torch.tensor(MIN_SCALE, dtype=torch.float64)))
 
 
 def check_scale(scale: str) -> None:

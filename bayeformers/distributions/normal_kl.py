@@ -108,8 +108,8 @@ def _value_and_grads(
             grad_mu.zero_()
         if floor is not None and grad_mu is not None:  # d log sigma / d mu = 1 / mu, and 0 on the floor
             grad_mu.add_(torch.where(mu.abs() > floor, excess / mu.to(dtype), 0.0))
-        if grad_r is not None:  # d/d rho = (ratio^2 - 1) / softplus * sigmoid(rho), and 0 on the floor
-            slope = torch.threshold(exp_rho.div_(exp_rho + 1), MIN_SCALE, 0.0)
+        if grad_r is not None:  # d/d rho = (ratio^2 - 1) / softplus * sigmoid(rho), `scale_slope`
+            slope = exp_rho.div_(exp_rho + 1).clamp_min_(MIN_SCALE)
             grad_r.copy_(excess.div_(scale).mul_(slope))
     return torch.stack(values).sum(dtype=torch.float64).to(dtype), grads
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..distributions import MIN_SCALE, rho_from_scale, scale_from_rho, unit_of
+from ..distributions import scale_from_rho, unit_of
+from ..distributions.diagonal_normal import scale_slope
 from . import noise
-
-_MIN_RHO = float(rho_from_scale(torch.tensor(MIN_SCALE, dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,7 @@ class _Sample(torch.autograd.Function):
         grad_rho = None
         if ctx.needs_input_grad[1]:
             rho, eps = ctx.saved_tensors
-            grad_rho = _slope(rho.to(ctx.dtype)).mul_(eps).mul_(grad).to(rho.dtype)
+            grad_rho = scale_slope(rho.to(ctx.dtype)).mul_(eps).mul_(grad).to(rho.dtype)
         return (grad if ctx.needs_input_grad[0] else None), grad_rho, None, None
 
 
@@ -330,9 +329,4 @@ class _Variance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (rho,) = ctx.saved_tensors
-        return _slope(rho).mul_(scale_from_rho(rho)).mul_(2).mul_(grad)
-
-
-def _slope(rho: Tensor) -> Tensor:
-    """d sigma / d rho = sigmoid(rho), and 0 where the floor holds: below it sigma is constant."""
-    return torch.threshold(rho, _MIN_RHO, -torch.inf).sigmoid_()
+        return scale_slope(rho).mul_(scale_from_rho(rho)).mul_(2).mul_(grad)
