@@ -18,12 +18,14 @@ from .dropout import dropout_rates, set_dropout
 from .nn import draws
 from .nn.base import BayesianModule, variational_tensors
 from .patterns import Patterns
+from .plain_weights import check_plain_weights
 from .selection import (
     Chosen,
     check_weights,
     choose,
     estimators_of,
     matching_subtrees,
+    meant,
     owner_shapes,
     owners_of,
     recorded,
@@ -93,7 +95,8 @@ def to_bayesian(
 
     Raises:
         TypeError, ValueError: a wrong argument, a pattern that matches nothing convertible, a model that is Bayesian
-            already, weights that are not finite, or a tied weight of which only one owner is targeted.
+            already, weights that are not finite, quantised, offloaded, sharded or on the meta device, or a tied weight
+            of which only one owner is targeted.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
@@ -105,6 +108,8 @@ def to_bayesian(
     saved = matching_subtrees(model, modules_to_save)
     chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms)
     estimators_of(chosen, estimator)
+    is_whole = target_modules == "all" and exclude_modules is None
+    check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
     check_weights(model, chosen)
     config = replace(
         config,

@@ -50,6 +50,17 @@ def choose(
     return chosen, skipped
 
 
+def meant(
+    model: nn.Module, chosen: Chosen, target: Patterns, exclude: Patterns | None, saved: list[str]
+) -> frozenset[str]:
+    """Modules that a conversion is meant for, whether or not they can be converted: of "all" all but those left out."""
+    if not isinstance(target, str) or target != "all":
+        return frozenset(chosen)
+    names = [name for name, _ in model.named_modules()]
+    left = subtrees(names, {*saved, *(() if exclude is None else matching(names, exclude, "exclude_modules"))})
+    return frozenset(names) - left
+
+
 def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> Found:
     """`bayesian_class` of a module by its place in the model."""
     above, _, attribute = name.rpartition(".")
