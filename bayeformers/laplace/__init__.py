@@ -1,6 +1,7 @@
 """KFAC Laplace: a Gaussian posterior for any trained network, from the curvature of its likelihood."""
 
 from ..jacobians import register_curvature
+from .choice import PrecisionChoice
 from .curvature import Curvature, CurvatureConfig
 from .directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
 from .fit import fit
@@ -21,6 +22,7 @@ __all__ = [
     "InfPosterior",
     "KroneckerEigen",
     "LaplacePosterior",
+    "PrecisionChoice",
     "draw_along",
     "eigen_direction",
     "example_gradients",

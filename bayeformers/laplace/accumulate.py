@@ -134,11 +134,18 @@ class Accumulator:
             return batch.attended.unsqueeze(-1).to(outputs.dtype)
         return None
 
+    def _num_terms(self, outputs: Tensor, batch: Batch) -> int:
+        """N C of the batch: outputs that a loss term reads."""
+        counted = self._counted(outputs, batch)
+        return outputs.numel() if counted is None else int(counted.expand_as(outputs).count_nonzero())
+
     def _count(self, outputs: Tensor, batch: Batch) -> None:
         sums, likelihood = self.curvature, self.curvature.config.likelihood
         if self.is_second_pass:
             return
         sums.num_examples += len(batch)
+        if likelihood != "regression":
+            sums.num_outputs += self._num_terms(outputs, batch)
         if batch.labels is None:
             sums.log_likelihood = float("nan")
             return

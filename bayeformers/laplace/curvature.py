@@ -65,7 +65,7 @@ class Curvature:
         num_batches: batches seen (by this process), for resuming a pass.
         log_likelihood: sum of log p(y | x, theta*) of the labels seen; NaN without labels.
         squared_error: of a regression, sum over items and outputs; else 0.
-        num_outputs: numbers that a regression predicted; else 0.
+        num_outputs: N C: items with a loss term times outputs; of a regression without labels 0.
         data_scale: N / num_examples where only a part of the N examples was seen.
         weights: layer name -> |theta*|^2, by which a resumed pass knows its model again.
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..posteriors.base import has_many_logits, known_problem_type, prediction_mode
 from ..posteriors.linearized import covariance, linearize
 from ..posteriors.logits import Link, ignores_shift, linearized_predictive
+from .choice import End, end_of
 from .data import Batch
 from .posterior import LaplacePosterior
 from .processes import process_index, summed
@@ -81,12 +82,19 @@ def holdout_nll(
     return dict(zip(grid, (total / sums[-1] for total in sums[:-1]), strict=True))
 
 
+def grid_end(nll: dict[float, float]) -> End | None:
+    """The end of the grid where the least NLL lies, else None."""
+    taus = list(nll)
+    best = int(np.nanargmin(list(nll.values())))
+    return end_of([taus[best]], taus[0], taus[-1])
+
+
 def holdout_precision(nll: dict[float, float]) -> float:
     """The minimum, refined by the parabola through it and its neighbours in log tau; a warning at the grid's end."""
     grid, values = np.log(list(nll)), np.array(list(nll.values()))
     best = int(np.nanargmin(values))
-    if best in (0, len(grid) - 1):
-        found = float(np.exp(grid[best]))
+    if grid_end(nll) is not None:
+        found = float(list(nll)[best])
         if process_index() == 0:
             side = "smallest: the widest posterior" if best == 0 else "largest: next to no posterior at all"
             logger.warning(

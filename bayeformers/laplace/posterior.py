@@ -16,6 +16,7 @@ from ..posteriors.blocks import GaussianBlock, block_draw
 from ..posteriors.linearized import OutputOf, Statistic
 from ..predictive import ProblemType, logits_of, resolve_problem_type
 from .blocks import LaplaceBlock
+from .choice import PrecisionChoice
 from .curvature import CurvatureConfig
 from .evidence import Precision, Spectrum, effective_parameters, log_marginal_likelihood
 from .kronecker import KroneckerEigen
@@ -42,7 +43,8 @@ class FitRecord:
         num_data: N, the examples that the curvature stands for.
         log_likelihood: sum of log p(y | x, theta*) over them, at noise 1 of a regression; NaN without labels.
         squared_error: of a regression, summed over examples and outputs.
-        num_outputs: numbers that a regression predicted.
+        num_outputs: N C: numbers that the examples' likelihood terms predict, of a regression those that were observed;
+            0 where it is unknown.
         skipped: layer name -> why it stays deterministic.
         squared_distances: layer name -> |theta* - mu0|^2, where the prior's mean mu0 is not 0.
     """
@@ -70,6 +72,7 @@ class LaplacePosterior(MovedPosterior):
         noise_std: s of a regression.
         outputs_of: the logits in what the model returns.
         draw_cache_bytes: memory in which draws are kept for the next batch.
+        choice: how the prior precision was found.
     """
 
     default_method = "glm"
@@ -85,6 +88,7 @@ class LaplacePosterior(MovedPosterior):
         noise_std: float = 1.0,
         outputs_of: OutputOf = logits_of,
         draw_cache_bytes: int = DEFAULT_DRAW_CACHE_BYTES,
+        choice: PrecisionChoice | None = None,
     ) -> None:
         names = [target.name for target, _ in layers]
         check_positive("temperature", temperature)
@@ -92,6 +96,7 @@ class LaplacePosterior(MovedPosterior):
         self.model, self.record, self.draw_cache_bytes = model, record, draw_cache_bytes
         self.prior_precision = checked_precision(prior_precision, names)
         self.temperature, self.noise_std = float(temperature), float(noise_std)
+        self.choice = PrecisionChoice() if choice is None else choice
         self._layers, self._outputs_of = list(layers), outputs_of
         self._blocks = self.blocks_at([self.prior_precision])
         self._cache: dict[tuple[int, int], dict[nn.Parameter, Tensor]] = {}
@@ -149,6 +154,28 @@ class LaplacePosterior(MovedPosterior):
         """Layer name -> sum L / (L + tau / scale): how many of its weights the data determine (MacKay 1992)."""
         return effective_parameters(self.spectra, self.prior_precision, scale=self.scale)
 
+    @property
+    def exceeds_data(self) -> bool:
+        """Whether there are more effective parameters than the data hold numbers, N C: more than they can determine.
+
+        Kronecker factors then stand for more directions than the data have, so the division of the uncertainty into
+        aleatoric and epistemic has no meaning.
+        """
+        return 0 < self.record.num_outputs < sum(self.effective_parameters.values())
+
+    @property
+    def caveats(self) -> list[str]:
+        """Why this posterior's uncertainty should not be believed, a sentence each; none as a rule."""
+        found = []
+        if self.choice.at_grid_end is not None:
+            found.append(f"tau lies at the {self.choice.at_grid_end} end of the range that was searched")
+        if self.exceeds_data:
+            gamma = sum(self.effective_parameters.values())
+            found.append(
+                f"{gamma:,.0f} effective parameters exceed the {self.record.num_outputs:,} numbers that the data hold"
+            )
+        return found
+
     def _log_likelihood(self) -> float:
         record = self.record
         if record.config.likelihood != "regression":
@@ -157,9 +184,11 @@ class LaplacePosterior(MovedPosterior):
         missing = math.nan if record.num_outputs == 0 else 0.0
         return missing - (record.squared_error / (2 * self.noise_std**2) + constant) / self.temperature
 
-    def with_prior_precision(self, prior_precision: Precision) -> LaplacePosterior:
-        """The same curvature under another prior; nothing is fitted again."""
-        return self._replace(prior_precision=prior_precision)
+    def with_prior_precision(
+        self, prior_precision: Precision, choice: PrecisionChoice | None = None
+    ) -> LaplacePosterior:
+        """The same curvature under another prior, found as ``choice`` says; nothing is fitted again."""
+        return self._replace(prior_precision=prior_precision, choice=choice)
 
     def with_temperature(self, temperature: float) -> LaplacePosterior:
         """The same curvature with the likelihood to the power 1/T; the prior is not tuned again."""
@@ -170,9 +199,8 @@ class LaplacePosterior(MovedPosterior):
         return self._replace(noise_std=noise_std)
 
     def _replace(self, **changes: Any) -> LaplacePosterior:
-        kept = {
-            name: getattr(self, name) for name in ("prior_precision", "temperature", "noise_std", "draw_cache_bytes")
-        }
+        names = ("prior_precision", "temperature", "noise_std", "draw_cache_bytes", "choice")
+        kept = {name: getattr(self, name) for name in names}
         return LaplacePosterior(
             self.model, self._layers, self.record, outputs_of=self._outputs_of, **{**kept, **changes}
         )
@@ -251,6 +279,7 @@ class LaplacePosterior(MovedPosterior):
             "prior_precision": self.prior_precision,
             "temperature": self.temperature,
             "noise_std": self.noise_std,
+            "choice": asdict(self.choice),
             "layers": layers,
         }
         write(Path(directory) / FILE, tensors, meta, kind="laplace")
@@ -278,6 +307,7 @@ class LaplacePosterior(MovedPosterior):
             layers.append((target, _checked(KroneckerEigen(**placed), target)))  # type: ignore[arg-type]
         config = CurvatureConfig(**meta["record"].pop("config"))
         chosen = {name: meta[name] for name in ("prior_precision", "temperature", "noise_std")}
+        chosen["choice"] = PrecisionChoice.from_dict(meta.get("choice", {"method": "given"}))
         return cls(model, layers, FitRecord(config=config, **meta["record"]), outputs_of=outputs_of, **chosen)
 
 

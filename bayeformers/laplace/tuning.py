@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..posteriors.logits import Link
+from .choice import PrecisionChoice, by_evidence
 from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
-from .holdout import checked_validation, holdout_nll, holdout_precision
+from .holdout import checked_validation, grid_end, holdout_nll, holdout_precision
 from .loading import Loader
 from .posterior import LaplacePosterior
 
@@ -54,5 +55,7 @@ def tune(
     if prior_precision == "holdout":
         validation = checked_validation(posterior.model, validation)
         held_out = Loader(posterior.model, validation, None, None, progress).batches("Held-out NLL")
-        best = holdout_precision(holdout_nll(posterior, held_out, link=link))
-    return posterior.with_prior_precision(best)
+        nll = holdout_nll(posterior, held_out, link=link)
+        choice = PrecisionChoice(method="holdout", at_grid_end=grid_end(nll))
+        return posterior.with_prior_precision(holdout_precision(nll), choice)
+    return posterior.with_prior_precision(best, by_evidence(best, per_layer=per_layer))

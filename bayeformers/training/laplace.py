@@ -19,15 +19,16 @@ from ..laplace.curvature import CurvatureKind, WeightSharing
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
 from ..laplace.hessian import Fisher
-from ..laplace.holdout import checked_validation
 from ..laplace.targets import Subset
-from ..laplace.tuning import PriorChoice, default_choice
+from ..laplace.tuning import PriorChoice
 from ..patterns import Patterns
 from ..predictive import HEAD, NoiseStd, resolve_problem_type
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
 from .evaluation import MonteCarloTrainer
+from .held_out import COLLATED, choose_rows, said_choice
+from .items import LABEL_NAMES
 from .number_checks import check_count
 from .precision import own_precision
 from .sharding import sharded_batches
@@ -89,12 +90,13 @@ class LaplaceTrainer(MonteCarloTrainer):
             subset, target_modules, exclude_modules: the layers to cover.
             curvature, fisher, weight_sharing, num_mc_samples: how their curvature is measured.
             prior_precision: tau, or how to find it: "marglik", "marglik_per_layer" or "holdout". By default "holdout"
-                with a ``validation_dataset``, "marglik" without: what is reported never chooses unasked.
+                where there are labelled held-out rows of one set, else "marglik". A warning says what was chosen, how,
+                and on which rows.
             temperature: T of the likelihood p(y | x)^(1/T).
             noise_std: s of a regression; by default `args.noise_std` if that is a number, else that of most evidence.
                 Evaluation predicts with the same.
             prior_mean: the model that holds the prior's mean, such as the pretrained one; by default 0.
-            validation_dataset: held-out data of "holdout"; where that is asked for, by default the `eval_dataset`.
+            validation_dataset: held-out data of "holdout"; by default the `eval_dataset`, as of early stopping.
             num_batches: so many batches of every process, of examples chosen at random; the curvature is scaled up to
                 ``num_data``.
             num_data: N, the examples that the curvature stands for; by default the dataset's length.
@@ -118,8 +120,14 @@ class LaplaceTrainer(MonteCarloTrainer):
         self._check_can_fit()
         data = self.train_dataset if train_dataset is None else train_dataset
         self._check_data(data, num_batches, num_data)
-        prior_precision = default_choice(validation_dataset) if prior_precision is None else prior_precision
-        held_out = self._held_out(validation_dataset) if prior_precision == "holdout" else None
+        held_out = choose_rows(
+            self.model,
+            prior_precision,
+            validation_dataset,
+            self.eval_dataset,
+            training=data,
+            label_names=[*(self.label_names or ()), *LABEL_NAMES, *COLLATED],
+        )
         size = self.args.per_device_eval_batch_size if batch_size is None else batch_size
         check_count("batch_size", size, 1)
         check_count("seed", seed, 0)
@@ -143,11 +151,13 @@ class LaplaceTrainer(MonteCarloTrainer):
                 curvature=curvature,
                 fisher=fisher,
                 weight_sharing=weight_sharing,
-                prior_precision=prior_precision,
+                prior_precision=held_out.prior_precision,
                 prior_mean=prior_mean,
                 temperature=temperature,
                 noise_std=noise_std,
-                validation=None if held_out is None else self._curvature_batches(held_out, "validation", size),
+                validation=None
+                if held_out.data is None
+                else self._curvature_batches(held_out.data, "validation", size),
                 link=self.args.eval_link,
                 num_batches=num_batches,
                 num_data=len(data) if num_data is None and has_length(data) else num_data,
@@ -159,6 +169,8 @@ class LaplaceTrainer(MonteCarloTrainer):
                 progress=shows,
             )
         self._adopt(posterior, time.perf_counter() - start)
+        if self.is_world_process_zero():
+            logger.warning(said_choice(posterior, held_out, posterior.record.num_data))
         return posterior
 
     def noise_std(self) -> NoiseStd | None:
@@ -205,18 +217,6 @@ class LaplaceTrainer(MonteCarloTrainer):
             raise ValueError(f"`train_dataset` has {len(data)} examples for {self.args.world_size} processes.")
         if num_batches is not None and num_data is None and not has_length(data):
             raise ValueError("`num_batches` needs `num_data`, the number of examples: `train_dataset` has no length.")
-
-    def _held_out(self, given: Any) -> Any:
-        data = self.eval_dataset if given is None else given
-        if data is None:
-            raise ValueError(
-                '`prior_precision`="holdout" needs `validation_dataset`, or a trainer with `eval_dataset`.'
-            )
-        if isinstance(data, dict):
-            raise ValueError(f"`validation_dataset` must be one dataset, got a dict: pass one of its {list(data)}.")
-        check_dataset(data, "validation_dataset")
-        checked_validation(self.model, data)
-        return data
 
     def _curvature_batches(
         self, data: Any, description: str, batch_size: int, num_batches: int | None = None, seed: int = 0

@@ -68,7 +68,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_a_plain_fit(kind: str, tmp_path: Path) -> None:
     """Whatever the batches; of a language model by Monte-Carlo labels, which depend on them: the same batches then."""
-    trainer = trainer_of(tmp_path, kind)
+    trainer = trainer_of(tmp_path, kind, eval_dataset=None)
     found = trainer.fit_laplace(batch_size=7)
     assert_same(found, directly(trainer.model, trainer.train_dataset))
     assert trainer.posterior is found and found.record.num_data == 20
@@ -86,7 +86,7 @@ def test_options_reach_the_fit(tmp_path: Path) -> None:
         "prior_precision": "marglik_per_layer",
         "temperature": 0.5,
     }
-    trainer = trainer_of(tmp_path)
+    trainer = trainer_of(tmp_path, eval_dataset=None)
     found = trainer.fit_laplace(**options)
     assert_same(found, directly(trainer.model, trainer.train_dataset, **options))
     assert set(found.prior_precision) == set(found.layers) and "classifier" in found.layers
@@ -107,12 +107,12 @@ def test_ekfac(tmp_path: Path) -> None:
 
 
 def test_label_smoothing_and_weights_of_the_loss_play_no_part(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, label_smoothing_factor=0.3)
+    trainer = trainer_of(tmp_path, label_smoothing_factor=0.3, eval_dataset=None)
     assert_same(trainer.fit_laplace(), directly(trainer.model, trainer.train_dataset))
 
 
 def test_num_batches_is_a_random_part_scaled_up(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path)
+    trainer = trainer_of(tmp_path, eval_dataset=None)
     found = trainer.fit_laplace(num_batches=2, batch_size=3, seed=1)
     chosen = share_of(20, limit=6, seed=1)
     assert len(chosen) == 6 and chosen != list(range(6))
@@ -124,7 +124,7 @@ def test_num_batches_is_a_random_part_scaled_up(tmp_path: Path) -> None:
 
 def test_a_stream_needs_no_length(tmp_path: Path) -> None:
     data = tiny.dataset()
-    trainer = trainer_of(tmp_path, train_dataset=Stream(data))
+    trainer = trainer_of(tmp_path, train_dataset=Stream(data), eval_dataset=None)
     assert_same(trainer.fit_laplace(), directly(trainer.model, data))
     with pytest.raises(ValueError, match="num_data"):
         trainer.fit_laplace(num_batches=1)
@@ -172,6 +172,52 @@ def test_holdout(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["single", "token"])
+def test_the_evaluation_data_choose_unasked_and_a_line_says_so(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tmp_path, kind)
+    with caplog.at_level(logging.WARNING, "bayeformers"):
+        found = trainer.fit_laplace()
+    (line,) = [record.message for record in caplog.records if record.message.startswith("Laplace posterior:")]
+    assert line.startswith(
+        "Laplace posterior: curvature of 20 training rows, prior precision tau = "
+        f"{found.prior_precision:.4g}, of least held-out NLL on the 9 rows of `eval_dataset`."
+    )
+    assert found.prior_precision == trainer.fit_laplace(prior_precision="holdout").prior_precision
+    assert found.choice.method == "holdout"
+    assert all(caveat in line for caveat in found.caveats) and ("Beware" in line) == bool(found.caveats)
+    other = tiny.dataset(kind, 6, seed=8)
+    caplog.clear()
+    trainer.fit_laplace(validation_dataset=other)
+    assert "on the 6 rows of `validation_dataset`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("single", {"eval_dataset": None}, "there is no `eval_dataset`"),
+        ("single", {"eval_dataset": {"a": tiny.dataset(), "b": tiny.dataset()}}, "several sets, a, b: pass one"),
+        ("single", {"eval_dataset": tiny.Rows(**tiny.tokens(6))}, "`eval_dataset` has no labels"),
+        ("single", {"eval_dataset": "training"}, "`eval_dataset` is the training data"),
+        ("causal", {}, "too many logits"),
+    ],
+)
+def test_the_evidence_chooses_where_no_held_out_rows_can(
+    kind: str, options: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if options.get("eval_dataset") == "training":
+        data = tiny.dataset()
+        options = {"train_dataset": data, "eval_dataset": data}
+    trainer = trainer_of(tmp_path, kind, **options)
+    with caplog.at_level(logging.WARNING, "bayeformers"):
+        found = trainer.fit_laplace()
+    assert found.choice.method == "marglik" and said in caplog.text
+    assert "of largest evidence on 20 training rows, no held-out ones" in caplog.text
+    trainer.fit_laplace(prior_precision=3.0)
+    assert "tau = 3, as given." in caplog.text
+
+
 def test_noise_of_a_regression(tmp_path: Path) -> None:
     """Given, from the arguments, or by evidence; what the posterior was made with is what evaluation uses."""
     trainer = trainer_of(tmp_path, "regression", noise_std=0.7)
@@ -180,7 +226,7 @@ def test_noise_of_a_regression(tmp_path: Path) -> None:
         assert posterior.noise_std == expected == trainer.noise_std()
         found = trainer.predict(trainer.eval_dataset).uncertainty["aleatoric_variance"]
         np.testing.assert_allclose(found, expected**2)
-    by_evidence = trainer_of(tmp_path, "regression").fit_laplace()
+    by_evidence = trainer_of(tmp_path, "regression").fit_laplace(prior_precision="marglik")
     assert by_evidence.noise_std not in (1.0, 0.7)
     better = [by_evidence.with_noise_std(by_evidence.noise_std * f).log_marginal_likelihood for f in (0.9, 1.1)]
     assert by_evidence.log_marginal_likelihood > max(better)
@@ -469,7 +515,7 @@ def test_neighbours_are_as_long(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(rows)
     unknown = data.rename_column("input_ids", "ids").with_transform(renamed)  # no column to read the lengths from
     by_length, as_given = (
-        trainer_of(tmp_path, data_collator=collate, train_dataset=data).fit_laplace(batch_size=3)
+        trainer_of(tmp_path, data_collator=collate, train_dataset=data, eval_dataset=None).fit_laplace(batch_size=3)
         for data in (data, unknown)
     )
     assert [set(seen) for seen in lengths[1:5]] == [{5}, {4}, {3}, {2}]
