@@ -17,6 +17,7 @@ from .distributions.initial_scale import check_delta
 from .dropout import dropout_rates, set_dropout
 from .nn import draws
 from .nn.base import BayesianModule, variational_tensors
+from .nn.base import is_bayesian as is_bayesian
 from .patterns import Patterns
 from .plain_weights import check_plain_weights
 from .selection import (
@@ -186,17 +187,27 @@ def freeze_as_saved(model: nn.Module, missing: set[str]) -> None:
 def to_deterministic(model: nn.Module) -> nn.Module:
     """Undo :func:`to_bayesian` in place, at the posterior mean: classes, `requires_grad` flags, dropout, config.
 
+    Layers that were built by hand become torch's own; of those there are no flags to restore.
+
     Returns:
         The same object.
 
     Raises:
         ValueError: ``model`` is not Bayesian.
     """
-    outer, model = model, converted_module(model)
-    state = conversion_of(model)
-    for module in draws.bayesian_modules(model).values():
-        module.become_deterministic()
-        swap_class(module, type(module).torch_class)
+    if not is_bayesian(model):
+        raise ValueError(_not_bayesian(model))
+    for part in [module for module in model.modules() if hasattr(module, _STATE)]:
+        _undo(part)
+    _become_deterministic(model)  # what was built by hand
+    draws.release(model)
+    return model
+
+
+def _undo(model: nn.Module) -> None:
+    """What :func:`convert` did to ``model`` itself."""
+    state: Conversion = getattr(model, _STATE)
+    _become_deterministic(model)
     for name, parameter in _parameters(model):
         parameter.requires_grad_(state.requires_grad.get(name, True))
     for key, rate in state.config.dropout.items():
@@ -210,7 +221,12 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     model.__dict__.pop(_RESIZE, None)
     if hasattr(getattr(model, "config", None), "bayesian"):
         del model.config.bayesian  # type: ignore[union-attr]
-    return outer
+
+
+def _become_deterministic(model: nn.Module) -> None:
+    for module in draws.bayesian_modules(model).values():
+        module.become_deterministic()
+        swap_class(module, type(module).torch_class)
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
@@ -222,27 +238,30 @@ def unfreeze(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not Bayesian.
     """
-    converted = converted_module(model)
-    state = conversion_of(converted)
+    if not is_bayesian(model):
+        raise ValueError(_not_bayesian(model))
+    state = conversion_record(model)
+    converted = model if state is None else converted_module(model)
+    flags = {} if state is None else state.requires_grad
     for tensor in variational_tensors(converted):
         tensor.module.store_centre(tensor.parameter_name)
     for name, parameter in _parameters(converted):
         if not name.endswith("_rho"):
-            parameter.requires_grad_(state.requires_grad.get(name, True))
+            parameter.requires_grad_(flags.get(name, True))
     update_config(model, freeze=False)
     return model
 
 
-def is_bayesian(model: nn.Module) -> bool:
-    """Whether ``model`` (or what it wraps) was converted by :func:`to_bayesian`."""
-    return any(hasattr(module, _STATE) for module in model.modules())
+def conversion_record(model: nn.Module) -> Conversion | None:
+    """The record of a model's conversion, found through wrappers; None for a network that was built by hand."""
+    return next((getattr(module, _STATE) for module in model.modules() if hasattr(module, _STATE)), None)
 
 
 def conversion_of(model: nn.Module) -> Conversion:
     """The record of a model's conversion, found through wrappers.
 
     Raises:
-        ValueError: ``model`` is not Bayesian.
+        ValueError: ``model`` is not Bayesian, or was built by hand.
     """
     state: Conversion = getattr(converted_module(model), _STATE)
     return state
@@ -252,25 +271,39 @@ def converted_module(model: nn.Module) -> nn.Module:
     """The module that :func:`to_bayesian` was called with: ``model`` or one inside it.
 
     Raises:
-        ValueError: ``model`` is not Bayesian.
+        ValueError: ``model`` is not Bayesian, or was built by hand.
     """
     for module in model.modules():
         if hasattr(module, _STATE):
             return module
-    raise ValueError(f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first.")
+    if is_bayesian(model):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) was built by hand from `bayeformers.nn` layers: it has no record of a "
+            "conversion by `to_bayesian`."
+        )
+    raise ValueError(_not_bayesian(model))
+
+
+def _not_bayesian(model: nn.Module) -> str:
+    return f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first."
 
 
 def bayesian_config(model: nn.Module) -> BayesianConfig:
     """The configuration of a converted model; the same that its `config.json` records.
 
     Raises:
-        ValueError: ``model`` is not Bayesian.
+        ValueError: ``model`` is not Bayesian, or was built by hand.
     """
     return conversion_of(model).config
 
 
-def update_config(model: nn.Module, **changes: Any) -> BayesianConfig:
-    """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config."""
+def update_config(model: nn.Module, **changes: Any) -> BayesianConfig | None:
+    """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config.
+
+    None, and nothing done, for a network that was built by hand: it has no record.
+    """
+    if conversion_record(model) is None:
+        return None
     module = converted_module(model)
     state = conversion_of(module)
     state.config = replace(state.config, **changes)
@@ -287,10 +320,12 @@ def _check_flags(**flags: object) -> None:
 def _check_convertible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    if is_bayesian(model) or draws.bayesian_modules(model):
+    if is_bayesian(model):
+        by_hand = conversion_record(model) is None
         raise ValueError(
-            "`model` is Bayesian already: `to_bayesian` was called twice. Call `to_deterministic(model)` first, "
-            "or name the layers to convert in one call."
+            "`model` is Bayesian already: "
+            + ("it has `bayeformers.nn` layers" if by_hand else "`to_bayesian` was called twice")
+            + ". Call `to_deterministic(model)` first, or name the layers to convert in one call."
         )
 
 
@@ -313,7 +348,7 @@ def without_stale_record(model: nn.Module) -> Iterator[None]:
     a converted checkpoint, loaded by transformers alone, brings the record along.
     """
     config = getattr(model, "config", None)
-    stale = None if is_bayesian(model) else getattr(config, "bayesian", None)
+    stale = None if conversion_record(model) is not None else getattr(config, "bayesian", None)
     if config is None or stale is None:
         yield
         return

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .conversion import conversion_of
-from .nn.base import NamedVariational, variational_tensors
+from .conversion import conversion_of, conversion_record
+from .nn.base import NamedVariational, is_bayesian, variational_tensors
 from .objective import tensor_kl
 
 
@@ -95,14 +95,14 @@ def summary(model: nn.Module) -> ModelSummary:
     >>> summary(to_bayesian(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))).skipped
     {'1': 'a normalisation: `norms=True` converts it'}
     """
-    state = conversion_of(model)
+    record = conversion_record(model) if is_bayesian(model) else conversion_of(model)  # which says what is wrong
     with torch.no_grad():
         tensors = [_summarise(tensor) for tensor in variational_tensors(model)]
     random = [tensor.loc for tensor in variational_tensors(model)]
     scales = {id(tensor.rho) for tensor in variational_tensors(model)}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in scales]
     counts = (_count(random), _count(weights), _count(random, matrices=True), _count(weights, matrices=True))
-    return ModelSummary(tensors, dict(state.skipped), *counts)
+    return ModelSummary(tensors, {} if record is None else dict(record.skipped), *counts)
 
 
 def _count(parameters: Iterable[nn.Parameter], *, matrices: bool = False) -> int:

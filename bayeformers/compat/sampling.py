@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conversion import Conversion, conversion_of, is_bayesian
+from ..conversion import Conversion, conversion_of, conversion_record
 from ..nn import BayesianModule, fixed_draw
 from ..nn.draws import MEAN, bayesian_modules
 from ..nn.estimators import REPARAMETERIZATION, Estimator
@@ -67,7 +67,7 @@ class _FreshDraw:
     def begin(self, module: nn.Module, args: Any) -> None:
         self.held.append(ExitStack())
         is_free = not module.training and all(m.draw is None for m in bayesian_modules(module).values())
-        if is_free and is_bayesian(self.model) and conversion_of(self.model) is self.conversion:
+        if is_free and conversion_record(self.model) is self.conversion:
             self.held[-1].enter_context(fixed_draw(module, 0, fresh_seed()))
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -296,6 +296,11 @@ class NamedVariational:
         return [rows for rows in (slice(0, row), slice(row + 1, self.loc.shape[0])) if rows.start < rows.stop]
 
 
+def is_bayesian(model: nn.Module) -> bool:
+    """Whether ``model`` has a Bayesian layer, converted by `to_bayesian` or built by hand."""
+    return any(isinstance(module, BayesianModule) for module in model.modules())
+
+
 def variational_tensors(model: nn.Module) -> Iterator[NamedVariational]:
     """Every distinct Bayesian Parameter of ``model`` once, tied tensors under their first owner."""
     seen: set[int] = set()

@@ -12,7 +12,7 @@ from ..predictive import NoiseStd, Predictive, ProblemType
 from .base import Posterior
 from .logits import Link
 from .point import PointPosterior
-from .variational import VariationalPosterior, is_variational
+from .variational import VariationalPosterior, is_bayesian
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def as_posterior(model_or_posterior: nn.Module | Posterior) -> Posterior:
     own = getattr(model_or_posterior, "posterior", None)
     if isinstance(own, Posterior):
         return own
-    if is_variational(model_or_posterior):
+    if is_bayesian(model_or_posterior):
         return VariationalPosterior(model_or_posterior, draw_cache_bytes=0)  # a single batch finds nothing again
     logger.info("%s is not Bayesian: predicting with its point estimate.", type(model_or_posterior).__name__)
     return PointPosterior(model_or_posterior)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import BayesianModule, posterior_mean, variational_tensors
+from ..nn.base import is_bayesian as is_bayesian
 from ..nn.draws import hold
 from ..nn.variational import Draw
 from .base import BasePosterior, check_draw
@@ -48,7 +49,7 @@ class VariationalPosterior(BasePosterior):
         self._bytes: dict[int, int] = {}
         self._seed = 0
         self._stamp: list[tuple[Any, ...]] = []
-        if not is_variational(model):
+        if not is_bayesian(model):
             raise ValueError(f"`model` ({type(model).__name__}) has no Bayesian layer: call `to_bayesian` first.")
 
     def mean(self) -> AbstractContextManager[None]:
@@ -114,11 +115,6 @@ class VariationalPosterior(BasePosterior):
         same = len(stamp) == len(self._stamp) and all(a[:-1] == b[:-1] for a, b in zip(stamp, self._stamp, strict=True))
         if seed != self._seed or not same:
             self._cache, self._bytes, self._seed, self._stamp = {}, {}, seed, stamp
-
-
-def is_variational(model: nn.Module) -> bool:
-    """Whether ``model`` has a Bayesian layer."""
-    return next(variational_tensors(model), None) is not None
 
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:

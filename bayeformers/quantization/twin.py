@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..conversion import is_bayesian, to_deterministic
-from ..nn.draws import bayesian_modules, release
-from ..surgery import swap_class
+from ..nn.draws import bayesian_modules
 
 
 def twin(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
@@ -28,17 +27,9 @@ def twin(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]
         memo[id(carried)] = None
     copied = copy.deepcopy(model, memo)
     vars(copied).pop("posterior", None)
-    return _deterministic(copied).requires_grad_(False), twins
-
-
-def _deterministic(model: nn.Module) -> nn.Module:
-    if is_bayesian(model):
-        to_deterministic(model)
-    for module in bayesian_modules(model).values():  # of a model that was built by hand
-        module.become_deterministic()
-        swap_class(module, type(module).torch_class)
-    release(model)
-    return model
+    if is_bayesian(copied):
+        to_deterministic(copied)
+    return copied.requires_grad_(False), twins
 
 
 def own(model: nn.Module, shared: Iterable[nn.Parameter]) -> None:

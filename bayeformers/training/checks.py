@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.trainer_utils import has_length
 
-from ..conversion import bayesian_config, is_bayesian
+from ..conversion import conversion_record, is_bayesian
 from ..nn.base import variational_tensors
 from ..predictive import HEAD, ProblemType
 from .arguments import BayesianTrainingArguments
@@ -158,9 +158,10 @@ def check_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> No
 
 
 def _check_same_conversion(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    recorded, present = recorded_config(checkpoint), bayesian_config(model).to_dict()
-    if recorded is None:
+    recorded, record = recorded_config(checkpoint), conversion_record(model)
+    if recorded is None or record is None:
         return
+    present = record.config.to_dict()
     for key in _COMPARED:
         if recorded.get(key) != json.loads(json.dumps(present[key])):
             raise ValueError(

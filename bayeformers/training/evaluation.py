@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
-from ..conversion import bayesian_config, is_bayesian, update_config
+from ..conversion import conversion_record, is_bayesian, update_config
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
 from ..posteriors.base import has_many_logits
@@ -49,6 +49,7 @@ class MonteCarloTrainer(Trainer):
         self._evaluated: BasePosterior | None = None
         self._evaluated_type: ProblemType = "unknown"
         self._columns = Columns()
+        self._residual: float | None = None
         self._said: set[str] = set()
 
     @property
@@ -240,7 +241,8 @@ class MonteCarloTrainer(Trainer):
             return given
         if not is_bayesian(self.model):
             return None if self._posterior is None else self._posterior.recorded_noise_std()
-        stored = bayesian_config(self.model).noise_std
+        record = conversion_record(self.model)
+        stored = self._residual if record is None else record.config.noise_std
         return self.store_residual() if stored is None else check_noise_std(stored)
 
     def store_residual(self) -> float:
@@ -258,6 +260,7 @@ class MonteCarloTrainer(Trainer):
         with preserved_rng():  # a DataLoader takes its seed from the global generator
             value = residual_std(self.model, batches, self.accelerator.gather_for_metrics)
         update_config(self.model, noise_std=value)
+        self._residual = value  # a network that was built by hand has no record to keep it in
         return value
 
     def _say(self, message: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..conversion import is_bayesian, update_config, without_stale_record
-from ..nn.draws import training_draw
+from ..conversion import conversion_record, is_bayesian, update_config, without_stale_record
+from ..nn.draws import one_draw_per_forward, training_draw
 from ..objective import kl_divergence, log_variational_posterior
 from ..predictive import HEAD, ProblemType, resolve_problem_type
 from . import checks
@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class BayesianTrainer(LaplaceTrainer):
-    """Trains a converted model on the ELBO and evaluates it by S weight draws; an unconverted one trains as ever.
+    """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
-    It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model *before* making
-    the trainer; a `model_init` returns a converted model. The loss of every optimizer step is
+    It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
+    `bayeformers.nn` layers, *before* making the trainer; a `model_init` returns such a model. The loss of every
+    optimizer step is
 
         mean NLL of its items + (kl_weight / N) * KL
 
@@ -150,6 +151,8 @@ class BayesianTrainer(LaplaceTrainer):
             )
             return None
         checks.check_converted(self.args)
+        if conversion_record(self.model) is None:
+            one_draw_per_forward(self.model)  # built by hand: ties share a draw, as after a conversion
         problem_type = self.problem_type(inputs)
         self._calibration = self._calibration_term(problem_type)
         num_items = infer_num_items(
