@@ -4,6 +4,7 @@ a trained model with its Laplace posterior."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 
 from .config import BayesianConfig
-from .conversion import convert, freeze_as_saved
+from .conversion import bayesian_config, convert, freeze_as_saved, settle_ties
 from .laplace import LaplacePosterior
 from .laplace.posterior import FILE
 from .nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
@@ -72,10 +73,11 @@ def _converted(
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     original = architecture(config, directory, hub)
-    loader = _converting(original, recorded)
-    model: PreTrainedModel
-    info: dict[str, Any]
-    model, info = loader.from_pretrained(directory, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
+    model, info = _load(directory, config, _converting(original, recorded), kwargs)
+    ties = settle_ties(model)
+    if ties != bayesian_config(model).ties:  # the configuration spoke of ties, or of none, where the file has others
+        model, info = _load(directory, config, _converting(original, replace(recorded, ties=ties)), kwargs)
+        settle_ties(model)
     missing = sorted(key for key in info["missing_keys"] if _is_of_posterior(model, key))
     if missing:
         raise ValueError(
@@ -86,6 +88,13 @@ def _converted(
     model.__class__ = of_source(type(model), original)  # type: ignore[assignment]
     freeze_as_saved(model, set(info["missing_keys"]))
     return model
+
+
+def _load(
+    directory: str | os.PathLike[str], config: Any, loader: type[PreTrainedModel], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: Any = loader.from_pretrained(directory, config=config, output_loading_info=True, **kwargs)
+    return loaded[0], loaded[1]
 
 
 def _is_of_posterior(model: nn.Module, key: str) -> bool:

@@ -37,6 +37,12 @@ class BayesianConfig:
     modules_to_save: list[str] = field(default_factory=list, metadata={"help": "Deterministic but trainable."})
     norms: bool = field(default=False, metadata={"help": "Gains and biases of normalisations are Bayesian too."})
     dropout: dict[str, float] = field(default_factory=dict, metadata={"help": "Dropout rates switched off."})
+    ties: dict[str, str] | None = field(
+        default=None, metadata={"help": "Further names of shared Bayesian tensors and the first; None: not recorded."}
+    )
+    padding: dict[str, int] | None = field(
+        default=None, metadata={"help": "Padding rows of converted lookup tables; None: not recorded."}
+    )
     num_training_items: int | None = field(default=None, metadata={"help": "N of the ELBO, set by training."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL, set by training."})
     noise_std: float | str | None = field(

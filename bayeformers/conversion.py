@@ -31,7 +31,8 @@ from .selection import (
     owners_of,
     recorded,
 )
-from .surgery import swap_class, switch_fused_off, tie, tie_saved_names
+from .surgery import padding_rows, set_padding_rows, swap_class, switch_fused_off, tie
+from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_of
 
 _STATE = "bayesian_conversion"
 _RESIZE = "resize_token_embeddings"
@@ -45,7 +46,7 @@ class Conversion:
     config: BayesianConfig
     requires_grad: dict[str, bool]
     skipped: dict[str, str] = field(default_factory=dict)
-    rho_ties: list[str] = field(default_factory=list)
+    declared_ties: dict[str, str] = field(default_factory=dict)
     fused: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
@@ -120,6 +121,7 @@ def to_bayesian(
         modules_to_save=list(modules_to_save or []),
         norms=norms,
         dropout={} if keep_dropout else dropout_rates(model),
+        padding=padding_rows(model, chosen),
     )
     return convert(model, config, chosen, skipped)
 
@@ -143,22 +145,35 @@ def convert(
         set_dropout(model, key, 0.0)
     if config.freeze:
         freeze_means(model, config)
+    if config.padding is not None:
+        set_padding_rows(model, chosen, config.padding)
+    if config.ties is not None:  # of a model that is being loaded, whose ties are a list until then
+        declare_ties(model, config.ties, _random_names(model, chosen))
+    state.declared_ties = dict(vars(model).get(TIES) or {})
     owners = list(owners_of(model, chosen).values())
+    config = replace(config, ties=ties_of(model, owners))
     estimators = estimators_of(chosen, config.estimator)
     for name, kind in chosen.items():
         _become(model.get_submodule(name), kind, config, estimators[name])
     for tied in owners:
-        tie([(model.get_submodule(name), parameter) for name, parameter in tied], ".".join(filter(None, tied[0])))
+        tie([(model.get_submodule(name), key) for name, key in tied], full_name(tied[0]))
     if isinstance(config.prior, PosteriorPrior):
         store_posterior(model, config.prior, posterior, [tied[0] for tied in owners])
-    state.rho_ties = tie_saved_names(model)
+    declare_ties(model, config.ties or {}, _random_names(model, chosen))
+    hold_ties(model)
     state.fused = switch_fused_off(model)
+    state.config = config
     setattr(model, _STATE, state)
     draws.one_draw_per_forward(model)
     if hasattr(model, _RESIZE):
         model.__dict__[_RESIZE] = _refuse_resize
     _publish(model, config)
     return model
+
+
+def _random_names(model: nn.Module, chosen: Chosen) -> list[str]:
+    """Every name of every tensor that becomes random."""
+    return [full_name(owner) for shared in owners_of(model, chosen).values() for owner in shared]
 
 
 def freeze_means(model: nn.Module, config: BayesianConfig) -> None:
@@ -182,6 +197,13 @@ def freeze_as_saved(model: nn.Module, missing: set[str]) -> None:
             tensor.loc.requires_grad_(False)
     if bayesian_config(model).freeze:
         freeze_means(model, bayesian_config(model))
+
+
+def settle_ties(model: nn.Module) -> dict[str, str]:
+    """After a model was loaded, its ties: which names stand for one tensor now, whatever its configuration says."""
+    hold_ties(model)
+    chosen = {name: type(layer) for name, layer in draws.bayesian_modules(model).items()}
+    return ties_of(model, owners_of(model, chosen).values())
 
 
 def to_deterministic(model: nn.Module) -> nn.Module:
@@ -214,8 +236,9 @@ def _undo(model: nn.Module) -> None:
         set_dropout(model, key, rate)
     for encoder, attribute, value in state.fused:
         setattr(encoder, attribute, value)
-    for key in state.rho_ties:
-        model.all_tied_weights_keys.pop(key, None)  # type: ignore[union-attr, operator]
+    release_ties(model)
+    if TIES in vars(model):
+        model.all_tied_weights_keys = state.declared_ties  # type: ignore[assignment]
     draws.release(model)
     delattr(model, _STATE)
     model.__dict__.pop(_RESIZE, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -38,15 +39,21 @@ def tie(owners: list[tuple[nn.Module, str]], name: str) -> None:
             module.drop_centre(parameter)
 
 
-def tie_saved_names(model: nn.Module) -> list[str]:
-    """Tell transformers of the tied rho, so that a checkpoint holds it once and a reload ties it again; their names."""
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    added = {f"{t}_rho": f"{s}_rho" for t, s in ties.items() if {f"{t}_rho", f"{s}_rho"} <= names}
-    ties.update(added)
-    return list(added)
+def padding_rows(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The row of padding of each lookup table that has one, of the modules ``names``."""
+    tables = {name: model.get_submodule(name) for name in names}
+    return {name: m.padding_idx for name, m in tables.items() if isinstance(m, _TABLES) and m.padding_idx is not None}
 
 
+def set_padding_rows(model: nn.Module, names: Iterable[str], rows: Mapping[str, int]) -> None:
+    """Give the tables the recorded rows: they were built anew from a configuration whose padding id may be another."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, _TABLES):
+            module.padding_idx = rows.get(name)
+
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 _FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
 
 

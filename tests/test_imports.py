@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "selection": ("nn", "config", "registry", "patterns"),
     "dropout": (),
     "continual": ("nn", "distributions"),
+    "ties": (),
     "surgery": ("nn",),
     "plain_weights": (),
     "conversion": (
@@ -38,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "continual",
         "selection",
         "surgery",
+        "ties",
         "dropout",
         "patterns",
         "plain_weights",

@@ -108,6 +108,7 @@ def _restored(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.
         )
         for entry in meta["weights"]
     ]
+    _tie_as_saved(model, weights, _part(tensors, "float"))
     _check_weights(model, weights)
     install(model, weights)
     _fill(_floats(model), _part(tensors, "float"), "Parameters")
@@ -121,6 +122,27 @@ def _restored(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.partition(":")[2]: value for name, value in tensors.items() if name.startswith(f"{prefix}:")}
+
+
+def _tie_as_saved(model: nn.Module, weights: list[Weight], floats: Mapping[str, Tensor]) -> None:
+    """Share what was shared: the configuration, of which ``model`` was made, may speak of ties that were none."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    firsts = {name: parameters[name] for name in (*(w.name for w in weights), *floats) if name in parameters}
+    owned: dict[int, str] = {}
+    for name, parameter in firsts.items():
+        if owned.setdefault(id(parameter), name) != name:
+            firsts[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            _assign(model, name, firsts[name])
+    for weight in weights:
+        for name in (f"{owner}.weight" for owner in weight.owners):
+            shared = firsts.get(weight.name)
+            if shared is not None and name in parameters and parameters[name].shape == shared.shape:
+                _assign(model, name, shared)
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, key = name.rpartition(".")
+    setattr(model.get_submodule(module), key, parameter)
 
 
 def _check_weights(model: nn.Module, weights: list[Weight]) -> None:
