@@ -124,7 +124,10 @@ def _linearized_search(
     """The same for the linearised network: its covariance at delta = 1, scaled."""
     _set_scales(posterior.model, 1.0)
     logits = [
-        posterior.linearize(batch) for batch in tqdm(batches, desc="linearised", leave=False, disable=not progress)
+        posterior.linearize(batch, problem_type=mean.problem_type)
+        for batch, mean in tqdm(
+            list(zip(batches, means, strict=True)), desc="linearised", leave=False, disable=not progress
+        )
     ]
 
     def predictives(delta: float) -> Iterator[Predictive]:

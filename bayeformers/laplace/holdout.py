@@ -12,7 +12,7 @@ from torch import nn
 
 from ..posteriors.base import has_many_logits, known_problem_type, prediction_mode
 from ..posteriors.linearized import covariance, linearize
-from ..posteriors.logits import Link, ignores_shift, linearized_predictive
+from ..posteriors.logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from .choice import End, end_of
 from .data import Batch
 from .posterior import LaplacePosterior
@@ -63,7 +63,13 @@ def holdout_nll(
             raise ValueError('`validation` needs labels for `prior_precision`="holdout".')
         with prediction_mode(posterior.model), posterior.mean():
             mean, stacked = linearize(
-                posterior.model, batch.inputs, blocks, covariance, posterior.outputs_of, contrasts=contrasts
+                posterior.model,
+                batch.inputs,
+                blocks,
+                covariance,
+                posterior.outputs_of,
+                contrasts=contrasts,
+                of_softmax=problem in SOFTMAX_PROBLEMS,
             )
         problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
         values = mean.squeeze(-1) if problem == "regression" and mean.shape[-1] == 1 else mean

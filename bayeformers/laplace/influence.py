@@ -40,7 +40,8 @@ def inner_products(posterior: LaplacePosterior, first: ExampleGradients, second:
     >>> posterior = fit(net, [(x, torch.randint(2, (20,)))], progress=False)
     >>> first, second = (example_gradients(posterior, x[:4], output=c) for c in (0, 1))
     >>> products = inner_products(posterior, first, second)  # J_0 Sigma J_1^T of all pairs of examples
-    >>> torch.allclose(products.diag(), posterior.predict(x[:4]).logit_covariance[:, 0, 1], rtol=1e-3, atol=1e-6)
+    >>> expected = posterior.predict(x[:4]).logit_covariance[:, 0, 1].float()
+    >>> torch.allclose(products.diag(), expected, rtol=1e-3, atol=1e-6)
     True
     """
     blocks = _blocks(posterior, first, second)

@@ -120,8 +120,7 @@ def covariance_uncertainty(logits: ArrayT, normalization: Normalization = "softm
     probs = _normalise(checked, normalization, xp)
     mean = xp.mean(probs, axis=0)
     centred = probs - mean
-    epistemic = xp.mean(centred[..., :, None] * centred[..., None, :], axis=0)
-    second_moment = xp.mean(probs[..., :, None] * probs[..., None, :], axis=0)
+    epistemic, second_moment = _second_moment(centred, xp), _second_moment(probs, xp)
     diagonal = mean[..., :, None] * xp.eye(mean.shape[-1], dtype=mean.dtype, device=device(mean))
     return CovarianceUncertainty(_like(epistemic, logits, xp), _like(diagonal - second_moment, logits, xp))
 
@@ -185,6 +184,12 @@ def _expected_entropy(log_probs: Any, xp: Any) -> Any:
     probs = xp.exp(log_probs)
     finite = xp.where(probs > 0, log_probs, xp.zeros_like(log_probs))
     return 0.0 - xp.mean(xp.sum(probs * finite, axis=-1), axis=0)
+
+
+def _second_moment(values: Any, xp: Any) -> Any:
+    """mean_s v_s v_s^T, (S, ..., C) -> (..., C, C): no outer product per draw."""
+    rows = xp.moveaxis(values, 0, -2)
+    return xp.matmul(xp.matrix_transpose(rows), rows) / values.shape[0]
 
 
 def _normalise(logits: Any, normalization: Normalization, xp: Any) -> Any:

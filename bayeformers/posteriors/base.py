@@ -30,7 +30,7 @@ from ..predictive import (
 from ..snapshot import rng_state, set_rng_state
 from .blocks import GaussianBlock, mean_field_blocks
 from .linearized import Statistic, linearize
-from .logits import Link, ignores_shift, linearized_predictive
+from .logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from .methods import METHODS, SAMPLING, Bound, statistic
 
 _SPANS = ("start_positions", "end_positions")
@@ -179,6 +179,7 @@ class BasePosterior(ABC):
             bound=bound,
             direction=direction,
             contrasts=contrasts,
+            problem_type=problem,
         )
         mask = token_mask(mean, problem, inputs)
         return linearized_predictive(mean, covariance, problem, link=link, seed=seed, noise_std=noise_std, mask=mask)
@@ -193,10 +194,12 @@ class BasePosterior(ABC):
         bound: Bound = "lower",
         direction: int | float = 0,
         contrasts: bool = False,
+        problem_type: ProblemType | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean (B, C) and covariance (B, C, C) of the linearised network's outputs, or (B, T, C) and (B, T, C, C).
 
-        Arguments are as in `predict`.
+        Arguments are as in `predict`. The covariance of a softmax's logits is float64: what they share may vary so much
+        more than their differences that float32 would lose these.
 
         Raises:
             ValueError: the posterior is not Gaussian, or the model has no rule for a layer or no such outputs.
@@ -204,8 +207,11 @@ class BasePosterior(ABC):
         check_num_samples(num_samples)
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
+        of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
         with prediction_mode(self.model), self.mean():
-            mean, covariance = linearize(self.model, inputs, blocks, how, self.outputs_of, contrasts=contrasts)
+            mean, covariance = linearize(
+                self.model, inputs, blocks, how, self.outputs_of, contrasts=contrasts, of_softmax=of_softmax
+            )
         return mean, covariance[0]
 
     def _statistic(self, method: str, blocks: Sequence[GaussianBlock], **options: Any) -> Statistic:

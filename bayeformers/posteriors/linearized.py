@@ -40,6 +40,9 @@ TOLERANCE = {torch.float64: 0.0}
 """Relative error that `Separable` variances may cause in the covariance, by dtype; elsewhere `FAST_TOLERANCE`."""
 FAST_TOLERANCE = 1e-3
 
+MAX_COVARIANCE = 2**28
+"""Elements of all covariances of a batch: 2 GiB in float64."""
+
 OutputOf = Callable[[Any], Tensor]
 
 
@@ -162,20 +165,24 @@ def linearize(
     output_of: OutputOf = logits_of,
     *,
     contrasts: bool = False,
+    of_softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, C) or (B, T, C), and the ``statistic`` of the C outputs of each: (n, B, C, C) or (n, B, T, C, C).
 
     ``model`` stands at its posterior mean in `eval()`; ``inputs`` have no labels. Positions are taken one after the
     other, so a token classifier costs T C backward passes. ``contrasts``: the statistic of the centred outputs
-    f - mean_c f_c instead, all that a softmax depends on, with one backward pass fewer. A tensor of a module without a
-    rule (`TensorBlock`) has the examples taken one after the other.
+    f - mean_c f_c instead, all that a softmax depends on, with one backward pass fewer. ``of_softmax``: the statistic
+    is taken in the basis of the contrasts and of what all outputs share: data do not know the latter, so its variance
+    may be so much larger that float32 would hold nothing of the differences that a softmax depends on. Both are given
+    in float64. A tensor of a module without a rule (`TensorBlock`) has the examples taken one after the other.
 
     Raises:
-        ValueError: a layer without a rule, or outputs of another shape.
+        ValueError: a layer without a rule, outputs of another shape, or so many that their covariances have more than
+            2^28 elements.
     """
     tensors = {p: block.modules[0] for block in blocks if isinstance(block, TensorBlock) for p in _own(block)}
     with differentiable(tensors):
-        return _linearize(model, inputs, blocks, tensors, statistic, output_of, contrasts)
+        return _linearize(model, inputs, blocks, tensors, statistic, output_of, contrasts, of_softmax)
 
 
 def _linearize(
@@ -186,25 +193,45 @@ def _linearize(
     statistic: Statistic,
     output_of: OutputOf,
     contrasts: bool,
+    of_softmax: bool,
 ) -> tuple[Tensor, Tensor]:
+    rest = (blocks, tensors, statistic, output_of, contrasts, of_softmax)
     if tensors and batch_size(inputs) > 1:
-        return _one_by_one(model, inputs, batch_size(inputs), blocks, tensors, statistic, output_of, contrasts)
+        return _one_by_one(model, inputs, batch_size(inputs), *rest)
     modules = [module for block in blocks if not isinstance(block, TensorBlock) for module in block.modules]
     outputs, uses = record(model, inputs, modules, output_of, tensors)
     if outputs.ndim not in (2, 3) or len(outputs) != batch_size(inputs):
         raise ValueError(f"The linearised predictive needs logits (B, C) or (B, T, C), got {tuple(outputs.shape)}.")
     if not (uses and outputs.requires_grad):
         raise ValueError("The outputs depend on none of the layers that the posterior covers: it cannot be linearised.")
+    _check_size(outputs)
     if not are_batched(outputs, uses):
-        return _one_by_one(model, inputs, len(outputs), blocks, tensors, statistic, output_of, contrasts)
+        return _one_by_one(model, inputs, len(outputs), *rest)
     positions = range(outputs.shape[1]) if outputs.ndim == 3 else [None]
-    basis = torch.eye(outputs.shape[-1]).to(outputs)
-    basis = contrast_basis(basis) if contrasts else basis
+    identity = torch.eye(outputs.shape[-1]).to(outputs)
+    basis = identity
+    if contrasts or of_softmax:
+        basis = contrast_basis(identity) if contrasts else torch.cat([contrast_basis(identity), _shared(identity)], 1)
     with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
         found = [statistic(capture(outputs, position, uses, blocks, basis)) for position in positions]
-        if contrasts:
-            found = [basis @ value @ basis.mT for value in found]
+        if basis is not identity:
+            back = basis.double()
+            found = [back @ value.double() @ back.mT for value in found]
     return outputs.detach(), torch.stack(found, dim=2) if outputs.ndim == 3 else found[0]
+
+
+def _check_size(outputs: Tensor) -> None:
+    count = outputs.numel() * outputs.shape[-1]
+    if count > MAX_COVARIANCE:
+        raise ValueError(
+            f"The covariances of the outputs {tuple(outputs.shape)} would have {count:,} elements, more than "
+            f"{MAX_COVARIANCE:,}: give smaller batches, or, for outputs over a vocabulary, use the method 'sample'."
+        )
+
+
+def _shared(identity: Tensor) -> Tensor:
+    """The direction (C, 1) that all outputs share."""
+    return identity.new_full((len(identity), 1), len(identity) ** -0.5)
 
 
 def _one_by_one(model: nn.Module, inputs: Inputs, count: int, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,9 @@ __all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "li
 Link = Literal["auto", "probit", "mc", "bridge", "probit_diagonal"]
 LINKS: tuple[Link, ...] = get_args(Link)
 
+SOFTMAX_PROBLEMS: tuple[ProblemType, ...] = ("single_label_classification", "token_classification")
+"""With few classes: their logits' covariance can be taken."""
+
 _DRAWS = 1024
 _TOKEN_DRAWS = 256  # of each of many tokens: a power of two, below which Sobol points lose their balance
 _MIN_DRAWS = 64
@@ -89,7 +92,8 @@ def linearized_predictive(
         covariance = covariance[..., : mean.shape[-1], : mean.shape[-1]]
         variance = squeezed(log_variance.exp())[None]
     log_probs = link_log_probs(mean, covariance, link, problem)
-    draws = logit_draws(mean, covariance, _default_draws(mean) if num_draws is None else num_draws, seed)
+    num_draws = _default_draws(mean) if num_draws is None else num_draws
+    draws = logit_draws(mean, covariance, num_draws, seed, centred=problem in SOFTMAX_PROBLEMS)
     values, is_regression = drawn_values(draws, problem, {}), problem == "regression"
     return Predictive(
         problem_type=problem,
@@ -106,7 +110,7 @@ def linearized_predictive(
 
 def ignores_shift(problem: ProblemType, link: Link) -> bool:
     """Whether noise that all logits of an item share changes nothing: a softmax with a link that respects it."""
-    return problem in ("single_label_classification", "token_classification") and link in ("auto", "probit", "mc")
+    return problem in SOFTMAX_PROBLEMS and link in ("auto", "probit", "mc")
 
 
 def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: ProblemType) -> Tensor | None:
@@ -126,13 +130,15 @@ def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: Proble
     check_link(link, problem, mean.shape[-1])
     if link == "mc" or problem == "regression":
         return None
+    dtype, wider = mean.dtype, torch.promote_types(mean.dtype, covariance.dtype)  # variances of differences cancel
+    mean, covariance = mean.to(wider), covariance.to(wider)
     if problem == "multi_label_classification":
-        return _bernoulli(mean, _diagonal(covariance))
+        return _bernoulli(mean, _diagonal(covariance)).to(dtype)
     if link == "bridge":
-        return _bridge(mean, covariance)
+        return _bridge(mean, covariance).to(dtype)
     if link == "probit_diagonal":
-        return _moderated(mean, _diagonal(covariance)).log_softmax(-1)
-    return _pairwise(mean, covariance) if mean.shape[-1] == 2 else None
+        return _moderated(mean, _diagonal(covariance)).log_softmax(-1).to(dtype)
+    return _pairwise(mean, covariance).to(dtype) if mean.shape[-1] == 2 else None
 
 
 def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
@@ -159,10 +165,11 @@ def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
         raise ValueError(f"`link`={link!r} needs at least 2 classes, got {num_classes}.")
 
 
-def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int) -> Tensor:
+def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int, *, centred: bool = False) -> Tensor:
     """Draws from N(mean, covariance) with common random numbers: every input uses the same quasi-random normals.
 
-    A covariance may be singular. Scrambled Sobol points: fewer draws are the first of more.
+    A covariance may be singular. Scrambled Sobol points: fewer draws are the first of more. ``centred``: without the
+    noise that all C share, which a softmax ignores and beside which float32 may hold nothing of the rest.
 
     Shape: (..., C), (..., C, C) -> (S, ..., C).
 
@@ -177,6 +184,7 @@ def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int) -
             raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
     values, vectors = torch.linalg.eigh(covariance.double())
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # rounding below zero must not become NaN
+    root = root - root.mean(-2, keepdim=True) if centred else root
     balanced = 2 ** math.ceil(math.log2(num_samples))
     normals = MultivariateNormalQMC(np.zeros(mean.shape[-1]), rng=seed).random(balanced)[:num_samples]
     with torch.autocast(mean.device.type, enabled=False):

@@ -1,6 +1,7 @@
 """Scores against loops and scikit-learn."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,3 +61,18 @@ def test_gaussian_nll_does_not_underflow() -> None:
     # every density is exp(-1e6/2) or less, 0 in float64
     value = metrics.gaussian_negative_log_likelihood([[1e3], [2e3]], 1.0, [0.0])
     assert value == pytest.approx(0.5e6 + 0.5 * math.log(2 * math.pi) + math.log(2))
+
+
+def test_brier_score_of_a_vocabulary() -> None:
+    """50,000 classes: memory of the order of the probabilities, not of C^2 (20 GB)."""
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet(np.ones(50_000), 2), np.array([7, 49_999])
+    expected = np.mean(
+        [sum((p - (k == y)) ** 2 for k, p in enumerate(row)) for row, y in zip(probs, labels, strict=True)]
+    )
+    before = probs.copy()
+    tracemalloc.start()
+    assert metrics.brier_score(probs, labels) == pytest.approx(expected, rel=1e-12)
+    assert tracemalloc.get_traced_memory()[1] < 8 * probs.nbytes
+    tracemalloc.stop()
+    assert (probs == before).all()

@@ -65,12 +65,12 @@ def dense(model: nn.Module, inputs: Any) -> Tensor:
     return total
 
 
-def assert_covariance(found: Tensor, expected: Tensor) -> None:
+def assert_covariance(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> None:
     """Entries may cancel: their error is measured by the largest one."""
     assert found.shape == expected.shape and found.dtype == torch.float64
     expected = expected.detach()
     assert float(expected.abs().max()) > 1e-8
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------------------- the covariance
@@ -81,7 +81,8 @@ def assert_covariance(found: Tensor, expected: Tensor) -> None:
 def test_covariance_is_dense(name: str, freeze: bool) -> None:
     model, inputs = converted(case(name), freeze=freeze), doubled(case(name).inputs())
     mean, covariance = VariationalPosterior(model).linearize(inputs)
-    assert_covariance(covariance, dense(model, inputs))
+    # Qwen2's RMSNorm computes in float32, where gradients of sums of logits are no sums of gradients to the last bit
+    assert_covariance(covariance, dense(model, inputs), 1e-6 if name == "qwen2" else 1e-8)
     with torch.no_grad(), posterior_mean(model):
         torch.testing.assert_close(mean, model(**inputs).logits, rtol=1e-10, atol=1e-12)
     assert not mean.requires_grad and not covariance.requires_grad
@@ -398,3 +399,11 @@ def test_the_quasi_random_normals_are_normal() -> None:
     draws = logit_draws(torch.zeros(1, 2).double(), torch.eye(2)[None].double(), 1024, seed=3)[:, 0]
     counts = np.histogram(norm.cdf(draws.numpy())[:, 0], bins=10, range=(0, 1))[0]
     assert np.abs(counts - 102.4).max() <= 2.6
+
+
+def test_a_covariance_over_a_vocabulary_is_refused() -> None:
+    """Before 20,000 backward passes and 1.6 GB per example; sampling has no such limit."""
+    posterior = VariationalPosterior(to_bayesian(nn.Linear(2, 20_000)))
+    with pytest.raises(ValueError, match="smaller batches, or, for outputs over a vocabulary, use the method 'sample'"):
+        posterior.predict(torch.ones(1, 2), method="glm")
+    assert posterior.predict(torch.ones(1, 2), num_samples=2).log_probs.shape == (2, 1, 20_000)
