@@ -1,13 +1,15 @@
 """Bayesian evaluation inside transformers' loop: by weight draws, or by the linearised network."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
@@ -23,6 +25,8 @@ from .checks import check_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
 from .elbo import preserved_rng
 from .items import LABEL_NAMES
+from .lengths import LENGTHS, LengthCache, example_lengths
+from .order import LongestFirst, RowOrder
 from .precision import own_precision
 from .residual import residual_std
 from .scores import BayesianPredictionOutput, Columns, evaluation_metrics
@@ -51,6 +55,7 @@ class MonteCarloTrainer(Trainer):
         self._columns = Columns()
         self._residual: float | None = None
         self._said: set[str] = set()
+        self._lengths = LengthCache(partial(example_lengths, names=self._length_names()))
 
     @property
     def posterior(self) -> BasePosterior | None:
@@ -84,18 +89,55 @@ class MonteCarloTrainer(Trainer):
         """
         check_dataset(getattr(dataloader, "dataset", None), "eval_dataset")
         self._columns, self._evaluated, self._evaluated_type = Columns(), self.posterior, "unknown"
+        order = RowOrder(self.args.world_size)
         if self._evaluated is None:
             self._say(
                 "Evaluating a point estimate (one pass, no epistemic uncertainty). For a posterior call "
                 "`to_bayesian(model)` before making the trainer, or `fit_laplace()` after training."
             )
-        with preserved_rng():
+        with preserved_rng(), order.recording(dataloader), self._sorting(order):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         self._evaluated = None  # and with it the cached draws
         self._add_metrics(output.metrics or {}, metric_key_prefix)
-        return output
+        if not self.args.eval_do_concat_batches:
+            return output
+        self._columns.sort(order.sort)
+        return output._replace(predictions=order.sort(output.predictions), label_ids=order.sort(output.label_ids))
+
+    @contextlib.contextmanager
+    def _sorting(self, order: RowOrder) -> Iterator[None]:
+        """`compute_metrics` sees rows in the dataset's order too; batch by batch there is no such order."""
+        own = self.compute_metrics
+        if own is None or self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
+            yield
+            return
+        self.compute_metrics = lambda found: own(order.sort_prediction(found))
+        try:
+            yield
+        finally:
+            self.compute_metrics = own
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """By length where that saves padding and all rows can be put back; else the dataset's order.
+
+        Stock `train_sampling_strategy="group_by_length"` shuffles evaluations too, and leaves their rows shuffled.
+        """
+        if eval_dataset is None or not has_length(eval_dataset):
+            return None
+        lengths = self._lengths(eval_dataset) if self._can_sort() else None
+        if lengths is not None:
+            return LongestFirst(lengths)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _can_sort(self) -> bool:
+        """Whether nothing of the caller's sees single batches, or counts on the last rows being dropped."""
+        is_ours = type(self).prediction_step is MonteCarloTrainer.prediction_step
+        sees_batches = self.args.batch_eval_metrics or self.preprocess_logits_for_metrics is not None
+        is_whole = self.args.eval_do_concat_batches and not self.args.dataloader_drop_last
+        fills_up = self.accelerator.dispatch_batches  # the last batch, by rows of the first, which must be as long
+        return is_ours and is_whole and not sees_batches and not fills_up
 
     def _add_metrics(self, found: dict[str, float], prefix: str) -> None:
         """The user's own names win, but for the loss: the stock one weights the batches wrongly."""
@@ -140,6 +182,9 @@ class MonteCarloTrainer(Trainer):
         if prediction_loss_only:
             return batch.loss, None, None
         return batch.loss, batch.predictions, self._present_labels(inputs)
+
+    def _length_names(self) -> tuple[str, ...]:
+        return (self.args.length_column_name, *LENGTHS)
 
     # -- one batch ---------------------------------------------------------------------------------------------------
 

@@ -229,6 +229,7 @@ class LaplaceTrainer(MonteCarloTrainer):
             world_size=self.args.world_size,
             num_batches=num_batches,
             seed=seed,
+            length_names=self._length_names(),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             prefetch_factor=self.args.dataloader_prefetch_factor,

@@ -1,5 +1,6 @@
 """From the gathered columns of an evaluation to its metrics and per-example uncertainties; NumPy."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,15 +43,21 @@ class Columns:
 
     def __init__(self) -> None:
         self._batches: list[_Batch] = []
+        self._sort: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
 
     def add(self, columns: dict[str, NDArray[Any]], uncertainty: tuple[str, ...]) -> None:
         """One batch's arrays; ``uncertainty`` names those that describe inputs whether or not they have labels."""
         self._batches.append(_Batch(columns, uncertainty))
 
+    def sort(self, rows_of: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+        """Change the order in which `uncertainties` gives the rows."""
+        self._sort = rows_of
+
     def uncertainties(self) -> dict[str, NDArray[np.floating]]:
         """(N,), (N, L) or (N, T) by name; shorter rows are padded with NaN."""
         names = self._batches[0].uncertainty if self._batches else ()
-        return {name: _padded([_attended(batch.columns, name) for batch in self._batches]) for name in names}
+        columns = {name: _padded([_attended(batch.columns, name) for batch in self._batches]) for name in names}
+        return {name: self._sort(column) for name, column in columns.items()}
 
     def items(self) -> dict[str, NDArray[Any]]:
         """Every column at the items that count: (n,) or (n, C) each."""

@@ -1,16 +1,15 @@
 """One pass over a dataset in which every example counts once, whatever the number of processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
-__all__ = ["example_lengths", "share_of", "sharded_batches"]
+from .lengths import LENGTHS, example_lengths
 
-LENGTHS = ("length", "input_ids")
-"""Columns that tell how long an example is: the number itself, or something as long."""
+__all__ = ["example_lengths", "share_of", "sharded_batches"]
 
 
 def sharded_batches(
@@ -22,6 +21,7 @@ def sharded_batches(
     world_size: int = 1,
     num_batches: int | None = None,
     seed: int = 0,
+    length_names: Sequence[str] = LENGTHS,
     **options: Any,
 ) -> Iterable[Any]:
     """This rank's batches: the same ones in the same order at every pass, and none of them in two ranks.
@@ -37,7 +37,8 @@ def sharded_batches(
         world_size: number of processes.
         num_batches: as many batches of every rank, of examples chosen at random; all if None.
         seed: of this choice.
-        options: of the `DataLoader`.
+        length_names: columns that tell how long an example is; see `example_lengths`.
+        options: of the `DataLoader`, which says in ``example_numbers`` where its examples stand in the dataset.
 
     >>> for rank in range(2):
     ...     print(list(sharded_batches([10, 11, 12], list, batch_size=2, rank=rank, world_size=2)))
@@ -49,10 +50,13 @@ def sharded_batches(
     if isinstance(dataset, IterableDataset) or not has_length(dataset):
         return EveryNth(DataLoader(dataset, **options), rank, world_size)
     limit = None if num_batches is None else num_batches * batch_size * world_size
-    lengths = example_lengths(dataset)
-    indices = share_of(len(dataset), lengths, rank=rank, world_size=world_size, limit=limit, seed=seed)
+    chosen = _chosen(len(dataset), limit, seed)
+    lengths = example_lengths(dataset, chosen, names=length_names)
+    indices = _longest_first(chosen, lengths)[rank::world_size]
     examples = cast("Dataset[Any]", dataset)  # or a list, which has all that a loader needs
-    return DataLoader(Subset(examples, indices), **options)
+    loader = DataLoader(Subset(examples, indices), **options)
+    loader.example_numbers = indices
+    return loader
 
 
 def share_of(
@@ -71,33 +75,22 @@ def share_of(
     >>> share_of(5, [3, 9, 3, 7, 1], rank=0, world_size=2), share_of(5, [3, 9, 3, 7, 1], rank=1, world_size=2)
     ([1, 0, 4], [3, 2])
     """
-    chosen = list(range(num_examples))
-    if limit is not None and limit < num_examples:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = sorted(torch.randperm(num_examples, generator=generator)[:limit].tolist())
-    if lengths is not None:
-        chosen.sort(key=lambda index: -lengths[index])  # stable: examples of one length keep their order
-    return chosen[rank::world_size]
+    chosen = _chosen(num_examples, limit, seed)
+    return _longest_first(chosen, None if lengths is None else [lengths[i] for i in chosen])[rank::world_size]
 
 
-def example_lengths(dataset: Any) -> list[int] | None:
-    """Length of every example where it can be read without making the examples; else None.
-
-    >>> example_lengths([{"input_ids": [5, 6, 7]}, {"input_ids": [5]}]), example_lengths([1.0, 2.0])
-    ([3, 1], None)
-    """
-    if isinstance(dataset, list | tuple):
-        rows = dataset
-        name = next((n for n in LENGTHS if all(isinstance(row, Mapping) and n in row for row in rows)), None)
-        return None if name is None else [_length(row[name]) for row in rows]
-    name = next((n for n in LENGTHS if n in (getattr(dataset, "column_names", None) or ())), None)
-    if name is None or not hasattr(dataset, "with_format"):
-        return None
-    return [_length(value) for value in dataset.with_format(None)[name]]
+def _chosen(num_examples: int, limit: int | None, seed: int) -> list[int]:
+    if limit is None or limit >= num_examples:
+        return list(range(num_examples))
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(num_examples, generator=generator)[:limit].tolist())
 
 
-def _length(value: Any) -> int:
-    return int(value) if isinstance(value, int) else len(value)
+def _longest_first(indices: Sequence[int], lengths: Sequence[int] | None) -> list[int]:
+    """Stable: examples of one length keep their order."""
+    if lengths is None:
+        return list(indices)
+    return [index for index, _ in sorted(zip(indices, lengths, strict=True), key=lambda pair: -pair[1])]
 
 
 class EveryNth:

@@ -11,7 +11,7 @@ import torch
 
 from bayeformers import fixed_draw
 from bayeformers.losses import avuc_loss
-from tests.training import steps, tiny, worker
+from tests.training import steps, test_order, tiny, worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,13 @@ def test_live_noise_is_unbiased(ranks: list[dict[str, Any]]) -> None:
 
 def test_resume_is_bit_exact(ranks: list[dict[str, Any]]) -> None:
     assert [rank["resumed"] for rank in ranks] == [0.0, 0.0]
+
+
+def test_rows_come_back_in_the_datasets_order(ranks: list[dict[str, Any]]) -> None:
+    examples = test_order.rows()
+    for rank in ranks:
+        for found in rank["by length"]:
+            test_order.check(found, test_order.expected(), [example["labels"] for example in examples])
 
 
 @pytest.mark.parametrize("kind", worker.EVALUATED)

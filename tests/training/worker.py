@@ -30,6 +30,18 @@ def evaluations(folder: Path) -> dict[str, Any]:
     return results
 
 
+def by_length(folder: Path) -> list[Any]:
+    """Predictions of 23 examples of different lengths, which are read longest first."""
+    from tests.training import test_order
+
+    found = []
+    for settings in ({}, {"split_batches": True}):
+        options = {"accelerator_config": settings} if settings else {}
+        trainer = test_order.made(folder, train_sampling_strategy="group_by_length", **options)
+        found.append(trainer.predict(test_order.rows()))
+    return found
+
+
 def live_logits() -> torch.Tensor:
     """A training forward, all processes having the same seed."""
     torch.manual_seed(0)
@@ -89,6 +101,7 @@ def main(folder: Path) -> None:
         "noise": steps.live(folder, 40, per_device_train_batch_size=8, gradient_accumulation_steps=2),
         "resumed": resumed(folder),
         "evaluations": evaluations(folder),
+        "by length": by_length(folder),
         "live": live_logits(),
         "calibrated": calibrated(folder),
         "unused": unused_layer(folder),
