@@ -2,22 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers.trainer_utils import has_length
 
-from ..conversion import conversion_record, is_bayesian
-from ..nn.base import variational_tensors
 from ..predictive import HEAD, ProblemType
 from .arguments import BayesianTrainingArguments
 
 __all__ = [
     "check_arguments",
-    "check_checkpoint",
     "check_converted",
     "check_data_parallel",
     "check_dataset",
@@ -25,9 +20,6 @@ __all__ = [
     "check_variance_head",
     "recorded_config",
 ]
-
-_COMPARED = ("delta", "freeze", "prior", "estimator", "modules")
-_RHO = "_rho"
 
 
 def check_arguments(args: Any) -> None:
@@ -111,60 +103,3 @@ def recorded_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None
     path = Path(checkpoint) / "config.json"
     recorded: dict[str, Any] | None = json.loads(path.read_text()).get("bayesian") if path.is_file() else None
     return recorded
-
-
-def _saved_names(checkpoint: Path) -> set[str] | None:
-    """Tensor names in a checkpoint's safetensors files; None if it holds none."""
-    names: set[str] = set()
-    files = sorted(checkpoint.glob("*.safetensors"))
-    for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            names.update(tensors.keys())
-    return names if files else None
-
-
-def _rho_names(model: nn.Module) -> list[set[str]]:
-    """For every distinct rho, all names under which a checkpoint may keep it (ties; PEFT drops the adapter's name)."""
-    adapters: Iterable[str] = getattr(model, "peft_config", None) or ()
-    names: dict[int, set[str]] = {id(tensor.rho): set() for tensor in variational_tensors(model)}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in names:
-            names[id(parameter)] |= {name, *(name.replace(f".{adapter}.", ".") for adapter in adapters)}
-    return list(names.values())
-
-
-def check_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Errors: ValueError unless ``checkpoint`` holds exactly the scales that ``model`` has, converted the same way."""
-    saved = _saved_names(Path(checkpoint))
-    if saved is None:
-        return  # torch's pickle format: the loader itself reports what is missing
-    saved_rho = {name for name in saved if name.endswith(_RHO)}
-    if not is_bayesian(model):
-        if saved_rho:
-            raise ValueError(
-                f"`resume_from_checkpoint` {str(checkpoint)!r} holds the scales of {len(saved_rho)} Bayesian tensors, "
-                "but the model is not converted: call `to_bayesian(model)` as in that training, then make the trainer."
-            )
-        return
-    expected = _rho_names(model)
-    missing = sorted(min(names) for names in expected if not names & saved_rho)
-    extra = sorted(saved_rho - set().union(*expected))
-    if missing or extra:
-        raise ValueError(
-            f"`resume_from_checkpoint` {str(checkpoint)!r} does not fit the model's conversion: it lacks {missing[:3]} "
-            f"({len(missing)}) and has {extra[:3]} ({len(extra)}) besides. Convert the same layers as in that training."
-        )
-    _check_same_conversion(model, checkpoint)
-
-
-def _check_same_conversion(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    recorded, record = recorded_config(checkpoint), conversion_record(model)
-    if recorded is None or record is None:
-        return
-    present = record.config.to_dict()
-    for key in _COMPARED:
-        if recorded.get(key) != json.loads(json.dumps(present[key])):
-            raise ValueError(
-                f"`resume_from_checkpoint` {str(checkpoint)!r} was trained with {key}={recorded.get(key)!r}, the model "
-                f"was converted with {key}={present[key]!r}: the prior would change in mid-training."
-            )

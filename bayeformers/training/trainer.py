@@ -14,7 +14,7 @@ from ..conversion import conversion_record, is_bayesian, update_config, without_
 from ..nn.draws import one_draw_per_forward, training_draw
 from ..objective import kl_divergence, log_variational_posterior
 from ..predictive import HEAD, ProblemType, resolve_problem_type
-from . import checks
+from . import checkpoints, checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .calibration_term import CalibrationTerm
 from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
@@ -134,12 +134,35 @@ class BayesianTrainer(LaplaceTrainer):
         self.args.check_bayesian()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checks.check_checkpoint(self.model if model is None else model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        target = checkpoints.unwrapped(self.model if model is None else model)
+        if checkpoints.is_peft(target):
+            checkpoints.check_adapter(target, resume_from_checkpoint)
+        if checkpoints.weight_files(resume_from_checkpoint) and not self._is_sharded():
+            checkpoints.restore(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if checkpoints.is_peft(target):
+                checkpoints.verify_adapter(target, resume_from_checkpoint)
         self._resumed = Path(resume_from_checkpoint)
         recorded = checks.recorded_config(resume_from_checkpoint)
         if recorded is not None and recorded.get("noise_std") is not None:
             update_config(self.model, noise_std=recorded["noise_std"])  # that of the training that goes on
+
+    def _load_best_model(self) -> None:
+        folder, target = str(self.state.best_model_checkpoint), checkpoints.unwrapped(self.model)
+        if self._is_sharded():
+            super()._load_best_model()
+        elif checkpoints.is_peft(target) and checkpoints.adapter_files(folder):
+            super()._load_best_model()
+            checkpoints.verify_adapter(target, folder, "The best checkpoint")
+        elif checkpoints.weight_files(folder):
+            logger.info("Loading the best model from %s (score: %s).", folder, self.state.best_metric)
+            checkpoints.restore(target, folder, "The best checkpoint")
+        else:
+            raise ValueError(f"The best checkpoint {folder!r} holds no weights for `load_best_model_at_end` to load.")
+
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _begin(self, inputs: Mapping[str, Any]) -> TrainingRecord | None:
         """At the first batch of a `train()`: by then `model_init` has made the model and a checkpoint is loaded."""

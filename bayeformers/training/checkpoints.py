@@ -1,0 +1,269 @@
+"""The weights of a checkpoint, into the model that trains: every tensor by the model's own names, and verified.
+
+transformers writes many models' weights under the names of their first release and renames them in `from_pretrained`;
+its Trainer reads a checkpoint by the model's names, and leaves out what it does not find.
+"""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..conversion import conversion_record
+from ..nn.base import variational_tensors
+from .checks import recorded_config
+
+__all__ = [
+    "adapter_files",
+    "check_adapter",
+    "check_same_conversion",
+    "is_peft",
+    "restore",
+    "unwrapped",
+    "verify_adapter",
+    "weight_files",
+]
+
+RESUMED = "`resume_from_checkpoint`"
+_COMPARED = ("delta", "freeze", "prior", "estimator", "modules", "padding")
+_RHO = "_rho"
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_MOVED = r"(^|\.)position_ids$|rotary_emb\.inv_freq$"  # buffers that older versions of transformers saved
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel and `torch.compile`."""
+    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether ``model`` is a `PeftModel`, which saves its adapters and no base."""
+    return hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel)
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of a checkpoint's weights, one or several shards; none if there are none."""
+    path = Path(folder)
+    for name in _SINGLE:
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return [path / shard for shard in sorted(set(shards.values()))]
+    return []
+
+
+def adapter_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of PEFT's adapters; none if there are none."""
+    return [file for name in _ADAPTERS for file in sorted(Path(folder).rglob(name))]
+
+
+@torch.no_grad()
+def restore(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
+    """Write a checkpoint's weights into ``model``: every tensor of the one, every tensor of the other.
+
+    Args:
+        model: where they go, unwrapped; its Parameters stay the same objects.
+        folder: written by `Trainer` or `save_pretrained`, under whatever names that gives the weights.
+        what: what the folder is, for the error.
+
+    Raises:
+        ValueError: before anything changes, if the checkpoint lacks a tensor of the model or has another, if a shape
+            differs, or if two names that share one tensor in the model have two values.
+        RuntimeError: a tensor of the model is not the checkpoint's afterwards.
+    """
+    raw: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        raw |= _read(file)
+    found, unknown = _by_own_names(model, raw)
+    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    unknown += [name for name in found if name not in own]
+    _check(model, own, found, unknown, f"{what} {str(folder)!r}")
+    check_same_conversion(model, folder, what)
+    model.load_state_dict(found, strict=False)
+    differing = [name for name, value in found.items() if name in own and not _same(own[name], value)]
+    if differing:
+        raise RuntimeError(
+            f"{what} {str(folder)!r} was read, but {len(differing)} tensors of the model are not the checkpoint's, "
+            f"such as {differing[:3]}: a hook of theirs changes what is loaded."
+        )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    tensors: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)
+    return tensors
+
+
+def _by_own_names(model: nn.Module, raw: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's tensors as `from_pretrained` would name, split and join them; and names that become none."""
+    if not isinstance(model, PreTrainedModel):
+        return raw, []
+    own = model.state_dict()
+    transforms = _transforms(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    collected: dict[str, Any] = {}
+    unknown = []
+    for key in sorted(raw, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if name not in own:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, own)  # it has its own name already
+        if name not in own or (pattern is None and name in collected):
+            unknown.append(key)
+            continue
+        if name not in collected:
+            new = WeightRenaming(key, name) if pattern is None else copy.deepcopy(by_pattern[pattern])
+            collected[name] = new
+        collected[name].add_tensor(name, key, key if pattern is None else pattern, raw[key])
+    found = {}
+    for name, transform in collected.items():
+        for target, value in transform.convert(name, model=model, config=model.config).items():
+            found[target] = value[0] if isinstance(value, list) else value
+    return found, unknown
+
+
+def _transforms(model: PreTrainedModel) -> list[Any]:
+    """How transformers reads the model's files; those of a ``key_mapping`` that it was loaded with come first."""
+    known = get_model_conversion_mapping(model)
+    patterns = [(t.source_patterns, t.target_patterns) for t in known]
+    own: Iterable[Any] = getattr(model, "_weight_conversions", None) or ()
+    return [t for t in own if (t.source_patterns, t.target_patterns) not in patterns] + known
+
+
+def _check(
+    model: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor], unknown: list[str], what: str
+) -> None:
+    filled = {id(own[name]) for name in found if name in own}
+    missing = [name for name, tensor in own.items() if name not in found and id(tensor) not in filled]
+    missing = sorted(_besides(missing, model, "_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing"))
+    unknown = sorted(_besides(unknown, model, "_keys_to_ignore_on_load_unexpected"))
+    unknown = [name for name in unknown if not re.search(_MOVED, name)]
+    is_converted = next(variational_tensors(model), None) is not None
+    scales = [name for name in unknown if name.endswith(_RHO)]
+    if scales and not is_converted:
+        raise ValueError(_unconverted(what, scales))
+    if missing or unknown:
+        raise ValueError(_misfit(what, missing, unknown))
+    _check_values(own, found, what)
+
+
+def _unconverted(what: str, scales: list[str]) -> str:
+    return (
+        f"{what} holds the scales of {len(scales)} Bayesian tensors, but the model is not converted: call "
+        "`to_bayesian(model)` as in that training, then make the trainer."
+    )
+
+
+def _misfit(what: str, missing: list[str], unknown: list[str]) -> str:
+    by_scale = any(name.endswith(_RHO) for name in missing + unknown)
+    fits, remedy = ("model's conversion", "Convert the same layers") if by_scale else ("model", "Make the model")
+    return (
+        f"{what} does not fit the {fits}: it lacks {_some(missing)} ({len(missing)}) and has {_some(unknown)} "
+        f"({len(unknown)}) besides. {remedy} as in that training."
+    )
+
+
+def _some(names: list[str]) -> list[str]:
+    """Scales first: they tell of another conversion."""
+    return sorted(names, key=lambda name: (not name.endswith(_RHO), name))[:3]
+
+
+def _besides(names: list[str], model: nn.Module, *attributes: str) -> list[str]:
+    """Those that no pattern of the model's excuses."""
+    patterns = [pattern for attribute in attributes for pattern in getattr(model, attribute, None) or ()]
+    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _check_values(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    first: dict[int, str] = {}
+    for name, value in found.items():
+        if own[name].shape != value.shape:
+            raise ValueError(
+                f"{what} has {name!r} of shape {tuple(value.shape)}, the model {tuple(own[name].shape)}: make the "
+                "model as in that training."
+            )
+        other = first.setdefault(id(own[name]), name)
+        if not _same(found[other], value):
+            raise ValueError(
+                f"{what} has two tensors for {other!r} and {name!r}, which share one in the model: it was trained with "
+                "weights that were not tied. Make the model as in that training."
+            )
+
+
+def _same(tensor: Tensor, value: Tensor) -> bool:
+    """Equal in the dtype of ``tensor``, NaNs included."""
+    expected = value.to(tensor.device, tensor.dtype)
+    return torch.equal(tensor, expected) or bool(((tensor == expected) | (tensor.isnan() & expected.isnan())).all())
+
+
+def check_same_conversion(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
+    """Errors: ValueError if the checkpoint's model was converted otherwise than ``model``."""
+    recorded, record = recorded_config(folder), conversion_record(model)
+    if recorded is None or record is None:
+        return
+    present = json.loads(json.dumps(record.config.to_dict()))
+    for key in _COMPARED:
+        is_known = key != "padding" or None not in (recorded.get(key), present[key])  # no entry of older versions
+        if is_known and recorded.get(key) != present[key]:
+            raise ValueError(
+                f"{what} {str(folder)!r} was trained with {key}={recorded.get(key)!r}, the model "
+                f"was converted with {key}={present[key]!r}: the prior would change in mid-training."
+            )
+
+
+def check_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Errors: ValueError unless PEFT's files in ``folder`` hold exactly the scales that ``model`` has."""
+    saved = {name for file in adapter_files(folder) for name in _read(file) if name.endswith(_RHO)}
+    expected = _rho_names(model)
+    missing = [min(names) for names in expected if not names & saved]
+    unknown = sorted(saved - set().union(*expected))
+    what = f"{RESUMED} {str(folder)!r}"
+    if unknown and not expected:
+        raise ValueError(_unconverted(what, unknown))
+    if missing or unknown:
+        raise ValueError(_misfit(what, missing, unknown))
+
+
+def verify_adapter(model: Any, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
+    """Errors: RuntimeError unless the adapter in the folder itself is the one that ``model`` has now."""
+    from peft import get_peft_model_state_dict  # an extra
+
+    name = model.active_adapters[0]
+    files = [file for file in adapter_files(folder) if file.parent in (Path(folder), Path(folder) / name)]
+    if not files:
+        return
+    saved = _read(files[0])
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    differing = [k for k, t in own.items() if isinstance(t, Tensor) and not (k in saved and _same(t, saved[k]))]
+    if differing:
+        raise RuntimeError(
+            f"{what} {str(folder)!r} was read by PEFT, but {len(differing)} tensors of the adapter {name!r} are not "
+            f"the checkpoint's, such as {differing[:3]}."
+        )
+
+
+def _rho_names(model: nn.Module) -> list[set[str]]:
+    """For every distinct rho, all names under which a checkpoint may keep it (ties; PEFT drops the adapter's name)."""
+    adapters: Iterable[str] = getattr(model, "peft_config", None) or ()
+    names: dict[int, set[str]] = {id(tensor.rho): set() for tensor in variational_tensors(model)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            names[id(parameter)] |= {name, *(name.replace(f".{adapter}.", ".") for adapter in adapters)}
+    return list(names.values())
