@@ -20,6 +20,7 @@ from .nn.base import BayesianModule, variational_tensors
 from .nn.base import is_bayesian as is_bayesian
 from .patterns import Patterns
 from .plain_weights import check_plain_weights
+from .rollback import all_or_nothing
 from .selection import (
     Chosen,
     check_weights,
@@ -137,10 +138,15 @@ def convert(
     Raises:
         ValueError: ``config`` names modules that ``model`` has not, or of another class.
     """
-    chosen = recorded(model, config) if chosen is None else chosen
+    with all_or_nothing(model):
+        _convert(model, config, recorded(model, config) if chosen is None else chosen, dict(skipped or {}))
+    return model
+
+
+def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: dict[str, str]) -> None:
     prior, posterior = without_posterior(config.prior)
     config = replace(config, prior=prior)
-    state = Conversion(config, {name: p.requires_grad for name, p in _parameters(model)}, dict(skipped or {}))
+    state = Conversion(config, {name: p.requires_grad for name, p in _parameters(model)}, skipped)
     for key in config.dropout:
         set_dropout(model, key, 0.0)
     if config.freeze:
@@ -168,7 +174,6 @@ def convert(
     if hasattr(model, _RESIZE):
         model.__dict__[_RESIZE] = _refuse_resize
     _publish(model, config)
-    return model
 
 
 def _random_names(model: nn.Module, chosen: Chosen) -> list[str]:
@@ -219,10 +224,11 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     """
     if not is_bayesian(model):
         raise ValueError(_not_bayesian(model))
-    for part in [module for module in model.modules() if hasattr(module, _STATE)]:
-        _undo(part)
-    _become_deterministic(model)  # what was built by hand
-    draws.release(model)
+    with all_or_nothing(model):
+        for part in [module for module in model.modules() if hasattr(module, _STATE)]:
+            _undo(part)
+        _become_deterministic(model)  # what was built by hand
+        draws.release(model)
     return model
 
 
@@ -266,12 +272,13 @@ def unfreeze(model: nn.Module) -> nn.Module:
     state = conversion_record(model)
     converted = model if state is None else converted_module(model)
     flags = {} if state is None else state.requires_grad
-    for tensor in variational_tensors(converted):
-        tensor.module.store_centre(tensor.parameter_name)
-    for name, parameter in _parameters(converted):
-        if not name.endswith("_rho"):
-            parameter.requires_grad_(flags.get(name, True))
-    update_config(model, freeze=False)
+    with all_or_nothing(model):
+        for tensor in variational_tensors(converted):
+            tensor.module.store_centre(tensor.parameter_name)
+        for name, parameter in _parameters(converted):
+            if not name.endswith("_rho"):
+                parameter.requires_grad_(flags.get(name, True))
+        update_config(model, freeze=False)
     return model
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .distributions import MIN_SCALE, rho_from_scale
 from .nn.base import NamedVariational, variational_tensors
+from .rollback import all_or_nothing
 
 
 @torch.no_grad()
@@ -74,8 +75,9 @@ def prune(model: nn.Module, share: float) -> nn.Module:
     removed = torch.zeros(flat.numel(), dtype=torch.bool)
     removed[flat.argsort(stable=True)[: round(share * _random_count(tensors))]] = True
     parts = torch.split(removed, [tensor.loc.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        _remove(tensor, part.view(tensor.loc.shape).to(tensor.loc.device))
+    with all_or_nothing(model, [value for tensor in tensors for value in (tensor.loc, tensor.rho)]):
+        for tensor, part in zip(tensors, parts, strict=True):
+            _remove(tensor, part.view(tensor.loc.shape).to(tensor.loc.device))
     return model
 
 

@@ -15,6 +15,7 @@ from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from .draws import MEAN, DrawScope, bayesian_modules
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
+from .holds import Hold, active
 from .variational import Draw, TensorSpec, Variational, scale_of
 
 DEFAULT_DELTA = 0.05
@@ -34,7 +35,7 @@ class BayesianModule(nn.Module):
         prior: prior of every tensor of the layer.
         delta: initial scale relative to |weight|; a relative prior reads it.
         estimator: how the noise enters in training.
-        draw: what is held: None, the mean, or a draw.
+        draw: what the running code holds: None, the mean, or a draw. Set on a layer, it is held for everyone.
         specs: per parameter, what its noise depends on.
         scope: training draws, shared by the layers of one model.
     """
@@ -46,7 +47,7 @@ class BayesianModule(nn.Module):
     prior: Prior
     delta: float
     estimator: Estimator
-    draw: Draw | str | None
+    _holds: tuple[Hold, ...] = ()
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
@@ -80,7 +81,7 @@ class BayesianModule(nn.Module):
             delattr(self, f"{name}_rho")
             self.drop_centre(name)
             self._buffers.pop(f"{name}{_FLOOR}", None)
-        for attribute in ("prior", "delta", "estimator", "draw", "specs", "scope"):
+        for attribute in ("prior", "delta", "estimator", "_holds", "specs", "scope"):
             delattr(self, attribute)
 
     @classmethod
@@ -111,9 +112,23 @@ class BayesianModule(nn.Module):
     # -- which draw -------------------------------------------------------------------------------------------------
 
     @property
+    def draw(self) -> Draw | str | None:
+        holds = self._holds
+        if not holds:
+            return None
+        if torch.compiler.is_compiling():  # which caller runs it cannot be traced
+            return holds[-1].draw  # type: ignore[no-any-return]
+        return active(holds, self.scope.is_recorded)
+
+    @draw.setter
+    def draw(self, draw: Draw | str | None) -> None:
+        self.__dict__["_holds"] = () if draw is None else (Hold(draw, is_for_all=True),)
+
+    @property
     def is_random(self) -> bool:
         """Whether the next forward uses noise: a held draw or the held mean decides, else `train()`/`eval()`."""
-        return self.training if self.draw is None else self.draw is not MEAN
+        draw = self.draw
+        return self.training if draw is None else draw is not MEAN
 
     @property
     def active_estimator(self) -> Estimator:
@@ -132,7 +147,8 @@ class BayesianModule(nn.Module):
                 f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
                 "after conversion. Call `to_deterministic(model)`, resize, then `to_bayesian` again."
             )
-        draw = self.draw if isinstance(self.draw, Draw) else self.scope.training_draw()
+        held = self.draw
+        draw = held if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))
 
     def _mean_of(self, name: str) -> Tensor:
