@@ -15,6 +15,7 @@ from .distributions import kl_divergence as _kl_divergence
 from .distributions.kl import has_closed_form
 from .distributions.normal_kl import block_size, normal_kl
 from .distributions.separable_kl import separable_kl
+from .nn import kl_watch
 from .nn.base import NamedVariational, variational_tensors
 from .nn.variational import scale_of, wide
 
@@ -51,6 +52,7 @@ def log_prior(model: nn.Module) -> Tensor:
 
 def tensor_kl(tensor: NamedVariational) -> Tensor:
     """KL(q || p) of one tensor, summed over its random weights: a scalar."""
+    kl_watch.note(tensor.module)
     trained, prior = _trained(tensor), _prior_of(tensor)
     own_centre = _is_own_centre(tensor, trained)
     p = prior(wide(trained.detach().reshape(-1)[:1], tensor.rho))
@@ -129,6 +131,7 @@ def _best_scale(tensors: list[NamedVariational]) -> Tensor:
 
 
 def _negative_entropy(tensor: NamedVariational) -> Tensor:
+    kl_watch.note(tensor.module)
     half_log_2pie = 0.5 * math.log(2 * math.pi * math.e)
     logs, count = [torch.zeros((), dtype=wide(tensor.loc[:0], tensor.rho).dtype, device=tensor.rho.device)], 0
     for loc, rho in _blocks(tensor, tensor.loc, tensor.rho):  # it runs in every step's log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, un
 from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
+from . import kl_watch
 from .draws import MEAN, DrawScope, bayesian_modules
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
@@ -74,6 +75,7 @@ class BayesianModule(nn.Module):
             self.reset_rho(name)
             if self.get_parameter(name).requires_grad:
                 self.store_centre(name)
+        kl_watch.watch(self)
 
     def become_deterministic(self) -> None:
         """Remove all that :meth:`become_bayesian` added; the means stay as they are."""
@@ -83,6 +85,7 @@ class BayesianModule(nn.Module):
             self._buffers.pop(f"{name}{_FLOOR}", None)
         for attribute in ("prior", "delta", "estimator", "_holds", "specs", "scope"):
             delattr(self, attribute)
+        kl_watch.unwatch(self)
 
     @classmethod
     def names_of(cls, module: nn.Module) -> tuple[str, ...]:
@@ -236,6 +239,11 @@ class BayesianModule(nn.Module):
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
         return InitialScale.of(centre, self.delta, self.specs[name].padding_idx)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what a pickle brings."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        kl_watch.watch(self)
 
     def extra_repr(self) -> str:
         """The torch layer's, then prior and estimator."""
