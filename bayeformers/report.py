@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from bayeformers import metrics
 
-Row = Mapping[str, float | None]
+Row = Mapping[str, float | str | None]
+Interval = dict[str, float]
+"""Ends ``low`` and ``high``."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class ClassPredictions:
 def classification_report(predictions: ClassPredictions, labels: ArrayLike | None = None) -> dict[str, float | None]:
     """Scores against the labels (N,), if there are any, and mean entropies; a metric without a value is None.
 
-    >>> predictions = ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7]]))
-    >>> {name: round(value, 2) for name, value in classification_report(predictions, [0, 1]).items()}
-    {'accuracy': 1.0, 'matthews': 1.0, 'nll': 0.23, 'ece': 0.2, 'brier': 0.1, 'aurc': 0.0, 'entropy': 0.47,
-    'aleatoric': 0.47, 'epistemic': 0.0}
+    >>> predictions = ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4]]))
+    >>> {name: round(value, 2) for name, value in classification_report(predictions, [0, 1, 1]).items()}
+    {'accuracy': 0.67, 'matthews': 0.5, 'nll': 0.46, 'ece': 0.33, 'brier': 0.31, 'aurc': 0.11, 'error_auroc': 1.0,
+    'entropy': 0.54, 'aleatoric': 0.54, 'epistemic': 0.0}
     """
     scores = {} if labels is None else _scores(predictions, np.asarray(labels))
     epistemic = 0.0 if predictions.epistemic is None else float(predictions.epistemic.mean())
@@ -86,7 +88,24 @@ def _scores(predictions: ClassPredictions, labels: NDArray[Any]) -> dict[str, fl
         "ece": metrics.expected_calibration_error(probs, labels),
         "brier": metrics.brier_score(probs, labels),
         "aurc": metrics.aurc(predictions.confidence, predictions.errors(labels)),
+        "error_auroc": _error_auroc(predictions, labels),
     }
+
+
+def _error_auroc(predictions: ClassPredictions, labels: NDArray[Any]) -> float | None:
+    """None where all or none are wrong: there is nothing to tell apart."""
+    errors = predictions.errors(labels)
+    return metrics.error_auroc(predictions.confidence, errors) if 0 < errors.mean() < 1 else None
+
+
+def majority_predictions(labels: ArrayLike, num_classes: int, num_examples: int) -> ClassPredictions:
+    """What one says without looking: every input gets the frequencies of the (training) ``labels`` (N,).
+
+    >>> majority_predictions([1, 1, 0, 1], 2, 1).probs
+    array([[0.25, 0.75]])
+    """
+    counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes)
+    return ClassPredictions(np.tile(counts / counts.sum(), (num_examples, 1)))
 
 
 @dataclass(frozen=True)
@@ -134,16 +153,65 @@ def regression_report(predictions: RegressionPredictions, labels: ArrayLike | No
     }
     if labels is None:
         return spread
-    squared = (predictions.mean - np.asarray(labels)) ** 2
-    scores = {
-        "rmse": float(np.sqrt(squared.mean())),
-        "nll": float(np.mean(0.5 * (np.log(2 * np.pi * predictions.total) + squared / predictions.total))),
-        "aurc": metrics.aurc(-predictions.total, squared),
+    found = np.asarray(labels)
+    scores: dict[str, float | None] = {
+        "rmse": _rmse(predictions, found),
+        "nll": _gaussian_nll(predictions, found),
+        "aurc": metrics.aurc(-predictions.total, (predictions.mean - found) ** 2),
     }
     return {**scores, **spread}
 
 
+def _rmse(predictions: RegressionPredictions, labels: NDArray[Any]) -> float:
+    return float(np.sqrt(np.mean((predictions.mean - labels) ** 2)))
+
+
+def _gaussian_nll(predictions: RegressionPredictions, labels: NDArray[Any]) -> float:
+    squared, total = (predictions.mean - labels) ** 2, predictions.total
+    return float(np.mean(0.5 * (np.log(2 * np.pi * total) + squared / total)))
+
+
 Predictions = TypeVar("Predictions", ClassPredictions, RegressionPredictions)
+
+_CLASS_SCORES: dict[str, Callable[[ClassPredictions, NDArray[Any]], float]] = {
+    "accuracy": lambda found, labels: metrics.accuracy(found.probs, labels),
+    "nll": lambda found, labels: metrics.negative_log_likelihood(found.probs, labels),
+    "ece": lambda found, labels: metrics.expected_calibration_error(found.probs, labels),
+    "error_auroc": lambda found, labels: metrics.error_auroc(found.confidence, found.errors(labels)),
+}
+_NUMBER_SCORES: dict[str, Callable[[RegressionPredictions, NDArray[Any]], float]] = {
+    "rmse": lambda found, labels: _rmse(found, labels),
+    "nll": lambda found, labels: _gaussian_nll(found, labels),
+}
+
+
+def bootstrap_intervals(
+    predictions: ClassPredictions | RegressionPredictions, labels: ArrayLike, *, num_resamples: int = 300, seed: int = 0
+) -> dict[str, Interval | None]:
+    """95 % bootstrap intervals over examples of the main scores; None where too few resamples have a value.
+
+    >>> intervals = bootstrap_intervals(ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7]] * 8)), [0, 0] * 8)
+    >>> intervals["accuracy"]["low"] < 0.5 < intervals["accuracy"]["high"]
+    True
+    """
+    scores: dict[str, Callable[[Any, NDArray[Any]], float]] = dict(
+        _CLASS_SCORES if isinstance(predictions, ClassPredictions) else _NUMBER_SCORES
+    )
+    found = np.asarray(labels)
+    return {name: _interval(score, predictions, found, num_resamples, seed) for name, score in scores.items()}
+
+
+def _interval(
+    score: Callable[[Any, NDArray[Any]], float], predictions: Any, labels: NDArray[Any], num_resamples: int, seed: int
+) -> Interval | None:
+    def of(rows: NDArray[Any]) -> float:
+        return score(predictions[rows], labels[rows])
+
+    try:
+        one = metrics.bootstrap_ci(of, np.arange(len(labels)), num_resamples=num_resamples, seed=seed)
+    except metrics.UndefinedMetricError:
+        return None
+    return {"low": one.low, "high": one.high}
 
 
 def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
@@ -161,6 +229,8 @@ def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
 def format_table(rows: Mapping[str, Row], *, corner: str = "", digits: int = 3) -> str:
     """A plain-text table: a line per row, the columns of all rows in order of appearance; "-" where there is no value.
 
+    Numbers have ``digits`` decimals; text stands as it is.
+
     >>> print(format_table({"point": {"nll": 0.5}, "Bayesian": {"nll": 0.4, "epistemic": 0.1}}, corner="method"))
     method       nll  epistemic
     ---------------------------
@@ -169,16 +239,21 @@ def format_table(rows: Mapping[str, Row], *, corner: str = "", digits: int = 3) 
     """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     first = max(map(len, [corner, *rows]))
-    widths = {name: max(len(name), digits + 3) for name in columns}  # room for a sign
+    shown = {label: {name: _cell(row.get(name), digits) for name in columns} for label, row in rows.items()}
+    widths = {  # room for a sign
+        name: max(len(name), digits + 3, *(len(row[name]) for row in shown.values())) for name in columns
+    }
     header = "  ".join([corner.ljust(first), *(name.rjust(widths[name]) for name in columns)])
     lines = [
-        "  ".join([label.ljust(first), *(_cell(row.get(name), digits).rjust(widths[name]) for name in columns)])
-        for label, row in rows.items()
+        "  ".join([label.ljust(first), *(row[name].rjust(widths[name]) for name in columns)])
+        for label, row in shown.items()
     ]
     return "\n".join([header, "-" * len(header), *lines])
 
 
-def _cell(value: float | None, digits: int) -> str:
+def _cell(value: float | str | None, digits: int) -> str:
+    if isinstance(value, str):
+        return value
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
