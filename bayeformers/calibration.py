@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -19,8 +20,11 @@ from .posteriors import PointPosterior, VariationalPosterior
 from .posteriors.logits import linearized_predictive
 from .predictive import IGNORED, NoiseStd, Predictive
 
+logger = logging.getLogger(__name__)
+
 Batch = Mapping[str, Any] | Tensor
-_BOUNDS = {"sample": (1e-2, 1.0), "glm": (1e-2, 10.0)}
+BOUNDS = {"sample": (1e-2, 1.0), "glm": (1e-2, 10.0)}
+"""Between which values delta is sought, by method."""
 _GRID = 7
 _LOG_PRECISION = 0.03  # of delta, relative: far below what the noise of the held-out NLL resolves
 
@@ -73,9 +77,9 @@ def calibrate_delta(
     >>> 0.01 <= delta <= 1.0
     True
     """
-    if method not in _BOUNDS:
-        raise ValueError(f"`method` must be one of {sorted(_BOUNDS)}, got {method!r}.")
-    low, high = _check_bounds(_BOUNDS[method] if bounds is None else bounds)
+    if method not in BOUNDS:
+        raise ValueError(f"`method` must be one of {sorted(BOUNDS)}, got {method!r}.")
+    low, high = _check_bounds(BOUNDS[method] if bounds is None else bounds)
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"`tolerance` must be a finite number > 0, got {tolerance!r}; 0.003 is 0.3 %.")
     batches, targets = _batches(inputs, labels)
@@ -98,7 +102,31 @@ def calibrate_delta(
         if targets is None:
             limit = _nll(means, own) * (1 + tolerance)
             return math.exp(_largest_within(nll, limit, math.log(low), math.log(high)))
-        return math.exp(_smallest(nll, math.log(low), math.log(high)))
+        return _told(math.exp(_smallest(nll, math.log(low), math.log(high))), low, high)
+
+
+def delta_end(delta: float, low: float, high: float) -> Literal["smallest", "largest"] | None:
+    """Which end of the range that was searched ``delta`` is, if it is one.
+
+    >>> delta_end(10.0, *BOUNDS["glm"]), delta_end(0.3, *BOUNDS["glm"])
+    ('largest', None)
+    """
+    if delta <= low * (1 + 1e-9):
+        return "smallest"
+    return "largest" if delta >= high * (1 - 1e-9) else None
+
+
+def _told(delta: float, low: float, high: float) -> float:
+    """The same; a warning at the end of the range."""
+    if (end := delta_end(delta, low, high)) is not None:
+        logger.warning(
+            "calibrate_delta found the least NLL at the %s end of `bounds`, delta = %.4g: the true minimum lies beyond "
+            "or there is none, and the scale means nothing. Noise of any size %s the held-out NLL.",
+            end,
+            delta,
+            "lowers" if end == "largest" else "raises",
+        )
+    return delta
 
 
 def _sampled_search(

@@ -13,7 +13,6 @@ Every flag: ``--help``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +24,10 @@ from transformers.utils import logging
 
 from bayeformers import BayesianTrainer, bayesian_config
 from bayeformers.report import write_json
-from examples.running import Clock, leave_process_group, say
+from examples.commands import run as run_command
+from examples.commands import user_input
+from examples.held_out import FRESH, history_of
+from examples.running import Clock, say
 from examples.squad.answers import Reader, fit_span_temperature, predict_logits
 from examples.squad.arguments import Arguments, parse_arguments
 from examples.squad.data import SquadData, load_data
@@ -44,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = arguments
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     set_seed(args.seed)
-    data = load_data(data_args, args.seed)
+    named = model_args.model_name_or_path
+    with user_input():
+        past = history_of("model_name_or_path", [named], must_know=args.num_train_epochs == 0) if named else FRESH
+        data = load_data(data_args, args.seed, past)
     reader = Reader(data_args.max_answer_length, data.asks_unanswerable)
     answers, facts, clock = fit_and_answer(arguments, data, reader)
 
@@ -77,11 +82,12 @@ def fit_and_answer(
     """Answers by method and set, what fitting decided, and the seconds that each part took."""
     model_args, data_args, args = arguments
     clock = Clock()
-    tokenizer = load_tokenizer(model_args.model_name_or_path, data)
-    model = load_model(model_args.model_name_or_path, tokenizer, data_args.max_seq_length)
+    with user_input():
+        tokenizer = load_tokenizer(model_args.model_name_or_path, data)
+        model = load_model(model_args.model_name_or_path, tokenizer, data_args.max_seq_length)
     length, stride = data_args.max_seq_length, data_args.doc_stride
     sets = {name: read(found, tokenizer, max_length=length, stride=stride) for name, found in data.sets.items()}
-    setting = Setting(model_args, args, sets.pop("train"), sets["validation"], tokenizer)
+    setting = Setting(model_args, args, sets.pop("train"), sets["validation"], tokenizer, data.rows)
     clock.lap("data")
 
     say(f"1. Training the deterministic model: {_sizes(data)}")
@@ -131,5 +137,4 @@ def _as_dict(arguments: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave_process_group()
+    run_command(main)

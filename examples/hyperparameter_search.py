@@ -13,7 +13,6 @@ is judged by the validation NLL of its best epoch. The first trial is the settin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,12 +25,14 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from bayeformers.report import write_json
+from examples.commands import run as run_command
+from examples.commands import user_input
 from examples.glue.data import GlueData, load_data
 from examples.glue.models import DETERMINISTIC, load_model, load_saved, load_tokenizer
-from examples.glue.training import best_delta, fit_deterministic, make_trainer
-from examples.running import Clock, leave_process_group, say
+from examples.glue.training import best_delta, fit_deterministic, make_trainer, save
+from examples.running import Clock, say
 from examples.search.arguments import Arguments, parse_arguments
-from examples.search.confirm import BEST, DEFAULTS, confirm, verdict
+from examples.search.confirm import BEST, DEFAULTS, confirm, start_history, verdict
 from examples.search.figure import FIGURE, write_figure
 from examples.search.outputs import format_confirmation, format_trials, trial_row
 from examples.search.space import Space, make_space
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         has_start = check_start(study, folder / DETERMINISTIC)
 
     set_seed(args.seed)
-    data = replace(load_data(arguments.data, args.seed), shifted=None)
+    with user_input():
+        data = replace(load_data(arguments.data, args.seed, start_history(arguments)), shifted=None)
     tokenizer = load_tokenizer(arguments.model.model_name_or_path, data)
     data = data.tokenized(tokenizer, arguments.data.max_seq_length)
     if not has_start:
@@ -95,7 +97,7 @@ def make_start(study: Study, arguments: Arguments, data: GlueData, tokenizer: Pr
     folder = Path(args.output_dir or ".") / DETERMINISTIC
     say(f"The deterministic model that every trial starts from: {len(data.train)} training examples")
     model = load_model(arguments.model.model_name_or_path, data.task, tokenizer)
-    fit_deterministic(model, args, data, tokenizer).save_model(str(folder))
+    save(fit_deterministic(model, args, data, tokenizer), data, folder)
     delta = arguments.model.delta
     if delta is None:
         trained = make_trainer(load_saved(DETERMINISTIC, folder), args, data, tokenizer)
@@ -137,5 +139,4 @@ def report(folder: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave_process_group()
+    run_command(main)

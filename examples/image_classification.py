@@ -10,7 +10,6 @@ Every flag: ``--help``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,15 +20,18 @@ from transformers.utils import logging
 
 from bayeformers.plots import save_figure
 from bayeformers.report import write_json
+from examples.commands import run as run_command
+from examples.commands import user_input
+from examples.held_out import FRESH, history_of
 from examples.images.classifier_arguments import Arguments, parse_arguments
-from examples.images.classifier_training import fit_deterministic
+from examples.images.classifier_training import fit_deterministic, save
 from examples.images.comparison import compare
 from examples.images.data import load_images
 from examples.images.models import load_model, model_size
 from examples.images.setting import DETERMINISTIC, Outcome, Setting
 from examples.images.start import start
 from examples.images.turned import check_position, turn
-from examples.running import Clock, leave_process_group, say
+from examples.running import Clock, say
 
 TASKS: dict[str, Callable[[Setting], Outcome]] = {"acc": compare, "init": start, "uncert": turn}
 
@@ -42,15 +44,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     clock = Clock()
     name_or_path = model_args.model_name_or_path
-    data = load_images(data_args, args.seed, model_size(model_args.model, name_or_path))
-    if model_args.task == "uncert":
-        check_position(model_args.strip_image, data)
-    model = load_model(model_args.model, name_or_path, model_args.width, data)
+    with user_input():
+        past = history_of("model_name_or_path", [name_or_path], must_know=True) if name_or_path else FRESH
+        data = load_images(data_args, args.seed, model_size(model_args.model, name_or_path), history=past)
+        if model_args.task == "uncert":
+            check_position(model_args.strip_image, data)
+        model = load_model(model_args.model, name_or_path, model_args.width, data)
     clock.lap("loading")
     say(f"Deterministic: {type(model).__name__}, {len(data.train):,} training images of {data.name}")
     trained = fit_deterministic(model, args, data, is_trained=name_or_path is not None)
     if name_or_path is None:
-        trained.save_model(str(Path(args.output_dir or ".") / DETERMINISTIC))
+        save(trained, data, Path(args.output_dir or ".") / DETERMINISTIC)
     clock.lap("deterministic_training")
     setting = Setting(model_args, args, data, trained, clock)
     outcome = TASKS[model_args.task](setting)
@@ -91,5 +95,4 @@ def report(folder: Path, outcome: Outcome, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave_process_group()
+    run_command(main)

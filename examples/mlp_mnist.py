@@ -13,7 +13,6 @@ Every flag: ``--help``.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +25,16 @@ from transformers.utils import logging
 from bayeformers import BayesianTrainer
 from bayeformers.plots import save_figure
 from bayeformers.report import write_json
+from examples.commands import run as run_command
+from examples.commands import user_input
 from examples.images.classifier_evaluation import BySet, predict_sets, scores, tempered
-from examples.images.classifier_training import best_delta, fit_deterministic
+from examples.images.classifier_training import best_delta, fit_deterministic, save
 from examples.images.data import ImageData, load_images
 from examples.mlp.arguments import Arguments, MlpArguments, MlpTrainingArguments, parse_arguments
 from examples.mlp.outputs import FIGURES, pruning_figure, removal_table, scores_table, uncertainty_figure
 from examples.mlp.removal import Curve, decibels, removal_curve
 from examples.mlp.training import fit_from_scratch, fit_moped, kl_per_image, new_network
-from examples.running import Clock, leave_process_group, say
+from examples.running import Clock, say
 
 DETERMINISTIC, TEMPERED = "deterministic", "deterministic + temperature"
 SCRATCH, MOPED = "Bayes by Backprop", "MOPED"
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     clock = Clock()
     facts: dict[str, Any] = {}
-    data = load_images(data_args, args.seed, centre=False)  # black stays 0: a weight on a black pixel costs nothing
+    with user_input():
+        data = load_images(data_args, args.seed, centre=False)  # black stays 0: a weight on a black pixel costs nothing
     clock.lap("loading")
     trainers = train(mlp_args, args, data, clock, facts)
     found = {name: predict_sets(trainer, data) for name, trainer in trainers.items()}
@@ -102,7 +104,7 @@ def train(
     trainers = {DETERMINISTIC: trained, SCRATCH: scratch, MOPED: moped}
     facts["kl_per_image"] = {name: kl_per_image(trainers[name], data) for name in (SCRATCH, MOPED)}
     for name, trainer in zip(("deterministic", "scratch", "moped"), trainers.values(), strict=True):
-        trainer.save_model(str(Path(args.output_dir or ".") / name))
+        save(trainer, data, Path(args.output_dir or ".") / name)
     return trainers
 
 
@@ -139,5 +141,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave_process_group()
+    run_command(main)

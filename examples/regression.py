@@ -11,7 +11,6 @@ Every flag: ``--help``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 from transformers import set_seed
 
 from bayeformers.report import write_json
+from examples.commands import run as run_command
 from examples.curves import fitting
 from examples.curves.arguments import Arguments, parse_arguments
 from examples.curves.data import CurveData, generate, noise_of_neighbours, read_points
@@ -30,7 +30,7 @@ from examples.curves.evaluation import GRID_POINTS, bands, method_report, truth_
 from examples.curves.fitting import Fitted, Noise, TrainingPoints
 from examples.curves.network import CurveNetwork
 from examples.curves.outputs import FIGURE, format_results, write_figure, write_predictions
-from examples.running import Clock, leave_process_group, say
+from examples.running import Clock, say
 
 HMC, HMC_HEAD = "HMC, the reference", "HMC, noise head"
 
@@ -112,5 +112,4 @@ def _validation_noise(network: CurveNetwork, data: CurveData) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave_process_group()
+    run_command(main)

@@ -12,7 +12,6 @@ Every flag: ``--help``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,8 @@ from transformers.utils import logging
 
 from bayeformers import BayesianTrainer
 from bayeformers.report import write_json
+from examples.commands import run as run_command
+from examples.commands import user_input
 from examples.conll import evaluation, fitting
 from examples.conll.arguments import Arguments, parse_arguments
 from examples.conll.data import Encoded, TokenData, encode, load_data
@@ -31,7 +32,8 @@ from examples.conll.outputs import FIGURE, BySet, format_results, write_entities
 from examples.conll.reader import write_conll
 from examples.glue.models import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, posterior_facts, saved_models
 from examples.glue.models import titles as titles_of
-from examples.running import Clock, leave_process_group, say
+from examples.held_out import FRESH, History, history_of, save_rows
+from examples.running import Clock, say
 
 TEMPERED = " + temperature"
 
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = arguments
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     set_seed(args.seed)
-    data = load_data(data_args, args.seed)
+    with user_input():
+        data = load_data(data_args, args.seed, history(arguments))
     run = (evaluate_saved if args.eval_only else train_and_predict)(arguments, data)
 
     named = titles_of(run.draws)
@@ -82,35 +85,53 @@ class Run:
         self.clock.lap(f"{name}_prediction")
 
 
+def history(arguments: Arguments) -> History:
+    """What is known of the rows that the models which the run starts from were trained on."""
+    model_args, data_args, args = arguments
+    if args.eval_only is not None:
+        saved = saved_models(args.eval_only)
+        must_know = DETERMINISTIC in saved or data_args.is_embedded
+        return history_of("eval_only", list(saved.values()), must_know=must_know)
+    named = model_args.model_name_or_path
+    return history_of("model_name_or_path", [named], must_know=args.num_train_epochs == 0) if named else FRESH
+
+
 def train_and_predict(arguments: Arguments, data: TokenData) -> Run:
     """Fit the point estimate and each posterior around it, save them, and predict with all."""
     model_args, data_args, args = arguments
     name_or_path = model_args.model_name_or_path
-    tokenizer = fitting.load_tokenizer(name_or_path, data)
-    model = fitting.load_model(name_or_path, data.labels, tokenizer)
+    with user_input():
+        tokenizer = fitting.load_tokenizer(name_or_path, data)
+        model = fitting.load_model(name_or_path, data.labels, tokenizer)
     initial = fitting.copy_of(model, name_or_path)
     encoded = _encoded(data, tokenizer, data_args.max_seq_length)
-    task = Task(model_args, args, tokenizer, encoded.pop("train"), encoded["validation"])
+    task = Task(model_args, args, tokenizer, encoded.pop("train"), encoded["validation"], data.rows)
     folder, run = Path(args.output_dir or "."), Run(encoded)
 
     say(f"1. Training the deterministic model: {_sizes(data)}")
     trained = fitting.fit_deterministic(model, task)
     run.clock.lap(f"{DETERMINISTIC}_training")
-    trained.save_model(str(folder / DETERMINISTIC))
+    _save(trained, data, folder / DETERMINISTIC)
     run.predict(DETERMINISTIC, trained)
     if model_args.method != "variational":
         name = LAPLACE if model_args.laplace_subset == "all" else LAPLACE_LAST_LAYER
         say("2. Laplace: a Gaussian around the trained weights, from the curvature there")
-        _finish(run, name, fitting.fit_laplace(trained, task, initial), folder)
+        _finish(run, name, fitting.fit_laplace(trained, task, initial), data, folder)
     if model_args.method != "laplace":
         say("3. Making it Bayesian: weights become distributions around the trained ones")
-        _finish(run, BAYESIAN, fitting.fit_variational(trained, task), folder)
+        _finish(run, BAYESIAN, fitting.fit_variational(trained, task), data, folder)
     return run
 
 
-def _finish(run: Run, name: str, trainer: BayesianTrainer, folder: Path) -> None:
+def _save(trainer: BayesianTrainer, data: TokenData, folder: Path) -> None:
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        save_rows(data.rows, folder)
+
+
+def _finish(run: Run, name: str, trainer: BayesianTrainer, data: TokenData, folder: Path) -> None:
     run.clock.lap(f"{name}_training")
-    trainer.save_model(str(folder / name))
+    _save(trainer, data, folder / name)
     run.predict(name, trainer)
 
 
@@ -120,7 +141,7 @@ def evaluate_saved(arguments: Arguments, data: TokenData) -> Run:
     saved = saved_models(str(args.eval_only))
     tokenizer = AutoTokenizer.from_pretrained(next(iter(saved.values())))
     encoded = _encoded(data, tokenizer, data_args.max_seq_length)
-    task = Task(model_args, args, tokenizer, encoded.pop("train"), encoded["validation"])
+    task = Task(model_args, args, tokenizer, encoded.pop("train"), encoded["validation"], data.rows)
     run = Run(encoded)
     for name, folder in saved.items():
         run.predict(name, fitting.make_trainer(fitting.load_saved(name, folder), task, name))
@@ -174,5 +195,4 @@ def _sizes(data: TokenData) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
-    leave_process_group()
+    run_command(main)

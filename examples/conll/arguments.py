@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
-
+from examples.commands import example_parser, look_ahead, parse, user_input
 from examples.glue.arguments import ExampleTrainingArguments, ModelArguments
 
 EMBEDDED: dict[str, Any] = {
@@ -24,6 +22,9 @@ PRETRAINED: dict[str, Any] = {
     "warmup_steps": 0.1, "patience": 2, "bayesian_epochs": 2,
 }  # fmt: skip
 """Defaults of other data: fine-tuning of a pretrained model."""
+
+GENERATED_KIND, OTHER_KIND = "generated set", "other data"
+"""What --help calls them."""
 
 
 @dataclass
@@ -65,6 +66,13 @@ class TokenDataArguments:
     text_column: str = field(default="tokens", metadata={"help": "The hub dataset's column of words."})
     label_column: str = field(default="ner_tags", metadata={"help": "The hub dataset's column of labels."})
     validation_share: float = field(default=0.1, metadata={"help": "Share of train held out without validation data."})
+    split_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the held-out sentences, of the generated ones too; if not given, that of the record of "
+            "the model that is named, else --seed."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training sentences."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many of each other set."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer sentences are cut to so many pieces."})
@@ -106,16 +114,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         SystemExit: an unknown flag, or a value of the wrong type.
         ValueError: a value out of range, or data without a model.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--train_file")
-    first.add_argument("--dataset_name")
-    known, _ = first.parse_known_args(argv)
-    parser = HfArgumentParser((TokenModelArguments, TokenDataArguments, TokenTrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    parser.set_defaults(**(PRETRAINED if known.train_file or known.dataset_name else EMBEDDED))
-    model, data, training = parser.parse_args_into_dataclasses(args=argv)
+    known = look_ahead(argv, "train_file", "dataset_name")
+    kinds = {GENERATED_KIND: EMBEDDED, OTHER_KIND: PRETRAINED}
+    chosen = OTHER_KIND if known.train_file or known.dataset_name else GENERATED_KIND
+    groups = (TokenModelArguments, TokenDataArguments, TokenTrainingArguments)
+    model, data, training = parse(example_parser(groups, kinds, chosen), argv)
     if not data.is_embedded and model.model_name_or_path is None and training.eval_only is None:
-        raise ValueError(
-            "`model_name_or_path` is needed for data of your own: a folder or a hub name, such as bert-base-cased. "
-            "Only the generated set makes its own model."
-        )
+        with user_input():
+            raise ValueError(
+                "`model_name_or_path` is needed for data of your own: a folder or a hub name, such as bert-base-cased. "
+                "Only the generated set makes its own model."
+            )
     return model, data, training

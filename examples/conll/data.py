@@ -14,6 +14,19 @@ from examples.conll import newswire
 from examples.conll.arguments import TokenDataArguments
 from examples.conll.entities import Scheme, detect_scheme, is_label, label_names, to_iob2
 from examples.conll.reader import Sentence, read_conll
+from examples.held_out import (
+    FRESH,
+    Hashes,
+    History,
+    Split,
+    TrainingRows,
+    check_known,
+    check_split_seed,
+    fingerprint,
+    row_hashes,
+    say_split,
+    unseen_sets,
+)
 
 IGNORED = -100
 
@@ -25,6 +38,7 @@ class TokenData:
     Attributes:
         schemes: set -> the scheme that its labels were written in.
         person_share: of the generated set, the probability that an ambiguous name is a person.
+        rows: the record of a model that this run saves; None where it cannot be known.
     """
 
     train: list[Sentence]
@@ -33,6 +47,7 @@ class TokenData:
     shifted: list[Sentence] = field(default_factory=list)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     person_share: float | None = None
+    rows: TrainingRows | None = None
 
     @property
     def reported(self) -> dict[str, list[Sentence]]:
@@ -47,23 +62,59 @@ class TokenData:
         )
 
 
-def load_data(args: TokenDataArguments, seed: int) -> TokenData:
-    """The data that the arguments name.
+def load_data(args: TokenDataArguments, seed: int, history: History = FRESH) -> TokenData:
+    """The data that the arguments name, split by `seed`, or as the model that the run starts from was.
 
     Raises:
-        FileNotFoundError, ValueError: missing or malformed files or columns.
+        FileNotFoundError, ValueError: missing or malformed files or columns; held-out sentences that the model has
+            seen, or may have.
         OSError: the hub cannot be reached; the message says how to use local files.
     """
-    if args.is_embedded:
-        return _limited(TokenData(**newswire.generate(seed), person_share=newswire.PERSON_SHARE), args)
+    settings = {name: getattr(args, name) for name in ("validation_share", "max_train_samples")}
+    own = Split(seed if args.split_seed is None else args.split_seed, settings)
+    history = replace(history, unknown="") if args.split_seed is not None else history
+    data, source, split = (generated if args.is_embedded else split_sentences)(args, own, history)
+    check_split_seed(args.split_seed, split)
+    say_split("Sentences", own, split)
+    train = hashes_of(data.train)
+    names = ("validation", "test") if args.is_embedded else ("validation",)
+    kept = unseen_sets(history, train, {name: hashes_of(getattr(data, name)) for name in names})
+    data = replace(data, **{name: [getattr(data, name)[i] for i in rows] for name, rows in kept.items()})
+    return replace(_limited(data, args), rows=history.after("conll", source, split, train))
+
+
+def hashes_of(sentences: Sequence[Sentence]) -> Hashes:
+    """Of each sentence's words."""
+    return row_hashes(" ".join(one.words) for one in sentences)
+
+
+Found = tuple[TokenData, str, Split]
+"""The sets, the fingerprint of what they were split from, and how."""
+
+
+def generated(args: TokenDataArguments, own: Split, history: History) -> Found:
+    """The generated set, of the record's seed if it is of that set."""
+    check_known(history)
+    for split in (own if history.record is None else history.record.split, own):
+        data = TokenData(**newswire.generate(split.seed), person_share=newswire.PERSON_SHARE)
+        source = fingerprint(hashes_of(data.train))
+        if history.record is None or history.record.source == source:
+            break
+    return data, source, split
+
+
+def split_sentences(args: TokenDataArguments, own: Split, history: History) -> Found:
+    """Sentences of files or the hub; without validation data some are held out of train."""
     found = hub_sentences(args) if args.dataset_name else file_sentences(args)
     splits = {name: sentences for name, (sentences, _) in found.items()}
-    if args.max_train_samples is not None:  # before some are held out of them
-        splits["train"] = splits["train"][: args.max_train_samples]
+    source = fingerprint(hashes_of(splits["train"]))
+    split = history.split(own, source)
+    splits["train"] = splits["train"][: split.settings["max_train_samples"]]  # before some are held out of them
     if "validation" not in splits:
-        splits |= _held_out(splits["train"], args.validation_share, seed)
+        check_known(history)
+        splits |= _held_out(splits["train"], split.settings["validation_share"], split.seed)
     splits["shifted"] = [replace(one, group="shifted") for one in splits.get("shifted", [])]
-    return _limited(TokenData(**splits, schemes={name: scheme for name, (_, scheme) in found.items()}), args)
+    return TokenData(**splits, schemes={name: scheme for name, (_, scheme) in found.items()}), source, split
 
 
 def file_sentences(args: TokenDataArguments) -> dict[str, tuple[list[Sentence], Scheme]]:

@@ -34,6 +34,7 @@ from examples.conll.data import Encoded, TokenData
 from examples.glue.models import BAYESIAN, DETERMINISTIC
 from examples.glue.tiny_bert import make_model, make_tokenizer
 from examples.glue.training import phase_arguments, with_short_progress
+from examples.held_out import RecordRows, TrainingRows
 from examples.linearized import linearized_draws
 
 CERTAIN = -60.0
@@ -57,6 +58,7 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     validation: Encoded
+    rows: TrainingRows | None = None
 
 
 def load_tokenizer(name_or_path: str | None, data: TokenData) -> PreTrainedTokenizerBase:
@@ -103,7 +105,7 @@ def make_trainer(model: PreTrainedModel, task: Task, name: str, **changes: Any) 
         eval_dataset=task.validation.dataset,
         data_collator=DataCollatorForTokenClassification(task.tokenizer),
         processing_class=task.tokenizer,
-        callbacks=[EarlyStoppingCallback(args.patience)],
+        callbacks=[EarlyStoppingCallback(args.patience), RecordRows(task.rows)],
     )
     return with_short_progress(trainer)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser
 
 from bayeformers import BayesianTrainingArguments
+from examples.commands import example_parser, parse
 
 
 @dataclass
@@ -82,6 +82,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         SystemExit: an unknown flag, or a value of the wrong type.
         ValueError: a value out of range.
     """
-    parser = HfArgumentParser((CurveArguments, CurveTrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    curve, training = parser.parse_args_into_dataclasses(args=argv)
+    kind = "curves"
+    curve, training = parse(example_parser((CurveArguments, CurveTrainingArguments), {kind: {}}, kind), argv)
     return curve, training

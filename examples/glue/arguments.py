@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import HfArgumentParser
 
 from bayeformers import BayesianTrainingArguments
 from bayeformers.distributions import Prior, prior_from_dict
 from bayeformers.tasks import GLUE_TASKS
+from examples.commands import example_parser, look_ahead, parse, user_input
 
 EMBEDDED: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 20, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 100,
@@ -35,6 +34,9 @@ PRETRAINED: dict[str, Any] = {
 }  # fmt: skip
 """Defaults of a GLUE task: fine-tuning of a pretrained model."""
 
+EMBEDDED_KIND, GLUE_KIND = "embedded task", "GLUE tasks"
+"""What --help calls them."""
+
 PRIOR_CHOICES = ("marglik", "marglik_per_layer", "holdout")
 
 
@@ -46,16 +48,20 @@ class ModelArguments:
         default=None,
         metadata={"help": "Pretrained model: a folder or a hub name. Left out, the embedded task makes a tiny BERT."},
     )
-    method: Literal["variational", "laplace", "all"] = field(
+    method: Literal["variational", "linearized", "laplace", "all"] = field(
         default="variational",
         metadata={
-            "help": "How the posterior is found: the ELBO; the curvature around the deterministic model; or both, with "
-            "Laplace once for all layers and once for the last."
+            "help": "How the posterior is found: the ELBO; noise of one held-out delta around the deterministic model, "
+            "linearised, without another training (docs/results.md recommends it for pretrained models); the curvature "
+            "around that model; or all, with Laplace once for all layers and once for the last."
         },
     )
     delta: float | None = field(
         default=None,
-        metadata={"help": "Initial posterior scale relative to |weight|; if not given, that of least validation NLL."},
+        metadata={
+            "help": "Initial posterior scale relative to |weight|; if not given, that of least validation NLL, as "
+            "always of --method linearized without the flag, and within --method all."
+        },
     )
     freeze: bool = field(default=True, metadata={"help": "Train the scales only; --no_freeze trains the means too."})
     prior: str = field(
@@ -136,8 +142,22 @@ class DataArguments:
             "help": "TSV file of shifted inputs: the task's layout, or a header with its columns; labels optional."
         },
     )
+    validation_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "TSV file of labelled rows that choose epochs, temperature, delta and prior precision, laid out as "
+            "--ood_data_file; then nothing is held out of train."
+        },
+    )
     validation_share: float = field(
         default=0.1, metadata={"help": "Share of train held out for early stopping and the temperature (GLUE tasks)."}
+    )
+    split_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the held-out rows, of the embedded task's sentences too; if not given, that of the record "
+            "of the model (--eval_only, --model_name_or_path), else --seed."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many of each other set."})
@@ -202,29 +222,30 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         FileNotFoundError, ValueError: the configuration file is missing, not a JSON object, or has an unknown key.
         SystemExit: an unknown flag, or a value of the wrong type.
     """
-    model, data, training = parse_groups((ModelArguments, DataArguments, ExampleTrainingArguments), argv, EMBEDDED)
+    groups = (ModelArguments, DataArguments, ExampleTrainingArguments)
+    model, data, training = parse_groups(groups, argv, EMBEDDED)
     if training.eval_only is None:
-        check_model_is_named(model, data)
+        with user_input():
+            check_model_is_named(model, data)
     return model, data, training
 
 
 def parse_groups(groups: Sequence[type], argv: Sequence[str] | None, embedded: Mapping[str, Any]) -> tuple[Any, ...]:
     """One object of each of the dataclasses ``groups``; ``embedded`` are the defaults of the embedded task."""
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--task_name")
-    known, _ = first.parse_known_args(argv)
-    config = read_config(known.config) if known.config else {}
-
-    parser = HfArgumentParser(groups, allow_abbrev=False)  # type: ignore[arg-type]
+    known = look_ahead(argv, "config", "task_name", "method")
+    with user_input():
+        config = read_config(known.config) if known.config else {}
+    kinds = {EMBEDDED_KIND: embedded, GLUE_KIND: PRETRAINED}
+    task, method = (getattr(known, name) or config.get(name) for name in ("task_name", "method"))
+    parser = example_parser(groups, kinds, GLUE_KIND if task else EMBEDDED_KIND)
     parser.add_argument("--config", help="JSON file of arguments; the command line wins over it.")
     flags = {action.dest for action in parser._actions}
     if unknown := sorted(set(config) - flags):
-        raise ValueError(f"{known.config} has unknown keys: {', '.join(unknown)}. Flags are listed by --help.")
-    task = known.task_name or config.get("task_name")
-    parser.set_defaults(**{**(PRETRAINED if task else embedded), **config})
-    *parsed, _ = parser.parse_args_into_dataclasses(args=argv)
-    return tuple(parsed)
+        with user_input():
+            raise ValueError(f"{known.config} has unknown keys: {', '.join(unknown)}. Flags are listed by --help.")
+    calibrated = {"delta": None} if method == "linearized" else {}  # the embedded task's delta is the ELBO's
+    parser.set_defaults(**{**calibrated, **config})
+    return parse(parser, argv)
 
 
 def check_model_is_named(model: ModelArguments, data: DataArguments) -> None:

@@ -13,7 +13,9 @@ from bayeformers.metrics import fit_temperature
 from bayeformers.report import (
     ClassPredictions,
     RegressionPredictions,
+    bootstrap_intervals,
     classification_report,
+    majority_predictions,
     ood_report,
     regression_report,
 )
@@ -93,6 +95,20 @@ def _tempered(probs: np.ndarray, temperature: float) -> np.ndarray:
     return powers / powers.sum(1, keepdims=True)
 
 
+BASELINE = "majority class"
+"""What one says without looking, beside the methods: the training labels' frequencies, or their mean and variance."""
+
+
+def baseline(data: GlueData) -> BySet:
+    """Of every set."""
+    labels = np.asarray(data.train["label"])
+    sizes = {name: len(split) for name, split in {"validation": data.validation, **data.reported}.items()}
+    if data.task.is_regression:
+        mean, variance = float(labels.mean()), float(labels.var())
+        return {n: RegressionPredictions(np.full(size, mean), np.full(size, variance)) for n, size in sizes.items()}
+    return {name: majority_predictions(labels, data.task.num_labels, size) for name, size in sizes.items()}
+
+
 def group_masks(data: GlueData) -> dict[str, tuple[str, np.ndarray]]:
     """Group -> (set, mask of its rows): the whole test set, its groups if there are several, the shifted set."""
     names = np.asarray(data.test["group"])
@@ -106,15 +122,19 @@ def group_masks(data: GlueData) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def method_report(predictions: BySet, data: GlueData) -> dict[str, Any]:
-    """Numbers of one method: ``groups`` (a report for each) and, with a shifted set, ``ood_auroc`` by each score."""
-    groups = {}
+    """Numbers of one method: ``groups`` (a report for each), ``intervals`` (of the main scores on whole sets, by the
+    bootstrap over inputs) and, with a shifted set, ``ood_auroc`` by each score."""
+    groups, intervals = {}, {}
     for group, (name, mask) in group_masks(data).items():
         split = data.reported[name]
         labels = np.asarray(split["label"])[mask] if "label" in split.column_names else None
         groups[group] = _group_report(predictions[name][mask], labels, data)
+        if labels is not None and mask.all():
+            intervals[group] = bootstrap_intervals(predictions[name], labels)
+    report = {"groups": groups, "intervals": intervals}
     if data.shifted is None:
-        return {"groups": groups}
-    return {"groups": groups, "ood_auroc": ood_report(predictions["test"], predictions["shifted"])}
+        return report
+    return {**report, "ood_auroc": ood_report(predictions["test"], predictions["shifted"])}
 
 
 def _group_report(predictions: Predictions, labels: np.ndarray | None, data: GlueData) -> dict[str, float | None]:

@@ -17,10 +17,12 @@ from examples.glue.tiny_bert import make_model, make_tokenizer
 
 DETERMINISTIC, BAYESIAN = "deterministic", "bayesian"
 LAPLACE, LAPLACE_LAST_LAYER = "laplace", "laplace_last_layer"
+LINEARIZED = "linearized"
 """Folders of the models within an output folder."""
 
 TITLES = {
     DETERMINISTIC: "deterministic",
+    LINEARIZED: "Bayesian, linearised",
     BAYESIAN: "Bayesian",
     LAPLACE_LAST_LAYER: "Laplace last layer",
     LAPLACE: "Laplace all layers",
@@ -107,7 +109,12 @@ def posterior_facts(trainer: BayesianTrainer) -> dict[str, Any]:
         "prior_precision": posterior.prior_precision,
         "noise_std": posterior.noise_std,
         "log_marginal_likelihood": posterior.log_marginal_likelihood,
+        "chosen_by": posterior.choice.method,
+        "at_grid_end": posterior.choice.at_grid_end,
         "effective_parameters": sum(posterior.effective_parameters.values()),
+        "num_outputs": posterior.record.num_outputs,
+        "exceeds_data": posterior.exceeds_data,
+        "beware": posterior.caveats,
         "num_parameters": sum(target.num_weights for target in posterior.targets),
         "curvature": posterior.record.config.curvature,
         "fisher": posterior.record.config.fisher,

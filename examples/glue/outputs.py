@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from bayeformers.plots import comparison_figure, save_figure
 from bayeformers.report import ClassPredictions, format_table
 from examples.glue.data import GlueData
-from examples.glue.evaluation import ALL, BySet, group_masks
+from examples.glue.evaluation import ALL, BASELINE, BySet, group_masks
 
 FIGURE = "uncertainty.png"
 GROUPS_OF_THE_GRAMMAR = (
@@ -23,19 +23,55 @@ ENTROPIES = ("entropy", "aleatoric", "epistemic", "total_std", "aleatoric_std", 
 
 
 def format_results(results: Mapping[str, Any]) -> str:
-    """The tables: scores by group, what the uncertainty is made of, telling shifted inputs."""
+    """The tables: what was chosen, scores by group, what the uncertainty is made of, telling shifted inputs."""
     methods = results["methods"]
     groups = {group: None for report in methods.values() for group in report["groups"]}
-    parts = []
+    parts = [_chosen_table(results)] if results["chosen"] else []
     for group in groups:
         rows = {name: _without(report["groups"][group], ENTROPIES) for name, report in methods.items()}
         if any(rows.values()):
             parts.append(format_table(rows, corner=_heading(group)))
-    parts.append(format_table(_entropy_rows(methods, list(groups)), corner="uncertainty (means per group)"))
-    if any("ood_auroc" in report for report in methods.values()):
-        rows = {name: report["ood_auroc"] for name, report in methods.items()}
+        intervals = {name: report["intervals"].get(group) for name, report in methods.items()}
+        if any(intervals.values()):
+            parts.append(format_table({n: _ends(of or {}) for n, of in intervals.items()}, corner=INTERVALS))
+    split = {name: report for name, report in methods.items() if name != BASELINE}
+    parts.append(format_table(_entropy_rows(split, list(groups)), corner="uncertainty (means per group)"))
+    if any("ood_auroc" in report for report in split.values()):
+        rows = {name: report["ood_auroc"] for name, report in split.items()}
         parts.append(format_table(rows, corner="AUROC of telling shifted inputs, by"))
     return "\n\n".join(parts)
+
+
+INTERVALS = "95 % intervals (bootstrap over inputs)"
+
+
+def _chosen_table(results: Mapping[str, Any]) -> str:
+    """T, delta or tau of each method, how it was found, and what speaks against it."""
+    held_out = results["held_out"]
+    source = held_out["file"] or "held out of train"
+    if held_out["split"] is not None and held_out["file"] is None:
+        source += f" by seed {held_out['split']['seed']}"
+    rows = {name: {key: _number(key, value) for key, value in of.items() if key != "beware"} for name, of in
+            results["chosen"].items()}  # fmt: skip
+    lines = [format_table(rows, corner=f"chosen by {held_out['rows']} rows {source}")]
+    for name, of in results["chosen"].items():
+        if of.get("beware"):
+            lines.append(f"{name}: {'; '.join(of['beware'])}.\n  Its aleatoric and epistemic parts below mean nothing.")
+    return "\n".join(lines)
+
+
+def _number(key: str, value: Any) -> str | float:
+    if isinstance(value, Mapping):  # tau by layer
+        return f"{min(value.values()):.3g}..{max(value.values()):.3g}"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if key in ("gamma", "N C") else f"{value:.4g}"
+
+
+def _ends(intervals: Mapping[str, Mapping[str, float] | None]) -> dict[str, str | None]:
+    return {
+        name: None if ends is None else f"[{ends['low']:.3f}, {ends['high']:.3f}]" for name, ends in intervals.items()
+    }
 
 
 def _heading(group: str) -> str:
@@ -58,7 +94,8 @@ def _entropy_rows(methods: Mapping[str, Any], groups: list[str]) -> dict[str, di
 
 
 def write_predictions(path: Path, data: GlueData, methods: Mapping[str, BySet]) -> None:
-    """One row per reported input: its set, group, text and label, then each method's prediction and uncertainties."""
+    """One row per reported input: its set, group, text and label; then each method's prediction, by the label's name,
+    whether it is right, and its probabilities and uncertainties."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] | None = None
         for name, split in data.reported.items():
@@ -74,10 +111,15 @@ def write_predictions(path: Path, data: GlueData, methods: Mapping[str, BySet]) 
 def _columns(data: GlueData, split: Any, name: str, methods: Mapping[str, Any]) -> dict[str, list[Any]]:
     own = [column for column in ("group", "construction", *data.task.columns) if column in data.test.column_names]
     columns: dict[str, list[Any]] = {"set": [name] * len(split)}
-    columns |= {column: _column(split, column) for column in (*own, "label")}
+    columns |= {column: _column(split, column) for column in own}
+    names, labels = data.task.label_names, _column(split, "label")
+    columns["label"] = [names[label] if names and label != "" else label for label in labels]
     for method, predictions in methods.items():
-        prefix = method.replace(" + ", "+").replace(" ", "_")
+        prefix = method.replace(" + ", "+").replace(", ", "_").replace(" ", "_")
         if isinstance(predictions, ClassPredictions):
+            decided = predictions.probs.argmax(1)
+            columns[f"{prefix}:predicted"] = [names[index] if names else int(index) for index in decided]
+            columns[f"{prefix}:right"] = ["" if y == "" else int(y == d) for y, d in zip(labels, decided, strict=True)]
             values = {f"p_{label}": predictions.probs[:, i] for i, label in enumerate(data.task.label_names)}
             values |= {"entropy": predictions.total, "aleatoric": predictions.aleatoric}
         else:
@@ -92,7 +134,9 @@ def _column(split: Any, column: str) -> list[Any]:
     return list(split[column]) if column in split.column_names else [""] * len(split)
 
 
-def write_figure(path: Path, data: GlueData, methods: Mapping[str, BySet]) -> bool:
+def write_figure(
+    path: Path, data: GlueData, methods: Mapping[str, BySet], caveats: Mapping[str, Sequence[str]] | None = None
+) -> bool:
     """All methods compared, each posterior taken apart; of a classification with a posterior, else nothing."""
     test = {name: sets["test"] for name, sets in methods.items()}
     posteriors = [name for name, predictions in test.items() if predictions.epistemic is not None]
@@ -105,6 +149,7 @@ def write_figure(path: Path, data: GlueData, methods: Mapping[str, BySet]) -> bo
         title=f"How sure is it, and why? {_describe(data)}",
         caption=GROUPS_OF_THE_GRAMMAR if data.flip_rate is not None else "",
         aleatoric_reference=_true_entropy(data),
+        caveats=caveats,
     )
     save_figure(figure, path)
     return True

@@ -24,7 +24,8 @@ from bayeformers import BayesianTrainer, BayesianTrainingArguments, calibrate_de
 from examples.glue.arguments import ExampleTrainingArguments, ModelArguments
 from examples.glue.data import GlueData
 from examples.glue.evaluation import training_rmse
-from examples.glue.models import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, load_saved
+from examples.glue.models import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, LINEARIZED, load_saved
+from examples.held_out import RecordRows, save_rows
 
 PhaseArguments = TypeVar("PhaseArguments", bound=BayesianTrainingArguments)
 
@@ -68,7 +69,15 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(args.patience)] if args.load_best_model_at_end else None,
     )
+    trainer.add_callback(RecordRows(data.rows))
     return with_short_progress(trainer)
+
+
+def save(trainer: BayesianTrainer, data: GlueData, folder: Path) -> None:
+    """The model, its posterior if there is one, and the record of the rows it was trained on."""
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        save_rows(data.rows, folder)
 
 
 def with_short_progress(trainer: BayesianTrainer) -> BayesianTrainer:
@@ -106,7 +115,12 @@ def fit_deterministic(
 
 
 def best_delta(
-    trainer: BayesianTrainer, model_args: ModelArguments, args: ExampleTrainingArguments, data: GlueData
+    trainer: BayesianTrainer,
+    model_args: ModelArguments,
+    args: ExampleTrainingArguments,
+    data: GlueData,
+    *,
+    method: Literal["sample", "glm"] = "sample",
 ) -> float:
     """The delta of least validation NLL for the trained model; every process searches on all of the same batches."""
     names = {*trainer.processing_class.model_input_names, "label"} & set(data.validation.column_names)
@@ -115,6 +129,7 @@ def best_delta(
     return calibrate_delta(
         trainer.model.to(args.device),
         [batch.to(args.device) for batch in loader],
+        method=method,
         num_samples=args.num_eval_samples,
         seed=args.eval_seed,
         noise_std=training_rmse(trainer, data) if data.task.is_regression else None,
@@ -141,6 +156,23 @@ def fit_variational(
     return trainer
 
 
+def fit_linearized(
+    trained: BayesianTrainer,
+    model_args: ModelArguments,
+    args: ExampleTrainingArguments,
+    data: GlueData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> BayesianTrainer:
+    """Noise around the trained weights, of the delta that suits the linearised network best; nothing is trained."""
+    delta = model_args.delta if model_args.method == "linearized" else None
+    delta = best_delta(trained, model_args, args, data, method="glm") if delta is None else delta
+    model = to_bayesian(copy.deepcopy(trained.model), delta, **model_args.conversion)
+    trainer = make_trainer(model, phase_arguments(args, LINEARIZED, eval_method="glm"), data, tokenizer)
+    if data.task.is_regression:
+        trainer.noise_std()  # the residual, which is saved with the model
+    return trainer
+
+
 def fit_laplace(
     trained: BayesianTrainer,
     model_args: ModelArguments,
@@ -159,17 +191,21 @@ def fit_laplace(
 FITS: dict[str, Callable[..., BayesianTrainer]] = {
     LAPLACE_LAST_LAYER: partial(fit_laplace, subset="last_layer"),
     LAPLACE: fit_laplace,
+    LINEARIZED: fit_linearized,
     BAYESIAN: fit_variational,
 }
 """By folder: from the deterministic trainer to one with a posterior. The ELBO is last, for it changes the model."""
+
+
+_ONE = {"variational": BAYESIAN, "linearized": LINEARIZED}
 
 
 def posteriors_to_fit(model_args: ModelArguments) -> list[str]:
     """Those of `FITS` that ``--method`` asks for, in their order."""
     if model_args.method == "all":
         return list(FITS)
-    if model_args.method == "variational":
-        return [BAYESIAN]
+    if model_args.method in _ONE:
+        return [_ONE[model_args.method]]
     return [LAPLACE if model_args.laplace_subset == "all" else LAPLACE_LAST_LAYER]
 
 
@@ -177,4 +213,7 @@ def saved_trainer(
     name: str, folder: Path, args: ExampleTrainingArguments, data: GlueData, tokenizer: PreTrainedTokenizerBase
 ) -> BayesianTrainer:
     """A trainer around a saved model, with the posterior that was saved beside it."""
+    if name == LINEARIZED:
+        args = copy.deepcopy(args)
+        args.eval_method = "glm"
     return make_trainer(load_saved(name, folder), args, data, tokenizer)

@@ -32,6 +32,20 @@ class DataArguments:
     validation_share: float = field(
         default=0.125, metadata={"help": "Share of the training images held out, by the seed, for every choice."}
     )
+    held_out_of: Literal["train", "test"] = field(
+        default="train",
+        metadata={
+            "help": "Which images that share is taken of; test: of the test images, for a --model_name_or_path that "
+            "was trained on all training images."
+        },
+    )
+    split_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the held-out images, and of the digits' test images; if not given, that of the record of "
+            "--model_name_or_path, else --seed."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many of each other set."})
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import HfArgumentParser
 
 from bayeformers import BayesianConfig, BayesianTrainingArguments
+from examples.commands import example_parser, look_ahead, parse, show_defaults
 from examples.glue.arguments import parse_prior, parse_prior_precision
 from examples.images.arguments import DataArguments
 from examples.images.models import MODELS
@@ -25,6 +24,9 @@ FILES: dict[str, Any] = {
     "num_train_epochs": 15, "per_device_train_batch_size": 64, "bayesian_epochs": 4,
 }  # fmt: skip
 """Defaults of other images."""
+
+DIGITS_KIND, FILES_KIND = "scikit-learn's digits", "other images"
+"""What --help calls them."""
 
 
 @dataclass
@@ -147,17 +149,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         ValueError: a value out of its range, or an unknown flag.
         SystemExit: a value of the wrong type, or none of a flag's choices.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--data_dir", "--dataset_name", "--model"):
-        first.add_argument(flag)
-    known, _ = first.parse_known_args(argv)
+    known = look_ahead(argv, "data_dir", "dataset_name", "model")
+    kinds = {DIGITS_KIND: DIGITS, FILES_KIND: FILES}
+    chosen = FILES_KIND if known.data_dir or known.dataset_name else DIGITS_KIND
+    parser = example_parser((ClassifierArguments, DataArguments, ClassifierTrainingArguments), kinds, chosen)
+    show_defaults(parser, {f"--model {name}": {"learning_rate": of.learning_rate} for name, of in MODELS.items()})
     model = MODELS.get(known.model or "lenet5")
-    parser = HfArgumentParser(
-        (ClassifierArguments, DataArguments, ClassifierTrainingArguments),  # type: ignore[arg-type]
-        allow_abbrev=False,
-    )
-    parser.set_defaults(**(FILES if known.data_dir or known.dataset_name else DIGITS))
     if model is not None:
         parser.set_defaults(learning_rate=model.learning_rate)
-    classifier, data, training = parser.parse_args_into_dataclasses(args=argv)
+    classifier, data, training = parse(parser, argv)
     return classifier, data, training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, default_data_co
 
 from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
 from examples.glue import training
+from examples.held_out import RecordRows, save_rows
 from examples.images.classifier_arguments import ClassifierArguments, ClassifierTrainingArguments
 from examples.images.data import ImageData
 
@@ -23,6 +25,7 @@ def make_trainer(model: nn.Module, args: ClassifierTrainingArguments, data: Imag
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=default_data_collator,
+        callbacks=[RecordRows(data.rows)],
     )
     return training.with_short_progress(trainer)
 
@@ -30,6 +33,13 @@ def make_trainer(model: nn.Module, args: ClassifierTrainingArguments, data: Imag
 def phase_arguments(args: ClassifierTrainingArguments, name: str, **changes: Any) -> ClassifierTrainingArguments:
     """The arguments of one training: checkpoints under its own folder, the best epoch by validation NLL at the end."""
     return training.phase_arguments(args, name, metric_for_best_model="eval_nll", **changes)
+
+
+def save(trainer: BayesianTrainer, data: ImageData, folder: Path) -> None:
+    """The model, its posterior if there is one, and the record of the images it was trained on."""
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        save_rows(data.rows, folder)
 
 
 def fit_deterministic(

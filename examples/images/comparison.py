@@ -8,7 +8,7 @@ from typing import Any
 from bayeformers import BayesianTrainer
 from bayeformers.report import format_table
 from examples.images.classifier_evaluation import BySet, Sizes, predict_sets, scores, sizes, tempered
-from examples.images.classifier_training import fit_further
+from examples.images.classifier_training import fit_further, save
 from examples.images.pictures import accuracy_figure
 from examples.images.setting import DETERMINISTIC, TITLES, Outcome, Setting
 from examples.running import say
@@ -34,7 +34,7 @@ def compare(setting: Setting) -> Outcome:
 
 
 def _saved(setting: Setting, folder: str, trainer: BayesianTrainer) -> Sizes:
-    trainer.save_model(str(setting.folder / folder))
+    save(trainer, setting.data, setting.folder / folder)
     trainer.accelerator.wait_for_everyone()
     return sizes(trainer, setting.folder / folder)
 

@@ -15,6 +15,20 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from examples.held_out import (
+    FRESH,
+    SPLIT_AGAIN,
+    Hashes,
+    History,
+    Split,
+    TrainingRows,
+    check_known,
+    check_split_seed,
+    fingerprint,
+    row_hashes,
+    say_split,
+    unseen_sets,
+)
 from examples.images.arguments import DataArguments, Resize
 from examples.images.idx import find_idx, read_idx_pair
 
@@ -91,13 +105,17 @@ class Images(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class ImageData:
-    """Three disjoint sets of images. Fitting sees `train`, every choice `validation`; `test` is only reported."""
+    """Three disjoint sets of images. Fitting sees `train`, every choice `validation`; `test` is only reported.
+
+    ``rows``: the record of a model that this run saves; None where it cannot be known.
+    """
 
     name: str
     train: Images
     validation: Images
     test: Images
     class_names: tuple[str, ...]
+    rows: TrainingRows | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -116,36 +134,78 @@ class Stored:
     class_names: tuple[str, ...]
 
 
-def load_images(args: DataArguments, seed: int, image_size: int | None = None, *, centre: bool = True) -> ImageData:
-    """The images that the arguments name; ``image_size`` is the model's, where the arguments have none.
+def load_images(
+    args: DataArguments,
+    seed: int,
+    image_size: int | None = None,
+    *,
+    centre: bool = True,
+    history: History = FRESH,
+) -> ImageData:
+    """The images that the arguments name, split by `seed`, or as the model that the run starts from was.
 
-    Without ``centre`` the pixels are only divided by their standard deviation, so that black stays 0.
+    ``image_size`` is the model's, where the arguments have none. Without ``centre`` the pixels are only divided by
+    their standard deviation, so that black stays 0.
 
     Raises:
-        FileNotFoundError, ValueError: missing or malformed files, or images that cannot have that size.
+        FileNotFoundError, ValueError: missing or malformed files, images that cannot have that size, or held-out images
+            that the model has seen, or may have.
         OSError: the hub cannot be reached; the message says how to use local files.
     """
     size = image_size if args.image_size is None else args.image_size
+    own = Split(seed if args.split_seed is None else args.split_seed, _settings(args))
+    history = replace(history, unknown="") if args.split_seed is not None else history
+    if args.held_out_of == "train" or not (args.data_dir or args.dataset_name):
+        check_known(history, REMEDIES)
+    stored = _stored_images(args, own.seed, size)
+    source = fingerprint(np.concatenate([hashes_of(stored.train[0]), hashes_of(stored.test[0])]))
+    split = history.split(own, source)
+    check_split_seed(args.split_seed, split)
+    say_split("Images", own, split)
+    stored = _stored_images(args, split.seed, size) if split.seed != own.seed else stored
+    return split_images(stored, args, split, size, centre, history=history, source=source)
+
+
+REMEDIES = f"Give {SPLIT_AGAIN}, or take them of the official test images: --held_out_of test."
+
+
+def _settings(args: DataArguments) -> dict[str, Any]:
+    """What decides, with the seed, which images are held out."""
+    return {name: getattr(args, name) for name in ("validation_share", "held_out_of", "max_train_samples")}
+
+
+def _stored_images(args: DataArguments, seed: int, size: int | None) -> Stored:
     if args.data_dir is not None:
-        stored = idx_images(args.data_dir)
-    elif args.dataset_name is not None:
-        stored = hub_images(args.dataset_name, size)
-    else:
-        stored = digits(seed)
-    return split_images(stored, args, seed, size, centre)
+        return idx_images(args.data_dir)
+    return digits(seed) if args.dataset_name is None else hub_images(args.dataset_name, size)
 
 
-def split_images(stored: Stored, args: DataArguments, seed: int, size: int | None, centre: bool = True) -> ImageData:
+def hashes_of(pixels: Tensor) -> Hashes:
+    """Of each stored image."""
+    return row_hashes(image.tobytes() for image in pixels.numpy())
+
+
+def split_images(
+    stored: Stored,
+    args: DataArguments,
+    split: Split,
+    size: int | None,
+    centre: bool = True,
+    *,
+    history: History = FRESH,
+    source: str = "",
+) -> ImageData:
     """Holds the validation images out, by the seed; mean and standard deviation are of the other training images."""
     if stored.train[0].shape[1:] != stored.test[0].shape[1:]:
         shapes = [tuple(part[0].shape[1:]) for part in (stored.train, stored.test)]
         raise ValueError(f"{stored.name}: training images of {shapes[0]}, test images of {shapes[1]} (C, H, W).")
-    count = len(stored.train[1])
-    held = round(args.validation_share * count)
-    if not 0 < held < count:
-        raise ValueError(f"`validation_share` {args.validation_share} of {count} training images leaves an empty set.")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    fitting, validation = order[held:][: args.max_train_samples], order[:held][: args.max_eval_samples]
+    fitting, validation, test = _held_out(stored, split)
+    pool = stored.train if split.settings["held_out_of"] == "train" else stored.test
+    train = hashes_of(stored.train[0][fitting])
+    found = {"validation": hashes_of(pool[0][validation]), "test": hashes_of(stored.test[0][test])}
+    kept = unseen_sets(history, train, found, REMEDIES)
+    validation, test = (rows[kept[name]][: args.max_eval_samples] for name, rows in
+                        (("validation", validation), ("test", test)))  # fmt: skip
     preprocessing = fitted_preprocessing(stored.train[0][fitting], size, args.resize)
     if not centre:
         preprocessing = replace(preprocessing, mean=torch.zeros_like(preprocessing.mean))
@@ -153,10 +213,24 @@ def split_images(stored: Stored, args: DataArguments, seed: int, size: int | Non
     def images(part: tuple[Tensor, Tensor], rows: Tensor) -> Images:
         return Images(part[0][rows], part[1][rows], preprocessing)
 
-    test = images(stored.test, torch.arange(len(stored.test[1]))[: args.max_eval_samples])
-    return ImageData(
-        stored.name, images(stored.train, fitting), images(stored.train, validation), test, stored.class_names
-    )
+    sets = images(stored.train, fitting), images(pool, validation), images(stored.test, test)
+    rows = history.after(stored.name, source, split, train)
+    return ImageData(stored.name, *sets, stored.class_names, rows)
+
+
+def _held_out(stored: Stored, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the training images, of the held-out ones where they are taken of, and of the test images."""
+    of_train, share = split.settings["held_out_of"] == "train", split.settings["validation_share"]
+    count = len((stored.train if of_train else stored.test)[1])
+    held = round(share * count)
+    if not 0 < held < count:
+        kind = "training" if of_train else "test"
+        raise ValueError(f"`validation_share` {share} of {count} {kind} images leaves an empty set.")
+    order = torch.from_numpy(np.random.default_rng(split.seed).permutation(count))
+    most = split.settings["max_train_samples"]
+    if of_train:
+        return order[held:][:most], order[:held], torch.arange(len(stored.test[1]))
+    return torch.arange(len(stored.train[1]))[:most], order[:held], order[held:].sort().values
 
 
 def fitted_preprocessing(pixels: Tensor, size: int | None, resize: Resize) -> Preprocessing:

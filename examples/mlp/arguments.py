@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
-
 from bayeformers import BayesianConfig
+from examples.commands import example_parser, look_ahead, parse
 from examples.glue.arguments import parse_prior
 from examples.images.arguments import DataArguments
-from examples.images.classifier_arguments import ClassifierTrainingArguments
+from examples.images.classifier_arguments import DIGITS_KIND, FILES_KIND, ClassifierTrainingArguments
 
 DIGITS: dict[str, Any] = {
     "num_train_epochs": 30, "per_device_train_batch_size": 32, "bayesian_epochs": 40, "moped_epochs": 5,
@@ -106,12 +104,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         ValueError: a value out of its range.
         SystemExit: an unknown flag, or a value of the wrong type.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--data_dir", "--dataset_name"):
-        first.add_argument(flag)
-    known, _ = first.parse_known_args(argv)
-    kinds: Any = (MlpArguments, DataArguments, MlpTrainingArguments)
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
-    parser.set_defaults(**(FILES if known.data_dir or known.dataset_name else DIGITS))
-    mlp, data, training = parser.parse_args_into_dataclasses(args=argv)
+    known = look_ahead(argv, "data_dir", "dataset_name")
+    kinds = {DIGITS_KIND: DIGITS, FILES_KIND: FILES}
+    chosen = FILES_KIND if known.data_dir or known.dataset_name else DIGITS_KIND
+    mlp, data, training = parse(
+        example_parser((MlpArguments, DataArguments, MlpTrainingArguments), kinds, chosen), argv
+    )
     return mlp, data, training

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from examples.commands import user_input
 from examples.glue.arguments import (
     EMBEDDED,
     DataArguments,
@@ -130,10 +131,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """
     groups = (SearchArguments, ModelArguments, DataArguments, SearchTrainingArguments)
     parsed = Arguments(*parse_groups(groups, argv, REDUCED))
-    check_model_is_named(parsed.model, parsed.data)
-    if parsed.model.method != "variational":
-        raise ValueError(
-            f"`method` must be variational, got {parsed.model.method!r}: the one number of a Laplace posterior is its "
-            "prior precision, which `--prior_precision holdout` of bert_glue finds without a study."
-        )
+    with user_input():
+        check_model_is_named(parsed.model, parsed.data)
+        if parsed.model.method != "variational":
+            raise ValueError(
+                f"`method` must be variational, got {parsed.model.method!r}: the one number of the other posteriors, a "
+                "prior precision or a delta, bert_glue finds by held-out rows without a study."
+            )
     return parsed

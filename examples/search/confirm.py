@@ -24,7 +24,8 @@ from bayeformers.report import write_json
 from examples.glue.data import GlueData, load_data
 from examples.glue.evaluation import ALL, BySet, method_report, predict_sets, recalibrate
 from examples.glue.models import DETERMINISTIC, load_model, load_tokenizer
-from examples.glue.training import fit_deterministic, fit_variational, saved_trainer
+from examples.glue.training import fit_deterministic, fit_variational, save, saved_trainer
+from examples.held_out import FRESH, History, history_of
 from examples.running import say
 from examples.search.arguments import Arguments
 from examples.search.space import Setting, converted_by
@@ -48,6 +49,12 @@ def confirm(settings: Mapping[str, tuple[int, Setting]], arguments: Arguments) -
     return {"seeds": seeds, "methods": methods, "difference": paired_difference(methods[BEST], methods[DEFAULTS])}
 
 
+def start_history(arguments: Arguments) -> History:
+    """What is known of the rows that ``--model_name_or_path`` was trained on: they decide the split, not the seed."""
+    named, untrained = arguments.model.model_name_or_path, arguments.training.num_train_epochs == 0
+    return history_of("model_name_or_path", [named], must_know=untrained) if named else FRESH
+
+
 @dataclass(frozen=True)
 class FreshSeed:
     """The arguments of one seed, with a folder of its own, and its data."""
@@ -61,7 +68,7 @@ class FreshSeed:
         args = copy.deepcopy(arguments.training)
         args.seed, args.output_dir = seed, str(Path(args.output_dir or ".") / "confirm" / f"seed-{seed}")
         set_seed(seed)
-        data = replace(load_data(arguments.data, seed), shifted=None)
+        data = replace(load_data(arguments.data, seed, start_history(arguments)), shifted=None)
         tokenizer = load_tokenizer(arguments.model.model_name_or_path, data)
         data = data.tokenized(tokenizer, arguments.data.max_seq_length)
         return cls(replace(arguments, training=args), data, tokenizer)
@@ -102,7 +109,7 @@ def point_reports(fresh: FreshSeed) -> dict[str, Report]:
     say(f"Confirmation, seed {arguments.training.seed}: the deterministic model")
     model = load_model(arguments.model.model_name_or_path, data.task, fresh.tokenizer)
     trained = fit_deterministic(model, arguments.training, data, fresh.tokenizer)
-    trained.save_model(str(fresh.folder / DETERMINISTIC))
+    save(trained, fresh.data, fresh.folder / DETERMINISTIC)
     predictions = predict_sets(trained, data)
     tempered = recalibrate(predictions, data.validation)
     return {DETERMINISTIC: test_report(predictions, data), TEMPERED: test_report(tempered.predictions, data)}

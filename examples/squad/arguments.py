@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from examples.commands import example_parser, look_ahead, parse, user_input
 from examples.glue.arguments import TwoTrainingsArguments, parse_prior
 
 WRITTEN: dict[str, Any] = {
@@ -98,6 +96,13 @@ class DataArguments:
         default=0.2, metadata={"help": "Share of questions, in whole articles, that validation is given of train."}
     )
     test_share: float = field(default=0.2, metadata={"help": "The same for the test set of --split_by_article."})
+    split_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the held-out articles, of the written ones too; if not given, that of the record of the "
+            "model that is named, else --seed."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training questions."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many of each other set."})
     max_seq_length: int = field(
@@ -178,6 +183,8 @@ class ExampleTrainingArguments(TwoTrainingsArguments):
 
 Arguments = tuple[ModelArguments, DataArguments, ExampleTrainingArguments]
 SOURCES = ("data_dir", "train_file", "split_by_article")
+WRITTEN_KIND, FILES_KIND = "written articles", "files"
+"""What --help calls them."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -187,19 +194,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         ValueError: flags that exclude each other, or a value out of its range.
         SystemExit: an unknown flag, or a value of the wrong type.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in SOURCES:
-        first.add_argument(f"--{name}")
-    known, _ = first.parse_known_args(argv)
+    known = look_ahead(argv, *SOURCES)
     has_files = any(getattr(known, name) is not None for name in SOURCES)
-
-    parser = HfArgumentParser((ModelArguments, DataArguments, ExampleTrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    parser.set_defaults(**(PRETRAINED if has_files else WRITTEN))
-    model, data, training = parser.parse_args_into_dataclasses(args=argv)
-    if has_files and model.model_name_or_path is None:
-        raise ValueError(
-            "`model_name_or_path` is needed for questions from files: a folder or a hub name, such as "
-            "bert-base-uncased. Only the written articles come with a model."
-        )
-    parse_prior(model.prior)
+    kinds = {WRITTEN_KIND: WRITTEN, FILES_KIND: PRETRAINED}
+    groups = (ModelArguments, DataArguments, ExampleTrainingArguments)
+    model, data, training = parse(example_parser(groups, kinds, FILES_KIND if has_files else WRITTEN_KIND), argv)
+    with user_input():
+        if has_files and model.model_name_or_path is None:
+            raise ValueError(
+                "`model_name_or_path` is needed for questions from files: a folder or a hub name, such as "
+                "bert-base-uncased. Only the written articles come with a model."
+            )
+        parse_prior(model.prior)
     return model, data, training

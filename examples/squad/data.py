@@ -9,6 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from examples.held_out import (
+    FRESH,
+    Hashes,
+    History,
+    Split,
+    TrainingRows,
+    check_known,
+    check_split_seed,
+    fingerprint,
+    row_hashes,
+    say_split,
+    unseen_sets,
+)
 from examples.squad.arguments import DataArguments
 from examples.squad.articles import ANSWERABLE, SHIFTED, UNANSWERABLE, write_articles
 
@@ -36,6 +49,7 @@ class SquadData:
     """Fitting and stopping see `train` and `validation` alone; `test` and `shifted` are only reported.
 
     ``asks_unanswerable``: whether training has questions without an answer, so that "no answer" is an option.
+    ``rows``: the record of a model that this run saves; None where it cannot be known.
     """
 
     name: str
@@ -44,6 +58,7 @@ class SquadData:
     test: list[Question]
     shifted: list[Question] = field(default_factory=list)
     ambiguity: float | None = None
+    rows: TrainingRows | None = None
 
     @property
     def asks_unanswerable(self) -> bool:
@@ -134,43 +149,70 @@ def split_articles(articles: Articles, shares: Sequence[float], seed: int) -> li
 
 
 # --- The sets --------------------------------------------------------------------------------------------------------
-def load_data(args: DataArguments, seed: int) -> SquadData:
-    """The sets that the arguments name.
+def load_data(args: DataArguments, seed: int, history: History = FRESH) -> SquadData:
+    """The sets that the arguments name, split by `seed`, or as the model that the run starts from was.
 
     Raises:
-        FileNotFoundError, ValueError: missing or malformed files, or too few articles to split.
+        FileNotFoundError, ValueError: missing or malformed files, too few articles to split, or held-out questions that
+            the model has seen, or may have.
     """
-    data = official_data(args, seed) if args.files else written_data(seed)
+    settings = {name: getattr(args, name) for name in ("validation_share", "test_share", "max_train_samples")}
+    own = Split(seed if args.split_seed is None else args.split_seed, settings)
+    history = replace(history, unknown="") if args.split_seed is not None else history
+    if args.validation_file is None or args.test_file is None:
+        check_known(history)
+    data, source, split = official_data(args, own, history) if args.files else written_data(own, history)
+    check_split_seed(args.split_seed, split)
+    say_split("Questions", own, split)
     if args.shifted_file is not None:
         questions = _all(read_squad(args.shifted_file))
         data = replace(data, shifted=[replace(question, group=SHIFTED) for question in questions])
     if not any(question.answers for question in data.train):
         raise ValueError("the training questions have no answer among them: a span head needs some.")
-    return _limited(data, args)
+    train, held_out = hashes_of(data.train), {name: getattr(data, name) for name in ("validation", "test")}
+    kept = unseen_sets(history, train, {name: hashes_of(questions) for name, questions in held_out.items()})
+    data = replace(data, **{name: [held_out[name][i] for i in rows] for name, rows in kept.items()})
+    return replace(_limited(data, args), rows=history.after("squad", source, split, train))
 
 
-def written_data(seed: int) -> SquadData:
+def hashes_of(questions: Sequence[Question]) -> Hashes:
+    """Of each question and its text."""
+    return row_hashes(f"{question.text}\x1f{question.context}" for question in questions)
+
+
+Found = tuple[SquadData, str, Split]
+"""The sets, the fingerprint of what they were split from, and how."""
+
+
+def written_data(own: Split, history: History) -> Found:
     """The articles written on the spot; an ambiguous question has two right answers: an entropy of ln 2."""
-    sets = {name: _all(parse_squad(content)) for name, content in write_articles(seed).items()}
-    return SquadData("written articles", **sets, ambiguity=2.0)
+    for split in (own if history.record is None else history.record.split, own):
+        sets = {name: _all(parse_squad(content)) for name, content in write_articles(split.seed).items()}
+        source = fingerprint(hashes_of(sets["train"]))
+        if history.record is None or history.record.source == source:
+            break
+    return SquadData("written articles", **sets, ambiguity=2.0), source, split
 
 
-def official_data(args: DataArguments, seed: int) -> SquadData:
+def official_data(args: DataArguments, own: Split, history: History) -> Found:
     """The sets of the official files; what is not given is held out of the training file, by article."""
     files = args.files
     train = read_squad(files["train"])
+    source = fingerprint(hashes_of(_all(train)))
+    split = history.split(own, source)
     test = _all(read_squad(files["test"])) if "test" in files else None
     validation = _all(read_squad(files["validation"])) if "validation" in files else None
     missing = {"validation": validation is None, "test": test is None}
-    shares = {"validation": args.validation_share, "test": args.test_share}
-    kept, *held_out = split_articles(train, [shares[name] for name, is_missing in missing.items() if is_missing], seed)
+    shares = [split.settings[f"{name}_share"] for name, is_missing in missing.items() if is_missing]
+    kept, *held_out = split_articles(train, shares, split.seed)
     parts = dict(zip([name for name, is_missing in missing.items() if is_missing], held_out, strict=True))
-    return SquadData(
+    data = SquadData(
         Path(files["train"]).stem,
-        kept,
+        kept[: split.settings["max_train_samples"]],
         parts["validation"] if validation is None else validation,
         parts["test"] if test is None else test,
     )
+    return data, source, split
 
 
 def _all(articles: Articles) -> list[Question]:

@@ -18,6 +18,7 @@ from transformers import (
 
 from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
 from examples.glue.training import phase_arguments, with_short_progress
+from examples.held_out import RecordRows, TrainingRows, save_rows
 from examples.squad.arguments import ExampleTrainingArguments, ModelArguments
 from examples.squad.data import SquadData
 from examples.squad.tiny_bert import make_model, make_tokenizer
@@ -59,6 +60,7 @@ class Setting:
     train: Readings
     validation: Readings
     tokenizer: PreTrainedTokenizerBase
+    rows: TrainingRows | None = None
 
     def trainer(self, model: PreTrainedModel, args: ExampleTrainingArguments) -> BayesianTrainer:
         """A trainer that reports on validation after each epoch, and stops and keeps the best epoch by its NLL."""
@@ -69,12 +71,15 @@ class Setting:
             eval_dataset=self.validation.features,
             data_collator=DataCollatorWithPadding(self.tokenizer),
             processing_class=self.tokenizer,
-            callbacks=[EarlyStoppingCallback(args.patience)],
+            callbacks=[EarlyStoppingCallback(args.patience), RecordRows(self.rows)],
         )
         return with_short_progress(trainer)
 
     def save(self, trainer: BayesianTrainer, name: str) -> None:
-        trainer.save_model(str(Path(self.args.output_dir or ".") / name))
+        folder = Path(self.args.output_dir or ".") / name
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            save_rows(self.rows, folder)
 
 
 def fit_deterministic(model: PreTrainedModel, setting: Setting) -> BayesianTrainer:

@@ -13,7 +13,14 @@ import pytest
 pytest.importorskip("datasets")
 
 from examples.bert_glue import main
-from examples.glue.arguments import DataArguments, parse_arguments, parse_prior, parse_prior_precision
+from examples.glue.arguments import (
+    EMBEDDED,
+    PRETRAINED,
+    DataArguments,
+    parse_arguments,
+    parse_prior,
+    parse_prior_precision,
+)
 from examples.glue.data import load_data
 
 SMALL = [
@@ -33,18 +40,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
 def test_results_hold_every_number(run: tuple[dict[str, Any], Path]) -> None:
     results, folder = run
     assert json.loads((folder / "results.json").read_text())["methods"].keys() == results["methods"].keys()
-    assert list(results["methods"]) == ["deterministic", "deterministic + temperature", "Bayesian"]
+    assert list(results["methods"]) == ["majority class", "deterministic", "deterministic + temperature", "Bayesian"]
     for report in results["methods"].values():
         assert list(report["groups"]) == ["in-domain", "clean", "noisy", "shifted"]
         for numbers in report["groups"].values():
             assert list(numbers) == [
-                "accuracy", "matthews", "nll", "ece", "brier", "aurc", "entropy", "aleatoric", "epistemic",
+                "accuracy", "matthews", "nll", "ece", "brier", "aurc", "error_auroc",
+                "entropy", "aleatoric", "epistemic",
             ]  # fmt: skip
             assert numbers["entropy"] == pytest.approx(numbers["aleatoric"] + numbers["epistemic"], abs=1e-6)
     bayesian = results["methods"]["Bayesian"]
     assert list(bayesian["ood_auroc"]) == ["epistemic", "entropy", "max_probability"]
     assert bayesian["groups"]["shifted"]["epistemic"] > 0
     assert results["temperature"] > 0
+    assert results["chosen"]["deterministic + temperature"] == {"T": results["temperature"]}
+    accuracy, ends = (bayesian[key]["in-domain"]["accuracy"] for key in ("groups", "intervals"))
+    assert ends["low"] <= accuracy <= ends["high"] and set(bayesian["intervals"]) == {"in-domain", "shifted"}
 
 
 def test_predictions_and_figure_are_written(run: tuple[dict[str, Any], Path]) -> None:
@@ -55,6 +66,11 @@ def test_predictions_and_figure_are_written(run: tuple[dict[str, Any], Path]) ->
         total = [float(row[f"{method}:p_acceptable"]) + float(row[f"{method}:p_unacceptable"]) for row in rows]
         assert total == pytest.approx([1.0] * 80, abs=1e-5)
     assert all(float(row["Bayesian:epistemic"]) >= 0 for row in rows)
+    for row in rows:
+        assert row["label"] in ("acceptable", "unacceptable")
+        p = float(row["Bayesian:p_acceptable"])
+        assert row["Bayesian:predicted"] == ("acceptable" if p > 0.5 else "unacceptable")
+        assert row["Bayesian:right"] == str(int(row["label"] == row["Bayesian:predicted"]))
     assert (folder / "uncertainty.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,7 +79,8 @@ def test_saved_models_give_the_same_numbers(run: tuple[dict[str, Any], Path], tm
     again = main([*SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)])
     assert flat(again["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-6)
     alone = main([*SMALL, "--eval_only", str(folder / "bayesian"), "--output_dir", str(tmp_path)])
-    assert flat(alone["methods"]) == pytest.approx(flat({"Bayesian": results["methods"]["Bayesian"]}), abs=1e-6)
+    kept = {name: results["methods"][name] for name in ("majority class", "Bayesian")}
+    assert flat(alone["methods"]) == pytest.approx(flat(kept), abs=1e-6)
 
 
 def test_two_processes_give_the_same_numbers(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -80,7 +97,11 @@ def test_two_processes_give_the_same_numbers(run: tuple[dict[str, Any], Path], t
 
 # --- Laplace ---------------------------------------------------------------------------------------------------------
 TRAINED = [*SMALL, "--num_train_epochs", "0"]  # the last of two equal flags counts
-POSTERIORS = {"bayesian": "variational", "laplace_last_layer": "Laplace last layer", "laplace": "Laplace all layers"}
+POSTERIORS = {
+    "linearized": "Bayesian, linearised", "bayesian": "variational", "laplace_last_layer": "Laplace last layer",
+    "laplace": "Laplace all layers",
+}  # fmt: skip
+POINTS = ["majority class", "deterministic", "deterministic + temperature"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +114,8 @@ def everything(run: tuple[dict[str, Any], Path], tmp_path_factory: pytest.TempPa
 
 def test_all_methods_in_one_table_file_and_figure(everything: tuple[Any, Path]) -> None:
     results, folder = everything
-    assert list(results["methods"]) == ["deterministic", "deterministic + temperature", *POSTERIORS.values()]
+    assert list(results["methods"]) == [*POINTS, *POSTERIORS.values()]
+    assert set(results["chosen"]) == {POINTS[-1], *POSTERIORS.values()}
     for title in POSTERIORS.values():
         report = results["methods"][title]
         assert report["groups"]["shifted"]["epistemic"] > 0
@@ -114,7 +136,7 @@ def test_saved_posteriors_give_the_same_numbers(everything: tuple[Any, Path], tm
         results["laplace"]["Laplace all layers"]["prior_precision"]
     )
     alone = main([*SMALL, "--eval_only", str(folder / "laplace"), "--output_dir", str(tmp_path)])
-    assert list(alone["methods"]) == ["Laplace all layers"] and "delta" not in alone
+    assert list(alone["methods"]) == ["majority class", "Laplace all layers"] and "delta" not in alone
 
 
 def test_laplace_in_two_processes_is_that_of_one(
@@ -128,11 +150,13 @@ def test_laplace_in_two_processes_is_that_of_one(
     assert finished.returncode == 0, finished.stderr[-3000:]
     two, name = json.loads((tmp_path / "results.json").read_text()), "Laplace all layers"
     assert two["processes"] == 2 and "delta" not in two
-    assert list(two["methods"]) == ["deterministic", "deterministic + temperature", name]
+    assert list(two["methods"]) == [*POINTS, name]
     one = everything[0]["laplace"][name]
     for fact in ("prior_precision", "log_marginal_likelihood"):  # sums of float32 in another order
         assert two["laplace"][name][fact] == pytest.approx(one[fact], rel=1e-4)
-    # ranks (AURC, AUROC) may swap two of 40 nearly equal inputs
+    # ranks (AURC, AUROC) may swap two of 40 nearly equal inputs; at both ends of 300 resamples too
+    for report in (two["methods"][name], everything[0]["methods"][name]):
+        report.pop("intervals")
     assert flat(two["methods"][name]) == pytest.approx(flat(everything[0]["methods"][name]), abs=5e-3)
 
 
@@ -278,6 +302,41 @@ def test_priors_by_name_and_by_json() -> None:
         parse_prior("laplace")
     with pytest.raises(ValueError, match="is not JSON"):
         parse_prior("{moped")
+
+
+def test_help_shows_each_kind_of_task_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the task on the command line: those of both, wherever they differ from each other."""
+    for argv in ([], ["--task_name", "cola"]):
+        with pytest.raises(SystemExit):
+            parse_arguments([*argv, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        parsed = [
+            vars(group)
+            for group_of_task in (
+                parse_arguments([]),
+                parse_arguments(["--task_name", "cola", "--model_name_or_path", "x"]),
+            )
+            for group in group_of_task
+        ]
+        embedded, glue = ({**a, **b, **c} for a, b, c in (parsed[:3], parsed[3:]))
+        differing = {
+            name: (embedded[name], glue[name])
+            for name in (*EMBEDDED, *PRETRAINED)
+            if name != "prior" and embedded[name] != glue[name]
+        }
+        assert len(differing) >= 10
+        for name, (first, second) in differing.items():
+            about = said[said.index(f"--{name} ", said.index("--help")) :]
+            assert f"(default: embedded task: {first:g}; GLUE tasks: {second if second is None else f'{second:g}'}" in (
+                about.replace("1.0)", "1)").replace("True", "1").replace("False", "0")
+            ), name
+
+
+def test_the_linearised_method_calibrates_its_own_delta() -> None:
+    """The embedded task's default is the ELBO's."""
+    delta = {argv: parse_arguments(argv.split())[0].delta for argv in ("", "--method linearized")}
+    assert delta == {"": 0.4, "--method linearized": None}
+    assert parse_arguments(["--method", "linearized", "--delta", "2"])[0].delta == 2.0
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "evidence"])
