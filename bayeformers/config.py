@@ -43,6 +43,9 @@ class BayesianConfig:
     padding: dict[str, int] | None = field(
         default=None, metadata={"help": "Padding rows of converted lookup tables; None: not recorded."}
     )
+    predicted_padding: list[str] = field(
+        default_factory=list, metadata={"help": "Tied tensors whose padding row a head predicts: it has noise."}
+    )
     num_training_items: int | None = field(default=None, metadata={"help": "N of the ELBO, set by training."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL, set by training."})
     noise_std: float | str | None = field(

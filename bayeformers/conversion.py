@@ -30,9 +30,10 @@ from .selection import (
     meant,
     owner_shapes,
     owners_of,
+    random_names,
     recorded,
 )
-from .surgery import padding_rows, set_padding_rows, swap_class, switch_fused_off, tie
+from .surgery import padding_rows, predicted_padding, refuse_resize, set_padding_rows, swap_class, switch_fused_off, tie
 from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_of
 
 _STATE = "bayesian_conversion"
@@ -123,6 +124,7 @@ def to_bayesian(
         norms=norms,
         dropout={} if keep_dropout else dropout_rates(model),
         padding=padding_rows(model, chosen),
+        predicted_padding=predicted_padding(model, owners_of(model, chosen).values()),
     )
     return convert(model, config, chosen, skipped)
 
@@ -154,7 +156,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     if config.padding is not None:
         set_padding_rows(model, chosen, config.padding)
     if config.ties is not None:  # of a model that is being loaded, whose ties are a list until then
-        declare_ties(model, config.ties, _random_names(model, chosen))
+        declare_ties(model, config.ties, random_names(model, chosen))
     state.declared_ties = dict(vars(model).get(TIES) or {})
     owners = list(owners_of(model, chosen).values())
     config = replace(config, ties=ties_of(model, owners))
@@ -162,23 +164,20 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     for name, kind in chosen.items():
         _become(model.get_submodule(name), kind, config, estimators[name])
     for tied in owners:
-        tie([(model.get_submodule(name), key) for name, key in tied], full_name(tied[0]))
+        name = full_name(tied[0])
+        layers = [(model.get_submodule(owner), key) for owner, key in tied]
+        tie(layers, name, predicts_padding=name in config.predicted_padding)
     if isinstance(config.prior, PosteriorPrior):
         store_posterior(model, config.prior, posterior, [tied[0] for tied in owners])
-    declare_ties(model, config.ties or {}, _random_names(model, chosen))
+    declare_ties(model, config.ties or {}, random_names(model, chosen))
     hold_ties(model)
     state.fused = switch_fused_off(model)
     state.config = config
     setattr(model, _STATE, state)
     draws.one_draw_per_forward(model)
     if hasattr(model, _RESIZE):
-        model.__dict__[_RESIZE] = _refuse_resize
+        model.__dict__[_RESIZE] = refuse_resize
     _publish(model, config)
-
-
-def _random_names(model: nn.Module, chosen: Chosen) -> list[str]:
-    """Every name of every tensor that becomes random."""
-    return [full_name(owner) for shared in owners_of(model, chosen).values() for owner in shared]
 
 
 def freeze_means(model: nn.Module, config: BayesianConfig) -> None:
@@ -387,14 +386,6 @@ def without_stale_record(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.bayesian = stale
-
-
-def _refuse_resize(*args: Any, **kwargs: Any) -> None:
-    """Stands in for `resize_token_embeddings` on a converted model."""
-    raise RuntimeError(
-        "`resize_token_embeddings` on a Bayesian model would leave the new rows without a scale: call "
-        "`to_deterministic(model)`, resize, then `to_bayesian` again."
-    )
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

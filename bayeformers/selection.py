@@ -13,6 +13,7 @@ from .nn.estimators import REPARAMETERIZATION, get_estimator
 from .nn.norms import Normalization
 from .patterns import Patterns, matches, matching, subtrees
 from .registry import Found, bayesian_class, is_layer, supported_layers
+from .ties import full_name
 
 Chosen = dict[str, type[BayesianModule]]
 
@@ -118,6 +119,11 @@ def owners_of(model: nn.Module, chosen: Chosen) -> dict[int, list[tuple[str, str
             if parameter is not None and key in random:
                 owners.setdefault(same.get(id(parameter), id(parameter)), []).append((name, key))
     return owners
+
+
+def random_names(model: nn.Module, chosen: Chosen) -> list[str]:
+    """Every name of every tensor that becomes random."""
+    return [full_name(owner) for shared in owners_of(model, chosen).values() for owner in shared]
 
 
 def owner_shapes(model: nn.Module, chosen: Chosen) -> dict[str, tuple[int, ...]]:

@@ -236,3 +236,51 @@ def test_a_padding_id_that_was_changed_after_loading(tmp_path: Path) -> None:
     again = bayeformers.from_pretrained(tmp_path)
     assert again.model.embed_tokens.padding_idx == again.model.embed_tokens.specs["weight"].padding_idx == 7
     assert torch.equal(logits(again, 0), expected) and kl_divergence(again).item() == kl
+
+
+def test_a_tied_end_of_text_has_noise(tmp_path: Path) -> None:
+    """pad = eos and one table for words and head: the head predicts that token with weights that are uncertain."""
+    model = shaken(to_bayesian(decoder(pad_token_id=2, tie_word_embeddings=True), delta=0.3, freeze=False))
+    plain = decoder(pad_token_id=2, tie_word_embeddings=True)
+    assert model.lm_head.specs["weight"].padding_idx is None and model.model.embed_tokens.padding_idx == 2
+    with fixed_draw(model, 0):
+        drawn = drawn_weights(model)
+        plain.load_state_dict(drawn, strict=False)
+        assert (drawn["lm_head.weight"] - model.lm_head.weight)[2].abs().min() > 0
+        torch.testing.assert_close(logits(model, 0), plain.eval()(**IDS).logits)
+    model.config.eos_token_id = 5
+    expected, kl = logits(model, 0), kl_divergence(model).item()
+    model.save_pretrained(tmp_path)
+    again = bayeformers.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, 0), expected) and kl_divergence(again).item() == kl
+
+
+def test_gradients_are_torchs_in_a_tied_end_of_text() -> None:
+    """Of the lookup of a padding row torch gives none, of the head it does: so here, in means and scales."""
+    model = to_bayesian(decoder(pad_token_id=2, tie_word_embeddings=True), delta=0.3, freeze=False).eval()
+    plain = decoder(pad_token_id=2, tie_word_embeddings=True).eval()
+    plain.load_state_dict(drawn_weights(model), strict=False)
+    labels = torch.tensor([[3, 9, 2, 20, 2]])
+    with fixed_draw(model, 0):
+        model(**IDS, labels=labels).loss.backward()
+    plain(**IDS, labels=labels).loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
+    assert model.lm_head.weight_rho.grad[2].abs().min() > 0
+
+
+def test_a_tied_row_that_only_pads_has_none() -> None:
+    for model in (decoder(pad_token_id=0, tie_word_embeddings=True, bos_token_id=1), encoder("Bert")):
+        head = to_bayesian(model).get_output_embeddings()
+        assert head.specs["weight"].padding_idx == 0
+
+
+def drawn_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Draw 0, written out: means and scales of the Parameters, noise of the names."""
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for tensor in variational_tensors(model):
+        with fixed_draw(model, 0), torch.no_grad():
+            drawn = tensor.module.variational(tensor.parameter_name).sample()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter is tensor.loc:
+                state[name] = drawn.clone()
+    return state

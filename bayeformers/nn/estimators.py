@@ -149,7 +149,7 @@ class Flipout:
         by_column = LAST.signs(weight, 1, noise)
         by_row = weight.signs(0, (len(ids), len(weight.loc)), ids.device)
         by_row = by_row.gather(1, ids.flatten(1)).reshape(*ids.shape, 1)
-        return F.embedding(ids, weight.loc, weight.spec.padding_idx) + noise * by_column * by_row.to(noise.dtype)
+        return F.embedding(ids, weight.loc, weight.spec.unlearned_row) + noise * by_column * by_row.to(noise.dtype)
 
 
 class LocalReparameterization:

@@ -25,6 +25,8 @@ class TensorSpec:
         name: first name that owns the tensor in the unwrapped model: the key of its noise.
         by_row: noise addressable by row (an Embedding owns the tensor), so that a lookup needs no whole table.
         padding_idx: row without noise and without KL.
+        untrained_idx: where there is no such row, one whose lookups give no gradient: torch's padding row, of a table
+            whose tied head predicts that token.
         named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
     """
 
@@ -32,6 +34,12 @@ class TensorSpec:
     by_row: bool = False
     padding_idx: int | None = None
     named: bool = False
+    untrained_idx: int | None = None
+
+    @property
+    def unlearned_row(self) -> int | None:
+        """The row whose lookups give no gradient."""
+        return self.untrained_idx if self.padding_idx is None else self.padding_idx
 
 
 class Draw:
@@ -93,18 +101,18 @@ class Draw:
         self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None
     ) -> Tensor:
         """sigma * noise of the given rows: (n,) -> (n, width)."""
-        eps = self._noise_of_rows(spec, loc, rows)
+        eps, row = self._noise_of_rows(spec, loc, rows), spec.unlearned_row
         if floor is None:
-            return perturbation(F.embedding(rows, rho), eps, loc.dtype)
-        return multiplied(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps, floor)
+            return perturbation(F.embedding(rows, rho, row), eps, loc.dtype)
+        return multiplied(F.embedding(rows, loc, row), F.embedding(rows, rho, row), eps, floor)
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Fair signs (examples, features) of one axis of a tensor: the same whenever this draw is asked for them."""
         return noise.signs(noise.noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
 
     def _make_rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
-        eps = self._noise_of_rows(spec, loc, rows)
-        return sample(F.embedding(rows, loc, spec.padding_idx), F.embedding(rows, rho), eps, floor)
+        eps, row = self._noise_of_rows(spec, loc, rows), spec.unlearned_row
+        return sample(F.embedding(rows, loc, row), F.embedding(rows, rho, row), eps, floor)
 
     def _noise_of_rows(self, spec: TensorSpec, loc: Tensor, rows: Tensor) -> Tensor:
         return _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
@@ -139,7 +147,7 @@ class TracedDraw(Draw):
 
     def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
         """Rows of the whole table's value: the compiler fuses the lookup."""
-        return F.embedding(rows, self.weight(spec, loc, rho, floor), spec.padding_idx)
+        return F.embedding(rows, self.weight(spec, loc, rho, floor), spec.unlearned_row)
 
     def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
         rows = torch.arange(loc.shape[0], device=loc.device)
