@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import bayeformers
@@ -276,3 +277,18 @@ def test_plain_torch_model() -> None:
     with fixed_draw(model, 0), fixed_draw(other, 0):
         assert torch.equal(model(ids), other(ids))
     torch.testing.assert_close(kl_divergence(model), kl_divergence(other))
+
+
+def test_an_attention_of_torch_keeps_its_scales(tmp_path: Path) -> None:
+    """transformers initialises what a file lacks module by module; such an attention then resets itself, whole."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4)
+    for scale in ("additive", "multiplicative"):
+        model = to_bayesian(transformers.SiglipVisionModel(config), freeze=False, scale=scale)
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.rand_like(value))
+        model.save_pretrained(tmp_path)
+        saved, loaded = model.state_dict(), bayeformers.from_pretrained(tmp_path).state_dict()
+        assert "head.attention.in_proj_weight_rho" in saved and saved.keys() == loaded.keys()
+        assert all(torch.equal(value, loaded[name]) for name, value in saved.items())

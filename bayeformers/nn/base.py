@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+import transformers.initialization
 from torch import Tensor, nn
 
 from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, unit_of
@@ -211,7 +212,14 @@ class BayesianModule(nn.Module):
             self.reset_rho(name)
 
     def reset_rho(self, name: str) -> None:
-        """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean."""
+        """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean.
+
+        Not while transformers loads a model and has read this scale: it then initialises what the file lacks, by
+        functions that leave alone what was read, and goes by modules, of which torch's attention resets itself.
+        """
+        is_loading = nn.init.normal_ is transformers.initialization.normal_
+        if is_loading and getattr(self.get_parameter(f"{name}_rho"), "_is_hf_initialized", False):
+            return
         loc, floor = self.get_parameter(name), self.scale_floor(name)
         initial = self.initial_scale(name, loc)
         if floor is not None:
