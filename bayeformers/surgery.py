@@ -35,7 +35,7 @@ def tie(owners: list[tuple[nn.Module, str]], name: str, *, predicts_padding: boo
     row = next((spec.padding_idx for spec in specs if spec.padding_idx is not None), None)
     by_row = any(spec.by_row for spec in specs)
     rows = {"untrained_idx": row} if predicts_padding else {"padding_idx": row}
-    spec = TensorSpec(name, by_row=by_row, named=True, **rows)  # type: ignore[arg-type]
+    spec = TensorSpec(name, by_row=by_row, named=True, **rows)
     for number, (module, parameter) in enumerate(bayesian):
         module.specs[parameter] = spec
         if number == 0:
