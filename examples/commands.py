@@ -7,7 +7,7 @@ import difflib
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -34,11 +34,15 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     except (ValueError, TypeError, OSError) as error:
         if not getattr(error, _USERS, False):
             raise
-        spec = sys.modules["__main__"].__spec__
-        program = f"python -m {spec.name}" if spec is not None else sys.argv[0]
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{_program()}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     leave_process_group()
+
+
+def _program() -> str:
+    """How the example was called."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec is not None else sys.argv[0]
 
 
 def look_ahead(argv: Sequence[str] | None, *flags: str) -> Namespace:
@@ -60,6 +64,13 @@ class _DefaultsByKind(ArgumentDefaultsHelpFormatter):
         return f"{action.help} (default: {shown})".replace("%(default)s", "").replace("%", "%%")
 
 
+class _Parser(HfArgumentParser):
+    """Errors without the usage, which is hundreds of lines long."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{_program()}: error: {message}\n")
+
+
 def example_parser(groups: Sequence[Any], kinds: Mapping[str, Mapping[str, Any]], chosen: str) -> HfArgumentParser:
     """A parser of dataclasses.
 
@@ -68,7 +79,7 @@ def example_parser(groups: Sequence[Any], kinds: Mapping[str, Mapping[str, Any]]
         kinds: defaults by kind of data, in place of the dataclasses' own.
         chosen: the kind at hand, whose defaults count.
     """
-    parser = HfArgumentParser(groups, allow_abbrev=False, formatter_class=_DefaultsByKind)  # type: ignore[arg-type]
+    parser = _Parser(groups, allow_abbrev=False, formatter_class=_DefaultsByKind)  # type: ignore[arg-type]
     show_defaults(parser, kinds)
     parser.set_defaults(**kinds[chosen])
     return parser
@@ -93,7 +104,7 @@ def parse(parser: HfArgumentParser, argv: Sequence[str] | None) -> tuple[Any, ..
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists all flags."
+        hint = f"; did you mean {near[0]}?" if near else ". --help lists all flags."
         parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     with user_input():
         parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)

@@ -250,7 +250,9 @@ def test_unknown_flags_are_a_line_and_no_traceback(example: str, capsys: pytest.
     with pytest.raises(SystemExit) as stopped:
         module.main(["--sed", "3", "--nonsense"])
     assert stopped.value.code == 2
-    assert "error: unknown arguments: --sed 3 --nonsense; did you mean --seed?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.endswith("error: unknown arguments: --sed 3 --nonsense; did you mean --seed?\n")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -257,11 +257,9 @@ def test_bad_values_are_refused_before_any_work(flags: list[str], words: str, tm
 
 
 def test_unknown_choices_are_refused() -> None:
-    for flags in (["--task", "rotate"], ["--estimator", "dropout"]):
+    for flags in (["--task", "rotate"], ["--estimator", "dropout"], ["--rotations", "3"]):
         with pytest.raises(SystemExit):
             parse_arguments(flags)
-    with pytest.raises(ValueError, match="--rotations"):
-        parse_arguments(["--rotations", "3"])
 
 
 def test_a_checkpoint_for_other_images_is_refused(acc: Run) -> None:
