@@ -302,6 +302,7 @@ def converted_module(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not Bayesian, or was built by hand.
     """
+    draws.check_module(model)
     for module in model.modules():
         if hasattr(module, _STATE):
             return module

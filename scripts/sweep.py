@@ -31,11 +31,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
+from sweeping.overrides import NOT_BUILT  # noqa: E402
+from sweeping.steps import STEPS, Entry, Refused  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 import bayeformers  # noqa: E402, F401 - imported once, before the processes fork
-from sweeping.overrides import NOT_BUILT  # noqa: E402
-from sweeping.steps import STEPS, Entry, Refused  # noqa: E402
 
 BASE_TABLE = "MODEL_MAPPING_NAMES"
 """Models without a head, which nearly all lie inside those of the other tables; ``--base`` adds them."""
@@ -84,7 +84,7 @@ def run_entry(model_type: str, class_name: str, steps: list[str], answers: Any) 
         answers.send(("pass", step, "", entry.notes))
     except Refused as refusal:
         answers.send(("refused", step, str(refusal), entry.notes))
-    except BaseException as error:  # noqa: BLE001 - whatever goes wrong is the entry's result
+    except BaseException as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         status = "not built" if step == "build" else "fail"
         answers.send((status, step, kind + (str(error).strip() or "no message"), entry.notes))

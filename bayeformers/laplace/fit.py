@@ -119,15 +119,17 @@ def fit(
     >>> posterior.predict(x[:4]).logit_covariance.shape
     torch.Size([4, 2, 2])
     """
-    is_given, likelihood = likelihood is not None, likelihood or likelihood_of(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    is_given, likelihood = likelihood is not None, likelihood_of(model) if likelihood is None else likelihood
     if noise_std is not None:
         check_positive("noise_std", noise_std)
         if likelihood != "regression":
             raise ValueError(f"`noise_std` is a regression's, got {noise_std!r} for {likelihood!r}; see `temperature`.")
     prior_precision = default_choice(validation) if prior_precision is None else prior_precision
     _check_choices(likelihood, subset, curvature, fisher, weight_sharing, link, prior_precision)
-    _check_counts(num_batches=num_batches, num_data=num_data, num_mc_samples=num_mc_samples)
-    _check_counts(checkpoint_steps=checkpoint_steps)
+    _check_counts(num_mc_samples=num_mc_samples, checkpoint_steps=checkpoint_steps)
+    _check_counts(**{n: c for n, c in {"num_batches": num_batches, "num_data": num_data}.items() if c is not None})
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
     check_positive("temperature", temperature)
@@ -343,7 +345,7 @@ def _check_choices(
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"`{name}` must be a whole number >= 1, got {count!r}.")

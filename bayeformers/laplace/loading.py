@@ -21,6 +21,8 @@ class Loader:
     ) -> None:
         if isinstance(loader, Iterator):
             raise TypeError("`dataloader` is read more than once: give a DataLoader or a list, not an iterator.")
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"`dataloader` must give batches, got {type(loader).__name__}.")
         self.model, self.loader, self.num_batches, self.progress = model, loader, num_batches, progress
         self.num_data = num_data if num_data is not None else _dataset_length(loader)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..posteriors.logits import Link
 from .choice import PrecisionChoice, by_evidence
@@ -34,6 +34,9 @@ def tune(
     Raises:
         ValueError: as for `fit`.
     """
+    choices = get_args(PriorChoice)
+    if isinstance(prior_precision, str) and prior_precision not in choices:
+        raise ValueError(f"`prior_precision` must be a number, or one of {choices}, got {prior_precision!r}.")
     record = posterior.record
     posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
     spectra = posterior.spectra

@@ -15,7 +15,7 @@ from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from . import kl_watch
-from .draws import MEAN, DrawScope, bayesian_modules
+from .draws import MEAN, DrawScope, bayesian_modules, check_module
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
 from .variational import Draw, TensorSpec, Variational, scale_of
@@ -330,6 +330,7 @@ class NamedVariational:
 
 def is_bayesian(model: nn.Module) -> bool:
     """Whether ``model`` has a Bayesian layer, converted by `to_bayesian` or built by hand."""
+    check_module(model)
     return any(isinstance(module, BayesianModule) for module in model.modules())
 
 

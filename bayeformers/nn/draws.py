@@ -310,10 +310,17 @@ def say_once(scope: DrawScope, message: str, model: nn.Module) -> None:
         logger.warning(message, type(model).__name__)
 
 
+def check_module(model: object) -> None:
+    """Raises: TypeError: ``model`` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+
+
 def bayesian_modules(model: nn.Module) -> dict[str, BayesianModule]:
     """Bayesian layers by their first name in ``model``."""
     from .base import BayesianModule
 
+    check_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, BayesianModule)}
 
 

@@ -41,7 +41,7 @@ class VariationalPosterior(BasePosterior):
     """
 
     def __init__(self, model: nn.Module, draw_cache_bytes: int = DEFAULT_DRAW_CACHE_BYTES) -> None:
-        if draw_cache_bytes < 0:
+        if not isinstance(draw_cache_bytes, int) or draw_cache_bytes < 0:
             raise ValueError(f"`draw_cache_bytes` must be >= 0, got {draw_cache_bytes!r}.")
         self.model = model
         self.draw_cache_bytes = draw_cache_bytes

@@ -1,1 +1,1 @@
-"""The parts of the sweep: tiny configurations, inputs that a model accepts, and the steps that each entry goes through."""
+"""The parts of the sweep: tiny configurations, inputs that a model accepts, and the steps of each entry."""

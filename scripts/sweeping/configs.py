@@ -25,7 +25,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_feat_extract_layers|(\w+_)?min_\w+|num_residual_layers", -1),
     (r"(\w+_)?(num_hidden_layers|num_layers|n_layers?|layers|depth|num_blocks|max_window_layers|n_blocks)", LAYERS),
     (r"(\w+_)?(num_attention_heads|num_heads|n_heads?|attention_heads|num_key_value_heads|num_kv_heads)", HEADS),
-    (r"(\w+_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|feedforward_dim|d_inner)", WIDE),
+    (r"(\w+_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|feedforward_dim|d_inner|dff)", WIDE),
     (r"(num_experts_per_tok|moe_topk|top_k|moe_k|num_selected_experts|top_k_experts|num_experts_per_token)", 2),
     (r"(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)", 4),
     (r"(n_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts)", 1),
@@ -130,11 +130,11 @@ def scaled(value: int) -> int:
 
 def _sequence(name: str, values: Any, config: PretrainedConfig) -> Any:
     if re.fullmatch(r"depths|stage_num_blocks|num_block_repeats|blocks_per_stage|stage_numb_of_layers", name):
-        return list(min(v, 1) for v in values)
+        return [min(v, 1) for v in values]
     if name in ("image_size",):
-        return list(32 for _ in values)
+        return [32 for _ in values]
     if name in ("patch_size",) and max(values) > 8 and all(isinstance(v, int) for v in values):
-        return list(min(v, 8) for v in values)
+        return [min(v, 8) for v in values]
     if re.fullmatch(r"(\w+_)?(hidden_sizes|conv_dim|tdnn_dim|\w*channels|embed_dims?|embed_dim_per_stage)", name):
         return list(map(scaled, values)) if all(isinstance(v, int) for v in values) else None
     return None

@@ -36,13 +36,15 @@ DENSE = {
     "reassemble_hidden_size": 32, "head_hidden_size": 8,
 }  # fmt: skip
 BACKBONE = {
-    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": resnet().to_dict(),
+    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
+    "backbone_config": resnet().to_dict(),
 }  # fmt: skip
 
 OVERRIDES: dict[str, Any] = {
     "bamba": MAMBA,
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
     "granitemoehybrid": MAMBA,
+    "codegen": {"n_head": 4},
     "bit": {"num_groups": 4},
     "efficientnet": EFFICIENTNET,
     "align": {"vision_config": EFFICIENTNET},
