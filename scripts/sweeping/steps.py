@@ -83,6 +83,7 @@ class Entry:
     def draw(self) -> None:
         """A draw is the plain model at the drawn weights."""
         self.drawn, self.weights = copy.deepcopy(self.plain), weights_of(self.model, 0)
+        self.drawn.requires_grad_(True)  # a fixed table of positions has a scale that trains
         with torch.no_grad():
             for name, value in self.weights.items():
                 self.drawn.get_parameter(name).copy_(value)
