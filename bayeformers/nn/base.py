@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import transformers.initialization
 from torch import Tensor, nn
+from transformers.initialization import normal_ as guarded_normal_
 
 from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, unit_of
 from ..distributions.diagonal_normal import ScaleName, check_scale
@@ -217,7 +217,7 @@ class BayesianModule(nn.Module):
         Not while transformers loads a model and has read this scale: it then initialises what the file lacks, by
         functions that leave alone what was read, and goes by modules, of which torch's attention resets itself.
         """
-        is_loading = nn.init.normal_ is transformers.initialization.normal_
+        is_loading = nn.init.normal_ is guarded_normal_
         if is_loading and getattr(self.get_parameter(f"{name}_rho"), "_is_hf_initialized", False):
             return
         loc, floor = self.get_parameter(name), self.scale_floor(name)

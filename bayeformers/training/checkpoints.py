@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..conversion import conversion_record
-from ..nn.base import variational_tensors
+from ..nn.base import WIDE_BUFFERS, variational_tensors
 from .checks import recorded_config
 
 __all__ = [
@@ -38,8 +38,10 @@ __all__ = [
 RESUMED = "`resume_from_checkpoint`"
 _COMPARED = ("delta", "freeze", "prior", "estimator", "modules", "padding")
 _RHO = "_rho"
+_ADDED = (_RHO, "_prior_centre", *WIDE_BUFFERS)  # endings of what a conversion adds, which no file may lack
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_COMPILED = "_orig_mod."  # before the names of a model that was given to the Trainer compiled
 _MOVED = r"(^|\.)position_ids$|rotary_emb\.inv_freq$"  # buffers that older versions of transformers saved
 
 
@@ -88,7 +90,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUME
     """
     raw: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        raw |= _read(file)
+        raw |= {name.removeprefix(_COMPILED): value for name, value in _read(file).items()}
     found, unknown = _by_own_names(model, raw)
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     unknown += [name for name in found if name not in own]
@@ -186,9 +188,9 @@ def _some(names: list[str]) -> list[str]:
 
 
 def _besides(names: list[str], model: nn.Module, *attributes: str) -> list[str]:
-    """Those that no pattern of the model's excuses."""
+    """Those that no pattern of the model's excuses; it means the model's own tensors, not what ours are named after."""
     patterns = [pattern for attribute in attributes for pattern in getattr(model, attribute, None) or ()]
-    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+    return [n for n in names if n.endswith(_ADDED) or not any(re.search(pattern, n) for pattern in patterns)]
 
 
 def _check_values(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:

@@ -101,6 +101,27 @@ def test_a_pickled_checkpoint_and_a_plain_module(converted: bool, tmp_path: Path
     assert equal(tensors(third), tensors(first))
 
 
+def test_no_pattern_excuses_a_scale(tmp_path: Path) -> None:
+    """A model may say that a file need not have its head: that is not said of the head's scales."""
+    model = made("vit", True, 0)
+    model._keys_to_ignore_on_load_missing = {"classifier.weight"}
+    model.save_pretrained(tmp_path)
+    changed(tmp_path, lambda state: state.pop("classifier.weight"))
+    restore(model, tmp_path)
+    changed(tmp_path, lambda state: state.pop("classifier.weight_rho"))
+    with pytest.raises(ValueError, match=r"it lacks \['classifier.weight_rho'\]"):
+        restore(model, tmp_path)
+
+
+def test_a_model_that_was_compiled(tmp_path: Path) -> None:
+    model = vit()
+    names = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
+    save_file(names, tmp_path / "model.safetensors")
+    again = vit()
+    restore(again, tmp_path)
+    assert equal(tensors(again), tensors(model))
+
+
 def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     state = load_file(folder / "model.safetensors")
     change(state)
