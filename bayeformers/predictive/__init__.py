@@ -3,7 +3,7 @@
 from .noise import HEAD, NoiseStd, check_noise_std, mean_and_variance
 from .outputs import drawn_values, logits_of, regression_values, token_mask
 from .prediction import IGNORED, Predictive
-from .problem import ProblemType, resolve_problem_type, sequence_problem_type, unwrapped
+from .problem import ProblemType, record_problem_type, resolve_problem_type, sequence_problem_type, unwrapped
 from .running import RunningPredictive
 from .spans import span_scores
 
@@ -19,6 +19,7 @@ __all__ = [
     "logits_of",
     "regression_values",
     "mean_and_variance",
+    "record_problem_type",
     "resolve_problem_type",
     "sequence_problem_type",
     "span_scores",

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto as auto
 
-__all__ = ["ProblemType", "resolve_problem_type", "sequence_problem_type", "unwrapped"]
+__all__ = ["ProblemType", "record_problem_type", "resolve_problem_type", "sequence_problem_type", "unwrapped"]
 
 ProblemType = Literal[
     "single_label_classification",
@@ -75,7 +76,6 @@ def _class_task(model: nn.Module) -> str | None:
 def sequence_problem_type(num_labels: int, labels: Tensor | None) -> ProblemType:
     """transformers' own rule for a sequence head without `config.problem_type`, which it applies in the first forward.
 
-    >>> import torch
     >>> sequence_problem_type(3, torch.tensor([0, 2]))
     'single_label_classification'
     >>> sequence_problem_type(1, None)
@@ -83,7 +83,7 @@ def sequence_problem_type(num_labels: int, labels: Tensor | None) -> ProblemType
     """
     if num_labels == 1:
         return "regression"
-    if labels is not None and labels.is_floating_point():
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         return "multi_label_classification"
     return "single_label_classification"
 
@@ -107,3 +107,17 @@ def resolve_problem_type(model: nn.Module, labels: Tensor | None = None) -> Prob
     if task == "sequence":
         return sequence_problem_type(config.num_labels, labels)  # type: ignore[union-attr]
     return next((known for known in get_args(ProblemType) if known == task), "unknown")
+
+
+def record_problem_type(model: nn.Module, labels: Tensor) -> bool:
+    """Write what the ``labels`` decide into `config.problem_type`, as a model's own loss does at its first labels.
+
+    Without it a multi-label head would be read as a softmax wherever there are no labels, and be saved so.
+    Returns whether the configuration was open.
+    """
+    model = unwrapped(model)
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "problem_type", None) is not None or _class_task(model) != "sequence":
+        return False
+    config.problem_type = sequence_problem_type(config.num_labels, labels)
+    return True

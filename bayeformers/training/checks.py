@@ -21,6 +21,8 @@ __all__ = [
     "recorded_config",
 ]
 
+_OWN_STEP = ("lomo", "adalomo")
+
 
 def check_arguments(args: Any) -> None:
     """Errors: TypeError unless ``args`` are `BayesianTrainingArguments`; ValueError for `nn.DataParallel`."""
@@ -48,6 +50,20 @@ def check_converted(args: BayesianTrainingArguments) -> None:
             f"`label_smoothing_factor` must be 0 for a Bayesian model, got {args.label_smoothing_factor}: "
             "a smoothed loss is no log-likelihood, and the ELBO needs one."
         )
+    optim = getattr(args, "optim", None)
+    if optim in _OWN_STEP:
+        raise ValueError(
+            f"`optim`={getattr(optim, 'value', optim)!r} has one step size for all parameters, and ignores "
+            '`rho_learning_rate`: use another, such as "adamw_torch" or "adafactor".'
+        )
+    parallel = getattr(args, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        if (getattr(parallel, f"{name}_size", 1) or 1) > 1:
+            raise ValueError(
+                f"`parallelism_config` has {name}_size={getattr(parallel, f'{name}_size')}, which splits a batch or a "
+                "layer among processes: the items of a Bayesian model's loss cannot be counted then. Use data "
+                "parallelism alone: `accelerate launch --multi_gpu your_script.py`."
+            )
     engines = {
         "fsdp": bool(args.fsdp) or _env("ACCELERATE_USE_FSDP"),
         "deepspeed": bool(args.deepspeed) or _env("ACCELERATE_USE_DEEPSPEED"),

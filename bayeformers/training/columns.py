@@ -35,7 +35,7 @@ class BatchPrediction:
     """One batch's averaged prediction.
 
     Attributes:
-        predictions: log mean probabilities (or regression means), of the shape of the head's logits.
+        predictions: log mean probabilities, of labels log p - log(1 - p), or regression means; shaped as the logits.
         uncertainty: by name, per example (B,), per label (B, L) or per token (B, T).
         scores: by name, where there are labels: the items' `nll` and what other metrics need.
         mask: which items count, (B,) or (B, T); None without labels.
@@ -54,7 +54,7 @@ class BatchPrediction:
         if self.mask is None:
             return None
         values = self.scores["nll"] if "nll" in self.scores else self.scores["squared_error"]
-        return values.sum() / self.mask.sum().clamp_min(1)
+        return values.sum() / self.mask.sum()  # NaN where no item counts, as the stock loss: 0 would be the best
 
 
 def predict_batch(
@@ -160,7 +160,7 @@ def _classified(
 
 def _as_logits(log_probs: Tensor, problem_type: ProblemType) -> Any:
     if problem_type == "multi_label_classification":
-        return log_probs[..., 1]
+        return log_probs[..., 1] - log_probs[..., 0]
     if problem_type == "question_answering":
         return log_probs[:, 0].contiguous(), log_probs[:, 1].contiguous()
     return log_probs

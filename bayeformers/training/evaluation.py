@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..conversion import conversion_record, is_bayesian, update_config
@@ -19,12 +20,19 @@ from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
 from ..posteriors.base import has_many_logits
 from ..posteriors.logits import ignores_shift
 from ..posteriors.methods import SAMPLING
-from ..predictive import NoiseStd, ProblemType, check_noise_std, resolve_problem_type, unwrapped
+from ..predictive import (
+    NoiseStd,
+    ProblemType,
+    check_noise_std,
+    record_problem_type,
+    resolve_problem_type,
+    unwrapped,
+)
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
 from .elbo import preserved_rng
-from .items import LABEL_NAMES
+from .items import LABEL_NAMES, as_labels
 from .lengths import LENGTHS, LengthCache, example_lengths
 from .order import LongestFirst, RowOrder
 from .precision import own_precision
@@ -95,11 +103,13 @@ class MonteCarloTrainer(Trainer):
                 "Evaluating a point estimate (one pass, no epistemic uncertainty). For a posterior call "
                 "`to_bayesian(model)` before making the trainer, or `fit_laplace()` after training."
             )
-        with preserved_rng(), order.recording(dataloader), self._sorting(order):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        self._evaluated = None  # and with it the cached draws
+        try:
+            with preserved_rng(), order.recording(dataloader), self._sorting(order):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+        finally:
+            self._evaluated = None  # and with it the cached draws
         self._add_metrics(output.metrics or {}, metric_key_prefix)
         if not self.args.eval_do_concat_batches:
             return output
@@ -142,20 +152,28 @@ class MonteCarloTrainer(Trainer):
     def _add_metrics(self, found: dict[str, float], prefix: str) -> None:
         """The user's own names win, but for the loss: the stock one weights the batches wrongly."""
         own = evaluation_metrics(self._columns, self._evaluated_type)
+        if math.isnan(own.get("nll", 0.0)):
+            self._say("No label of the evaluated data counts (all are -100, or no answer is in its text): loss NaN.")
         if "nll" in own or "rmse" in own:
             found[f"{prefix}_loss"] = own["nll"] if "nll" in own else own["rmse"] ** 2
         for name, value in own.items():
             found.setdefault(f"{prefix}_{name}", value)
 
     def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **generation: Any,
     ) -> BayesianPredictionOutput:
         """As `Trainer.predict`; `predictions` are log mean probabilities, `.uncertainty` holds arrays (N, ...).
+
+        Of labels they are log p - log(1 - p). ``generation``: a `Seq2SeqTrainer`'s, of what is generated.
 
         Errors: ValueError for an empty dataset.
         """
         check_dataset(test_dataset, "test_dataset")
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **generation)
         return BayesianPredictionOutput(*output, uncertainty=self._columns.uncertainties())
 
     def prediction_step(
@@ -166,11 +184,12 @@ class MonteCarloTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """(mean NLL, log mean probabilities, labels) of one batch; None for what there is not."""
-        inputs = self._prepare_inputs(inputs)
+        given = self._prepare_inputs(inputs)
+        inputs = dict(as_labels(given, self.args.label_names))
         problem_type = self._prediction_type(inputs)
         check_variance_head(self.args.noise_std, problem_type)
         if problem_type == "unknown":
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, given, prediction_loss_only, ignore_keys)
         self._evaluated_type = problem_type
         noise_std = self.noise_std() if problem_type == "regression" else None
         if self._is_linearized(problem_type):
@@ -181,7 +200,10 @@ class MonteCarloTrainer(Trainer):
         self._keep(batch)
         if prediction_loss_only:
             return batch.loss, None, None
-        return batch.loss, batch.predictions, self._present_labels(inputs)
+        if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate:
+            self._say("`predict_with_generate`: the posterior mean generates; loss and uncertainties are the draws'.")
+            return batch.loss, *super().prediction_step(model, given, prediction_loss_only, ignore_keys)[1:]
+        return batch.loss, batch.predictions, self._present_labels(given)
 
     def _length_names(self) -> tuple[str, ...]:
         return (self.args.length_column_name, *LENGTHS)
@@ -241,6 +263,7 @@ class MonteCarloTrainer(Trainer):
 
     def _prediction_type(self, inputs: Mapping[str, Any]) -> ProblemType:
         labels = inputs.get("labels")
+        self._settle_problem_type(labels)
         known = resolve_problem_type(self.model, labels)
         if known != "unknown":
             return known
@@ -252,6 +275,18 @@ class MonteCarloTrainer(Trainer):
                 "its own loss, without uncertainties. Set `config.problem_type` if it classifies or regresses."
             )
         return inferred
+
+    def _settle_problem_type(self, labels: Any) -> None:
+        """As a model's own loss does at its first labels, which it is not given here."""
+        if not isinstance(labels, Tensor):
+            return
+        if self.compute_loss_func is None:
+            record_problem_type(self.model, labels)
+        elif labels.is_floating_point() and resolve_problem_type(self.model) == "single_label_classification":
+            self._say(
+                "`config.problem_type` is not set and the labels are floating-point numbers: the head is evaluated as "
+                "multi-label, and read as a softmax where there are no labels. Set it."
+            )
 
     def _present_labels(self, inputs: Mapping[str, Any]) -> Any:
         names = self.label_names or [name for name in LABEL_NAMES if name in inputs]
@@ -301,7 +336,7 @@ class MonteCarloTrainer(Trainer):
                 "pass it, or give a number."
             )
         loader = self.get_eval_dataloader(self.train_dataset)  # type: ignore[arg-type]
-        batches = (self._prepare_inputs(batch) for batch in loader)
+        batches = (as_labels(self._prepare_inputs(batch), self.args.label_names) for batch in loader)
         with preserved_rng():  # a DataLoader takes its seed from the global generator
             value = residual_std(self.model, batches, self.accelerator.gather_for_metrics)
         update_config(self.model, noise_std=value)

@@ -1,6 +1,6 @@
 """The items of a batch: its labels, which of them count, and what is left for the model's forward."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from ..predictive import IGNORED, ProblemType
 __all__ = [
     "IGNORED",
     "LABEL_NAMES",
+    "as_labels",
     "attended_positions",
+    "check_label_names",
     "count_items",
     "item_mask",
     "labels_of",
@@ -22,6 +24,24 @@ __all__ = [
 ]
 
 LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
+
+
+def as_labels(inputs: Mapping[str, Any], label_names: Sequence[str] | None) -> Mapping[str, Any]:
+    """The batch with the one label that `label_names` names under "labels", where the likelihoods look for it."""
+    own = [name for name in label_names or () if name not in LABEL_NAMES and name in inputs]
+    if len(own) != 1 or "labels" in inputs or "start_positions" in inputs:
+        return inputs
+    return {"labels" if name == own[0] else name: value for name, value in inputs.items()}
+
+
+def check_label_names(label_names: Sequence[str] | None, problem_type: ProblemType) -> None:
+    """Errors: ValueError for several `label_names` of a head with one likelihood."""
+    own = [name for name in label_names or () if name not in LABEL_NAMES]
+    if problem_type != "unknown" and len(own) > 1:
+        raise ValueError(
+            f"`label_names` must name one label of a {problem_type} head, got {list(own)}: the others would not be "
+            "trained. Pass them on as inputs, and train them by `compute_loss_func`."
+        )
 
 
 def model_inputs(

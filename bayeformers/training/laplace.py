@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from .checks import check_dataset
 from .elbo import preserved_rng
 from .evaluation import MonteCarloTrainer
 from .held_out import COLLATED, choose_rows, said_choice
-from .items import LABEL_NAMES
+from .items import LABEL_NAMES, as_labels
 from .number_checks import check_count
 from .precision import own_precision
 from .sharding import sharded_batches
@@ -221,9 +222,10 @@ class LaplaceTrainer(MonteCarloTrainer):
     def _curvature_batches(
         self, data: Any, description: str, batch_size: int, num_batches: int | None = None, seed: int = 0
     ) -> Iterable[Any]:
+        collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
         return sharded_batches(
             data,
-            self._get_collator_with_removed_columns(self.data_collator, description=description),
+            partial(_labelled, collate, self.args.label_names),
             batch_size=batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -256,6 +258,11 @@ class LaplaceTrainer(MonteCarloTrainer):
             self._posterior = None
         if isinstance(getattr(self.model, _OWN, None), LaplacePosterior):
             delattr(self.model, _OWN)
+
+
+def _labelled(collate: Callable[[list[Any]], Any], label_names: list[str] | None, rows: list[Any]) -> Any:
+    batch = collate(rows)
+    return as_labels(batch, label_names) if isinstance(batch, Mapping) else batch
 
 
 def _by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,6 +1,8 @@
 """What the optimizer must know of a Bayesian model: rho has its own step size and clipping, and no weight decay."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +24,51 @@ def kl_regularised_names(model: nn.Module) -> set[str]:
 
 
 def separate_rho(optimizer: torch.optim.Optimizer, rhos: Iterable[nn.Parameter], learning_rate: float) -> None:
-    """Move the trainable ``rhos`` of a fresh optimizer into a group of their own, without weight decay.
+    """Give the trainable ``rhos`` of a fresh optimizer a step size of their own, without weight decay.
 
-    Groups that become empty are dropped, so with frozen means the logged learning rate is that of rho.
+    In a group of their own; a layer-wise optimizer has one optimizer per Parameter, whose groups are changed. Groups
+    that become empty are dropped, so with frozen means the logged learning rate is that of rho.
+
+    Errors: ValueError for an optimizer that takes no such group.
     """
+    trainable = {id(rho): rho for rho in rhos if rho.requires_grad}
+    own: dict[str, Any] = {"lr": learning_rate, "weight_decay": 0.0}
+    if "relative_step" in optimizer.defaults:  # Adafactor would choose its steps itself
+        own |= {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+    single = getattr(optimizer, "optimizer_dict", None)
+    if isinstance(single, dict):
+        for rho in trainable.values():
+            for group in single[rho].param_groups if rho in single else ():
+                group.update(own)
+        groups = [group for part in single.values() for group in part.param_groups]
+    else:
+        _move(optimizer, trainable, own)
+        groups = optimizer.param_groups
+    _check_separate(optimizer, groups, trainable, learning_rate)
+
+
+def _move(optimizer: torch.optim.Optimizer, moved: dict[int, nn.Parameter], own: dict[str, Any]) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    moved = {id(rho): rho for rho in rhos if id(rho) in held}
-    if not moved:
+    if not held & set(moved):
         return
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-    optimizer.add_param_group({"params": list(moved.values()), "lr": learning_rate, "weight_decay": 0.0})
+    optimizer.add_param_group({"params": [rho for key, rho in moved.items() if key in held], **own})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _check_separate(
+    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], rhos: dict[int, nn.Parameter], learning_rate: float
+) -> None:
+    rates = [(id(parameter), float(group["lr"] or 0.0)) for group in groups for parameter in group["params"]]
+    found = [(key, rate) for key, rate in rates if key in rhos]
+    right = all(math.isclose(rate, learning_rate, rel_tol=1e-6) for _, rate in found)  # some keep it in float32
+    if not right or sorted(key for key, _ in found) != sorted(rhos):
+        raise ValueError(
+            f"`optim`: {type(optimizer).__name__} takes no group of its own for the scales, whose step size is "
+            f"`rho_learning_rate`={learning_rate}. Use an optimizer with parameter groups, such as "
+            '`optim="adamw_torch"`, or pass `optimizers=(yours, None)` with groups as you want them.'
+        )
 
 
 def clip_separately(rhos: Iterable[nn.Parameter], rest_norm: Tensor, max_norm: float) -> Tensor:

@@ -1,11 +1,16 @@
-"""Where mixed precision has to stay outside: curvature and Jacobians."""
+"""Where mixed precision has to stay outside: curvature and Jacobians; and steps that 16 bits cannot hold."""
 
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["own_precision"]
+from ..nn.base import variational_tensors
+
+__all__ = ["lost_steps", "lost_steps_warning", "own_precision"]
+
+SAMPLED_PER_TENSOR = 4096
 
 
 @contextlib.contextmanager
@@ -24,3 +29,35 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = wrapped
+
+
+def lost_steps_warning(model: nn.Module, learning_rate: float) -> str | None:
+    """What to say of :func:`lost_steps`; None where few are lost."""
+    share, dtype = lost_steps(model, learning_rate)
+    if share <= 0.05:
+        return None
+    return (
+        f"The means are {dtype}, in which a step of `learning_rate`={learning_rate} leaves {share:.0%} of them where "
+        "they are. Load the model with `dtype=torch.float32`; `bf16=True` computes in 16 bits all the same."
+    )
+
+
+@torch.no_grad()
+def lost_steps(model: nn.Module, learning_rate: float) -> tuple[float, torch.dtype | None]:
+    """Share of the trainable 16-bit means that a step of ``learning_rate`` leaves where they are, and their dtype.
+
+    A number w = m 2^e, 1/2 <= m < 1, has neighbours 2^(e - 1) eps away: less than half of that rounds to w again.
+    """
+    means = [tensor.loc for tensor in variational_tensors(model)]
+    narrow = [mean for mean in means if mean.requires_grad and mean.dtype in (torch.bfloat16, torch.float16)]
+    if not narrow:
+        return 0.0, None
+    lost = torch.cat([_is_lost(mean, learning_rate).cpu() for mean in narrow])
+    return float(lost.float().mean()), narrow[0].dtype
+
+
+def _is_lost(mean: Tensor, learning_rate: float) -> Tensor:
+    sampled = mean.flatten()[:: max(1, mean.numel() // SAMPLED_PER_TENSOR)].float()
+    exponent = torch.frexp(sampled).exponent
+    half_spacing = torch.ldexp(torch.full_like(sampled, torch.finfo(mean.dtype).eps), exponent - 2)
+    return (half_spacing > learning_rate) & (sampled != 0)

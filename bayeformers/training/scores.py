@@ -97,6 +97,8 @@ def evaluation_metrics(columns: Columns, problem_type: ProblemType) -> dict[str,
     items = columns.items()
     averaged = {name: values for name, values in items.items() if name not in ("probs", "labels") and values.size > 0}
     metrics = {name: float(np.mean(values, dtype=np.float64)) for name, values in averaged.items()}
+    if "nll" in items and "nll" not in averaged:
+        metrics["nll"] = float("nan")  # labels, none of which counts: no loss, and no best model by it
     if "squared_error" in metrics:
         metrics["rmse"] = metrics.pop("squared_error") ** 0.5
     if "probs" in items and "labels" in items and len(items["labels"]):

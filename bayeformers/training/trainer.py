@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from . import checkpoints, checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .calibration_term import CalibrationTerm
 from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
-from .items import count_items, model_inputs
+from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
 from .likelihood import item_nll
+from .objective_check import ObjectiveCheck, OwnObjective, check_bases
 from .optimizer import clip_separately, kl_regularised_names, rho_parameters, separate_rho
+from .own_terms import OWN_TERMS, has_own_terms, own_terms
+from .precision import lost_steps_warning
 from .records import TrainingRecord
 
 __all__ = ["BayesianTrainer"]
@@ -29,7 +32,15 @@ __all__ = ["BayesianTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(LaplaceTrainer):
+class _Pass(NamedTuple):
+    """One training forward: the items' summed NLL, what the model's own loss holds besides, and its outputs."""
+
+    nll: Tensor
+    own_terms: Tensor | float
+    outputs: Any
+
+
+class BayesianTrainer(OwnObjective, LaplaceTrainer):
     """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
@@ -53,6 +64,7 @@ class BayesianTrainer(LaplaceTrainer):
         *positional: Any,
         **kwargs: Any,
     ) -> None:
+        check_bases(type(self), BayesianTrainer)
         args = BayesianTrainingArguments("tmp_trainer") if args is None else args
         checks.check_arguments(args)
         checks.check_data_parallel(args, model)
@@ -63,23 +75,32 @@ class BayesianTrainer(LaplaceTrainer):
                 args.ddp_find_unused_parameters = False
         checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
         checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
-        super().__init__(model, args, *positional, **kwargs)
-        self.loss_is_scaled_for_ga = True  # the stock step then divides nothing: `compute_loss` scales for the group
-        self._group: Group | None = None
-        self._run: TrainingRecord | None = None
-        self._calibration: CalibrationTerm | None = None
         self._resumed: Path | None = None
-        self._begun = False
+        self._run: TrainingRecord | None = None
+        self.start_anew()
+        super().__init__(model, args, *positional, **kwargs)
+        self.add_callback(ObjectiveCheck(self, BayesianTrainer))
+
+    def start_anew(self) -> None:
+        """Forget a training that has ended, or that begins again with smaller batches."""
+        if self._run is not None:
+            self._run.close()
+        self._group: Group | None = None
+        self._calibration: CalibrationTerm | None = None
+        self._run, self._begun, self._has_own_terms = None, False, False
+        self.forget_loss()
 
     def problem_type(self, inputs: Mapping[str, Any]) -> ProblemType:
         """The problem type of the model's head, for a batch whose labels may decide between single and multi label."""
-        problem_type = resolve_problem_type(self.model, inputs.get("labels"))
+        labels = as_labels(inputs, self.args.label_names).get("labels")
+        self._settle_problem_type(labels)
+        problem_type = resolve_problem_type(self.model, labels)
         checks.check_variance_head(self.args.noise_std, problem_type)
         return problem_type
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Items of a batch in the unit of its loss: a 0-dimensional tensor. Override it along with a custom loss."""
-        return count_items(inputs, self.problem_type(inputs))
+        return count_items(as_labels(inputs, self.args.label_names), self.problem_type(inputs))
 
     # -- train -------------------------------------------------------------------------------------------------------
 
@@ -93,7 +114,8 @@ class BayesianTrainer(LaplaceTrainer):
 
         Errors: ValueError where N is unknown, labels do not fit the head, or a checkpoint is of another conversion.
         """
-        self._begun, self._group, self._run, self._calibration, self._resumed = False, None, None, None, None
+        self.start_anew()
+        self._resumed = None
         self._drop_posterior()
         if self.args.activation_checkpointing:
             given = self.args.activation_checkpointing_kwargs
@@ -177,6 +199,10 @@ class BayesianTrainer(LaplaceTrainer):
         if conversion_record(self.model) is None:
             one_draw_per_forward(self.model)  # built by hand: ties share a draw, as after a conversion
         problem_type = self.problem_type(inputs)
+        check_label_names(self.args.label_names, problem_type)
+        if (warning := lost_steps_warning(self.model, self.args.learning_rate)) is not None:
+            self._say(warning)
+        self._has_own_terms = self._find_own_terms(inputs, problem_type)
         self._calibration = self._calibration_term(problem_type)
         num_items = infer_num_items(
             self.train_dataset, problem_type, lambda: self._count_labels(problem_type), self.args.num_training_items
@@ -192,7 +218,17 @@ class BayesianTrainer(LaplaceTrainer):
             fits_noise=is_regression and noise_std != HEAD and parse_noise_std(self.args.noise_std) is None,
             watch_calls=not self.args.torch_compile,
             has_calibration=self._calibration is not None,
+            has_own_terms=self._has_own_terms,
         )
+
+    def _find_own_terms(self, inputs: Mapping[str, Any], problem_type: ProblemType) -> bool:
+        if self.compute_loss_func is not None or self.args.noise_std == HEAD:
+            return False
+        given = self._prepare_inputs(dict(inputs))
+        if not has_own_terms(self.model, as_labels(given, self.args.label_names), given, problem_type):
+            return False
+        self._say(OWN_TERMS.format(type(self.model).__name__))
+        return True
 
     def _calibration_term(self, problem_type: ProblemType) -> CalibrationTerm | None:
         if self.args.calibration_loss is None:
@@ -243,6 +279,7 @@ class BayesianTrainer(LaplaceTrainer):
     ) -> tuple[list[Any], None]:
         """One optimizer step's micro-batches. The Trainer's own item count is not used: it is wrong for most heads."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.forget_loss(has_batches=True)
         if batches and not self._begun:
             self._run, self._begun = self._begin(batches[0]), True
         if self._calibration is not None:
@@ -264,28 +301,38 @@ class BayesianTrainer(LaplaceTrainer):
     ) -> Any:
         """This micro-batch's share of its optimizer step's loss in training; the plain mean NLL in `eval()` mode."""
         if not model.training:
-            nll, outputs = self._summed_nll(model, inputs)
-            loss = nll / self.count_items(inputs).clamp_min(1)
+            nll, _, outputs = self._pass(model, inputs)
+            loss = nll / self.count_items(inputs)
             return (loss, outputs) if return_outputs else loss
-        bayesian = is_bayesian(self.model)
-        passes = [self._summed_nll(model, inputs) for _ in range(self.args.num_train_samples if bayesian else 1)]
-        nll = torch.stack([nll for nll, _ in passes]).mean()
+        self.loss_is_ours, bayesian = True, is_bayesian(self.model)
+        passes = [self._pass(model, inputs) for _ in range(self.args.num_train_samples if bayesian else 1)]
+        nll = torch.stack([found.nll for found in passes]).mean()
         group = self._group or Group(self.count_items(inputs), 1)
         if not bayesian:
             loss = elbo_loss(nll, group)[0]
         else:
-            loss = self._elbo(nll, group, self._calibrated([outputs for _, outputs in passes], inputs, group))
-        return (loss, passes[-1][1]) if return_outputs else loss
+            calibration = self._calibrated([found.outputs for found in passes], inputs, group)
+            loss = self._elbo(nll, group, calibration, self._mean_own_terms(passes, inputs, group))
+        return (loss, passes[-1].outputs) if return_outputs else loss
+
+    def _mean_own_terms(self, passes: list[_Pass], inputs: dict[str, Any], group: Group) -> Tensor | float:
+        """This micro-batch's share of the model's own terms, weighted by its items as the NLL is; 0 without any."""
+        if not self._has_own_terms:
+            return 0.0
+        mean = sum(found.own_terms for found in passes) / len(passes)
+        return elbo_loss(mean * self.count_items(inputs), group)[0]
 
     def _calibrated(self, outputs: list[Any], inputs: dict[str, Any], group: Group) -> Tensor | float:
         """This micro-batch's share of the calibration loss, weighted by its items as the NLL is; 0 without one."""
         if self._calibration is None:
             return 0.0
         noise_std = self.noise_std() if self.problem_type(inputs) == "regression" else None
-        value = self._calibration(outputs, inputs, noise_std, self.state.global_step)
+        value = self._calibration(outputs, as_labels(inputs, self.args.label_names), noise_std, self.state.global_step)
         return 0.0 if value is None else elbo_loss(value * self.count_items(inputs), group)[0]
 
-    def _elbo(self, nll_sum: Tensor, group: Group, calibration: Tensor | float = 0.0) -> Tensor:
+    def _elbo(
+        self, nll_sum: Tensor, group: Group, calibration: Tensor | float = 0.0, own_terms: Tensor | float = 0.0
+    ) -> Tensor:
         num_items = self.args.num_training_items if self._run is None else self._run.num_items
         if num_items is None:
             raise ValueError("`num_training_items` must be given to compute the ELBO outside `train()`.")
@@ -297,25 +344,29 @@ class BayesianTrainer(LaplaceTrainer):
         if self._run is not None:
             with torch.no_grad():
                 log_posterior = log_variational_posterior(self.model) if self._run.starts_step else 0.0
-            self._run.add(nll, kl / group.num_batches, log_posterior, calibration)
+            self._run.add(nll, kl / group.num_batches, log_posterior, calibration, own_terms)
             self._name_silent_layers(self._run.silent_layers())
-        return nll + kl_term + self.args.calibration_weight * calibration
+        return nll + kl_term + self.args.calibration_weight * calibration + own_terms
 
-    def _summed_nll(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """(NLL summed over the batch's items, outputs) of one forward, under one training draw."""
+    def _pass(self, model: nn.Module, given: dict[str, Any]) -> _Pass:
+        """One forward under one training draw; a custom label's name is the model's, "labels" is the likelihood's."""
+        inputs = as_labels(given, self.args.label_names)
         has_own_loss = self.compute_loss_func is not None
         if not has_own_loss and not is_bayesian(self.model) and self.args.noise_std != HEAD:
-            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
-            return loss * self.count_items(inputs), outputs
+            loss, outputs = super().compute_loss(model, dict(given), return_outputs=True)
+            return _Pass(loss * self.count_items(inputs), 0.0, outputs)
         problem_type = self.problem_type(inputs)
+        is_labelled = not has_own_loss and (problem_type == "unknown" or self._has_own_terms)
         with training_draw(self.model):
-            outputs = model(**model_inputs(self.model, inputs, None if has_own_loss else problem_type))
+            outputs = model(**given) if is_labelled else model(**model_inputs(self.model, inputs))
         if self.compute_loss_func is not None:
             # Given the batch's own count, a function that divides by it and one that takes a mean agree.
             count = self.count_items(inputs)
-            return self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=count) * count, outputs
+            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=count)
+            return _Pass(loss * count, 0.0, outputs)
         noise_std = self.noise_std() if problem_type == "regression" else None
-        return item_nll(outputs, inputs, problem_type, noise_std).sum(), outputs
+        own = own_terms(outputs, inputs, problem_type) if self._has_own_terms else 0.0
+        return _Pass(item_nll(outputs, inputs, problem_type, noise_std).sum(), own, outputs)
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -328,8 +379,11 @@ class BayesianTrainer(LaplaceTrainer):
         """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        rhos = rho_parameters(self.model)
         if is_new:
-            separate_rho(optimizer, rho_parameters(self.model), self.args.rho_learning_rate)
+            separate_rho(optimizer, rhos, self.args.rho_learning_rate)
+        elif rhos and not {id(p) for group in optimizer.param_groups for p in group["params"]} & {id(r) for r in rhos}:
+            self._say("The optimizer that was passed in holds no scale of the model: make it after `to_bayesian`.")
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -261,7 +261,7 @@ def test_multi_label(tmp_path: Path) -> None:
     mean, labels = probs.mean(0), data.columns["labels"].double()
     nll = torch.nn.functional.binary_cross_entropy(mean, labels, reduction="none").sum(1).mean()
     assert output.metrics["test_nll"] == pytest.approx(nll.item(), rel=1e-4)
-    np.testing.assert_allclose(output.predictions, mean.log(), atol=1e-5)
+    np.testing.assert_allclose(output.predictions, mean.logit(), atol=1e-5)
     binary = torch.stack([1 - mean, mean], -1).flatten(0, 1).numpy()
     flat = labels.flatten().long().numpy()
     assert output.metrics["test_brier"] == pytest.approx(metrics.brier_score(binary, flat), rel=1e-4)
