@@ -13,8 +13,9 @@ from torch import nn
 
 from ..conversion import Conversion, conversion_of, conversion_record
 from ..nn import BayesianModule, fixed_draw
-from ..nn.draws import MEAN, bayesian_modules
+from ..nn.draws import bayesian_modules
 from ..nn.estimators import REPARAMETERIZATION, Estimator
+from ..nn.reading import MEAN
 
 
 class AlwaysRandom(BayesianModule):

@@ -149,7 +149,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
             attn_mask=attn_mask,
-            use_separate_proj_weight=self.in_proj_weight is None,
+            use_separate_proj_weight=self._parameters.get("in_proj_weight") is None,
             q_proj_weight=_drawn(self, "q_proj_weight"),
             k_proj_weight=_drawn(self, "k_proj_weight"),
             v_proj_weight=_drawn(self, "v_proj_weight"),
@@ -200,7 +200,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         """
         bias = self.maybe("in_proj_bias")
         width, end = self.embed_dim, 3 * self.embed_dim
-        if self.in_proj_weight is None:
+        if self._parameters.get("in_proj_weight") is None:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             biases = [bias and rows_of(bias, slice(i * width, (i + 1) * width)) for i in range(3)]
             inputs = zip((query, key, value), names, biases, strict=True)
@@ -234,7 +234,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values with the extra ones, which no mask hides: ``bias_k``, ``bias_v``, then zeros."""
         extra = 0
-        if self.bias_k is not None:
+        if self._parameters.get("bias_k") is not None:
             k, v = (
                 torch.cat([x, self.variational(name).sample().to(x.dtype).expand(len(x), -1, -1)], dim=1)
                 for x, name in ((k, "bias_k"), (v, "bias_v"))

@@ -15,9 +15,10 @@ from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from . import kl_watch
-from .draws import MEAN, DrawScope, bayesian_modules, check_module
+from .draws import DrawScope, bayesian_modules, check_module
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
+from .reading import MEAN, DrawnWhereRead
 from .variational import Draw, TensorSpec, Variational, scale_of
 
 DEFAULT_DELTA = 0.05
@@ -27,7 +28,7 @@ WIDE_BUFFERS = (_PRIOR_SCALE, _FLOOR)
 """Endings of buffers that stay float32, as rho does, whatever the model is cast to; a checkpoint must have them."""
 
 
-class BayesianModule(nn.Module):
+class BayesianModule(DrawnWhereRead):
     """Mixin over a torch layer: each of `names_of` is the mean of a Gaussian; ``<name>_rho`` its scale.
 
     The layer's own Parameters stay in place as the means, so ties, hooks and code that reads ``.weight`` keep working.
@@ -43,7 +44,6 @@ class BayesianModule(nn.Module):
     """
 
     torch_class: ClassVar[type[nn.Module]]
-    bayesian_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     by_row: ClassVar[bool] = False
 
     prior: Prior
@@ -154,11 +154,6 @@ class BayesianModule(nn.Module):
         held = self.draw
         draw = held if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))
-
-    def _mean_of(self, name: str) -> Tensor:
-        """The tensor ``name`` without noise."""
-        value: Tensor = getattr(self, name)
-        return value
 
     def maybe(self, name: str) -> Variational | None:
         """:meth:`variational`, or None where the layer has no such tensor."""

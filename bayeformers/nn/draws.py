@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,12 +21,11 @@ from torch import nn
 from .forwards import Forwards
 from .holds import holding
 from .noise import noise_key
+from .reading import MEAN
 from .variational import Draw, TracedDraw, renamed
 
 if TYPE_CHECKING:
     from .base import BayesianModule
-
-MEAN: Final = "mean"
 
 logger = logging.getLogger(__name__)
 

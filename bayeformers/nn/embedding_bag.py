@@ -128,7 +128,8 @@ class EmbeddingBag(BayesianModule, torch.nn.EmbeddingBag):
         """C (B, u), the weight of each distinct row in each bag, and these rows; all rows while compiling."""
         bags, size = self._bags(input, offsets)
         if per_sample_weights is None:
-            weights = torch.ones(input.numel(), dtype=self.weight.dtype, device=self.weight.device)
+            mean = self.get_parameter("weight")
+            weights = torch.ones(input.numel(), dtype=mean.dtype, device=mean.device)
         elif self.mode == "sum" and per_sample_weights.shape == input.shape:
             weights = per_sample_weights.flatten()
         else:

@@ -79,7 +79,7 @@ class LayerNorm(Normalization, torch.nn.LayerNorm):
     @property
     def is_random(self) -> bool:
         """Never without a gain."""
-        return self.weight is not None and super().is_random
+        return self._parameters.get("weight") is not None and super().is_random
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `torch.nn.functional.layer_norm`."""
@@ -121,7 +121,7 @@ class RMSNorm(Normalization, torch.nn.RMSNorm):
     @property
     def is_random(self) -> bool:
         """Never without a gain."""
-        return self.weight is not None and super().is_random
+        return self._parameters.get("weight") is not None and super().is_random
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `torch.nn.functional.rms_norm`."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..distributions import Prior
 from ..distributions.diagonal_normal import ScaleName
 from .base import BayesianModule
-from .draws import MEAN
 from .estimators import REPARAMETERIZATION
+from .reading import DrawnWhereRead
 from .variational import TensorSpec
 
 # torch's norms are a matter of their own; a kernel of nn.RNN takes the list `_flat_weights`, not the attributes
@@ -46,17 +46,6 @@ class RandomParameters(BayesianModule):
         super().become_deterministic()
         del self._values
 
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """The Parameter, which is the mean, under a draw too."""
-        own = self._parameters.get(target)
-        return super().get_parameter(target) if own is None else own
-
-    def _mean_of(self, name: str) -> Tensor:
-        """The Parameter, or what `torch.func.functional_call` has put in its place."""
-        value = self._parameters[name]
-        assert value is not None
-        return value
-
     def _spec_of(self, name: str) -> TensorSpec:
         """As `BayesianModule` has it; an attribute ``padding_idx`` means a row of the weight in an Embedding only."""
         is_table = isinstance(self, nn.Embedding) and name == "weight"
@@ -69,24 +58,6 @@ class RandomParameters(BayesianModule):
             return
         for name in self.specs:
             self.reset_rho(name)
-
-    def _read(self, name: str) -> Tensor | None:
-        """What the attribute ``name`` is at present."""
-        if name not in self._parameters:
-            raise AttributeError(name)  # `nn.Module.__getattr__` has the words for it
-        parameter = self._parameters[name]
-        if parameter is None or parameter.is_meta or not self._is_drawing:
-            return parameter
-        try:
-            return self._value(name)
-        except AttributeError as error:  # a property that raises it would silently become `_parameters[name]`
-            raise RuntimeError(f"`{name}` of {type(self).__name__} could not be drawn.") from error
-
-    @property
-    def _is_drawing(self) -> bool:
-        if "specs" not in self.__dict__:  # half way through a conversion
-            return False
-        return self.training and self.scope.is_running if self.draw is None else self.draw is not MEAN
 
     def _value(self, name: str) -> Tensor:
         """The tensor under the draw; made once for all readings in one forward of the module."""
@@ -112,7 +83,6 @@ def random_class(source: type[nn.Module], names: tuple[str, ...]) -> type[Random
     ('table',)
     """
     namespace: dict[str, Any] = {
-        **{name: property(functools.partial(_read, name=name)) for name in names},
         "torch_class": source,
         "bayesian_parameters": names,
         "forward": _with_one_draw(source.forward),
@@ -145,10 +115,6 @@ def name_clash(module: nn.Module) -> str | None:
     return min(own & _STATE, default=None)
 
 
-def _read(self: RandomParameters, name: str) -> Tensor | None:
-    return self._read(name)
-
-
 def _with_one_draw(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` during which the module's tensors have one draw: that of the model's forward if one is running."""
 
@@ -178,4 +144,5 @@ def _rebuild(source: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return kind.__new__(kind)
 
 
-_STATE = {*dir(RandomParameters), *BayesianModule.__annotations__, "_values"} - {*dir(nn.Module), "reset_parameters"}
+_ANNOTATED = {*BayesianModule.__annotations__, *DrawnWhereRead.__annotations__}
+_STATE = {*dir(RandomParameters), *_ANNOTATED, "_values"} - {*dir(nn.Module), "reset_parameters"}
