@@ -10,9 +10,9 @@ from .distributions import MopedPrior, Prior, prior_from_dict
 from .distributions.diagonal_normal import ScaleName, check_scale
 from .distributions.initial_scale import check_delta
 from .distributions.prior import check_prior
+from .generators import NOISE_VERSION, check_noise_version
 
 CONFIG_VERSION = 1
-NOISE_VERSION = 1  # of nn/noise.py: raise it with any change there that changes the draws of old checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +74,14 @@ class BayesianConfig:
         Raises:
             ValueError: made by a version whose draws this one cannot repeat, or values that are refused.
         """
-        for key, known in (("version", CONFIG_VERSION), ("noise_version", NOISE_VERSION)):
-            found = data.get(key, known)
-            if type(found) is not int or found > known:
-                raise ValueError(
-                    f"`bayesian.{key}` is {found!r}, this bayeformers reads up to {known}: upgrade bayeformers."
-                )
+        found = data.get("version", CONFIG_VERSION)
+        if type(found) is not int or found > CONFIG_VERSION:
+            raise ValueError(
+                f"`bayesian.version` is {found!r}, this bayeformers reads up to {CONFIG_VERSION}: upgrade bayeformers."
+            )
+        check_noise_version(data.get("noise_version", 1), "bayesian.noise_version")
         known_keys = {f.name for f in fields(cls)}
-        values = {key: value for key, value in data.items() if key in known_keys}
+        values = {"noise_version": 1} | {key: value for key, value in data.items() if key in known_keys}
         if isinstance(values.get("prior"), Mapping):
             values["prior"] = prior_from_dict(values["prior"])
         return cls(**values)

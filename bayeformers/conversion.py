@@ -166,7 +166,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     for tied in owners:
         name = full_name(tied[0])
         layers = [(model.get_submodule(owner), key) for owner, key in tied]
-        tie(layers, name, predicts_padding=name in config.predicted_padding)
+        tie(layers, name, config.noise_version, predicts_padding=name in config.predicted_padding)
     if isinstance(config.prior, PosteriorPrior):
         store_posterior(model, config.prior, posterior, [tied[0] for tied in owners])
     declare_ties(model, config.ties or {}, random_names(model, chosen))

@@ -24,7 +24,9 @@ def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
             module.__dict__[name] = types.MethodType(kind.forward, module)
 
 
-def tie(owners: list[tuple[nn.Module, str]], name: str, *, predicts_padding: bool = False) -> None:
+def tie(
+    owners: list[tuple[nn.Module, str]], name: str, noise_version: int, *, predicts_padding: bool = False
+) -> None:
     """Tied means share rho, noise key and padding row; the prior's centre stays with the first owner.
 
     ``predicts_padding``: the padding row stands for a token that a head predicts, so it is a row as any other; only
@@ -35,7 +37,7 @@ def tie(owners: list[tuple[nn.Module, str]], name: str, *, predicts_padding: boo
     row = next((spec.padding_idx for spec in specs if spec.padding_idx is not None), None)
     by_row = any(spec.by_row for spec in specs)
     rows = {"untrained_idx": row} if predicts_padding else {"padding_idx": row}
-    spec = TensorSpec(name, by_row=by_row, named=True, **rows)
+    spec = TensorSpec(name, by_row=by_row, named=True, noise_version=noise_version, **rows)
     for number, (module, parameter) in enumerate(bayesian):
         module.specs[parameter] = spec
         if number == 0:

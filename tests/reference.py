@@ -5,8 +5,10 @@ Nothing here imports `bayeformers`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import struct
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
@@ -54,9 +56,24 @@ def key_of(seed: int, index: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-def dense_noise(key: int, shape: tuple[int, ...]) -> Tensor:
-    """N(0, 1) of a tensor from a generator used once."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(key & (2**63 - 1)))
+@functools.cache
+def twister_constants() -> list[tuple[int, int]]:
+    """624 pairs of 64-bit numbers from NumPy's frozen stream: all factors first, then all terms."""
+    numbers = struct.unpack("<1248Q", np.random.RandomState(20261130).bytes(8 * 1248))
+    return list(zip(numbers[:624], numbers[624:], strict=True))
+
+
+def dense_noise(key: int, shape: tuple[int, ...], version: int = 2) -> Tensor:
+    """N(0, 1) of a tensor from a generator used once: seeded with the key; or, word by word, with its hashes."""
+    generator = torch.Generator().manual_seed(key & (2**63 - 1) if version == 1 else 0)
+    if version > 1:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64
+            key = (key ^ key >> shift) * factor % 2**64
+        words = [(a * key + b) % 2**64 >> 32 for a, b in twister_constants()]
+        # seed, left, seeded, next, the words, then nothing kept of a normal or a float
+        state = struct.pack("<QiiQ624QdddiifBxxx", 0, 1, 1, 0, *words, 0.0, 0.0, 0.0, 0, 0, 0.0, 0)
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return torch.randn(shape, generator=generator)
 
 
 def mix(x: int) -> int:

@@ -23,8 +23,9 @@ EVERYTHING_ABOVE = ("*",)
 ROOMS: dict[str, tuple[str, ...]] = {
     "distributions": (),
     "patterns": (),
-    "nn": ("distributions",),
-    "config": ("distributions",),
+    "generators": (),
+    "nn": ("distributions", "generators"),
+    "config": ("distributions", "generators"),
     "registry": ("nn",),
     "ties": (),
     "selection": ("nn", "config", "registry", "patterns", "ties"),
@@ -57,7 +58,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "monte_carlo": ("predictive", "shared_prefix", "snapshot"),
     "jacobians": (),
     "posteriors.covariance": (),
-    "posteriors.blocks": ("jacobians", "posteriors.covariance"),
+    "posteriors.blocks": ("generators", "jacobians", "posteriors.covariance"),
     "posteriors.linearized": ("jacobians", "posteriors.blocks", "posteriors.covariance", "predictive"),
     "posteriors.logits": ("predictive", "losses.gaussian"),
     "posteriors.methods": ("posteriors.blocks", "posteriors.linearized"),
@@ -73,6 +74,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "posteriors": ("predictive",),
     "posteriors.variational": ("posteriors.base", "nn"),
     "laplace": (
+        "generators",
         "jacobians",
         "patterns",
         "predictive",

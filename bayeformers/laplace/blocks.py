@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..generators import NOISE_VERSION
 from ..posteriors.covariance import Separable
 from .kronecker import KroneckerEigen
 from .targets import Target
@@ -28,6 +29,7 @@ class LaplaceBlock:
         prior_precisions: tau of each of the n posteriors.
         scale: 1 / (temperature noise_std^2).
         is_flat: whether the block is dense.
+        noise_version: which draws, see `bayeformers.generators`.
     """
 
     target: Target
@@ -35,6 +37,7 @@ class LaplaceBlock:
     prior_precisions: tuple[float, ...]
     scale: float = 1.0
     is_flat: bool = False
+    noise_version: int = NOISE_VERSION
     _known: dict[tuple[float, torch.dtype], Separable | None] = field(default_factory=dict, repr=False)
 
     @property

@@ -144,7 +144,8 @@ def draw_along(posterior: LaplacePosterior, direction: EigenDirection, index: in
     check_draw(index, seed)
     if not set(direction.parameters) <= set(posterior.random_parameters()):
         raise ValueError(f"`direction` lies in the weights of {direction.layer!r} of another model than `posterior`'s.")
-    z = float(block_noise(f"{direction.layer}/{direction.index}", (1,), index, seed))
+    version = posterior.record.noise_version
+    z = float(block_noise(f"{direction.layer}/{direction.index}", (1,), index, seed, version))
     step = z * direction.variance**0.5
     with holding({parameter: step * value for parameter, value in direction.parameters.items()}):
         yield

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..generators import NOISE_VERSION, check_noise_version
 from ..posteriors.blocks import block_noise
 from ..posteriors.linearized import OutputOf
 from ..predictive import ProblemType, logits_of
@@ -43,6 +44,7 @@ class InfPosterior(MovedPosterior):
         problem_type: what the head predicts.
         noise_std: s of a regression.
         outputs_of: the logits in what the model returns.
+        noise_version: which draws, see `bayeformers.generators`.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class InfPosterior(MovedPosterior):
         problem_type: ProblemType,
         noise_std: float = 1.0,
         outputs_of: OutputOf = logits_of,
+        noise_version: int = NOISE_VERSION,
     ) -> None:
-        self.model, self.layers = model, list(layers)
+        self.model, self.layers, self.noise_version = model, list(layers), check_noise_version(noise_version)
         self.prior_precisions, self.scale, self.noise_std = dict(prior_precisions), scale, noise_std
         self._problem_type, self._outputs_of = problem_type, outputs_of
 
@@ -96,6 +99,7 @@ class InfPosterior(MovedPosterior):
             "scale": self.scale,
             "problem_type": self._problem_type,
             "noise_std": self.noise_std,
+            "noise_version": self.noise_version,
             "layers": {
                 target.name: {"parameters": list(target.parameters), "squared_norm": target.squared_norm}
                 for target, _ in self.layers
@@ -121,13 +125,14 @@ class InfPosterior(MovedPosterior):
             device = next(iter(target.parameters.values())).device
             keys = [[f"{target.name}/{number}/{part}" for part in _PARTS] for number in range(groups[target.name])]
             layers.append((target, [LowRankPlusDiagonal(*(tensors[key].to(device) for key in own)) for own in keys]))
-        return cls(model, layers, outputs_of=outputs_of, **meta)
+        return cls(model, layers, outputs_of=outputs_of, **{"noise_version": 1, **meta})
 
     def _deviation(self, index: int, seed: int) -> dict[nn.Parameter, Tensor]:
         found: dict[nn.Parameter, Tensor] = {}
         for target, blocks in self.layers:
             like, tau = blocks[0].unclamped_diagonal, self.prior_precisions[target.name]
-            noise = block_noise(target.name, (len(blocks), *like.shape), index, seed).to(like)
+            shape = len(blocks), *like.shape
+            noise = block_noise(target.name, shape, index, seed, self.noise_version).to(like)
             drawn = [block.draw(z, tau, scale=self.scale) for block, z in zip(blocks, noise, strict=True)]
             found |= by_parameter(target, torch.stack(drawn))
         return found
@@ -167,6 +172,7 @@ def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePoste
         problem_type=posterior.problem_type(),
         noise_std=posterior.noise_std,
         outputs_of=posterior._outputs_of,
+        noise_version=posterior.record.noise_version,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..generators import NOISE_VERSION, check_noise_version
 from ..posteriors.blocks import GaussianBlock, block_draw
 from ..posteriors.linearized import OutputOf, Statistic
 from ..predictive import ProblemType, logits_of, resolve_problem_type
@@ -47,6 +48,7 @@ class FitRecord:
             0 where it is unknown.
         skipped: layer name -> why it stays deterministic.
         squared_distances: layer name -> |theta* - mu0|^2, where the prior's mean mu0 is not 0.
+        noise_version: which draws, see `bayeformers.generators`.
     """
 
     config: CurvatureConfig
@@ -56,6 +58,7 @@ class FitRecord:
     num_outputs: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
     squared_distances: Mapping[str, float] = field(default_factory=dict)
+    noise_version: int = NOISE_VERSION
 
 
 class LaplacePosterior(MovedPosterior):
@@ -219,6 +222,7 @@ class LaplacePosterior(MovedPosterior):
                 tuple(p if isinstance(p, float) else p[target.name] for p in prior_precisions),
                 self.scale,
                 is_full and eigen.eigenvalues.shape[1] == 1 and eigen.left is None and eigen.right is not None,
+                self.record.noise_version,
             )
             for target, eigen in self._layers
         ]
@@ -308,7 +312,9 @@ class LaplacePosterior(MovedPosterior):
         config = CurvatureConfig(**meta["record"].pop("config"))
         chosen = {name: meta[name] for name in ("prior_precision", "temperature", "noise_std")}
         chosen["choice"] = PrecisionChoice.from_dict(meta.get("choice", {"method": "given"}))
-        return cls(model, layers, FitRecord(config=config, **meta["record"]), outputs_of=outputs_of, **chosen)
+        record = FitRecord(config=config, **{"noise_version": 1, **meta["record"]})
+        check_noise_version(record.noise_version)
+        return cls(model, layers, record, outputs_of=outputs_of, **chosen)
 
 
 def check_positive(name: str, value: Any) -> None:

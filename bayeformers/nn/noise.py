@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..generators import NOISE_VERSION, keyed_generator
+
 _INT32 = 0xFFFFFFFF
 
 
@@ -22,15 +24,15 @@ def noise_key(seed: int, index: int, name: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def normal(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
+def normal(key: int, shape: Sequence[int], device: torch.device, version: int = NOISE_VERSION) -> Tensor:
     """N(0, 1) in float32 of the given shape, from a generator that is seeded with ``key`` and used once."""
-    generator = torch.Generator(device=device).manual_seed(key % 2**63)
+    generator = keyed_generator(key, device, version)
     return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
 
 def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Independent fair signs, -1 or 1, in float32 of the given shape."""
-    generator = torch.Generator(device=device).manual_seed(key % 2**63)
+    generator = keyed_generator(key, device)
     return torch.randint(2, tuple(shape), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
 
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..distributions import scale_from_rho, unit_of
 from ..distributions.diagonal_normal import scale_slope
+from ..generators import NOISE_VERSION
 from . import noise
 
 
@@ -28,6 +29,7 @@ class TensorSpec:
         untrained_idx: where there is no such row, one whose lookups give no gradient: torch's padding row, of a table
             whose tied head predicts that token.
         named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
+        noise_version: which draws, see `bayeformers.generators`.
     """
 
     name: str
@@ -35,6 +37,7 @@ class TensorSpec:
     padding_idx: int | None = None
     named: bool = False
     untrained_idx: int | None = None
+    noise_version: int = NOISE_VERSION
 
     @property
     def unlearned_row(self) -> int | None:
@@ -126,7 +129,7 @@ class Draw:
 
     def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
         if not spec.by_row:
-            return noise.normal(self.key(spec), loc.shape, loc.device)
+            return noise.normal(self.key(spec), loc.shape, loc.device, spec.noise_version)
         rows = torch.arange(loc.shape[0], device=loc.device)
         return _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..generators import NOISE_VERSION, keyed_generator
 from ..jacobians import TENSOR, LayerRule, rule_of
 from .covariance import Separable
 
@@ -26,6 +27,7 @@ class GaussianBlock(Protocol):
         left: U_G, (K, d_out, d_out); None: the identity.
         right: U_A, (K, d_in', d_in'); None: the identity.
         is_flat: the matrix is flattened to (1, 1, p), and U_A is (1, p, p): a dense covariance.
+        noise_version: which draws, see `bayeformers.generators`.
     """
 
     @property
@@ -40,6 +42,8 @@ class GaussianBlock(Protocol):
     def right(self) -> Tensor | None: ...
     @property
     def is_flat(self) -> bool: ...
+    @property
+    def noise_version(self) -> int: ...
 
     def variances(self) -> Tensor:
         """V, (n, K, d_out, d_in'), of n posteriors with one U: one pass gives n covariances."""
@@ -62,6 +66,7 @@ class MeanFieldBlock:
     left: None = None
     right: None = None
     is_flat: bool = False
+    noise_version: int = NOISE_VERSION
 
     def variances(self) -> Tensor:
         """(1, K, d_out, d_in')."""
@@ -156,7 +161,8 @@ def from_matrix(module: nn.Module, matrix: Tensor, names: Iterable[str]) -> dict
 def block_draw(block: GaussianBlock, index: int, seed: int) -> Tensor:
     """Deviation from the mean of draw ``index``, U_G (V^1/2 * Z) U_A^T, in the layer's matrix form."""
     variance = block.variances()[0]
-    noise = block_noise(block.name, tuple(variance.shape), index, seed).to(variance) * variance.sqrt()
+    noise = block_noise(block.name, tuple(variance.shape), index, seed, block.noise_version)
+    noise = noise.to(variance) * variance.sqrt()
     if block.left is not None:
         noise = block.left @ noise
     drawn = noise if block.right is None else noise @ block.right.mT
@@ -166,7 +172,8 @@ def block_draw(block: GaussianBlock, index: int, seed: int) -> Tensor:
     return drawn.reshape(shape)
 
 
-def block_noise(name: str, shape: tuple[int, ...], index: int, seed: int) -> Tensor:
+def block_noise(name: str, shape: tuple[int, ...], index: int, seed: int, noise_version: int = NOISE_VERSION) -> Tensor:
     """Standard normal float32 of the CPU, the same in every process and on every device."""
     key = hashlib.blake2b(f"{name}/{seed}/{index}".encode(), digest_size=8).digest()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(key) >> 1))
+    number = int.from_bytes(key) >> (noise_version == 1)
+    return torch.randn(shape, generator=keyed_generator(number, torch.device("cpu"), noise_version))

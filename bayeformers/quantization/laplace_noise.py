@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from ..generators import NOISE_VERSION, check_noise_version
 from ..laplace import LaplacePosterior
 from ..laplace.blocks import LaplaceBlock
 from ..posteriors.blocks import block_noise, from_matrix, to_matrix
@@ -29,6 +30,7 @@ class LayerNoise:
         std: coded square roots of the variances along the eigen-directions, (K d_out, d_in').
         shape: (K, d_out, d_in').
         left, right: the eigenvectors; None: the identity.
+        noise_version: which draws, see `bayeformers.generators`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerNoise:
     shape: tuple[int, int, int]
     left: Basis | None
     right: Basis | None
+    noise_version: int = NOISE_VERSION
 
     @classmethod
     def of(cls, block: LaplaceBlock, module: nn.Module, names: Mapping[str, str]) -> Self:
@@ -49,12 +52,12 @@ class LayerNoise:
         )
         std = ScaleCodes.of(variance.sqrt().flatten(0, 1), log_range=float("inf"))
         shape = (variance.shape[0], variance.shape[1], variance.shape[2])
-        return cls(block.name, module, dict(names), std, shape, left, right)
+        return cls(block.name, module, dict(names), std, shape, left, right, block.noise_version)
 
     def deviation(self, index: int, seed: int) -> dict[str, Tensor]:
         """By the Parameters' names in the model."""
         std = self.std.dequantize().view(self.shape)
-        drawn = block_noise(self.name, self.shape, index, seed).to(std).mul_(std)
+        drawn = block_noise(self.name, self.shape, index, seed, self.noise_version).to(std).mul_(std)
         drawn = drawn if self.left is None else self.left.matrix() @ drawn
         drawn = drawn if self.right is None else drawn @ self.right.matrix().mT
         if self.shape[:2] == (1, 1):  # a dense block is flat
@@ -131,7 +134,12 @@ class LaplaceNoise(Noise):
 
     def meta(self) -> dict[str, Any]:
         """The layers' shapes and Parameters."""
-        return {"layers": {layer.name: {"names": layer.names, "shape": layer.shape} for layer in self.layers}}
+        return {
+            "layers": {
+                layer.name: {"names": layer.names, "shape": layer.shape, "noise_version": layer.noise_version}
+                for layer in self.layers
+            }
+        }
 
     @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.Module) -> Self:
@@ -141,6 +149,7 @@ class LaplaceNoise(Noise):
             std = ScaleCodes(*(tensors[f"{name}/std/{part}"] for part in ("codes", "top", "step")))
             left, right = (Basis.from_saved(tensors, f"{name}/{side}") for side in _SIDES)
             first, second, third = recorded["shape"]
-            module = model.get_submodule(name)
-            layers.append(LayerNoise(name, module, recorded["names"], std, (first, second, third), left, right))
+            module, version = model.get_submodule(name), check_noise_version(recorded.get("noise_version", 1))
+            shape = first, second, third
+            layers.append(LayerNoise(name, module, recorded["names"], std, shape, left, right, version))
         return cls(layers)

@@ -135,7 +135,7 @@ class MeanFieldNoise(Noise):
     @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.Module) -> Self:
         """What `tensors` and `meta` gave."""
-        specs = {name: TensorSpec(**spec) for name, spec in meta["specs"].items()}
+        specs = {name: TensorSpec(**{"noise_version": 1, **spec}) for name, spec in meta["specs"].items()}
         scales: dict[str, ScaleCodes | Tensor] = {}
         for name in specs:
             whole = tensors.get(f"{name}/scale")

@@ -17,10 +17,11 @@ NAMES = ("bert.embeddings.word_embeddings.weight", "lm_head.weight", "a", "")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("seed", "index"), [(0, 0), (0, 1), (7, 3), (2**62, 10**6)])
 def test_matches_reference(name: str, seed: int, index: int) -> None:
-    """Noise version 1 is what `tests/reference.py` spells out: old checkpoints keep their draws."""
+    """Each noise version is what `tests/reference.py` spells out: old checkpoints keep their draws."""
     key = noise_key(seed, index, name)
     assert key == key_of(seed, index, name)
-    assert torch.equal(normal(key, (3, 5), CPU), dense_noise(key, (3, 5)))
+    for version in (1, 2):
+        assert torch.equal(normal(key, (3, 5), CPU, version), dense_noise(key, (3, 5), version))
     rows = [0, 1, 29_999, 5]
     # torch's erfinv in float32 and the rounding of its argument: relative errors of some 1e-6 in the body of the normal
     torch.testing.assert_close(
@@ -32,7 +33,10 @@ def test_golden_values() -> None:
     """Numbers of today: a change of the noise must change NOISE_VERSION."""
     key = noise_key(0, 0, "w")
     assert key == 5830214675888881782
-    assert normal(key, (3,), CPU).tolist() == pytest.approx([0.34188855, 0.89315248, 1.16844046], rel=1e-6)
+    assert normal(key, (3,), CPU, 1).tolist() == pytest.approx([0.34188855, 0.89315248, 1.16844046], rel=1e-6)
+    assert normal(key, (3,), CPU).tolist() == pytest.approx(
+        [-0.5832399725914001, 0.6216166615486145, -0.982802152633667], rel=1e-6
+    )
     assert normal_rows(key, torch.tensor([7]), 3).tolist()[0] == pytest.approx(
         [1.29468811, 0.68015623, 0.99546081], rel=1e-5
     )
@@ -60,6 +64,20 @@ def test_stateless() -> None:
     torch.manual_seed(99)
     for a, b in zip(first, (normal(3, (4,), CPU), normal_rows(3, torch.arange(4), 2)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_all_bits_of_the_key_count() -> None:
+    """These two tensors' keys have their low 32 bits in common, all that a CPU's generator keeps of a seed."""
+    keys = [noise_key(0, 0, f"layers.{number}.weight") for number in (9521, 89899)]
+    assert keys[0] % 2**32 == keys[1] % 2**32
+    first, second = (normal(key, (200, 200), CPU) for key in keys)
+    assert abs(float((first * second).mean())) < 4 / 200
+    # a key that differs in one bit, any: nothing in common, to 5 standard errors 1 / sqrt n of 64 correlations
+    base = normal(keys[0], (100, 100), CPU)
+    for bit in range(64):
+        other = normal(keys[0] ^ 1 << bit, (100, 100), CPU)
+        assert abs(float((base * other).mean())) < 5 / 100, bit
+    assert torch.isfinite(normal(0, (100,), CPU)).all() and torch.isfinite(normal(2**64 - 1, (100,), CPU)).all()
 
 
 def sources() -> dict[str, torch.Tensor]:
