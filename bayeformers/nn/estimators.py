@@ -102,7 +102,7 @@ class Reparameterization:
     def lookup(self, ids: Tensor, weight: Variational) -> Tensor:
         """The looked-up rows of the active draw, and no others."""
         if torch.compiler.is_compiling():  # it cannot trace the data-dependent shape of `unique`
-            return weight.sample_rows(ids)
+            return weight.sample_rows(ids.flatten()).view(*ids.shape, -1)
         rows, inverse = torch.unique(ids, return_inverse=True)
         return F.embedding(inverse, weight.sample_rows(rows))
 

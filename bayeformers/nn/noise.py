@@ -30,6 +30,29 @@ def normal(key: int, shape: Sequence[int], device: torch.device, version: int = 
     return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
 
+@torch.library.custom_op("bayeformers::normal", mutates_args=())
+def traced_normal(seed: str, index: int, name: str, shape: list[int], device: torch.device, version: int) -> Tensor:
+    """:func:`normal` of :func:`noise_key`, opaque to a compiler; the seed as text, for it may have over 63 bits."""
+    return normal(noise_key(int(seed), index, name), shape, device, version)
+
+
+@traced_normal.register_fake
+def _(seed: str, index: int, name: str, shape: list[int], device: torch.device, version: int) -> Tensor:
+    return torch.empty(shape, device=device, dtype=torch.float32)
+
+
+@torch.library.custom_op("bayeformers::noise_key", mutates_args=())
+def traced_key(seed: str, index: int, name: str, device: torch.device) -> Tensor:
+    """:func:`noise_key` as :func:`normal_rows` takes it from a compiler: two int32 values (2,)."""
+    key = noise_key(int(seed), index, name)
+    return torch.tensor([_signed(key & _INT32), _signed(key >> 32)], dtype=torch.int32, device=device)
+
+
+@traced_key.register_fake
+def _(seed: str, index: int, name: str, device: torch.device) -> Tensor:
+    return torch.empty(2, device=device, dtype=torch.int32)
+
+
 def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Independent fair signs, -1 or 1, in float32 of the given shape."""
     generator = keyed_generator(key, device)

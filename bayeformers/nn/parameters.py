@@ -19,7 +19,6 @@ from ..distributions import Prior
 from ..distributions.diagonal_normal import ScaleName
 from .base import BayesianModule
 from .estimators import REPARAMETERIZATION
-from .reading import DrawnWhereRead
 from .variational import TensorSpec
 
 # torch's norms are a matter of their own; a kernel of nn.RNN takes the list `_flat_weights`, not the attributes
@@ -144,5 +143,4 @@ def _rebuild(source: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return kind.__new__(kind)
 
 
-_ANNOTATED = {*BayesianModule.__annotations__, *DrawnWhereRead.__annotations__}
-_STATE = {*dir(RandomParameters), *_ANNOTATED, "_values"} - {*dir(nn.Module), "reset_parameters"}
+_STATE = {*dir(RandomParameters), *BayesianModule.__annotations__, "_values"} - {*dir(nn.Module), "reset_parameters"}

@@ -12,16 +12,12 @@ import dis
 import functools
 import sys
 import types
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from .variational import TensorSpec, Variational
-
-if TYPE_CHECKING:
-    from .draws import DrawScope
-    from .variational import Draw
 
 MEAN: Final = "mean"
 _DESCRIPTIONS = frozenset(("dtype", "device", "shape", "ndim", "layout", "is_meta", "requires_grad"))
@@ -38,9 +34,9 @@ class DrawnWhereRead(nn.Module):
 
     bayesian_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
-    draw: Draw | str | None
+    draw: Any
     specs: dict[str, TensorSpec]
-    scope: DrawScope
+    scope: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,14 +68,14 @@ class DrawnWhereRead(nn.Module):
         return value
 
     def _value(self, name: str) -> Tensor:
-        """The tensor under the draw."""
-        return self.variational(name).sample()
+        """The tensor under the draw; a copy, so that who edits it in place leaves the draw alone."""
+        return self.variational(name).sample().clone()
 
     @property
     def _is_drawing(self) -> bool:
         if "specs" not in self.__dict__:  # half way through a conversion
             return False
-        return self.training and self.scope.is_running if self.draw is None else self.draw is not MEAN
+        return bool(self.training and self.scope.is_running) if self.draw is None else self.draw is not MEAN
 
 
 def replaced(name: str) -> str:

@@ -72,7 +72,7 @@ class Draw:
 
     def weight(self, spec: TensorSpec, loc: Tensor, rho: Tensor, floor: Tensor | None = None) -> Tensor:
         """loc + sigma * noise; under ``no_grad`` a held draw makes it once and keeps it while loc and rho stand."""
-        if torch.is_grad_enabled() or self._weights is None:
+        if torch.is_grad_enabled() or self._weights is None or torch.compiler.is_compiling():
             return sample(loc, rho, self.noise(spec, loc), floor)
         kept = self._weights.get(spec.name)
         if kept is None or kept[0] != _stamp(loc, rho):
@@ -85,7 +85,7 @@ class Draw:
 
         Under ``no_grad`` a held draw keeps the rows that it has made.
         """
-        if torch.is_grad_enabled() or self._weights is None:
+        if torch.is_grad_enabled() or self._weights is None or torch.compiler.is_compiling():
             return self._make_rows(spec, loc, rho, rows, floor)
         if spec.name in self._weights:
             return F.embedding(rows, self.weight(spec, loc, rho, floor))
@@ -118,7 +118,9 @@ class Draw:
         return sample(F.embedding(rows, loc, row), F.embedding(rows, rho, row), eps, floor)
 
     def _noise_of_rows(self, spec: TensorSpec, loc: Tensor, rows: Tensor) -> Tensor:
-        return _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
+        compiled = torch.compiler.is_compiling()
+        key = noise.traced_key(str(self.seed), self.index, spec.name, rows.device) if compiled else self.key(spec)
+        return _without_padding(noise.normal_rows(key, rows, loc.shape[1]), spec, rows)
 
     @property
     def nbytes(self) -> int:
@@ -128,10 +130,13 @@ class Draw:
         return sum(value.numel() * value.element_size() for value in kept)
 
     def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        if not spec.by_row:
-            return noise.normal(self.key(spec), loc.shape, loc.device, spec.noise_version)
-        rows = torch.arange(loc.shape[0], device=loc.device)
-        return _without_padding(noise.normal_rows(self.key(spec), rows, loc.shape[1]), spec, rows)
+        if spec.by_row:
+            return self._noise_of_rows(spec, loc, torch.arange(loc.shape[0], device=loc.device))
+        if torch.compiler.is_compiling():
+            seed, shape = str(self.seed), list(loc.shape)
+            value: Tensor = noise.traced_normal(seed, self.index, spec.name, shape, loc.device, spec.noise_version)
+            return value
+        return noise.normal(self.key(spec), loc.shape, loc.device, spec.noise_version)
 
 
 class TracedDraw(Draw):

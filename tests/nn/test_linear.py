@@ -131,5 +131,5 @@ def test_held_draw_caches_and_follows() -> None:
         assert layer.draw.nbytes == 15 * 4
         kept: Tensor = layer.variational("weight").sample()
         assert layer.variational("weight").sample() is kept
-        layer.weight.mul_(2)
+        layer.get_parameter("weight").mul_(2)
         assert layer.variational("weight").sample() is not kept
