@@ -24,9 +24,7 @@ def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
             module.__dict__[name] = types.MethodType(kind.forward, module)
 
 
-def tie(
-    owners: list[tuple[nn.Module, str]], name: str, noise_version: int, *, predicts_padding: bool = False
-) -> None:
+def tie(owners: list[tuple[nn.Module, str]], name: str, noise_version: int, *, predicts_padding: bool = False) -> None:
     """Tied means share rho, noise key and padding row; the prior's centre stays with the first owner.
 
     ``predicts_padding``: the padding row stands for a token that a head predicts, so it is a row as any other; only
