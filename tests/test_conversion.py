@@ -258,7 +258,7 @@ def test_subclass_layers() -> None:
     with fixed_draw(scaled, 0):
         rows = scaled[0].variational("weight").sample()
         torch.testing.assert_close(scaled[0](torch.arange(6)), 3 * rows)
-        assert not torch.equal(rows, scaled[0].weight)
+        assert torch.equal(rows, scaled[0].weight) and not torch.equal(rows, scaled[0].get_parameter("weight"))
     assert type(copy.deepcopy(scaled)[0]).__name__ == "Scaled"
     assert type(to_deterministic(scaled)[0]) is Scaled
     for kind in (Direct, Both, Hidden, ByName, ByMethod, ByProperty, Inner, Unchanged):
