@@ -210,12 +210,16 @@ def unseen_sets(
     """Set -> positions of its rows that the model has not seen; what is left out is said.
 
     Raises:
-        ValueError: most rows of a set were trained on.
+        ValueError: most rows of a set were trained on, or are about to be.
     """
     kept = {name: history.unseen(hashes, train) for name, hashes in held_out.items()}
     for name, mask in kept.items():
         if line := keep_unseen(mask, f"{name} rows", remedies):
             say(line)
+        if 2 * (twins := int(np.isin(held_out[name], train).sum())) > len(mask):
+            raise ValueError(
+                f"{twins} of the {len(mask)} {name} rows are among the training rows: they hold nothing out."
+            )
     return {name: np.flatnonzero(mask).tolist() for name, mask in kept.items()}
 
 

@@ -318,3 +318,17 @@ def test_conversion_arguments_of_a_converted_model() -> None:
     x, y = data()
     with pytest.raises(TypeError, match=r"`model` is converted already: \['target_modules'\]"):
         search(to_bayesian(network()), x, y, target_modules=["2"])
+
+
+def test_the_end_of_the_range_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """All labels wrong: any noise helps; separated and right with a wide margin: none does."""
+    net = nn.Linear(2, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[-9.0, 0.0], [9.0, 0.0]]))
+        net.bias.zero_()
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 4)
+    right = (x[:, 0] > 0).long()
+    for labels, end, expected in ((1 - right, "largest", 10.0), (right, "smallest", 0.01)):
+        caplog.clear()
+        found = calibrate_delta(net, x, labels, method="glm", progress=False)
+        assert found == pytest.approx(expected) and f"at the {end} end of `bounds`" in caplog.text
