@@ -124,9 +124,11 @@ def _by_own_names(model: nn.Module, raw: dict[str, Tensor]) -> tuple[dict[str, T
     collected: dict[str, Any] = {}
     unknown = []
     for key in sorted(raw, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        name, pattern = rename_source_key(key, renamings, converters)
+        if name not in own:  # a name that is the model's own needs no prefix; transformers asks for one first
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own:
-            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, own)  # it has its own name already
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, own)
         if name not in own or (pattern is None and name in collected):
             unknown.append(key)
             continue
@@ -136,9 +138,19 @@ def _by_own_names(model: nn.Module, raw: dict[str, Tensor]) -> tuple[dict[str, T
         collected[name].add_tensor(name, key, key if pattern is None else pattern, raw[key])
     found = {}
     for name, transform in collected.items():
-        for target, value in transform.convert(name, model=model, config=model.config).items():
+        for target, value in _converted(transform, name, model).items():
             found[target] = value[0] if isinstance(value, list) else value
     return found, unknown
+
+
+def _converted(transform: Any, name: str, model: PreTrainedModel) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = transform.convert(name, model=model, config=model.config)
+    except Exception as error:  # each of its operations fails in its own way
+        raise ValueError(
+            f"transformers cannot make {name!r} of {type(model).__name__} of what the checkpoint holds: {error}"
+        ) from error
+    return values
 
 
 def _transforms(model: PreTrainedModel) -> list[Any]:

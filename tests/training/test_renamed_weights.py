@@ -51,7 +51,12 @@ def bert() -> nn.Module:
     return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {f.__name__: f for f in (vit, deit, swin, gpt_neox, mixtral, bert)}
+def pixio() -> nn.Module:
+    """Its file has a "layernorm" and an "encoder.layernorm", the model a "layernorm" and a "pixio.layernorm"."""
+    return transformers.PixioBackbone(transformers.PixioConfig(**SIZES, image_size=8, patch_size=4))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {f.__name__: f for f in (vit, deit, swin, gpt_neox, mixtral, bert, pixio)}
 
 
 def made(kind: str, converted: bool, seed: int) -> nn.Module:
