@@ -1,7 +1,8 @@
 """Jacobians of a network in its weights, layer by layer: what a layer saw, and the gradients at its output."""
 
-from .recording import Inputs, TensorUse, Use, are_batched, batch_size, differentiable, examples, gradients, record
+from .recording import Inputs, TensorUse, Use, batch_size, differentiable, examples, gradients, record
 from .rules import TENSOR, LayerRule, register_curvature, rule_of, supported_layers
+from .separation import examples_first, separation
 
 __all__ = [
     "TENSOR",
@@ -9,13 +10,14 @@ __all__ = [
     "LayerRule",
     "TensorUse",
     "Use",
-    "are_batched",
     "batch_size",
     "differentiable",
     "examples",
+    "examples_first",
     "gradients",
     "record",
     "register_curvature",
     "rule_of",
+    "separation",
     "supported_layers",
 ]

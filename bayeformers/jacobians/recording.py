@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -100,9 +101,17 @@ def record(
         ValueError: a module has no rule.
     """
     rules, tensors = {module: _rule(module) for module in modules}, tensors or {}
-    output, uses = _forward(model, inputs, rules, output_of, tensors, copy=False)
+    run = functools.partial(_forward, model, inputs, rules, output_of, tensors)
+    expand = any(isinstance(rule, EmbeddingRule) for rule in rules.values())
+    try:
+        output, uses = run(copy=False, expand=expand)
+    except Exception:
+        if not expand:
+            raise
+        expand = False  # a model that repeats its positions for the batch cannot take them repeated
+        output, uses = run(copy=False, expand=expand)
     if any(use.is_stale for use in uses):
-        output, uses = _forward(model, inputs, rules, output_of, tensors, copy=True)
+        output, uses = run(copy=True, expand=expand)
     return output, uses + [TensorUse(parameter, module) for parameter, module in tensors.items()]
 
 
@@ -114,6 +123,7 @@ def _forward(
     tensors: Iterable[nn.Parameter],
     *,
     copy: bool,
+    expand: bool,
 ) -> tuple[Tensor, list[Use]]:
     uses: list[Use] = []
     batch = batch_size(inputs)
@@ -125,7 +135,9 @@ def _forward(
             raise ValueError(f"The Jacobian of {type(module).__name__} needs one tensor in and one tensor out.")
         if given.numel() == 0:  # an expert without tokens
             return output
-        if isinstance(rule, EmbeddingRule) and len(given) == 1 < batch:  # positions, looked up once for all examples
+        if (
+            expand and isinstance(rule, EmbeddingRule) and len(given) == 1 < batch
+        ):  # positions, looked up once for all examples
             given, output = given.expand(batch, *given.shape[1:]), output.expand(batch, *output.shape[1:])
         output = output if output.requires_grad else output.detach().requires_grad_()
         uses.append(Use(module, rule, given.clone() if copy else given, output))
@@ -160,23 +172,6 @@ def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: boo
         found = torch.autograd.grad(output, points, _tracked(weights), retain_graph=not last, allow_unused=True)
     parts = [torch.zeros_like(point) if grad is None else grad for point, grad in zip(points, found, strict=True)]
     return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
-
-
-def are_batched(output: Tensor, uses: Sequence[Use]) -> bool:
-    """Whether the first axis of every use is the batch, as it is that of the output.
-
-    A matrix may hold as many positions as there are examples: then the first example's outputs depend on other rows.
-    """
-    if len(output) == 1:
-        return True
-    if not all(use.is_batched(len(output)) for use in uses):
-        return False
-    matrices = [use for use in uses if use.output.ndim == 2]
-    if not matrices:
-        return True
-    weights = torch.zeros_like(output)
-    weights[0] = torch.linspace(1, 2, weights[0].numel()).to(output).view(output.shape[1:])
-    return not any(bool(grad[1:].any()) for grad in gradients(output, matrices, weights))
 
 
 def batch_size(inputs: Inputs) -> int:

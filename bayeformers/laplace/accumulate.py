@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import Use, are_batched, gradients, record
+from ..jacobians import Use, examples_first, gradients, record, separation
 from ..jacobians.rules import EmbeddingRule, LinearRule
 from ..posteriors.blocks import GaussianBlock
 from ..posteriors.linearized import Captured, captured_block, in_block
@@ -50,38 +51,47 @@ class Accumulator:
     ) -> None:
         self.curvature, self.model, self.targets, self.outputs_of = curvature, model, list(targets), outputs_of
         self.is_second_pass, self.device = bases is not None, device
+        self._num_seen, self._process = curvature.num_examples, process_index()
         if bases is not None:
             self.targets = [replace(t, left=bases[t.name].left, right=bases[t.name].right) for t in self.targets]
         self._modules = [module for target in self.targets for module in target.modules]
 
     def add(self, batch: Batch) -> None:
-        """One forward pass, one backward pass per column; one example at a time where a layer has no batch axis.
+        """One forward pass, one backward pass per column; one example at a time where a layer does not keep them apart.
 
         Raises:
             ValueError: outputs or labels that are not finite or do not fit.
         """
-        self._add(batch, self._generator())
+        self._add(batch, self._generators(batch) if self.curvature.config.fisher == "mc" else [])
+        self._num_seen += len(batch)
         self.curvature.num_batches += 1
 
-    def _add(self, batch: Batch, generator: torch.Generator) -> None:
+    def _add(self, batch: Batch, generators: Sequence[torch.Generator]) -> None:
         outputs, uses = record(self.model, batch.inputs, self._modules, self.outputs_of)
         _check_outputs(outputs, batch)
-        if self._needs_examples and not are_batched(outputs, uses):
-            for one in batch.examples():
-                self._add(one, generator)
+        apart = separation(self.model, batch.inputs, outputs, uses, self.outputs_of)
+        if apart == "none" or apart == "rows" and self._needs_examples:
+            for i, one in enumerate(batch.examples()):
+                self._add(one, generators[i : i + 1])
             return
         owned = [(target, [use for use in uses if use.module in target.modules]) for target in self.targets]
         owned = [(target, found) for target, found in owned if found]
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             self._count(outputs.detach(), batch)
-            columns = list(self._columns(outputs.detach(), batch, generator))
-            reached: dict[Use, Tensor] = {}
+            columns = list(self._columns(outputs.detach(), batch, generators))
+            reached = _Reached(batch, self._masked(batch, uses))
             for number, column in enumerate(columns, start=1):
                 grads = gradients(outputs, uses, column, last=number == len(columns))
                 self._add_column(owned, dict(zip(uses, grads, strict=True)), batch, reached)
             if not self.is_second_pass:
-                inputs = _Inputs(batch, reached, self.curvature.config.weight_sharing)
+                inputs = _Inputs(batch, reached.masks, self.curvature.config.weight_sharing)
                 self._add_inputs(inputs, [(target, found) for target, found in owned if self._is_factored(target)])
+
+    def _masked(self, batch: Batch, uses: Sequence[Use]) -> set[Use]:
+        """Uses whose positions may be the tokens: elsewhere there may be as many of another kind."""
+        if batch.attended is None:
+            return set()
+        return examples_first(self.model, batch.inputs, len(batch), uses, self.outputs_of)
 
     @property
     def _needs_examples(self) -> bool:
@@ -100,14 +110,18 @@ class Accumulator:
     def _sum_moment(self, target: Target, name: str, rows: Tensor) -> None:
         self.curvature.add_second_moment(target.name, name, rows, self.device)
 
-    def _generator(self) -> torch.Generator:
-        """Of the Monte-Carlo labels: a resumed pass draws what it would have drawn; processes draw apart."""
-        key = (self.curvature.config.seed * 1_000_003 + self.curvature.num_batches) * 1_009 + process_index()
-        return torch.Generator().manual_seed(key)
+    def _generators(self, batch: Batch) -> list[torch.Generator]:
+        """Of the Monte-Carlo labels, one per example: the same in batches of any size, and after a resume.
+
+        An example is known by its place in the dataset, else by its number among those that this process saw.
+        """
+        names = [f"{n}" for n in batch.numbers or ()]
+        names = names or [f"{self._process}/{self._num_seen + i}" for i in range(len(batch))]
+        return [_generator(f"{self.curvature.config.seed}/{name}") for name in names]
 
     # -- what is backpropagated --------------------------------------------------------------------------------------
 
-    def _columns(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
+    def _columns(self, outputs: Tensor, batch: Batch, generators: Sequence[torch.Generator]) -> Iterator[Tensor]:
         config = self.curvature.config
         if config.fisher == "empirical":
             if batch.labels is None:
@@ -115,7 +129,7 @@ class Accumulator:
             yield empirical_column(outputs, batch.labels, config.likelihood)
             return
         if config.fisher == "mc":
-            found = sampled_columns(outputs, config.likelihood, num_samples=config.num_mc_samples, generator=generator)
+            found = sampled_columns(outputs, config.likelihood, num_samples=config.num_mc_samples, generator=generators)
         else:
             found = hessian_columns(outputs, config.likelihood)
         counted = self._counted(outputs, batch)
@@ -157,7 +171,7 @@ class Accumulator:
 
     # -- sums of gradients -------------------------------------------------------------------------------------------
 
-    def _add_column(self, owned: Owned, grads: Mapping[Use, Tensor], batch: Batch, reached: dict[Use, Tensor]) -> None:
+    def _add_column(self, owned: Owned, grads: Mapping[Use, Tensor], batch: Batch, reached: _Reached) -> None:
         for target, uses in owned:
             found = [(grads[use],) for use in uses]
             block = cast(GaussianBlock, _near(target))  # of which captures need all but a variance
@@ -166,12 +180,12 @@ class Accumulator:
             elif self.curvature.config.weight_sharing == "reduce" and target.rule.is_affine:
                 summed = captured_block(block, uses, found, len(batch)).gradients[:, :, 0].sum(2)  # (K, B, d_out)
                 self._sum_moment(target, "gradients", summed)
-                _note_reached(uses, grads, batch, reached)
+                reached.note(uses, grads)
             else:
                 for use in uses:
                     g = _trained_rows(use, use.rule.gradients(use.module, grads[use]))
                     self._sum_moment(target, "gradients", g.flatten(1, 2))
-                _note_reached(uses, grads, batch, reached)
+                reached.note(uses, grads)
 
     def _add_inputs(self, inputs: _Inputs, owned: Owned) -> None:
         """Layers that read the same tensor (query, key, value) share its second moment."""
@@ -255,6 +269,11 @@ class _Inputs:
         return torch.ones(a.shape[1:3], dtype=torch.bool, device=a.device)
 
 
+def _generator(name: str) -> torch.Generator:
+    key = hashlib.blake2b(name.encode(), digest_size=4).digest()  # a CPU generator takes 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(key))
+
+
 def _by_position(column: Tensor) -> Iterator[Tensor]:
     """(B, T, C) as T columns with one position each: backpropagated together, positions would mix."""
     for position in range(column.shape[1]):
@@ -264,15 +283,28 @@ def _by_position(column: Tensor) -> Iterator[Tensor]:
             yield alone
 
 
-def _note_reached(uses: Sequence[Use], grads: Mapping[Use, Tensor], batch: Batch, reached: dict[Use, Tensor]) -> None:
-    for use in uses:
-        if not batch.has_padding:
-            continue
-        g = use.rule.gradients(use.module, grads[use])
-        if batch.attended is not None and (g.shape[1:3] == batch.attended.shape or g.shape[1:3] == (len(batch), 1)):
-            continue
-        now = g.ne(0).any(-1).any(0)
-        reached[use] = now | reached[use] if use in reached else now
+class _Reached:
+    """Positions (B, T) that a gradient reaches, of uses in a model with padding whose positions are not the tokens.
+
+    ``masked``: uses whose positions are tokens if they are as many.
+    """
+
+    def __init__(self, batch: Batch, masked: set[Use]) -> None:
+        self.masks: dict[Use, Tensor] = {}
+        self._batch, self._masked = batch, masked
+
+    def note(self, uses: Sequence[Use], grads: Mapping[Use, Tensor]) -> None:
+        """Of one column's gradients."""
+        for use in uses if self._batch.has_padding else ():
+            g = use.rule.gradients(use.module, grads[use])
+            if not self._has_own_mask(use, g.shape[1:3]):
+                now = g.ne(0).any(-1).any(0)
+                self.masks[use] = now | self.masks[use] if use in self.masks else now
+
+    def _has_own_mask(self, use: Use, shape: torch.Size) -> bool:
+        attended = self._batch.attended
+        is_pooled = shape == (len(self._batch), 1)
+        return attended is not None and use in self._masked and (shape == attended.shape or is_pooled)
 
 
 def _trained_rows(use: Use, gradients: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,14 @@ class Batch:
         labels: aligned with the outputs, or None.
         attended: the attention mask (B, T) as bool, or None.
         has_padding: whether positions may be padding.
+        numbers: where the examples stand in their dataset, if that is known.
     """
 
     inputs: Inputs
     labels: Tensor | None = None
     attended: Tensor | None = None
     has_padding: bool = False
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return batch_size(self.inputs)

@@ -145,8 +145,6 @@ def fit(
         first = _probe(model, batch, targets, logits)
         if subset == "last_layer":
             targets, skipped = _last_layer(targets, skipped, first.called)
-        else:
-            targets, skipped = _called(targets, skipped, first.called)
         distances = None if prior_mean is None else squared_distances(targets, model, prior_mean)
         config = CurvatureConfig(
             curvature=_auto_curvature(curvature, subset, targets),
@@ -157,6 +155,7 @@ def fit(
             seed=seed,
         )
         sums = _pass(loader, targets, config, logits, _device(device), checkpoint, checkpoint_steps)
+        targets, skipped = _called(targets, skipped, sums)
         layers = decompose(sums, targets)
         if config.curvature == "ekfac":
             layers = _second_pass(loader, layers, sums, logits, _device(device))
@@ -290,13 +289,9 @@ def _last_layer(
     return [last], {**skipped, **{target.name: "not the last layer" for target in targets if target is not last}}
 
 
-def _called(
-    targets: list[Target], skipped: dict[str, str], called: list[nn.Module]
-) -> tuple[list[Target], dict[str, str]]:
-    """A layer that the model never calls, or only reads, has no curvature."""
-    names = {target.name for target in targets if any(module in called for module in target.modules)}
-    names = set().union(*gathered(names))  # an expert may be called in one process only
-    used = [target for target in targets if target.name in names]
+def _called(targets: list[Target], skipped: dict[str, str], sums: Curvature) -> tuple[list[Target], dict[str, str]]:
+    """A layer that no batch of any process called, or that is only read, has no curvature."""
+    used = [target for target in targets if sums.sums.get(target.name)]
     if not used:
         raise ValueError("The model calls none of the layers that `target_modules` leaves: nothing has curvature.")
     silent = {target.name: "the model does not call it" for target in targets if target not in used}

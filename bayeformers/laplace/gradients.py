@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..jacobians import Inputs, are_batched, gradients, record
+from ..jacobians import Inputs, gradients, record, separation
 from ..posteriors.base import prediction_mode
 from ..posteriors.linearized import Captured, captured_block
 from .data import Batch, prepare
@@ -114,7 +114,7 @@ def _of_batch(posterior: LaplacePosterior, batch: Batch, output: Output | None) 
     blocks = posterior.blocks()
     modules = [module for block in blocks for module in block.modules]
     outputs, uses = record(posterior.model, batch.inputs, modules, posterior.outputs_of)
-    if not are_batched(outputs, uses):
+    if separation(posterior.model, batch.inputs, outputs, uses, posterior.outputs_of) != "examples":
         return _joined([_of_batch(posterior, one, output) for one in batch.examples()])
     with torch.no_grad():
         grads = gradients(outputs, uses, _column(posterior, outputs.detach(), batch, output), last=True)

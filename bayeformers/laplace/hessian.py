@@ -18,7 +18,7 @@ Kunstner et al. 2019 (arXiv 1905.12558); Daxberger et al. 2021 (arXiv 2106.14806
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -40,6 +40,7 @@ __all__ = [
 
 Likelihood = Literal["classification", "regression", "multilabel"]
 Fisher = Literal["exact", "mc", "empirical"]
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def num_columns(num_outputs: int, likelihood: Likelihood) -> int:
@@ -85,7 +86,7 @@ def hessian_columns(logits: Tensor, likelihood: Likelihood) -> Iterator[Tensor]:
 
 
 def sampled_columns(
-    logits: Tensor, likelihood: Likelihood, *, num_samples: int, generator: torch.Generator
+    logits: Tensor, likelihood: Likelihood, *, num_samples: int, generator: Generators
 ) -> Iterator[Tensor]:
     r"""Monte-Carlo columns S_m with E[sum_m S_m S_m^T] = H for every item, drawn independently per item (token).
 
@@ -96,7 +97,8 @@ def sampled_columns(
         logits: (..., C), as for :func:`hessian_columns`.
         likelihood: of the labels given the logits.
         num_samples: M >= 1, the number of columns.
-        generator: of the CPU; draws are made there and moved, so they are the same for every device.
+        generator: of the CPU; draws are made there and moved, so they are the same for every device. Or one for each
+            of the first axis.
 
     Raises:
         ValueError: as for :func:`hessian_columns`, fewer than one sample, or a generator of another device.
@@ -109,8 +111,9 @@ def sampled_columns(
     values = _check_logits(logits, likelihood)
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}.")
-    if generator.device.type != "cpu":
-        raise ValueError(f"`generator` must be of the CPU, so that draws agree on all devices, got {generator.device}.")
+    for one in [generator] if isinstance(generator, torch.Generator) else generator:
+        if one.device.type != "cpu":
+            raise ValueError(f"`generator` must be of the CPU, so that draws agree on all devices, got {one.device}.")
     draw = {"classification": _draw_class, "multilabel": _draw_indicators, "regression": _draw_noise}[likelihood]
     mean = _mean(values, likelihood)
     return (draw(mean, generator).div_(math.sqrt(num_samples)).to(logits.dtype) for _ in range(num_samples))
@@ -222,7 +225,7 @@ def _unit_columns(logits: Tensor) -> Iterator[Tensor]:
 # ----------------------------------------------------------------------------------------------------- sampled columns
 
 
-def _draw_class(probs: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_class(probs: Tensor, generator: Generators) -> Tensor:
     """p - e_yhat by the inverse of the distribution function: one uniform per item, not one number per class."""
     uniform = _uniform(probs[..., :1], generator)
     cumulative = probs.to(uniform.dtype).cumsum(-1)
@@ -231,19 +234,25 @@ def _draw_class(probs: Tensor, generator: torch.Generator) -> Tensor:
     return probs.scatter_add(-1, drawn, probs.new_tensor(-1.0).expand(drawn.shape))
 
 
-def _draw_indicators(probs: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_indicators(probs: Tensor, generator: Generators) -> Tensor:
     uniform = _uniform(probs, generator)
     return probs - (uniform < probs.to(uniform.dtype)).to(probs)
 
 
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+def _uniform(like: Tensor, generator: Generators) -> Tensor:
     """U[0, 1) of one shape and device, in float64: float32 would draw outcomes rarer than 2^-24 too often or never."""
     dtype = torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.rand(like.shape, generator=generator, dtype=dtype).to(like.device)
+    return _made(torch.rand, like.shape, generator, dtype).to(like.device)
 
 
-def _draw_noise(mean: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(mean.shape, generator=generator, dtype=torch.float64).to(mean)
+def _draw_noise(mean: Tensor, generator: Generators) -> Tensor:
+    return _made(torch.randn, mean.shape, generator, torch.float64).to(mean)
+
+
+def _made(draw: Callable[..., Tensor], shape: torch.Size, generator: Generators, dtype: torch.dtype) -> Tensor:
+    if isinstance(generator, torch.Generator):
+        return draw(shape, generator=generator, dtype=dtype)
+    return torch.stack([draw(shape[1:], generator=one, dtype=dtype) for one in generator])
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Loader:
         total = len(self.loader) if isinstance(self.loader, Sized) else None
         total = total if self.num_batches is None else min(self.num_batches, total or self.num_batches)
         is_shown = self.progress and process_index() == 0
+        numbers, size = getattr(self.loader, "example_numbers", None), getattr(self.loader, "batch_size", None) or 1
         with tqdm(total=total, initial=skip, desc=description, disable=not is_shown) as bar:
             for number, batch in enumerate(self.loader):
                 if self.num_batches is not None and number >= self.num_batches:
@@ -49,6 +51,8 @@ class Loader:
                 keep = real_examples(self.loader, number, len(whole))
                 if keep is not None and keep < len(whole):
                     whole = prepare(self.model, batch, self.device, keep)
+                if numbers is not None:  # the Trainer's own loader, which repeats no example
+                    whole = replace(whole, numbers=numbers[number * size : number * size + len(whole)])
                 if len(whole):
                     yield whole
                 bar.update()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import Inputs, TensorUse, Use, are_batched, batch_size, differentiable, examples, gradients, record
+from ..jacobians import Inputs, TensorUse, Use, batch_size, differentiable, examples, gradients, record, separation
 from ..jacobians.rules import EmbeddingRule
 from ..predictive import logits_of
 from .blocks import GaussianBlock, TensorBlock, block_rule, to_matrix
@@ -205,7 +205,7 @@ def _linearize(
     if not (uses and outputs.requires_grad):
         raise ValueError("The outputs depend on none of the layers that the posterior covers: it cannot be linearised.")
     _check_size(outputs)
-    if not are_batched(outputs, uses):
+    if separation(model, inputs, outputs, uses, output_of) != "examples":
         return _one_by_one(model, inputs, len(outputs), *rest)
     positions = range(outputs.shape[1]) if outputs.ndim == 3 else [None]
     identity = torch.eye(outputs.shape[-1]).to(outputs)

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from .checks import check_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
 from .elbo import preserved_rng
 from .items import LABEL_NAMES, as_labels
-from .lengths import LENGTHS, LengthCache, example_lengths
+from .lengths import LENGTHS, LengthCache
 from .order import LongestFirst, RowOrder
 from .precision import own_precision
 from .residual import residual_std
@@ -63,7 +62,7 @@ class MonteCarloTrainer(Trainer):
         self._columns = Columns()
         self._residual: float | None = None
         self._said: set[str] = set()
-        self._lengths = LengthCache(partial(example_lengths, names=self._length_names()))
+        self._lengths = LengthCache()
 
     @property
     def posterior(self) -> BasePosterior | None:
@@ -136,7 +135,8 @@ class MonteCarloTrainer(Trainer):
         """
         if eval_dataset is None or not has_length(eval_dataset):
             return None
-        lengths = self._lengths(eval_dataset) if self._can_sort() else None
+        known = {"names": self._length_names(), "collate": self.data_collator}
+        lengths = self._lengths(eval_dataset, **known) if self._can_sort() else None
         if lengths is not None:
             return LongestFirst(lengths)
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None

@@ -101,8 +101,7 @@ class LaplaceTrainer(MonteCarloTrainer):
             num_batches: so many batches of every process, of examples chosen at random; the curvature is scaled up to
                 ``num_data``.
             num_data: N, the examples that the curvature stands for; by default the dataset's length.
-            batch_size: of one process; by default `args.per_device_eval_batch_size`. It changes nothing but the labels
-                that fisher="mc" draws.
+            batch_size: of one process; by default `args.per_device_eval_batch_size`. It changes nothing.
             seed: of the chosen examples, of fisher="mc"'s labels and of a random data collator.
             device: of the sums and eigenvectors; by default the model's.
             checkpoint: a file for the sums, written every ``checkpoint_steps`` batches. If it exists, the pass goes on

@@ -51,7 +51,7 @@ def sharded_batches(
         return EveryNth(DataLoader(dataset, **options), rank, world_size)
     limit = None if num_batches is None else num_batches * batch_size * world_size
     chosen = _chosen(len(dataset), limit, seed)
-    lengths = example_lengths(dataset, chosen, names=length_names)
+    lengths = example_lengths(dataset, chosen, names=length_names, collate=collate)
     indices = _longest_first(chosen, lengths)[rank::world_size]
     examples = cast("Dataset[Any]", dataset)  # or a list, which has all that a loader needs
     loader = DataLoader(Subset(examples, indices), **options)

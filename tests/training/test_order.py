@@ -289,6 +289,8 @@ def test_lengths_of_any_dataset() -> None:
     texts = ["a b", "a", "a b c"] * 6
     assert example_lengths(hub.Dataset.from_dict({"text": texts})) == [3, 1, 5] * 6
     assert example_lengths(texts) == [3, 1, 5] * 6
+    words = lambda rows: {"input_ids": torch.zeros(1, len(rows[0].split()))}  # noqa: E731
+    assert example_lengths(texts, collate=words) == [2, 1, 3] * 6
     assert example_lengths([{"length": 0.5, "x": 1}, {"length": None, "x": 1}]) is None
     assert example_lengths(Stream(examples)) is None and example_lengths([]) is None
 
