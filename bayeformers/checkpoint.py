@@ -1,30 +1,33 @@
 """`bayeformers.from_pretrained`: a converted model, by the stock loader around a class that converts as it is built, or
-a trained model with its Laplace posterior."""
+a trained model with its Laplace posterior. What was saved is accounted for, tensor by tensor (see `accounting`)."""
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto import modeling_auto
-from transformers.utils.hub import cached_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .accounting import Files, check_arguments, check_values, posterior_like, told_missing
+from .architectures import architecture
 from .config import BayesianConfig
 from .conversion import bayesian_config, convert, freeze_as_saved, settle_ties
-from .laplace import LaplacePosterior
+from .fresh import become_fresh
+from .laplace import InfPosterior, LaplacePosterior
+from .laplace.inf_posterior import FILE as INF_FILE
 from .laplace.posterior import FILE
 from .nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
 from .nn.parameters import of_source
 
-_HUB_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code",
-)  # fmt: skip
+_OWN = "posterior"
+_DTYPES = ("dtype", "torch_dtype")
+_FOLDER = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_HUB_ARGUMENTS = (*_FOLDER, "trust_remote_code")
+_POSTERIORS: dict[str, type[LaplacePosterior] | type[InfPosterior]] = {FILE: LaplacePosterior, INF_FILE: InfPosterior}
 
 
 def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -35,34 +38,97 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     `bayeformers.predict` and `BayesianTrainer` use.
 
     Args:
-        directory: a folder written by `trainer.save_model` (or by `model.save_pretrained` and `posterior.save`), or a
-            hub name.
-        kwargs: as for transformers' `from_pretrained` (``dtype``, ``device_map``, ``revision``, ...). Scales stay
-            float32 whatever ``dtype`` says.
+        directory: a folder written by `model.save_pretrained` or `trainer.save_model`, or a hub name.
+        kwargs: as for transformers' `from_pretrained`: ``dtype``, ``device_map``, ``revision``, entries of the
+            configuration such as ``id2label`` or ``output_hidden_states``, ... Scales stay float32 whatever ``dtype``
+            says. With ``ignore_mismatched_sizes`` a layer of another size, such as a head for other ``num_labels``, is
+            made afresh: deterministic and trainable, as one in `to_bayesian`'s ``modules_to_save``.
 
     Returns:
-        The model, of its original class, in `eval()` mode.
+        The model, of its original class, in `eval()` mode; with ``output_loading_info`` a pair of it and transformers'
+        dictionary of what was loaded.
 
     Raises:
-        ValueError: the checkpoint is neither of a converted model nor has a Laplace posterior; it lacks scales that its
-            configuration promises; or its posterior was fitted to other weights.
+        ValueError: an argument under which the posterior would not come back whole (``quantization_config``, a
+            ``device_map`` that offloads); the checkpoint is neither of a converted model nor has a Laplace posterior;
+            it lacks a tensor, holds one that its record does not know, or one that is not what was saved; or its
+            posterior was fitted to other weights.
     """
+    check_arguments(kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory, **hub)
-    kwargs.pop("output_loading_info", None)
+    files = Files(directory, {key: hub[key] for key in _FOLDER if key in hub}, kwargs.get("variant"))
+    config, kwargs = _configuration(directory, kwargs, hub)
     recorded = getattr(config, "bayesian", None)
-    if recorded is not None:
-        return _converted(directory, config, BayesianConfig.from_dict(recorded), hub, kwargs)
-    posterior_file = _posterior_file(directory, hub)
-    if posterior_file is None:
+    if recorded is None:
+        model, info = _with_posterior(files, config, hub, kwargs)
+    else:
+        record = _record(recorded, str(directory))
+        files.check(has_posterior=True)
+        model, info = _converted(directory, config, record, hub, kwargs)
+        check_values(model, str(directory), is_verified=files.are_verified)
+    return (model, info) if wants_info else model  # type: ignore[return-value]
+
+
+def _configuration(
+    directory: str | os.PathLike[str], kwargs: dict[str, Any], hub: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """As in transformers' Auto classes: the configuration, changed by arguments that it has, and the others.
+
+    A configuration that is given takes the folder's record of the conversion and its class, if it has none itself.
+    """
+    given = kwargs.pop("config", None)
+    if isinstance(given, PreTrainedConfig):
+        own = AutoConfig.from_pretrained(directory, **hub)
+        given = copy.deepcopy(given)
+        for name in ("bayesian", "architectures"):
+            if getattr(given, name, None) is None and getattr(own, name, None) is not None:
+                setattr(given, name, getattr(own, name))
+        return given, kwargs
+    dtypes = {key: kwargs[key] for key in _DTYPES if kwargs.get(key) is not None}
+    options = {key: value for key, value in kwargs.items() if not (key in _DTYPES and value == "auto")}
+    config, rest = AutoConfig.from_pretrained(
+        directory if given is None else given, return_unused_kwargs=True, **options
+    )
+    return config, {**rest, **hub, **dtypes}
+
+
+def _record(recorded: Any, directory: str) -> BayesianConfig:
+    """Errors: ValueError for a record that names no layer: nothing of the posterior would come back."""
+    if not isinstance(recorded, Mapping) or not recorded.get("modules"):
         raise ValueError(
-            f"`directory` {str(directory)!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
-            f"no {FILE}. Load it with transformers, and call `to_bayesian`, or fit a posterior with "
-            "`BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by `bayeformers.quantization.load`.)"
+            f"The configuration in {directory!r} has a 'bayesian' entry that names no layer ({_short(recorded)}): it "
+            "is damaged. Restore the `config.json` that was saved with these weights."
         )
-    model: Any = architecture(config, directory, hub).from_pretrained(directory, config=config, **kwargs)
-    model.posterior = LaplacePosterior.load(posterior_file, model)
-    return model  # type: ignore[no-any-return]
+    return BayesianConfig.from_dict(recorded)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def _with_posterior(
+    files: Files, config: Any, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A plain model with the Laplace posterior that lies beside it."""
+    directory = files.directory
+    found = {name: path for name in _POSTERIORS if (path := files.find(name)) is not None}
+    if not found:
+        raise ValueError(
+            f"`directory` {directory!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
+            f"no {FILE}. {files.scales_without_record()}Load it with transformers, and call `to_bayesian`, or fit a "
+            "posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by "
+            "`bayeformers.quantization.load`.)"
+        )
+    files.check(has_posterior=False)
+    model, info = _load(directory, config, architecture(config, directory, hub), kwargs)
+    if info["missing_keys"]:
+        raise ValueError(told_missing(model, directory, info["missing_keys"]))
+    check_values(model, directory, is_verified=True)
+    name, path = next(iter(found.items()))
+    model.__dict__[_OWN] = _POSTERIORS[name].load(path, model)
+    return model, info
 
 
 def _converted(
@@ -71,23 +137,26 @@ def _converted(
     recorded: BayesianConfig,
     hub: dict[str, Any],
     kwargs: dict[str, Any],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     original = architecture(config, directory, hub)
     model, info = _load(directory, config, _converting(original, recorded), kwargs)
     ties = settle_ties(model)
     if ties != bayesian_config(model).ties:  # the configuration spoke of ties, or of none, where the file has others
         model, info = _load(directory, config, _converting(original, replace(recorded, ties=ties)), kwargs)
         settle_ties(model)
-    missing = sorted(key for key in info["missing_keys"] if _is_of_posterior(model, key))
+    missing = {key for key in info["missing_keys"] if not _may_lack(model, key)}
     if missing:
+        raise ValueError(told_missing(model, str(directory), missing))
+    unknown = sorted(filter(posterior_like, info["unexpected_keys"]))
+    if unknown:
         raise ValueError(
-            f"The checkpoint in {str(directory)!r} lacks {len(missing)} tensors of its posterior, such as "
-            f"{missing[:3]}. It was probably saved again from a plainly loaded model, which holds the mean only; "
-            "load that mean with transformers' `from_pretrained`."
+            f"The checkpoint in {str(directory)!r} holds {len(unknown)} tensors of a posterior that its configuration "
+            f"does not record, such as {unknown[:3]}: weights and `config.json` are not of one model."
         )
     model.__class__ = of_source(type(model), original)  # type: ignore[assignment]
+    become_fresh(model, {key for key, *_ in info["mismatched_keys"]})
     freeze_as_saved(model, set(info["missing_keys"]))
-    return model
+    return model, info
 
 
 def _load(
@@ -97,55 +166,13 @@ def _load(
     return loaded[0], loaded[1]
 
 
-def _is_of_posterior(model: nn.Module, key: str) -> bool:
-    """Whether a checkpoint must hold this entry; a prior's centre may be missing, unless its scale is stored too."""
+def _may_lack(model: nn.Module, key: str) -> bool:
+    """Whether a checkpoint may lack this entry: a prior's centre, unless the prior's scale is stored too."""
     module, _, name = key.rpartition(".")
-    if name.endswith("_prior_centre"):
-        name = name.removesuffix("_prior_centre")
-        layer = model.get_submodule(module)
-        return isinstance(layer, BayesianModule) and layer.prior_scale(name) is not None
-    return name.endswith(("_rho", *WIDE_BUFFERS))
-
-
-def _posterior_file(directory: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
-    """In a folder or on the hub; None if there is none."""
-    kwargs = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    quiet = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors")}
-    found: str | None = cached_file(str(directory), FILE, **quiet, **kwargs)
-    return found
-
-
-def architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:
-    """The class that a configuration names: of transformers, of an Auto class's table, or of the checkpoint's own code.
-
-    Errors: ValueError if there is none.
-    """
-    name = (config.architectures or [None])[0]
-    if name is not None and hasattr(transformers, name):
-        known: type[PreTrainedModel] = getattr(transformers, name)
-        return known
-    registered = _registered(type(config), name)
-    if registered is not None:
-        return registered
-    remote = [ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith(f".{name}")]
-    if remote and hub.get("trust_remote_code"):
-        loaded: type[PreTrainedModel] = get_class_from_dynamic_module(remote[0], str(Path(directory)))
-        return loaded
-    raise ValueError(
-        f"`config.architectures` names {name!r}, which transformers does not have"
-        + (": pass `trust_remote_code=True` to run the code that came with it." if remote else ".")
-    )
-
-
-def _registered(config_class: type[Any], name: str | None) -> type[PreTrainedModel] | None:
-    """A class of another library, or the user's, that was registered with one of transformers' Auto classes."""
-    for auto in vars(modeling_auto).values():
-        table = getattr(auto, "_model_mapping", None)
-        found = table[config_class] if table is not None and config_class in table else ()
-        for model_class in found if isinstance(found, tuple) else (found,):
-            if model_class.__name__ == name:
-                return cast(type[PreTrainedModel], model_class)
-    return None
+    if not name.endswith("_prior_centre"):
+        return False
+    layer = model.get_submodule(module)
+    return not (isinstance(layer, BayesianModule) and layer.prior_scale(name.removesuffix("_prior_centre")) is not None)
 
 
 def _converting(original: type[PreTrainedModel], recorded: BayesianConfig) -> type[PreTrainedModel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,9 @@ from .selection import (
 )
 from .surgery import padding_rows, predicted_padding, refuse_resize, set_padding_rows, swap_class, switch_fused_off, tie
 from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_of
+from .wrappers import told_of_own_save
+
+logger = logging.getLogger(__name__)
 
 _STATE = "bayesian_conversion"
 _RESIZE = "resize_token_embeddings"
@@ -126,7 +130,10 @@ def to_bayesian(
         padding=padding_rows(model, chosen),
         predicted_padding=predicted_padding(model, owners_of(model, chosen).values()),
     )
-    return convert(model, config, chosen, skipped)
+    converted = convert(model, config, chosen, skipped)
+    if (told := told_of_own_save(model)) is not None:
+        logger.warning(told)
+    return converted
 
 
 def convert(

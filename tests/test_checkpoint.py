@@ -171,10 +171,10 @@ def test_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_keyword_arguments_reach_the_loader(tmp_path: Path) -> None:
-    """``output_loading_info`` is ours; ``config`` and ``attn_implementation`` are the loader's."""
     trained().save_pretrained(tmp_path)
-    loaded = bayeformers.from_pretrained(str(tmp_path), output_loading_info=True, attn_implementation="eager")
+    loaded, info = bayeformers.from_pretrained(str(tmp_path), output_loading_info=True, attn_implementation="eager")
     assert loaded.config._attn_implementation == "eager" and not loaded.training
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
     with pytest.raises(OSError, match="nowhere"):
         bayeformers.from_pretrained(tmp_path / "nowhere")
 

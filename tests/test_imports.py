@@ -22,6 +22,7 @@ EVERYTHING_ABOVE = ("*",)
 # a row names only rooms of earlier rows, so imports run one way.
 ROOMS: dict[str, tuple[str, ...]] = {
     "distributions": (),
+    "digests": (),
     "patterns": (),
     "generators": (),
     "nn": ("distributions", "generators"),
@@ -34,6 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "continual": ("nn", "distributions"),
     "surgery": ("nn", "ties"),
     "plain_weights": (),
+    "wrappers": (),
     "conversion": (
         "nn",
         "distributions",
@@ -46,6 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "patterns",
         "plain_weights",
         "rollback",
+        "wrappers",
     ),  # fmt: skip
     "objective": ("nn", "distributions"),
     "summary": ("nn", "conversion", "objective"),
@@ -74,6 +77,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "posteriors": ("predictive",),
     "posteriors.variational": ("posteriors.base", "nn"),
     "laplace": (
+        "digests",
         "generators",
         "jacobians",
         "patterns",
@@ -85,7 +89,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "posteriors.logits",
         "posteriors.methods",
     ),  # fmt: skip
-    "checkpoint": ("conversion", "config", "laplace", "nn"),
+    "saving": ("conversion", "digests", "laplace", "nn"),
+    "architectures": (),
+    "accounting": ("digests", "nn", "plain_weights", "saving"),
+    "fresh": ("conversion", "nn", "surgery"),
+    "checkpoint": ("accounting", "architectures", "conversion", "config", "fresh", "laplace", "nn", "saving"),
     "calibration": ("posteriors", "predictive", "conversion", "nn", "distributions"),
     "tasks": ("metrics",),
     "models": (),

@@ -25,7 +25,7 @@ from torch import Tensor
 from .hessian import Fisher, Likelihood
 from .kronecker import KroneckerEigen, add_second_moment, symmetric, symmetric_eigen
 from .processes import gathered, num_processes, summed
-from .storage import read, write
+from .storage import check_whole, read, write
 
 CurvatureKind = Literal["kfac", "ekfac", "diagonal", "full"]
 WeightSharing = Literal["expand", "reduce"]
@@ -67,7 +67,8 @@ class Curvature:
         squared_error: of a regression, sum over items and outputs; else 0.
         num_outputs: N C: items with a loss term times outputs; of a regression without labels 0.
         data_scale: N / num_examples where only a part of the N examples was seen.
-        weights: layer name -> |theta*|^2, by which a resumed pass knows its model again.
+        weights: layer name -> |theta*|^2, by which a resumed pass knows its model again;
+        digests: and a hash of the weights; none in sums that earlier versions saved.
 
     >>> a, b = (Curvature(CurvatureConfig(), {"head": {"count": torch.ones(())}}, num_examples=n) for n in (3, 4))
     >>> a.merge(b).num_examples, a.sums["head"]["count"].item()
@@ -83,6 +84,7 @@ class Curvature:
     num_outputs: int = 0
     data_scale: float = 1.0
     weights: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def add(self, layer: str, name: str, value: Tensor, device: torch.device | None = None) -> None:
         """Add to one sum, on ``device`` if given."""
@@ -121,6 +123,7 @@ class Curvature:
         for name in _SCALARS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.weights = {**other.weights, **self.weights}
+        self.digests = {**other.digests, **self.digests}
         return self
 
     def all_reduce(self) -> Curvature:
@@ -175,7 +178,12 @@ class Curvature:
         """Write the sums to one safetensors file; a crash while writing leaves the former file whole."""
         tensors = {f"{layer}/{name}": value for layer, sums in self.sums.items() for name, value in sums.items()}
         scalars = {name: getattr(self, name) for name in (*_SCALARS, "data_scale")}
-        write(path, tensors, {"config": asdict(self.config), "weights": self.weights, **scalars}, kind="curvature")
+        write(
+            path,
+            tensors,
+            {"config": asdict(self.config), "weights": self.weights, "digests": self.digests, **scalars},
+            kind="curvature",
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Curvature:
@@ -185,6 +193,7 @@ class Curvature:
             ValueError: the file is missing, damaged, or holds something else.
         """
         tensors, meta = read(path, kind="curvature")
+        check_whole(tensors, tensors, f"{str(path)!r}")
         sums: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             layer, _, name = key.rpartition("/")
@@ -211,6 +220,7 @@ class Curvature:
             return bool(_shapes(self.sums) == _shapes(other.sums))
         same = self.weights.keys() == other.weights.keys()
         same = same and all(math.isclose(w, other.weights[name], rel_tol=1e-6) for name, w in self.weights.items())
+        same = same and all(other.digests.get(name, own) == own for name, own in self.digests.items())
         shared = [name for name in self.sums if self.sums[name] and other.sums.get(name)]
         own, others = ({name: sums[name] for name in shared} for sums in (self.sums, other.sums))
         return bool(same and _shapes(own) == _shapes(others))

@@ -263,12 +263,14 @@ def _own_path(checkpoint: str | os.PathLike[str]) -> Path:
 def _begun(path: Path | None, config: CurvatureConfig, targets: list[Target], device: torch.device | None) -> Curvature:
     """The sums of the file, on the layers' devices; none yet without one."""
     weights = {target.name: target.squared_norm for target in targets}
+    digests = {} if path is None else {target.name: target.digest for target in targets}
     if path is None or not path.exists():
-        return Curvature(config, weights=weights)
+        return Curvature(config, weights=weights, digests=digests)
     sums = Curvature.load(path)
     if sums.config != config or set(sums.weights) != set(weights):
         raise ValueError(f"`checkpoint` {str(path)!r} holds the sums of another fit ({sums.config}); remove it.")
-    if not all(math.isclose(sums.weights[name], weights[name], rel_tol=1e-6) for name in weights):
+    same = all(math.isclose(sums.weights[name], weights[name], rel_tol=1e-6) for name in weights)
+    if not same or any(sums.digests.get(name, own) != own for name, own in digests.items()):
         raise ValueError(f"`checkpoint` {str(path)!r} holds the sums of other weights than the model's; remove it.")
     for target in targets:
         place = device or next(iter(target.parameters.values())).device

@@ -92,7 +92,9 @@ def _check_form(target: Target, curvature: Curvature) -> None:
             "`fit(..., checkpoint=path)` with the data, which makes that second pass alone."
         )
     norm = curvature.weights.get(target.name, target.squared_norm)
-    if not math.isclose(norm, target.squared_norm, rel_tol=1e-6):
+    is_close = math.isclose(norm, target.squared_norm, rel_tol=1e-6)
+    recorded = curvature.digests.get(target.name)
+    if not is_close or (recorded is not None and recorded != target.digest):
         raise ValueError(f"`curvature` is of other weights than those of {target.name!r} in `model`.")
     found, expected = _form(sums), target.matrix_shape
     if found != expected and not ("products" in sums and found == (1, 1, target.num_weights)):

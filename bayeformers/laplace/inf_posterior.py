@@ -18,10 +18,11 @@ from ..posteriors.blocks import block_noise
 from ..posteriors.linearized import OutputOf
 from ..predictive import ProblemType, logits_of
 from .blocks import LaplaceBlock
+from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers
 from .inf import LowRankPlusDiagonal
 from .moved import MovedPosterior
 from .posterior import LaplacePosterior
-from .storage import read, write
+from .storage import check_whole, read, write
 from .targets import Target, targets_named
 from .weights import by_parameter
 
@@ -58,8 +59,10 @@ class InfPosterior(MovedPosterior):
         noise_std: float = 1.0,
         outputs_of: OutputOf = logits_of,
         noise_version: int = NOISE_VERSION,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         self.model, self.layers, self.noise_version = model, list(layers), check_noise_version(noise_version)
+        self.fingerprints = fingerprints_of(self.targets) if fingerprints is None else fingerprints
         self.prior_precisions, self.scale, self.noise_std = dict(prior_precisions), scale, noise_std
         self._problem_type, self._outputs_of = problem_type, outputs_of
 
@@ -87,7 +90,11 @@ class InfPosterior(MovedPosterior):
         return self._problem_type
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``inf.safetensors``."""
+        """Write ``inf.safetensors``.
+
+        Raises:
+            ValueError: the model's weights have moved since the fit.
+        """
         tensors = {
             f"{target.name}/{number}/{part}": getattr(block, part)
             for target, blocks in self.layers
@@ -100,10 +107,7 @@ class InfPosterior(MovedPosterior):
             "problem_type": self._problem_type,
             "noise_std": self.noise_std,
             "noise_version": self.noise_version,
-            "layers": {
-                target.name: {"parameters": list(target.parameters), "squared_norm": target.squared_norm}
-                for target, _ in self.layers
-            },
+            "layers": recorded_layers(self.targets, self.fingerprints),
             "groups": {target.name: len(blocks) for target, blocks in self.layers},
         }
         write(Path(directory) / FILE, tensors, meta, kind="inf")
@@ -115,11 +119,17 @@ class InfPosterior(MovedPosterior):
         """What `save` wrote, around the model that the posterior was fitted to.
 
         Raises:
-            ValueError: the file is missing or damaged, or the model has other layers or weights.
+            ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
         path = Path(directory)
         tensors, meta = read(path if path.is_file() else path / FILE, kind="inf")
-        targets, groups = targets_named(model, meta.pop("layers")), meta.pop("groups")
+        recorded, groups = meta.pop("layers"), meta.pop("groups")
+        targets = targets_named(model, recorded)
+        check_weights(targets, recorded)
+        numbered = [f"{target.name}/{number}" for target in targets for number in range(groups[target.name])]
+        check_whole(tensors, [f"{name}/{part}" for name in numbered for part in _PARTS], f"{str(path)!r}")
+        if any(bool((tensors[f"{name}/eigenvalues"] < 0).any()) for name in numbered):
+            raise ValueError(f"{str(path)!r} is damaged: it has negative eigenvalues.")
         layers = []
         for target in targets:
             device = next(iter(target.parameters.values())).device
@@ -173,6 +183,7 @@ def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePoste
         noise_std=posterior.noise_std,
         outputs_of=posterior._outputs_of,
         noise_version=posterior.record.noise_version,
+        fingerprints=posterior.fingerprints,
     )
 
 

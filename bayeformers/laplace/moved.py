@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..posteriors.base import BasePosterior, check_draw
 from ..posteriors.linearized import OutputOf
+from .fingerprint import Fingerprint, is_of
 from .targets import Target
 from .weights import holding
 
@@ -21,15 +22,21 @@ class MovedPosterior(BasePosterior):
 
     Attributes:
         noise_std: s of a regression.
+        fingerprints: layer name -> the weights that the posterior was fitted to.
     """
 
     noise_std: float
+    fingerprints: Mapping[str, Fingerprint]
     _outputs_of: OutputOf
 
     @property
     @abstractmethod
     def targets(self) -> list[Target]:
         """The covered layers, in the model's order."""
+
+    def is_of_present_weights(self) -> bool:
+        """Whether the model still has the weights that the posterior was fitted to."""
+        return all(is_of(target, self.fingerprints[target.name]) for target in self.targets)
 
     @abstractmethod
     def _deviation(self, index: int, seed: int) -> Mapping[nn.Parameter, Tensor]:

@@ -20,8 +20,10 @@ from .blocks import LaplaceBlock
 from .choice import PrecisionChoice
 from .curvature import CurvatureConfig
 from .evidence import Precision, Spectrum, effective_parameters, log_marginal_likelihood
+from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers
 from .kronecker import KroneckerEigen
 from .moved import MovedPosterior
+from .parts import PARTS, check_parts
 from .storage import read, write
 from .targets import Target, targets_named
 from .weights import by_parameter
@@ -92,6 +94,7 @@ class LaplacePosterior(MovedPosterior):
         outputs_of: OutputOf = logits_of,
         draw_cache_bytes: int = DEFAULT_DRAW_CACHE_BYTES,
         choice: PrecisionChoice | None = None,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         names = [target.name for target, _ in layers]
         check_positive("temperature", temperature)
@@ -101,6 +104,7 @@ class LaplacePosterior(MovedPosterior):
         self.temperature, self.noise_std = float(temperature), float(noise_std)
         self.choice = PrecisionChoice() if choice is None else choice
         self._layers, self._outputs_of = list(layers), outputs_of
+        self.fingerprints = fingerprints_of(self.targets) if fingerprints is None else fingerprints
         self._blocks = self.blocks_at([self.prior_precision])
         self._cache: dict[tuple[int, int], dict[nn.Parameter, Tensor]] = {}
         self._kept: tuple[str, Statistic] | None = None
@@ -202,7 +206,7 @@ class LaplacePosterior(MovedPosterior):
         return self._replace(noise_std=noise_std)
 
     def _replace(self, **changes: Any) -> LaplacePosterior:
-        names = ("prior_precision", "temperature", "noise_std", "draw_cache_bytes", "choice")
+        names = ("prior_precision", "temperature", "noise_std", "draw_cache_bytes", "choice", "fingerprints")
         kept = {name: getattr(self, name) for name in names}
         return LaplacePosterior(
             self.model, self._layers, self.record, outputs_of=self._outputs_of, **{**kept, **changes}
@@ -270,14 +274,18 @@ class LaplacePosterior(MovedPosterior):
     # -- persistence -------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``laplace.safetensors``, beside the model's own files: eigenvectors, eigenvalues, what the fit knew."""
+        """Write ``laplace.safetensors``, beside the model's own files: eigenvectors, eigenvalues, what the fit knew.
+
+        Raises:
+            ValueError: the model's weights have moved since the fit.
+        """
         tensors = {}
         for target, eigen in self._layers:
-            for name in ("left", "right", "eigenvalues"):
+            for name in PARTS:
                 value = getattr(eigen, name)
                 if value is not None:
                     tensors[f"{target.name}/{name}"] = value
-        layers = {t.name: {"parameters": list(t.parameters), "squared_norm": t.squared_norm} for t in self.targets}
+        layers = recorded_layers(self.targets, self.fingerprints)
         meta = {
             "record": asdict(self.record),
             "prior_precision": self.prior_precision,
@@ -295,20 +303,22 @@ class LaplacePosterior(MovedPosterior):
         """The posterior that `save` wrote, around the model that it was fitted to.
 
         Raises:
-            ValueError: the file is missing or damaged, or the model has other layers or weights.
+            ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
         path = Path(directory)
         tensors, meta = read(path if path.is_file() else path / FILE, kind="laplace")
         targets = targets_named(model, meta["layers"])
+        check_weights(targets, meta["layers"])
+        check_parts(tensors, targets, meta["record"]["config"]["curvature"], f"{str(path)!r}")
         layers = []
         for target in targets:
-            parts = {name: tensors.get(f"{target.name}/{name}") for name in ("left", "right", "eigenvalues")}
+            parts = {name: tensors.get(f"{target.name}/{name}") for name in PARTS}
             like = next(iter(target.parameters.values()))
             placed = {
                 name: None if value is None else value.to(like.device, torch.promote_types(value.dtype, like.dtype))
                 for name, value in parts.items()
             }
-            layers.append((target, _checked(KroneckerEigen(**placed), target)))  # type: ignore[arg-type]
+            layers.append((target, KroneckerEigen(**placed)))  # type: ignore[arg-type]
         config = CurvatureConfig(**meta["record"].pop("config"))
         chosen = {name: meta[name] for name in ("prior_precision", "temperature", "noise_std")}
         chosen["choice"] = PrecisionChoice.from_dict(meta.get("choice", {"method": "given"}))
@@ -343,13 +353,3 @@ def checked_precision(prior_precision: Any, names: Sequence[str]) -> float | dic
     for name in names:
         check_positive(f"prior_precision[{name!r}]", prior_precision[name])
     return {name: float(prior_precision[name]) for name in names}
-
-
-def _checked(eigen: KroneckerEigen, target: Target) -> KroneckerEigen:
-    if eigen.eigenvalues is None or eigen.eigenvalues.numel() != target.num_weights:
-        found = None if eigen.eigenvalues is None else tuple(eigen.eigenvalues.shape)
-        raise ValueError(
-            f"The posterior's file has {found} eigenvalues for {target.name!r}, whose weights number "
-            f"{target.num_weights}."
-        )
-    return eigen

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..digests import digest
 from ..jacobians import LayerRule, rule_of, supported_layers
 from ..patterns import Patterns, matching, subtrees
 from ..posteriors.blocks import to_matrix
@@ -50,6 +51,11 @@ class Target:
     def squared_norm(self) -> float:
         """|theta|^2 of the parameters, summed in float64."""
         return sum(float(parameter.detach().double().square().sum()) for parameter in self.parameters.values())
+
+    @property
+    def digest(self) -> str:
+        """A hash of the parameters' values, in their own precision."""
+        return " ".join(digest(parameter) for parameter in self.parameters.values())
 
 
 def choose_targets(

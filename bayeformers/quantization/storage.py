@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..checkpoint import architecture
-from ..laplace.storage import read, write
+from ..architectures import architecture
+from ..laplace.storage import check_whole, read, write
 from .codes import Codes
 from .install import Weight, install, kinds, parameter_names
 from .laplace_noise import LaplaceNoise
@@ -25,6 +25,7 @@ from .report import LayerReport, Report
 from .twin import twin
 
 FILE, KIND = "quantized.safetensors", "quantized"
+_SCALES = ("/scale", "/top", "/step")
 _LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], nn.Module], Noise]] = {
     MeanFieldNoise.kind: MeanFieldNoise.from_saved,
     LaplaceNoise.kind: LaplaceNoise.from_saved,
@@ -35,11 +36,6 @@ _LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], nn.Module
 def save(posterior: QuantizedPosterior, directory: str | os.PathLike[str]) -> None:
     """Write ``quantized.safetensors``, whole or not at all, and the model's ``config.json``."""
     model, path = posterior.model, Path(directory)
-    tensors = {f"noise:{name}": value for name, value in posterior.noise.tensors().items()}
-    for weight in posterior.weights:
-        tensors |= {f"codes:{weight.name}": weight.codes.codes, f"step:{weight.name}": weight.codes.step}
-    tensors |= {f"float:{name}": value for name, value in _floats(model).items()}
-    tensors |= {f"buffer:{name}": value for name, value in _buffers(model).items()}
     meta = {
         "model": type(model).__name__,
         "weights": [
@@ -63,7 +59,16 @@ def save(posterior: QuantizedPosterior, directory: str | os.PathLike[str]) -> No
         config.save_pretrained(path)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(path)
-    write(path / FILE, tensors, meta, kind=KIND)
+    write(path / FILE, _tensors(posterior), meta, kind=KIND)
+
+
+def _tensors(posterior: QuantizedPosterior) -> dict[str, Tensor]:
+    """All that the file holds."""
+    tensors = {f"noise:{name}": value for name, value in posterior.noise.tensors().items()}
+    for weight in posterior.weights:
+        tensors |= {f"codes:{weight.name}": weight.codes.codes, f"step:{weight.name}": weight.codes.step}
+    tensors |= {f"float:{name}": value for name, value in _floats(posterior.model).items()}
+    return tensors | {f"buffer:{name}": value for name, value in _buffers(posterior.model).items()}
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> QuantizedPosterior:
@@ -76,7 +81,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Q
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the file is missing, damaged or of a newer version; ``model`` is missing, or has other layers.
+        ValueError: the file is missing, damaged, changed or of a newer version; ``model`` is missing, or has other
+            layers.
 
     >>> import tempfile
     >>> from bayeformers.quantization import quantize
@@ -92,9 +98,25 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Q
     if not isinstance(skeleton, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module or None, got {type(model).__name__}.")
     try:
-        return _restored(tensors, meta, twin(skeleton)[0].eval())
+        posterior = _restored(tensors, meta, twin(skeleton)[0].eval())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path / FILE)!r} is damaged: it lacks {error}.") from error
+    used, what = _tensors(posterior), f"{str(path / FILE)!r}"
+    if tensors.keys() - used.keys():
+        surplus = sorted(tensors.keys() - used.keys())
+        raise ValueError(f"{what} is damaged: its header does not know {surplus[:3]} ({len(surplus)}).")
+    checked = {name: value for name, value in used.items() if not name.startswith("buffer:")}
+    check_whole(checked, checked, what)
+    _check_scales(checked, what)
+    return posterior
+
+
+def _check_scales(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Steps and standard deviations; none is negative."""
+    for name, value in tensors.items():
+        is_scale = name.startswith("step:") or (name.startswith("noise:") and name.endswith(_SCALES))
+        if is_scale and bool((value < 0).any()):
+            raise ValueError(f"{what} is damaged: {name!r} has negative values.")
 
 
 def _restored(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.Module) -> QuantizedPosterior:

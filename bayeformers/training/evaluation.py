@@ -27,6 +27,7 @@ from ..predictive import (
     resolve_problem_type,
     unwrapped,
 )
+from ..saving import carry
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
@@ -79,6 +80,7 @@ class MonteCarloTrainer(Trainer):
                 "Call `to_deterministic(model)` first."
             )
         self._posterior = posterior
+        carry(self.model, posterior)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 

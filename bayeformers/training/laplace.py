@@ -24,6 +24,7 @@ from ..laplace.targets import Subset
 from ..laplace.tuning import PriorChoice
 from ..patterns import Patterns
 from ..predictive import HEAD, NoiseStd, resolve_problem_type
+from ..saving import carry
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
@@ -255,6 +256,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         if self._posterior is not None:
             logger.warning("Training goes on: `trainer.posterior`, fitted to the earlier weights, is dropped.")
             self._posterior = None
+            carry(self.model, None)
         if isinstance(getattr(self.model, _OWN, None), LaplacePosterior):
             delattr(self.model, _OWN)
 

@@ -14,6 +14,7 @@ from ..conversion import conversion_record, is_bayesian, update_config, without_
 from ..nn.draws import one_draw_per_forward, training_draw
 from ..objective import kl_divergence, log_variational_posterior
 from ..predictive import HEAD, ProblemType, resolve_problem_type
+from ..saving import saved_along
 from . import checkpoints, checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .calibration_term import CalibrationTerm
@@ -267,8 +268,9 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
 
         The config of an unconverted model records no conversion, whatever stands in it: see `without_stale_record`.
         """
-        if self._posterior is not None and self.args.should_save:
-            self._posterior.save(output_dir or str(self.args.output_dir))  # first: a push to the hub takes it along
+        own = self._posterior
+        if own is not None and self.args.should_save and saved_along(self.model) is not own:
+            own.save(output_dir or str(self.args.output_dir))  # first: a push to the hub takes it along
         with without_stale_record(self.model):
             super().save_model(output_dir, _internal_call)
 

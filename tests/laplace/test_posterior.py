@@ -280,7 +280,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
             norm = sum(p.square().sum() for p in fitted_to[i].parameters()) ** 0.5
             wider[i].bias.zero_()
             wider[i].weight.mul_(norm / wider[i].weight.norm())
-    with pytest.raises(ValueError, match=r"has \(1, 5, 5\) eigenvalues for '0', whose weights number 35"):
+    with pytest.raises(ValueError, match=r"other weights: those of '0'"):
         LaplacePosterior.load(tmp_path, wider)
     path = tmp_path / FILE
     path.write_bytes(path.read_bytes()[:-100])

@@ -129,10 +129,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / FILE
 
 
-def rewritten(saved: Path, folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Path:
+def rewritten(
+    saved: Path,
+    folder: Path,
+    change: Callable[[dict[str, torch.Tensor], dict[str, str]], None],
+    *,
+    is_old: bool = True,
+) -> Path:
+    """``is_old``: as a version before digests wrote it, so that the tensors alone tell."""
     with safe_open(saved, framework="pt") as file:
         header = dict(file.metadata())
     tensors = load_file(saved)
+    if is_old:
+        del header["digests"]
     change(tensors, header)
     save_file(tensors, folder / FILE, header)
     return folder
@@ -156,6 +165,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, str]], None
     "kind": (lambda t, h: h.update(kind="laplace"), "holds 'laplace'"),
     "version": (lambda t, h: h.update(version="9"), "version 9"),
     "meta": (lambda t, h: h.update(meta="{"), "damaged"),
+    "unknown scale": (lambda t, h: t.update({"noise:9.weight/scale": torch.ones(1)}), "damaged.*noise:9.weight/scale"),
+    "no noise": (lambda t, h: h.update(meta=h["meta"].replace('"mean_field"', '"point"')), "damaged.*noise:"),
+    "NaN": (lambda t, h: t["float:2.bias"].fill_(float("nan")), "damaged.*float:2.bias.*NaN"),
+    "negative": (lambda t, h: t["noise:0.weight/top"].neg_(), "damaged.*noise:0.weight/top.*negative"),
     "weights": (_without_meta("weights"), "damaged.*weights"),
     "noise": (_without_meta("noise"), "damaged.*noise"),
 }
@@ -166,6 +179,19 @@ def test_damaged_file_is_refused(name: str, saved: Path, tmp_path: Path) -> None
     change, message = DAMAGE[name]
     with pytest.raises(ValueError, match=message):
         load(rewritten(saved, tmp_path, change), mlp())
+
+
+@pytest.mark.parametrize("key", ["codes:0.weight", "float:2.bias", "noise:0.weight/codes", "step:2.weight"])
+def test_other_values_are_refused(key: str, saved: Path, tmp_path: Path) -> None:
+    """Codes in another order have the same sizes and sums; the header's digests tell."""
+    folder = rewritten(saved, tmp_path, lambda t, h: t.update({key: t[key].flip(0).contiguous()}), is_old=False)
+    with pytest.raises(ValueError, match=f"damaged: of the tensors that were written it has other values in.*{key}"):
+        load(folder, mlp())
+
+
+def test_a_file_of_an_earlier_version_is_read(saved: Path, tmp_path: Path) -> None:
+    old = load(rewritten(saved, tmp_path, lambda t, h: None), mlp())
+    assert torch.equal(probs(old, images(5, 8)), probs(load(saved.parent, mlp()), images(5, 8)))
 
 
 def test_cut_or_missing_file_is_refused(saved: Path, tmp_path: Path) -> None:
