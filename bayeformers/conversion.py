@@ -21,9 +21,11 @@ from .nn.base import BayesianModule, variational_tensors
 from .nn.base import is_bayesian as is_bayesian
 from .patterns import Patterns
 from .plain_weights import check_plain_weights
+from .renaming import without_lost
 from .rollback import all_or_nothing
 from .selection import (
     Chosen,
+    check_ties,
     check_weights,
     choose,
     estimators_of,
@@ -116,7 +118,10 @@ def to_bayesian(
     saved = matching_subtrees(model, modules_to_save)
     chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms)
     estimators_of(chosen, estimator)
-    is_whole = target_modules == "all" and exclude_modules is None
+    is_whole = target_modules == "all" and exclude_modules is None and not saved
+    chosen, lost = without_lost(model, chosen, is_multiplicative=scale == "multiplicative", is_whole=is_whole)
+    skipped |= lost
+    check_ties(model, chosen, skipped)
     check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
     check_weights(model, chosen)
     config = replace(

@@ -47,7 +47,7 @@ def choose(
         raise ValueError(_nothing_to_convert(target, targeted, skipped))
     if not isinstance(target, str):
         _check_each_convertible(target, chosen, skipped)
-    _check_ties(model, chosen, skipped)
+    check_ties(model, chosen, skipped)
     return chosen, skipped
 
 
@@ -132,7 +132,7 @@ def owner_shapes(model: nn.Module, chosen: Chosen) -> dict[str, tuple[int, ...]]
     return {name: tuple(model.get_parameter(name).shape) for name in names}
 
 
-def _check_ties(model: nn.Module, chosen: Chosen, skipped: dict[str, str]) -> None:
+def check_ties(model: nn.Module, chosen: Chosen, skipped: dict[str, str]) -> None:
     """A tied weight is one random tensor: all layers that use it convert, or none."""
     owners = owners_of(model, chosen)
     for name, module in model.named_modules():

@@ -36,6 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "surgery": ("nn", "ties"),
     "plain_weights": (),
     "wrappers": (),
+    "renaming": ("nn",),
     "conversion": (
         "nn",
         "distributions",
@@ -47,6 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "dropout",
         "patterns",
         "plain_weights",
+        "renaming",
         "rollback",
         "wrappers",
     ),  # fmt: skip
