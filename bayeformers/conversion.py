@@ -17,6 +17,7 @@ from .distributions.diagonal_normal import ScaleName
 from .distributions.initial_scale import check_delta
 from .dropout import dropout_rates, set_dropout
 from .nn import draws
+from .nn.adapters import merged_adapter
 from .nn.base import BayesianModule, variational_tensors
 from .nn.base import is_bayesian as is_bayesian
 from .patterns import Patterns
@@ -124,6 +125,7 @@ def to_bayesian(
     check_ties(model, chosen, skipped)
     check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
     check_weights(model, chosen)
+    _check_unmerged(model, chosen)
     config = replace(
         config,
         prior=fitted_prior(config.prior, owner_shapes(model, chosen)),
@@ -357,6 +359,15 @@ def _check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def _check_unmerged(model: nn.Module, chosen: Chosen) -> None:
+    merged = merged_adapter(model, chosen)
+    if merged is not None:
+        raise ValueError(
+            f"`model` has the adapter of {merged!r} merged into the weights beside it, where its draws would have no "
+            "effect: call `model.unmerge_adapter()` first, or leave the adapter out by `target_modules`."
+        )
 
 
 def _check_convertible(model: nn.Module) -> None:

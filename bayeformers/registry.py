@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from . import nn as bnn
+from .nn.adapters import ASIDE, is_put_aside
 from .nn.base import BayesianModule
 from .nn.norms import AnyRMSNorm, is_rms_norm
 from .nn.parameters import name_clash, random_class, random_names
@@ -71,6 +72,8 @@ def bayesian_class(module: nn.Module, owner: nn.Module | None = None, attribute:
 
     ``owner``: the module that has it as its ``attribute``.
     """
+    if is_put_aside(owner):
+        return None, ASIDE
     source = type(module)
     kind = _BAYESIAN.get(source) or _cooperative(source)  # type: ignore[arg-type]
     if kind is None and is_rms_norm(module):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .adapters import allow_merges, refuse_merges
 from .forwards import Forwards
 from .holds import holding
 from .noise import noise_key
@@ -257,6 +258,7 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
         )
     _name_tensors(modules)
     _check_distinct(modules)
+    refuse_merges(model)  # of adapters that came after the conversion
     with holding(modules.values() if layers is None else layers, draw):
         yield
 
@@ -288,6 +290,7 @@ def one_draw_per_forward(model: nn.Module) -> nn.Module:
     model.register_forward_pre_hook(_Begin(scope))
     model.register_forward_hook(_End(scope), always_call=True)
     hold_while_generating(model)
+    refuse_merges(model)
     return model
 
 
@@ -296,6 +299,7 @@ def release(model: nn.Module) -> None:
     from .generation import release_generating
 
     release_generating(model)
+    allow_merges(model)
     for hooks, kind in ((model._forward_pre_hooks, _Begin), (model._forward_hooks, _End)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
             del hooks[key]

@@ -21,6 +21,7 @@ from .variational import TensorSpec, Variational
 
 MEAN: Final = "mean"
 _DESCRIPTIONS = frozenset(("dtype", "device", "shape", "ndim", "layout", "is_meta", "requires_grad"))
+_PARAMETRIZE = "torch.nn.utils.parametrize"
 _LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")
 
 
@@ -81,8 +82,9 @@ class DrawnWhereRead(nn.Module):
 def replaced(name: str) -> str:
     """What is wrong with a Bayesian tensor that is no Parameter any more."""
     return (
-        f"{name!r} is no longer a Parameter of its layer: pruning, weight norm or another parametrization replaced it "
-        "after the conversion, so that its draws would be lost. Undo that, or apply it before `to_bayesian`."
+        f"{name!r} is no longer a Parameter of its layer: pruning, weight norm, `target_parameters` of PEFT or another "
+        "parametrization replaced it after the conversion, so that its draws would be lost. Undo that, or apply it "
+        "before `to_bayesian`."
     )
 
 
@@ -95,8 +97,12 @@ def _read(self: DrawnWhereRead, name: str) -> Tensor | None:
     parameter = self._parameters[name]
     if parameter is None or parameter.is_meta or not self._is_drawing or name not in self.specs:
         return parameter
-    if not torch.compiler.is_compiling() and only_describes(sys._getframe(1)):
-        return parameter
+    if not torch.compiler.is_compiling():
+        reader = sys._getframe(1)
+        if reader.f_globals.get("__name__") == _PARAMETRIZE:  # it would keep the draw in the place of the Parameter
+            raise RuntimeError(replaced(self.specs[name].name))
+        if only_describes(reader):
+            return parameter
     try:
         return self._value(name)
     except AttributeError as error:  # a property that raises it would silently become `_parameters[name]`

@@ -1,0 +1,86 @@
+"""PEFT's adapters in a Bayesian model: what they do to weights, and where that would lose draws.
+
+Nothing of PEFT is imported: a model has its layers only where somebody else did.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .reading import DrawnWhereRead
+
+ASIDE = "PEFT's `target_parameters` takes its parameter out of the module in every forward"
+_MERGE = "merge"
+
+
+class MergeRefused:
+    """Stands in for a tuner layer's ``merge`` where merging would lose or change draws."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"The adapter of {self.name!r} cannot be merged: {self.reason}. `to_deterministic(model)` first merges at "
+            "the posterior mean; `predict` and `fixed_draw` need no merging."
+        )
+
+
+def is_put_aside(owner: nn.Module | None) -> bool:
+    """Whether ``owner`` adapts bare parameters of its child: class swaps on the child do not survive a forward."""
+    wrapper = _peft("tuners.lora.layer", "ParamWrapper")
+    return wrapper is not None and isinstance(owner, wrapper)
+
+
+def refuse_merges(model: nn.Module) -> None:
+    """Let ``merge``, and with it `merge_adapter` and `merge_and_unload`, raise where it would lose or change draws."""
+    for name, layer in _tuner_layers(model):
+        reason = _reason(layer)
+        if reason is not None and _MERGE not in vars(layer):
+            vars(layer)[_MERGE] = MergeRefused(name, reason)
+
+
+def allow_merges(model: nn.Module) -> None:
+    """Undo :func:`refuse_merges`."""
+    for module in model.modules():
+        if isinstance(vars(module).get(_MERGE), MergeRefused):
+            del vars(module)[_MERGE]
+
+
+def merged_adapter(model: nn.Module, chosen: Iterable[str]) -> str | None:
+    """Name of a tuner layer that is merged while a layer of its adapter is among those ``chosen``; None: no such."""
+    names = set(chosen)
+    for name, layer in _tuner_layers(model):
+        inside = {f"{name}.{part}".lstrip(".") for part in _adapter_parts(layer)}
+        if layer.merged and names & inside:
+            return name
+    return None
+
+
+def _reason(layer: Any) -> str | None:
+    if any(isinstance(part, DrawnWhereRead) for part in _adapter_parts(layer).values()):
+        return "its scales would be lost, and its draws with them"
+    lora = _peft("tuners.lora.layer", "LoraLayer")
+    is_sum = lora is not None and isinstance(layer, lora) and not getattr(layer, "lora_variant", None)
+    if not is_sum and any(isinstance(part, DrawnWhereRead) for part in layer.get_base_layer().modules()):
+        return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
+    return None
+
+
+def _adapter_parts(layer: Any) -> dict[str, nn.Module]:
+    """Modules of a tuner layer, by their names in it, without those of the layer that it adapts."""
+    return {name: part for name, part in layer.named_modules() if name.partition(".")[0] not in ("", "base_layer")}
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    kind = _peft("tuners.tuners_utils", "BaseTunerLayer")
+    if kind is not None:
+        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+
+
+def _peft(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(f"peft.{module}"), name, None)

@@ -1,0 +1,133 @@
+"""PEFT's adapters: draws reach adapters of bare parameters, and merging never loses or changes a posterior silently."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from bayeformers import fixed_draw, kl_divergence, summary, to_bayesian, to_deterministic
+from bayeformers import nn as bnn
+
+peft = pytest.importorskip("peft")
+IDS = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+ADAPTERS = r".*lora_[AB]\.default"
+
+
+def mixtral(**lora: Any) -> Any:
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]} | lora
+    base = hf.MixtralForCausalLM(config).eval()
+    return peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, r=2, **lora)).eval()
+
+
+def bert(**lora: Any) -> Any:
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    options = {"target_modules": ["query"], "init_lora_weights": False, "r": 2} | lora
+    base = hf.BertForSequenceClassification(config).eval()
+    return peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(**IDS).logits
+
+
+@torch.no_grad()
+def at_draw(plain: nn.Module, model: nn.Module, index: int) -> torch.Tensor:
+    with fixed_draw(model, index):
+        for tensor in bnn.variational_tensors(model):
+            plain.get_parameter(tensor.name).copy_(tensor.module.variational(tensor.parameter_name).sample())
+    return logits(plain)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ADAPTERS}, {}])
+def test_adapters_of_bare_parameters_draw(options: dict[str, Any]) -> None:
+    """Their two matrices are read and never called; the experts that they adapt stay deterministic, and say so."""
+    plain = mixtral()
+    model = to_bayesian(mixtral(), delta=0.5, **options).eval()
+    random = [tensor.name for tensor in summary(model).tensors]
+    assert sum("experts.lora_" in name for name in random) == 2 and not any(n.endswith("gate_up_proj") for n in random)
+    assert "target_parameters" in summary(model).skipped["base_model.model.model.layers.0.mlp.experts.base_layer"] or (
+        options != {}
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for index in range(3):
+        with fixed_draw(model, index):
+            torch.testing.assert_close(logits(model), at_draw(copy.deepcopy(plain), model, index))
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    model.train()
+    model(**IDS).logits.sum().backward()
+    grads = {t.name: t.rho.grad for t in bnn.variational_tensors(model) if "experts.lora_" in t.name}
+    assert len(grads) == 2 and all(g is not None and bool(g.abs().sum() > 0) for g in grads.values())
+
+
+def test_adapting_converted_experts_is_refused_before_the_mean_is_lost() -> None:
+    """PEFT would keep the draw in the Parameter's place."""
+    base = to_bayesian(mixtral().unload(), delta=0.5)
+    config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], r=2)
+    model = peft.get_peft_model(base, config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for index in range(2):
+        match = "gate_up_proj.*target_parameters.*before `to_bayesian`"
+        with fixed_draw(model, index), pytest.raises(RuntimeError, match=match):
+            logits(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    logits(model)  # the mean goes on
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_a_bayesian_adapter_is_refused(merge: str) -> None:
+    model = to_bayesian(bert(), delta=0.5, target_modules=ADAPTERS).eval()
+    expected = logits(model)
+    with pytest.raises(RuntimeError, match=r"query.*cannot be merged.*scales would be lost.*to_deterministic"):
+        getattr(model, merge)()
+    with fixed_draw(model, 0):
+        assert not torch.equal(logits(model), expected)
+    to_deterministic(model)
+    merged = getattr(model, merge)() or model
+    torch.testing.assert_close(logits(merged), expected)
+
+
+def test_converting_a_merged_adapter_is_refused() -> None:
+    model = bert()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapter of .*query.* merged.*unmerge_adapter"):
+        to_bayesian(model, target_modules=ADAPTERS)
+    assert not list(bnn.variational_tensors(model))
+    model.unmerge_adapter()
+    assert float(kl_divergence(to_bayesian(model, target_modules=ADAPTERS))) >= 0
+
+
+@pytest.mark.parametrize("first", ["adapter", "conversion"])
+def test_merging_dora_into_a_bayesian_layer_is_refused(first: str) -> None:
+    """It would scale the mean and not the scale beside it; a plain sum leaves the draws as they are."""
+    options = {"target_modules": ["query"], "init_lora_weights": False, "r": 2}
+    for is_dora in (True, False):
+        if first == "adapter":
+            model = to_bayesian(bert(use_dora=is_dora), delta=0.5, target_modules=r".*base_layer").eval()
+        else:
+            base = to_bayesian(bert().unload(), delta=0.5).eval()
+            model = peft.get_peft_model(base, peft.LoraConfig(use_dora=is_dora, **options)).eval()
+        with fixed_draw(model, 0):
+            expected = logits(model)
+        if is_dora:
+            with pytest.raises(RuntimeError, match="cannot be merged.*draws would change"):
+                model.merge_and_unload()
+            continue
+        merged = model.merge_and_unload()
+        with fixed_draw(merged, 0):
+            torch.testing.assert_close(logits(merged), expected)
