@@ -226,7 +226,6 @@ EXPECTED: dict[str, ProblemType] = {
     "t5": "seq2seq_lm",
     "bart-lm": "seq2seq_lm",
     "whisper": "seq2seq_lm",
-    "clip": "unknown",
 }
 
 

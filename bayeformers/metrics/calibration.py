@@ -26,6 +26,8 @@ from ._checks import (
 Binning = Literal["width", "mass"]
 BINNINGS = ("width", "mass")
 
+DEFAULT_BINS = 15
+
 TEMPERATURE_RANGE = (1e-3, 1e3)
 """Bounds of the fitted temperature, in units of the logits' root mean square around their row means."""
 
@@ -60,7 +62,7 @@ class ReliabilityBins:
 
 
 def reliability_bins(
-    probs: ArrayLike, labels: ArrayLike, num_bins: int = 15, binning: Binning = "width"
+    probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> ReliabilityBins:
     """The reliability diagram's numbers: counts, accuracy and mean confidence of each confidence bin.
 
@@ -69,11 +71,11 @@ def reliability_bins(
     ([0, 3], [0.0, 0.5, 1.0])
     """
     checked, classes = probabilities_and_labels(probs, labels)
-    return _bins(checked.max(1), checked.argmax(1) == classes, num_bins, binning)
+    return bins_of(checked.max(1), checked.argmax(1) == classes, num_bins, binning)
 
 
 def expected_calibration_error(
-    probs: ArrayLike, labels: ArrayLike, num_bins: int = 15, binning: Binning = "width"
+    probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
     """ECE = sum_b (n_b / n) |acc_b - conf_b|, in [0, 1]; "mass" gives the adaptive ECE. Guo et al. 2017.
 
@@ -84,7 +86,7 @@ def expected_calibration_error(
 
 
 def maximum_calibration_error(
-    probs: ArrayLike, labels: ArrayLike, num_bins: int = 15, binning: Binning = "width"
+    probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
     """MCE = max_b |acc_b - conf_b| over the bins that are not empty, in [0, 1].
 
@@ -95,7 +97,7 @@ def maximum_calibration_error(
 
 
 def classwise_calibration_error(
-    probs: ArrayLike, labels: ArrayLike, num_bins: int = 15, binning: Binning = "width"
+    probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
     """Mean over classes k of the ECE of p_ik against 1[y_i = k], in [0, 1]. Kull et al. 2019, arXiv 1910.12656.
 
@@ -103,7 +105,7 @@ def classwise_calibration_error(
     0.2667
     """
     checked, classes = probabilities_and_labels(probs, labels)
-    per_class = [_bins(column, classes == k, num_bins, binning) for k, column in enumerate(checked.T)]
+    per_class = [bins_of(column, classes == k, num_bins, binning) for k, column in enumerate(checked.T)]
     return float(np.mean([bins.expected_error for bins in per_class]))
 
 
@@ -150,7 +152,8 @@ def _unit_temperature(logits: FloatArray, classes: IntArray) -> float:
     return math.exp(brentq(slope, math.log(low), math.log(high), xtol=1e-12))
 
 
-def _bins(confidence: FloatArray, correct: NDArray[np.bool_], num_bins: int, binning: Binning) -> ReliabilityBins:
+def bins_of(confidence: FloatArray, correct: NDArray[np.bool_], num_bins: int, binning: Binning) -> ReliabilityBins:
+    """`reliability_bins` of confidences (N,) and whether each was right."""
     positive_integer(num_bins, "num_bins")
     choice(binning, BINNINGS, "binning")
     edges = np.linspace(0.0, 1.0, num_bins + 1)

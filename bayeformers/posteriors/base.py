@@ -20,7 +20,10 @@ from ..predictive import (
     Predictive,
     ProblemType,
     check_noise_std,
+    check_problem_type,
     drawn_values,
+    ignored_label,
+    is_encoder_decoder_lm,
     logits_of,
     mean_and_variance,
     resolve_problem_type,
@@ -139,7 +142,8 @@ class BasePosterior(ABC):
             link: from the linearised network's Gaussian logits to probabilities: see `posteriors.logits`.
             seed: the same seed gives the same draws, for every batch and process.
             problem_type: what the head predicts; by default found from the model's class and configuration, and
-                classification for a model that transformers does not know.
+                classification for a model that transformers does not know. "semantic_segmentation" is of logits
+                (B, C, H, W).
             noise_std: a regression's noise, or "head" of a model that predicts it: L means, then L log variances; by
                 default what the posterior or the configuration records. A linearised method takes the covariance of the
                 means, and the noise at the posterior mean.
@@ -155,7 +159,7 @@ class BasePosterior(ABC):
         method = self.default_method if method is None else method
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
-        problem = problem_type or self.problem_type()
+        problem = self.problem_type() if problem_type is None else check_problem_type(problem_type)
         if problem == "regression":
             noise_std = self.recorded_noise_std() if noise_std is None else check_noise_std(noise_std)
         if method in SAMPLING:
@@ -163,7 +167,12 @@ class BasePosterior(ABC):
             values = torch.stack([drawn_values(output, problem, inputs) for output in outputs])
             if problem == "regression":
                 return _regressed(values, noise_std)
-            return Predictive(problem_type=problem, log_probs=values, mask=token_mask(values[0], problem, inputs))
+            return Predictive(
+                problem_type=problem,
+                log_probs=values,
+                mask=token_mask(values[0], problem, inputs),
+                ignored_label=ignored_label(self.model, problem),
+            )
         if has_many_logits(self.model, problem):
             raise ValueError(
                 f"`method`={method!r} needs few logits per prediction, got a {problem!r} head over a vocabulary or "
@@ -311,7 +320,7 @@ def without_labels(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Mapp
     kept = {name: value for name, value in inputs.items() if "label" not in name and name not in _SPANS}
     labels = inputs.get("labels")
     given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(kept)
-    if labels is not None and not given and resolve_problem_type(model) == "seq2seq_lm":
+    if labels is not None and not given and is_encoder_decoder_lm(model):
         kept["decoder_input_ids"] = _decoder_input_ids(unwrapped(model), labels)
     return kept
 
@@ -334,7 +343,7 @@ def known_problem_type(model: nn.Module) -> ProblemType:
 
 def has_many_logits(model: nn.Module, problem_type: ProblemType) -> bool:
     """Whether the head has too many logits per prediction for a covariance of them: over a vocabulary or positions."""
-    if problem_type in ("question_answering", "causal_lm", "seq2seq_lm"):
+    if problem_type in ("question_answering", "causal_lm", "seq2seq_lm", "semantic_segmentation"):
         return True
     output_embeddings = getattr(unwrapped(model), "get_output_embeddings", None)  # a masked language model's too
     return callable(output_embeddings) and output_embeddings() is not None

@@ -24,6 +24,7 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Mapping[str, An
     | multi-label classification | (B, L, 2): a Bernoulli per label, absent and present |
     | regression | (B,), or (B, L) with several outputs (a variance head: `noise.mean_and_variance` splits them) |
     | token classification, language models | (B, T, C) |
+    | semantic segmentation | (B, H, W, C) of logits (B, C, H, W), at their resolution |
     | question answering | (B, 2, T): start and end, over the positions that ``attention_mask`` admits |
 
     Raises:
@@ -39,7 +40,27 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Mapping[str, An
         return squeezed(logits)
     if problem_type == "multi_label_classification":
         return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
+    if problem_type == "semantic_segmentation":
+        return _pixels_first(logits).log_softmax(dim=-1)
+    if logits.dim() > 3:
+        raise ValueError(
+            f"`logits` of a {problem_type!r} head must have shape (B, C) or (B, T, C), got {tuple(logits.shape)}. For "
+            'classes of pixels, (B, C, H, W), say `problem_type="semantic_segmentation"`.'
+        )
+    if problem_type in ("single_label_classification", "unknown") and logits.shape[-1] == 1:
+        raise ValueError(
+            f"`logits` have the shape {tuple(logits.shape)}: a softmax over one class is 1 whatever the input. Say "
+            '`problem_type="regression"`, or "multi_label_classification" for the logit of a yes.'
+        )
     return logits.log_softmax(dim=-1)
+
+
+def _pixels_first(logits: Tensor) -> Tensor:
+    if logits.dim() != 4 or logits.shape[1] < 2:
+        raise ValueError(
+            f"`logits` of a segmentation must have shape (B, C, H, W) with C >= 2 classes, got {tuple(logits.shape)}."
+        )
+    return logits.movedim(1, -1)
 
 
 def regression_values(output: Any, noise_std: NoiseStd | None) -> tuple[Tensor, Tensor]:

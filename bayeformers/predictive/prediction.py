@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..metrics import uncertainty
 from .noise import HEAD, NoiseStd, check_noise_std
+from .pixels import IGNORED, resized
 from .problem import ProblemType
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,7 +24,7 @@ class Predictive:
 
     Entropies are in nats. Probabilities are averaged, never logits. The draw axis is first, the class axis last; what
     stands between is the *example's* shape: (B,), per label (B, L) of a multi-label head (where C = 2: absent,
-    present), per token (B, T), or (B, 2) for the start and end of an answer (where C = T).
+    present), per token (B, T), per pixel (B, H, W), or (B, 2) for the start and end of an answer (where C = T).
 
     Attributes:
         problem_type: what the head predicts, in transformers' words.
@@ -39,6 +38,7 @@ class Predictive:
         logit_mean: (B, C) or, per token, (B, T, C), of linearised predictives; (B, L) of L labels or outputs.
         logit_covariance: (B, C, C) or (B, T, C, C), of linearised predictives.
         link_log_probs: log p of a linearised predictive in closed form, (B, ..., C); None: the draws' average.
+        ignored_label: of labels that do not count, besides -100: 255 of pixels.
 
     >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]])  # one example; two confident draws that disagree
     >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws.log())
@@ -57,6 +57,7 @@ class Predictive:
     logit_mean: Tensor | None = None
     logit_covariance: Tensor | None = None
     link_log_probs: Tensor | None = None
+    ignored_label: int = IGNORED
 
     def __post_init__(self) -> None:
         is_regression = self.problem_type == "regression"
@@ -153,6 +154,19 @@ class Predictive:
         """
         return self._noise_variance.mean(dim=0).expand(self._values.shape[1:])
 
+    # -- pixels -----------------------------------------------------------------------------------------------------
+
+    def resized(self, size: tuple[int, int]) -> Predictive:
+        """The same of a segmentation at another resolution (H', W'), such as the image's: every draw's logits are
+        interpolated bilinearly, as in the models' own losses.
+
+        Raises:
+            ValueError: a predictive of another kind.
+        """
+        if self.problem_type != "semantic_segmentation":
+            raise ValueError(f"`resized` is for pixels, got a {self.problem_type!r} predictive.")
+        return replace(self, log_probs=resized(self._classes, size))
+
     # -- both -------------------------------------------------------------------------------------------------------
 
     def log_prob(self, labels: Tensor) -> Tensor:
@@ -162,27 +176,38 @@ class Predictive:
 
         Args:
             labels: of the example's shape: class numbers, 0/1 per label, values of a regression, token numbers
-                (position t of a causal language model is scored on label t + 1, the last one on none), or start and
-                end (B, 2), where a position beyond the sequence has no label.
+                (position t of a causal language model is scored on label t + 1, the last one on none), classes of
+                pixels (B, H', W') at any resolution, or start and end (B, 2), where a position beyond the sequence has
+                no label.
 
         Raises:
-            ValueError: labels of another shape or out of range; a regression whose noise is not known.
+            TypeError: labels are no tensor.
+            ValueError: labels of another shape, dtype or out of range; a regression whose noise is not known.
         """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+        if (
+            self.problem_type == "semantic_segmentation"
+            and labels.dim() == 3
+            and labels.shape != self._draws.shape[1:-1]
+        ):
+            return self.resized((labels.shape[1], labels.shape[2])).log_prob(labels)
         shape = self._draws.shape[1:] if self.problem_type == "regression" else self._draws.shape[1:-1]
         if labels.shape != shape:
             raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}.")
         if self.problem_type == "regression":
             return self._normal_log_prob(labels)
-        labels = labels.long()
+        labels = _integers(labels, self.problem_type)
         if self.problem_type == "causal_lm":
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-        ignored = labels == IGNORED
+        ignored = (labels == IGNORED) | (labels == self.ignored_label)
         classes = self._classes.shape[-1]
         if self.problem_type == "question_answering":
             ignored = ignored | (labels >= classes)
         kept = labels.masked_fill(ignored, 0)
         if bool(((kept < 0) | (kept >= classes)).any()):
-            raise ValueError(f"`labels` must lie in 0..{classes - 1} or be {IGNORED}, got {labels.tolist()}.")
+            wrong = kept[(kept < 0) | (kept >= classes)]
+            raise ValueError(f"`labels` must lie in 0..{classes - 1} or be {IGNORED}, got {int(wrong[0])}.")
         return self.mean_log_probs.gather(-1, kept[..., None]).squeeze(-1).masked_fill(ignored, torch.nan)
 
     def _normal_log_prob(self, labels: Tensor) -> Tensor:
@@ -218,6 +243,16 @@ class Predictive:
         if self.noise_std is None or self.noise_std == HEAD:
             raise ValueError("`noise_std` is not known: pass it to `predict`, for example the RMSE on training data.")
         return self._values.new_full((1,) * self._values.dim(), self.noise_std**2)
+
+
+def _integers(labels: Tensor, problem: ProblemType) -> Tensor:
+    """As int64; indicators of labels may be floats, as transformers' losses take them."""
+    is_whole = not (labels.is_floating_point() or labels.is_complex())
+    if problem == "multi_label_classification" and labels.is_floating_point():
+        is_whole = bool((labels == labels.round()).all())
+    if not is_whole:
+        raise ValueError(f"`labels` must be integer classes (of a multi-label head, 0 or 1), got {labels.dtype}.")
+    return labels.long()
 
 
 def _mean_normal_log_prob(values: Tensor, labels: Tensor, variance: Tensor) -> Tensor:

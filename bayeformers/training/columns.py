@@ -19,10 +19,12 @@ from ..predictive import (
     RunningPredictive,
     drawn_values,
     regression_values,
+    resized,
     token_mask,
 )
 from ..predictive.outputs import TOKEN_PROBLEMS
 from .likelihood import item_nll, output_field, regression_labels
+from .scores import CONFIDENCE, WRONG
 
 __all__ = ["BatchPrediction", "infer_problem_type", "predict_batch", "score_predictive"]
 
@@ -36,9 +38,9 @@ class BatchPrediction:
 
     Attributes:
         predictions: log mean probabilities, of labels log p - log(1 - p), or regression means; shaped as the logits.
-        uncertainty: by name, per example (B,), per label (B, L) or per token (B, T).
+        uncertainty: by name, per example (B,), per label (B, L), per token (B, T) or per pixel (B, H, W).
         scores: by name, where there are labels: the items' `nll` and what other metrics need.
-        mask: which items count, (B,) or (B, T); None without labels.
+        mask: which items count, (B,), (B, T) or (B, H, W); None without labels.
         attended: which tokens are no padding, (B, T); None where every entry of ``uncertainty`` counts.
     """
 
@@ -82,6 +84,8 @@ def predict_batch(
             for output in outputs
         )
         return _sampled_regression(draws, inputs)
+    if problem_type == "semantic_segmentation":
+        return _segmented(outputs, inputs)
     running = RunningPredictive()
     for output in outputs:
         running.update(drawn_values(output, problem_type, inputs))
@@ -143,11 +147,7 @@ def _classified(
     log_probs = found.mean_log_probs
     batch = BatchPrediction(
         _as_logits(log_probs, problem_type),
-        {
-            "predictive_entropy": found.predictive_entropy,
-            "expected_entropy": found.expected_entropy,
-            "mutual_information": found.mutual_information,
-        },
+        _uncertainties(found),
         attended=token_mask(log_probs, problem_type, inputs) if mask is None else mask,
     )
     if batch.attended is None and log_probs.dim() == 3 and problem_type in TOKEN_PROBLEMS:
@@ -156,6 +156,40 @@ def _classified(
         batch.uncertainty = {name: value.sum(1) for name, value in batch.uncertainty.items()}  # start and end
     _score(batch, log_probs, inputs, problem_type)
     return batch
+
+
+def _segmented(outputs: Iterable[Any], inputs: Mapping[str, Any]) -> BatchPrediction:
+    """Predictions of the head's logits, channel first, as stock recipes take them; the rest where the labels are.
+
+    Labels are finer: each draw's logits are interpolated to them before the draws are averaged. Every pixel's
+    probabilities would not fit in memory, so what metrics need of them is computed here.
+    """
+    labels = inputs.get("labels")
+    coarse, fine = RunningPredictive(), RunningPredictive()
+    for output in outputs:
+        log_probs = drawn_values(output, "semantic_segmentation", inputs)
+        coarse.update(log_probs)
+        if labels is not None:
+            fine.update(resized(log_probs, (labels.shape[-2], labels.shape[-1])))
+    found = coarse if labels is None else fine
+    batch = BatchPrediction(coarse.mean_log_probs.movedim(-1, 1).contiguous(), _uncertainties(found))
+    if labels is not None:
+        log_probs = fine.mean_log_probs
+        nll, batch.mask = item_nll(log_probs.movedim(-1, 1), inputs, "semantic_segmentation")
+        probs, labels = log_probs.exp(), labels.masked_fill(~batch.mask, 0)
+        confidence, decision = probs.max(-1)
+        of_label = probs.gather(-1, labels[..., None].long()).squeeze(-1)
+        brier = probs.square().sum(-1) - 2 * of_label + 1
+        batch.scores = {"nll": nll, "brier": brier, CONFIDENCE: confidence, WRONG: (decision != labels).to(torch.uint8)}
+    return batch
+
+
+def _uncertainties(found: RunningPredictive | Predictive) -> dict[str, Tensor]:
+    return {
+        "predictive_entropy": found.predictive_entropy,
+        "expected_entropy": found.expected_entropy,
+        "mutual_information": found.mutual_information,
+    }
 
 
 def _as_logits(log_probs: Tensor, problem_type: ProblemType) -> Any:
@@ -231,14 +265,18 @@ def _regressed(mean: Tensor, epistemic: Tensor, aleatoric: Tensor | None, inputs
     return batch
 
 
-def infer_problem_type(output: Any, labels: Tensor | None) -> ProblemType:
+def infer_problem_type(output: Any, labels: Any) -> ProblemType:
     """For a class that transformers does not know: classification if logits and integer labels look like it.
 
     >>> infer_problem_type({"logits": torch.zeros(4, 3)}, torch.zeros(4, dtype=torch.long))
     'single_label_classification'
     """
     logits = output_field(output, "logits") if isinstance(output, (Tensor, Mapping)) else None
-    if logits is None or labels is None or labels.is_floating_point() or logits.shape[-1] < 2:
+    if logits is None or not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
+        return "unknown"
+    if logits.dim() == 4 and labels.dim() == 3 and logits.shape[1] > 1:
+        return "semantic_segmentation"
+    if logits.shape[-1] < 2:
         return "unknown"
     if logits.dim() == 2 and labels.dim() == 1:
         return "single_label_classification"

@@ -30,7 +30,7 @@ from .items import count_items
 
 __all__ = ["Group", "count_training_items", "elbo_loss", "infer_num_items", "kl_warmup", "preserved_rng"]
 
-_COUNTED_BY_TOKEN = ("token_classification", "causal_lm", "seq2seq_lm")
+_COUNTED_BY_TOKEN = ("token_classification", "causal_lm", "seq2seq_lm", "semantic_segmentation")
 
 
 @dataclass(frozen=True)

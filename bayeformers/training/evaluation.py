@@ -26,6 +26,7 @@ from ..predictive import (
     record_problem_type,
     resolve_problem_type,
     unwrapped,
+    without_ignored,
 )
 from ..saving import carry
 from .arguments import BayesianTrainingArguments, parse_noise_std
@@ -198,7 +199,8 @@ class MonteCarloTrainer(Trainer):
             batch = self._linearized(inputs, problem_type, noise_std)
         else:
             with torch.no_grad(), self.compute_loss_context_manager():
-                batch = predict_batch(self._passes(inputs), inputs, problem_type, noise_std)
+                labelled = without_ignored(inputs, self.model, problem_type)
+                batch = predict_batch(self._passes(inputs), labelled, problem_type, noise_std)
         self._keep(batch)
         if prediction_loss_only:
             return batch.loss, None, None
@@ -266,7 +268,8 @@ class MonteCarloTrainer(Trainer):
     def _prediction_type(self, inputs: Mapping[str, Any]) -> ProblemType:
         labels = inputs.get("labels")
         self._settle_problem_type(labels)
-        known = resolve_problem_type(self.model, labels)
+        needs_none = self.compute_loss_func is not None or self._evaluated is None
+        known = resolve_problem_type(self.model, labels, or_unknown=needs_none)
         if known != "unknown":
             return known
         with torch.no_grad(), posterior_mean(self.model):
@@ -284,7 +287,7 @@ class MonteCarloTrainer(Trainer):
             return
         if self.compute_loss_func is None:
             record_problem_type(self.model, labels)
-        elif labels.is_floating_point() and resolve_problem_type(self.model) == "single_label_classification":
+        elif labels.is_floating_point() and resolve_problem_type(self.model, or_unknown=True) == "single_label_classification":
             self._say(
                 "`config.problem_type` is not set and the labels are floating-point numbers: the head is evaluated as "
                 "multi-label, and read as a softmax where there are no labels. Set it."
@@ -305,8 +308,8 @@ class MonteCarloTrainer(Trainer):
 
     def _gathered(self, column: Tensor) -> NDArray[Any]:
         """All ranks' rows without the samples that even batches duplicate; what pads other ranks' rows is masked."""
-        if column.dim() > 1:
-            column = self.accelerator.pad_across_processes(column, dim=1, pad_index=0)
+        for axis in range(1, column.dim()):
+            column = self.accelerator.pad_across_processes(column, dim=axis, pad_index=0)
         gathered: NDArray[Any] = self.gather_function(column).cpu().numpy()
         return gathered
 

@@ -84,7 +84,7 @@ def attended_positions(inputs: Mapping[str, Any], length: int) -> Tensor | None:
 
 
 def item_mask(inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """Which positions of a batch are items: bool, (B,) or (B, T); from the batch alone, before any forward."""
+    """Which positions of a batch are items: bool, (B,), (B, T) or (B, H, W); from the batch, before any forward."""
     if problem_type == "question_answering":
         main = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         sides = [span_end(inputs, side, main.shape[1])[1] for side in ("start", "end")]

@@ -10,6 +10,7 @@ The functions here return one number per *item*, the unit in which the ELBO coun
 | multi-label | example | sum over labels of the Bernoulli NLL |
 | regression | example | Gaussian: (y - f)^2 / (2 s^2) + log s + log(2 pi) / 2, summed over outputs |
 | token classification, masked LM, seq2seq LM | label != -100 | -log softmax(logits)[label] |
+| semantic segmentation | pixel with a label | the same, of logits interpolated bilinearly to the labels' resolution |
 | causal LM | label != -100 after the first position | the same; position t predicts label t + 1 |
 | question answering | feature | start NLL + end NLL over attended positions; one outside them adds nothing |
 | unknown | example | the model's own `loss`, taken as a mean over examples |
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import gaussian_nll, split_variance_head
-from ..predictive import HEAD, NoiseStd, ProblemType
+from ..predictive import HEAD, NoiseStd, ProblemType, drawn_values, resized
 from .items import IGNORED, attended_positions, item_mask, labels_of, span_end
 
 __all__ = ["ItemNLL", "align_causal", "item_nll", "output_field", "regression_labels"]
@@ -138,6 +139,15 @@ def _token_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | No
     return _cross_entropy(_logits(outputs), labels, labels != IGNORED)
 
 
+def _pixel_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
+    log_probs, labels = drawn_values(outputs, "semantic_segmentation", inputs), labels_of(inputs)
+    if labels.dim() != 3 or len(labels) != len(log_probs):
+        raise ValueError(
+            f"`labels` must have shape ({len(log_probs)}, H, W), a class per pixel, got {tuple(labels.shape)}."
+        )
+    return _cross_entropy(resized(log_probs, (labels.shape[1], labels.shape[2])), labels, labels != IGNORED)
+
+
 def _causal_nll(outputs: Any, inputs: Mapping[str, Any], noise_std: NoiseStd | None) -> ItemNLL:
     logits = _logits(outputs)
     if inputs.get("shift_labels") is not None:  # a padding-free collator has shifted them
@@ -179,6 +189,7 @@ _NLL: dict[ProblemType, Callable[[Any, Mapping[str, Any], NoiseStd | None], Item
     "seq2seq_lm": _token_nll,
     "causal_lm": _causal_nll,
     "question_answering": _question_nll,
+    "semantic_segmentation": _pixel_nll,
     "unknown": _own_loss,
 }
 

@@ -8,9 +8,13 @@ from numpy.typing import NDArray
 from transformers.trainer_utils import PredictionOutput
 
 from ..metrics import aurc, brier_score, expected_calibration_error
+from ..metrics.calibration import DEFAULT_BINS, bins_of
 from ..predictive import ProblemType
 
-__all__ = ["BayesianPredictionOutput", "Columns", "evaluation_metrics"]
+__all__ = ["CONFIDENCE", "WRONG", "BayesianPredictionOutput", "Columns", "evaluation_metrics"]
+
+CONFIDENCE, WRONG = "confidence", "wrong"
+"""Columns of pixels, whose probabilities are too many to gather."""
 
 
 class BayesianPredictionOutput(PredictionOutput):
@@ -81,11 +85,16 @@ def _counted(columns: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
 
 
 def _padded(arrays: list[NDArray[Any]]) -> NDArray[np.floating]:
-    if arrays[0].ndim == 1:
-        return np.concatenate(arrays)
-    width = max(array.shape[1] for array in arrays)
+    shape = np.max([array.shape[1:] for array in arrays], axis=0)
     return np.concatenate(
-        [np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=np.nan) for array in arrays]
+        [
+            np.pad(
+                array,
+                [(0, 0), *((0, full - own) for full, own in zip(shape, array.shape[1:], strict=True))],
+                constant_values=np.nan,
+            )
+            for array in arrays
+        ]
     )
 
 
@@ -95,6 +104,7 @@ def evaluation_metrics(columns: Columns, problem_type: ProblemType) -> dict[str,
     `nll` is that of the averaged prediction; a regression adds `rmse`. Without labels only the uncertainties.
     """
     items = columns.items()
+    confidence, wrong = items.pop(CONFIDENCE, None), items.pop(WRONG, None)
     averaged = {name: values for name, values in items.items() if name not in ("probs", "labels") and values.size > 0}
     metrics = {name: float(np.mean(values, dtype=np.float64)) for name, values in averaged.items()}
     if "nll" in items and "nll" not in averaged:
@@ -106,6 +116,9 @@ def evaluation_metrics(columns: Columns, problem_type: ProblemType) -> dict[str,
         metrics["ece"] = expected_calibration_error(probs, labels)
         metrics["brier"] = brier_score(probs, labels)
         metrics["aurc"] = aurc(probs.max(1), (probs.argmax(1) != labels).astype(np.float64))
+    if confidence is not None and wrong is not None and len(wrong):
+        bins = bins_of(confidence.astype(np.float64), wrong == 0, DEFAULT_BINS, "width")
+        metrics["ece"], metrics["aurc"] = bins.expected_error, aurc(confidence, wrong.astype(np.float64))
     return metrics
 
 

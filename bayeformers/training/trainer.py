@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..conversion import conversion_record, is_bayesian, update_config, without_stale_record
 from ..nn.draws import one_draw_per_forward, training_draw
 from ..objective import kl_divergence, log_variational_posterior
-from ..predictive import HEAD, ProblemType, resolve_problem_type
+from ..predictive import HEAD, ProblemType, resolve_problem_type, without_ignored
 from ..saving import saved_along
 from . import checkpoints, checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
@@ -95,13 +95,17 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
         """The problem type of the model's head, for a batch whose labels may decide between single and multi label."""
         labels = as_labels(inputs, self.args.label_names).get("labels")
         self._settle_problem_type(labels)
-        problem_type = resolve_problem_type(self.model, labels)
+        # a plain model trains on its own loss, and a function that is given needs no likelihood of ours
+        needs_none = self.compute_loss_func is not None or not is_bayesian(self.model)
+        problem_type = resolve_problem_type(self.model, labels, or_unknown=needs_none)
         checks.check_variance_head(self.args.noise_std, problem_type)
         return problem_type
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Items of a batch in the unit of its loss: a 0-dimensional tensor. Override it along with a custom loss."""
-        return count_items(as_labels(inputs, self.args.label_names), self.problem_type(inputs))
+        problem_type = self.problem_type(inputs)
+        labelled = as_labels(inputs, self.args.label_names)
+        return count_items(without_ignored(labelled, self.model, problem_type), problem_type)
 
     # -- train -------------------------------------------------------------------------------------------------------
 
@@ -253,9 +257,10 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
 
     def _count_labels(self, problem_type: ProblemType) -> int:
         """Label tokens of the training data, each rank counting its share."""
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         share = count_training_items(
             self.train_dataset,
-            self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            lambda items: without_ignored(collate(items), self.model, problem_type),
             problem_type,
             batch_size=self.args.train_batch_size,
             rank=self.accelerator.process_index,
@@ -368,7 +373,8 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
             return _Pass(loss * count, 0.0, outputs)
         noise_std = self.noise_std() if problem_type == "regression" else None
         own = own_terms(outputs, inputs, problem_type) if self._has_own_terms else 0.0
-        return _Pass(item_nll(outputs, inputs, problem_type, noise_std).sum(), own, outputs)
+        labelled = without_ignored(inputs, self.model, problem_type)
+        return _Pass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 
