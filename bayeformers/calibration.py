@@ -15,14 +15,16 @@ from tqdm.auto import tqdm
 
 from .conversion import is_bayesian, to_bayesian, to_deterministic
 from .distributions import InitialScale
+from .forward import Inputs, check_inputs
 from .nn import variational_tensors
 from .posteriors import PointPosterior, VariationalPosterior
 from .posteriors.logits import linearized_predictive
 from .predictive import IGNORED, NoiseStd, Predictive
+from .scalars import is_finite
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, Any] | Tensor
+Batch = Inputs
 BOUNDS = {"sample": (1e-2, 1.0), "glm": (1e-2, 10.0)}
 """Between which values delta is sought, by method."""
 _GRID = 7
@@ -52,8 +54,8 @@ def calibrate_delta(
 
     Args:
         model: a trained model, converted or not.
-        inputs: one batch, or batches, of what the model's forward takes; 500 examples are enough. Labels inside count
-            as ``labels`` where that is not given.
+        inputs: one batch, or batches, of what the model's forward takes; 500 examples are enough. Labels inside, and
+            the second of pairs, count as ``labels`` where that is not given.
         labels: of the batch, or of each batch.
         method: of the predictive that is to be used: "sample" the network, or "glm", the linearised network, whose
             covariance is delta^2 times one number per input, so that a single pass serves every delta.
@@ -80,7 +82,7 @@ def calibrate_delta(
     if method not in BOUNDS:
         raise ValueError(f"`method` must be one of {sorted(BOUNDS)}, got {method!r}.")
     low, high = _check_bounds(BOUNDS[method] if bounds is None else bounds)
-    if not (math.isfinite(tolerance) and tolerance > 0):
+    if not (is_finite(tolerance) and tolerance > 0):
         raise ValueError(f"`tolerance` must be a finite number > 0, got {tolerance!r}; 0.003 is 0.3 %.")
     batches, targets = _batches(inputs, labels)
     with _converted(model, conversion), tqdm(desc="delta", unit="try", disable=not progress) as bar:
@@ -239,27 +241,44 @@ def _converted(model: nn.Module, conversion: dict[str, Any]) -> Iterator[None]:
 def _batches(
     inputs: Batch | Iterable[Batch], labels: Tensor | Iterable[Tensor] | None
 ) -> tuple[list[Batch], list[Tensor] | None]:
-    if not isinstance(inputs, Iterable):
-        raise TypeError(f"`inputs` must be one batch (a mapping or a tensor) or batches, got {inputs!r}.")
-    batches: list[Batch] = [inputs] if isinstance(inputs, (Mapping, Tensor)) else list(inputs)
+    if not isinstance(inputs, Iterable) or isinstance(inputs, str):
+        raise TypeError(
+            f"`inputs` must be one batch (a mapping, a tensor or a tuple of several) or batches, got {inputs!r}."
+        )
+    is_one = isinstance(inputs, (Mapping, Tensor)) or (isinstance(inputs, tuple) and isinstance(labels, Tensor))
+    batches: list[Any] = [inputs] if is_one else list(inputs)
     if not batches:
         raise ValueError("`inputs` holds no batch: give one batch of inputs, or an iterable of batches.")
+    if labels is None and all(_is_pair(batch) for batch in batches):
+        batches, labels = [batch[0] for batch in batches], [batch[1] for batch in batches]
+    for batch in batches:
+        check_inputs(batch)
     if labels is None:
         found = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
         inside = [labels for labels in found if labels is not None]
         if inside and len(inside) < len(batches):
             raise ValueError(f"`inputs` holds labels in {len(inside)} of {len(batches)} batches: give all or none.")
         return batches, inside or None
+    if not isinstance(labels, Iterable) or isinstance(labels, str):
+        raise TypeError(f"`labels` must be a tensor, or one for each batch of `inputs`, got {labels!r}.")
     targets = [labels] if isinstance(labels, Tensor) else list(labels)
+    wrong = next((target for target in targets if not isinstance(target, Tensor)), None)
+    if wrong is not None:
+        raise TypeError(f"`labels` must be a tensor for each batch of `inputs`, got {type(wrong).__name__}.")
     if len(targets) != len(batches):
         raise ValueError(f"`labels` must be given for each batch of `inputs`: {len(batches)}, got {len(targets)}.")
     return batches, targets
+
+
+def _is_pair(batch: Any) -> bool:
+    """(inputs, labels), as a DataLoader gives them."""
+    return isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor)
 
 
 def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(bounds, Sequence) or len(bounds) != 2:
         raise TypeError(f"`bounds` must be two numbers (low, high), got {bounds!r}.")
     low, high = bounds
-    if not (math.isfinite(low) and math.isfinite(high) and 0 < low < high):
+    if not (is_finite(low) and is_finite(high) and 0 < low < high):
         raise ValueError(f"`bounds` must be two finite numbers, 0 < low < high, got {bounds!r}.")
     return low, high

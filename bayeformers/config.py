@@ -55,7 +55,7 @@ class BayesianConfig:
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
-        check_delta(self.delta)
+        object.__setattr__(self, "delta", check_delta(self.delta))  # a NumPy number is none of JSON's
         check_scale(self.scale)
         check_prior(self.prior)
         for name in ("freeze", "norms"):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from bayeformers.forward import Inputs, call
 from bayeformers.shared_prefix import SharedPrefix, hidden_reference
 from bayeformers.snapshot import Refused, all_equal, flatten, rng_state, same_tensor, set_rng_state
 
@@ -35,7 +36,7 @@ def monte_carlo(
     model: nn.Module,
     draw: Draw,
     random: Iterable[nn.Parameter],
-    inputs: Mapping[str, Any] | Tensor,
+    inputs: Inputs,
     *,
     num_samples: int,
     seed: int = 0,
@@ -98,19 +99,15 @@ def _fresh_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _bind(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Callable[[], Any]:
-    if isinstance(inputs, Tensor):
-        return lambda: model(inputs)
+def _bind(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return lambda: model(**(options | dict(inputs)))
+    return lambda: call(model, inputs, **options)
 
 
 class _Sharing:
     """Runs passes with a shared prefix; on the first batch of a kind, what is reused is also run plainly."""
 
-    def __init__(
-        self, model: nn.Module, random: list[nn.Parameter], inputs: Mapping[str, Any] | Tensor, max_bytes: int
-    ) -> None:
+    def __init__(self, model: nn.Module, random: list[nn.Parameter], inputs: Inputs, max_bytes: int) -> None:
         self._model = model
         self._signature = _signature(model, random, inputs)
         self._verdicts = _verdicts.setdefault(model, {})
@@ -193,9 +190,11 @@ def _unsafe(model: nn.Module, random: list[nn.Parameter]) -> str | None:
     return None if name is None else f"{name!r} reaches a random module that is not among its children"
 
 
-def _signature(model: nn.Module, random: list[nn.Parameter], inputs: Mapping[str, Any] | Tensor) -> tuple[Any, ...]:
+def _signature(model: nn.Module, random: list[nn.Parameter], inputs: Inputs) -> tuple[Any, ...]:
     """What a verdict is valid for: the modules, the random set, and the kind of inputs."""
-    kind = () if isinstance(inputs, Tensor) else tuple((name, _kind(value)) for name, value in inputs.items())
+    kind: Any = type(inputs).__name__, len(inputs) if isinstance(inputs, (list, tuple)) else 0
+    if isinstance(inputs, Mapping):
+        kind = tuple((name, _kind(value)) for name, value in inputs.items())
     return frozenset(map(id, model.modules())), frozenset(map(id, random)), kind
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .distributions import MIN_SCALE, rho_from_scale
 from .nn.base import NamedVariational, variational_tensors
 from .rollback import all_or_nothing
+from .scalars import is_real
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def _remove(tensor: NamedVariational, where: Tensor) -> None:
 
 
 def _check_share(share: float) -> float:
-    if isinstance(share, bool) or not isinstance(share, (int, float)):
+    if not is_real(share):
         raise TypeError(f"`share` must be a number in [0, 1), got {share!r}.")
     if not (math.isfinite(share) and 0 <= share < 1):
         raise ValueError(f"`share` must lie in [0, 1), got {share!r}: 0.9 removes 90 % of the weights.")

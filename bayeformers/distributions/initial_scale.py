@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..scalars import is_real
 from .diagonal_normal import MIN_SCALE
 
 _INITIALIZER_RANGE = 0.02  # the usual initial standard deviation of a transformer's weights
@@ -49,7 +50,7 @@ def check_delta(delta: float) -> float:
         TypeError: not a number.
         ValueError: not finite or not > 0.
     """
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
+    if not is_real(delta):
         raise TypeError(f"`delta` must be a number > 0, got {delta!r}.")
     if not (math.isfinite(delta) and delta > 0):
         raise ValueError(

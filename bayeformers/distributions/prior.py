@@ -5,7 +5,6 @@ A new prior is one subclass of :class:`Prior`; without a `register_kl` for its d
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..scalars import is_finite, plain
 from .initial_scale import InitialScale
 
 _PRIORS: dict[str, type[Prior]] = {}
@@ -58,7 +58,7 @@ class Prior(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; :func:`prior_from_dict` reads it back."""
-        return {"type": self.type, **asdict(self)}  # type: ignore[call-overload]
+        return {"type": self.type, **{name: plain(value) for name, value in asdict(self).items()}}  # type: ignore[call-overload]
 
 
 def prior_from_dict(data: Mapping[str, Any]) -> Prior:
@@ -90,7 +90,7 @@ def scalar_like(tensor: Tensor, value: float) -> Tensor:
 
 def is_number(value: object) -> bool:
     """Whether a finite int or float, which a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_finite(value)
 
 
 def check_prior(prior: object) -> None:

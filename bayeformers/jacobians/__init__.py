@@ -1,6 +1,7 @@
 """Jacobians of a network in its weights, layer by layer: what a layer saw, and the gradients at its output."""
 
-from .recording import Inputs, TensorUse, Use, batch_size, differentiable, examples, gradients, record
+from ..forward import Inputs, batch_size
+from .recording import TensorUse, Use, differentiable, examples, gradients, record
 from .rules import TENSOR, LayerRule, register_curvature, rule_of, supported_layers
 from .separation import examples_first, separation
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..forward import Inputs, batch_size, call, mapped, rows
 from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
-
-Inputs = Mapping[str, Any] | Tensor
 
 
 class Use:
@@ -152,9 +151,7 @@ def _forward(
             _without_parameter_gradients(model, tensors),
             torch.autocast(device, enabled=False),
         ):
-            if isinstance(inputs, Tensor):
-                return output_of(model(_tracked(inputs))), uses
-            return output_of(model(**{name: _tracked(value) for name, value in inputs.items()})), uses
+            return output_of(call(model, mapped(inputs, _tracked))), uses
     finally:
         for handle in handles:
             handle.remove()
@@ -174,31 +171,19 @@ def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: boo
     return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
 
 
-def batch_size(inputs: Inputs) -> int:
-    """Length of the first tensor."""
-    tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
-    return len(tensors[0]) if tensors and tensors[0].ndim else 1
-
-
 def examples(inputs: Inputs, count: int) -> Iterator[Inputs]:
     """The batch as ``count`` batches of one."""
     for i in range(count):
-        if isinstance(inputs, Tensor):
-            yield inputs[i : i + 1]
-        else:
-            yield {
-                name: value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-                for name, value in inputs.items()
-            }
+        yield rows(inputs, slice(i, i + 1), count)
 
 
 def _merged(tensor: Tensor, batch: int) -> Tensor:
     return tensor.flatten(1, 2).unsqueeze(1) if batch == 1 and tensor.shape[1] != 1 else tensor
 
 
-def _tracked(value: Any) -> Any:
+def _tracked(value: Tensor) -> Tensor:
     """What was made under `torch.inference_mode()` has no version and can be part of no graph."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+    return value.clone() if value.is_inference() else value
 
 
 def _rule(module: nn.Module) -> LayerRule:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ..jacobians import Inputs, batch_size, examples
+from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
+from ..jacobians import examples
 from ..posteriors.base import without_labels
 from ..predictive import IGNORED, ProblemType, resolve_problem_type, unwrapped
 from .hessian import Likelihood
@@ -77,14 +78,15 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
         TypeError: a batch of another kind.
     """
     given, labels = _split(batch)
-    if keep is not None and keep < batch_size(given):
-        given, labels = _first(given, keep), None if labels is None else labels[:keep]
-    given = {k: _moved(v, device) for k, v in given.items()} if isinstance(given, Mapping) else given.to(device)
+    size = batch_size(given)
+    if keep is not None and keep < size:
+        given, labels = rows(given, slice(keep), size), None if labels is None else labels[:keep]
+    given = mapped(given, lambda tensor: tensor.to(device))
     labels = None if labels is None else labels.to(device)
     inputs = without_labels(
-        model, given if isinstance(given, Tensor) or labels is None else {**given, "labels": labels}
+        model, {**given, "labels": labels} if isinstance(given, Mapping) and labels is not None else given
     )
-    problem = resolve_problem_type(model, labels)
+    problem = resolve_problem_type(model, labels, or_unknown=True)
     is_padded = isinstance(inputs, Mapping) and any("mask" in name for name in inputs)
     return Batch(inputs, _aligned(labels, problem), _attended(model, inputs), has_padding=is_padded)
 
@@ -112,21 +114,17 @@ def _split(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, Mapping):
         labels = next((batch[name] for name in ("labels", "label") if batch.get(name) is not None), None)
         return {k: v for k, v in batch.items() if k not in ("labels", "label")}, labels
-    if isinstance(batch, list | tuple) and len(batch) in (1, 2) and isinstance(batch[0], Tensor | Mapping):
-        inputs, inside = _split(batch[0])
-        return inputs, batch[1] if len(batch) == 2 else inside
-    raise TypeError(f"`dataloader` must give mappings, (inputs, labels) pairs or tensors, got {type(batch).__name__}.")
-
-
-def _first(inputs: Inputs, count: int) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs[:count]
-    size = batch_size(inputs)
-    return {k: v[:count] if isinstance(v, Tensor) and v.ndim and len(v) == size else v for k, v in inputs.items()}
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    is_sequence = isinstance(batch, list | tuple)
+    if is_sequence and len(batch) > 1 and isinstance(batch[-1], Tensor | None) and holds_tensor(batch[0]):
+        if len(batch) > 2:  # as a TensorDataset of several inputs gives them
+            return tuple(batch[:-1]), batch[-1]
+        return (_split(batch[0])[0] if isinstance(batch[0], Mapping) else batch[0]), batch[1]
+    if is_sequence and len(batch) == 1 and isinstance(batch[0], Tensor | Mapping):
+        return _split(batch[0])
+    raise TypeError(
+        "`dataloader` must give mappings, (inputs, labels) pairs (several inputs: the labels last) or tensors, got "
+        f"{type(batch).__name__}."
+    )
 
 
 def _aligned(labels: Tensor | None, problem: ProblemType) -> Tensor | None:
@@ -138,7 +136,8 @@ def _aligned(labels: Tensor | None, problem: ProblemType) -> Tensor | None:
 
 def _attended(model: nn.Module, inputs: Inputs) -> Tensor | None:
     """None also for an encoder-decoder: its two sequences may be equally long, and which is meant cannot be seen."""
-    if isinstance(inputs, Tensor) or getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False):
+    is_pair = getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False)
+    if not isinstance(inputs, Mapping) or is_pair:
         return None
     mask = inputs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

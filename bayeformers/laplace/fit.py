@@ -19,6 +19,7 @@ from ..posteriors.base import prediction_mode
 from ..posteriors.linearized import OutputOf
 from ..posteriors.logits import Link
 from ..predictive import logits_of
+from ..scalars import is_whole
 from .accumulate import Accumulator
 from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
 from .data import likelihood_of
@@ -130,7 +131,7 @@ def fit(
     _check_choices(likelihood, subset, curvature, fisher, weight_sharing, link, prior_precision)
     _check_counts(num_mc_samples=num_mc_samples, checkpoint_steps=checkpoint_steps)
     _check_counts(**{n: c for n, c in {"num_batches": num_batches, "num_data": num_data}.items() if c is not None})
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not is_whole(seed):
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
     check_positive("temperature", temperature)
     if prior_precision == "holdout":
@@ -151,8 +152,8 @@ def fit(
             fisher=_auto_fisher(fisher, first.outputs, likelihood),
             weight_sharing=weight_sharing,
             likelihood=likelihood,
-            num_mc_samples=num_mc_samples,
-            seed=seed,
+            num_mc_samples=int(num_mc_samples),
+            seed=int(seed),
         )
         sums = _pass(loader, targets, config, logits, _device(device), checkpoint, checkpoint_steps)
         targets, skipped = _called(targets, skipped, sums)
@@ -344,5 +345,5 @@ def _check_choices(
 
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if not is_whole(count) or count < 1:
             raise ValueError(f"`{name}` must be a whole number >= 1, got {count!r}.")

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..predictive import IGNORED
+from ..scalars import is_whole
 
 __all__ = [
     "Fisher",
@@ -109,7 +110,7 @@ def sampled_columns(
     tensor([[0.5000, 0.5000]])
     """
     values = _check_logits(logits, likelihood)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+    if not is_whole(num_samples) or num_samples < 1:
         raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}.")
     for one in [generator] if isinstance(generator, torch.Generator) else generator:
         if one.device.type != "cpu":

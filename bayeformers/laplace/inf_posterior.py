@@ -17,6 +17,7 @@ from ..generators import NOISE_VERSION, check_noise_version
 from ..posteriors.blocks import block_noise
 from ..posteriors.linearized import OutputOf
 from ..predictive import ProblemType, logits_of
+from ..scalars import is_whole
 from .blocks import LaplaceBlock
 from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers
 from .inf import LowRankPlusDiagonal
@@ -167,7 +168,7 @@ def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePoste
     >>> inf_posterior(posterior, rank=2).predict(x[:4], num_samples=8).probs.shape
     torch.Size([4, 2])
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_whole(rank) or rank < 1:
         raise ValueError(f"`rank` must be a whole number >= 1, got {rank!r}.")
     exact = None if diagonal is None else _diagonals(posterior, diagonal)
     layers = [

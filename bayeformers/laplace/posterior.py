@@ -16,6 +16,7 @@ from ..generators import NOISE_VERSION, check_noise_version
 from ..posteriors.blocks import GaussianBlock, block_draw
 from ..posteriors.linearized import OutputOf, Statistic
 from ..predictive import ProblemType, logits_of, resolve_problem_type
+from ..scalars import is_finite
 from .blocks import LaplaceBlock
 from .choice import PrecisionChoice
 from .curvature import CurvatureConfig
@@ -333,8 +334,7 @@ def check_positive(name: str, value: Any) -> None:
     Raises:
         ValueError: otherwise.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
+    if not (is_finite(value) and value > 0):
         raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}.")
 
 

@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..scalars import is_finite, is_real
+
 __all__: list[str] = []
 
 EPS = 0.01
@@ -44,7 +46,7 @@ def alignment_loss(aligned: Tensor, misaligned: Tensor, eps: float) -> Tensor:
 
 def check_eps(eps: float) -> None:
     """Errors: ValueError unless ``eps`` is finite and > 0."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not (math.isfinite(eps) and eps > 0):
+    if not (is_finite(eps) and eps > 0):
         raise ValueError(f"`eps` must be a finite number > 0, got {eps!r}: it keeps empty groups finite.")
 
 
@@ -54,7 +56,7 @@ def check_threshold(name: str, value: float | Tensor) -> None:
         if value.dim() != 0:
             raise ValueError(f"`{name}` must be one number, got a tensor of shape {tuple(value.shape)}.")
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_real(value):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value!r}.")

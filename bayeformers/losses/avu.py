@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..metrics.uncertainty import mutual_information, predictive_entropy
+from ..scalars import is_whole
 from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold, wide
 
 __all__ = ["UNCERTAINTIES", "Uncertainty", "auavu_loss", "avuc_loss", "confidence_and_uncertainty"]
@@ -86,7 +87,7 @@ def auavu_loss(
     (tensor(0.0081), tensor(0.3825))
     """
     check_eps(eps)
-    if isinstance(num_thresholds, bool) or not isinstance(num_thresholds, int) or num_thresholds < 2:
+    if not is_whole(num_thresholds) or num_thresholds < 2:
         raise ValueError(f"`num_thresholds` must be a whole number >= 2, got {num_thresholds!r}.")
     is_right, confidence, spread = confidence_and_uncertainty(logits, labels, uncertainty)
     is_certain = spread <= _thresholds(spread.detach(), num_thresholds)[:, None]

@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
+from ..scalars import is_real, is_whole
+
 __all__ = ["ImageClassifier", "ImageClassifierConfig", "check_positive", "check_rate", "check_sizes"]
 
 _PROBLEM = "single_label_classification"
@@ -18,11 +20,11 @@ _PROBLEM = "single_label_classification"
 
 def check_positive(name: str, value: object) -> int:
     """An integer >= 1; otherwise TypeError or ValueError naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise TypeError(f"`{name}` must be an integer >= 1, got {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` must be >= 1, got {value}.")
-    return value
+    return int(value)
 
 
 def check_sizes(name: str, values: object, count: int | None = None) -> list[int]:
@@ -36,7 +38,7 @@ def check_sizes(name: str, values: object, count: int | None = None) -> list[int
 
 def check_rate(name: str, value: object) -> float:
     """A dropout rate in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_real(value):
         raise TypeError(f"`{name}` must be a number in [0, 1), got {value!r}.")
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must lie in [0, 1), got {value}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..scalars import is_whole
 from .base import ImageClassifier, ImageClassifierConfig, check_sizes
 
 __all__ = ["LeNetConfig", "LeNetForImageClassification"]
@@ -61,7 +62,7 @@ class LeNetConfig(ImageClassifierConfig):
         super().check()
         self.conv_channels = check_sizes("conv_channels", self.conv_channels, 2)
         self.hidden_sizes = check_sizes("hidden_sizes", self.hidden_sizes, 2)
-        if isinstance(self.padding, bool) or not isinstance(self.padding, int) or not 0 <= self.padding < _KERNEL:
+        if not is_whole(self.padding) or not 0 <= self.padding < _KERNEL:
             raise ValueError(f"`padding` must be an integer from 0 to {_KERNEL - 1}, got {self.padding!r}.")
         if self.feature_size < 1:
             least = 16 - 2 * self.padding

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..scalars import is_whole
 from .adapters import allow_merges, refuse_merges
 from .forwards import Forwards
 from .holds import holding
@@ -240,11 +241,11 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
         ValueError: ``index`` is negative.
     """
     for name, value in (("index", index), ("seed", seed)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_whole(value):
             raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
     if index < 0:
         raise ValueError(f"`index` must be >= 0, got {index}: draws are numbered from 0.")
-    with hold(model, Draw(seed, index)):
+    with hold(model, Draw(int(seed), int(index))):
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..forward import Inputs, check_inputs
 from ..monte_carlo import monte_carlo
 from ..predictive import (
     HEAD,
@@ -30,6 +31,7 @@ from ..predictive import (
     token_mask,
     unwrapped,
 )
+from ..scalars import is_real, is_whole
 from ..snapshot import rng_state, set_rng_state
 from .blocks import GaussianBlock, mean_field_blocks
 from .linearized import Statistic, linearize
@@ -53,9 +55,7 @@ class Posterior(Protocol):
     def draw(self, index: int, seed: int = 0) -> AbstractContextManager[None]:
         """The model with draw ``index`` of the sequence ``seed``, until exit."""
 
-    def predict(
-        self, inputs: Mapping[str, Any] | Tensor, *, num_samples: int = 16, method: str | None = None, seed: int = 0
-    ) -> Predictive:
+    def predict(self, inputs: Inputs, *, num_samples: int = 16, method: str | None = None, seed: int = 0) -> Predictive:
         """What the posterior says about ``inputs``."""
 
     def save(self, directory: str | PathLike[str]) -> None:
@@ -96,7 +96,7 @@ class BasePosterior(ABC):
     def save(self, directory: str | PathLike[str]) -> None:
         """Write all that a reload needs into a folder."""
 
-    def passes(self, inputs: Mapping[str, Any] | Tensor, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
+    def passes(self, inputs: Inputs, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
         """Yields the model's output under each draw, in ``eval()`` mode, without gradients and without labels.
 
         Between two yields, and afterwards, the model and the caller's random state are as they were. There are at most
@@ -118,7 +118,7 @@ class BasePosterior(ABC):
 
     def predict(
         self,
-        inputs: Mapping[str, Any] | Tensor,
+        inputs: Inputs,
         *,
         num_samples: int = 16,
         method: str | None = None,
@@ -133,7 +133,8 @@ class BasePosterior(ABC):
         """What the posterior says about ``inputs``.
 
         Args:
-            inputs: what the model's ``forward`` takes; labels are ignored.
+            inputs: what the model's ``forward`` takes: a mapping of names to arguments, one tensor, or a tuple or list
+                of several; labels are ignored.
             num_samples: number S of draws ("sample", "mc_glm"), or of directions ("lr_glm"). A posterior with fewer
                 distinct draws gives those.
             method: "sample" (or "nn"): average the network's probabilities over draws; "glm": the linearised network's,
@@ -195,7 +196,7 @@ class BasePosterior(ABC):
 
     def linearize(
         self,
-        inputs: Mapping[str, Any] | Tensor,
+        inputs: Inputs,
         *,
         method: str = "glm",
         num_samples: int = 16,
@@ -270,7 +271,7 @@ def check_num_samples(num_samples: int) -> None:
     Raises:
         ValueError: otherwise.
     """
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+    if not is_whole(num_samples) or num_samples < 1:
         raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
 
 
@@ -282,7 +283,7 @@ def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
         ValueError: ``index`` is negative, or not below ``num_draws``.
     """
     for name, value in (("index", index), ("seed", seed)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_whole(value):
             raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
     if index < 0 or (num_draws is not None and index >= num_draws):
         raise ValueError(f"`index` must be in 0..{'' if num_draws is None else num_draws - 1}, got {index}.")
@@ -303,17 +304,16 @@ def prediction_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def without_labels(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Mapping[str, Any] | Tensor:
+def without_labels(model: nn.Module, inputs: Inputs) -> Inputs:
     """``inputs`` less every kind of label, so that the model computes no loss; decoder inputs are made of them first.
 
     Raises:
-        TypeError: neither a mapping nor a tensor.
+        TypeError: neither a mapping nor a tensor, nor several.
         ValueError: the inputs hold a key-value cache, which belongs to one network.
     """
-    if isinstance(inputs, Tensor):
-        return inputs
+    check_inputs(inputs)
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"`inputs` must be a mapping of names to tensors, or one tensor, got {type(inputs).__name__}.")
+        return inputs
     cached = [name for name in _CACHES if inputs.get(name) is not None]
     if cached:
         raise ValueError(f"`inputs` must not hold {cached}: the cache of one network is no cache of another draw.")
@@ -355,4 +355,4 @@ def recorded_noise_std(model: nn.Module) -> NoiseStd | None:
     noise = recorded.get("noise_std") if isinstance(recorded, Mapping) else None
     if noise == HEAD:
         return HEAD
-    return float(noise) if isinstance(noise, int | float) else None
+    return float(noise) if is_real(noise) else None

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..losses.gaussian import split_variance_head
 from ..predictive import HEAD, NoiseStd, Predictive, ProblemType, drawn_values
 from ..predictive.noise import squeezed
+from ..scalars import is_whole
 
 __all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "linearized_predictive", "logit_draws"]
 
@@ -180,7 +181,7 @@ def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int, *
     torch.Size([64, 5, 3])
     """
     for name, value, minimum in (("num_samples", num_samples, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        if not is_whole(value) or value < minimum:
             raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
     values, vectors = torch.linalg.eigh(covariance.double())
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # rounding below zero must not become NaN

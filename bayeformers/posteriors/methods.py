@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..scalars import is_real, is_whole
 from .blocks import GaussianBlock, block_draw
 from .linearized import Captured, Statistic, covariance
 
@@ -172,13 +173,13 @@ def ranks(blocks: Sequence[GaussianBlock], direction: int | float) -> tuple[int,
         ValueError: ``direction`` is no such number.
     """
     total = num_directions(blocks)
-    is_number = isinstance(direction, int | float) and not isinstance(direction, bool)
-    if not is_number or (isinstance(direction, float) and not 0 <= direction <= 1) or not -total <= direction < total:
+    is_quantile = is_real(direction) and not is_whole(direction)
+    if not is_real(direction) or (is_quantile and not 0 <= direction <= 1) or not -total <= direction < total:
         raise ValueError(
             f"`direction` must be a rank (int, 0..{total - 1}, or negative from the end) or a quantile "
             f"(float, 0.0..1.0), got {direction!r}."
         )
-    rank = round(direction * (total - 1)) if isinstance(direction, float) else direction % total
+    rank = round(direction * (total - 1)) if is_quantile else int(direction) % total
     return rank, rank + 1
 
 

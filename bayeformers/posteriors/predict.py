@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..forward import Inputs
 from ..predictive import NoiseStd, Predictive, ProblemType
 from .base import Posterior
 from .logits import Link
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def predict(
     model_or_posterior: nn.Module | Posterior,
-    inputs: Mapping[str, Any] | Tensor,
+    inputs: Inputs,
     *,
     num_samples: int = 16,
     method: str | None = None,
@@ -34,7 +33,8 @@ def predict(
         model_or_posterior: a posterior; a converted model; a model with a ``posterior`` attribute; or any other model,
             which is taken as a point estimate (one draw, no epistemic uncertainty). For many batches make the posterior
             once: it keeps what the batches share.
-        inputs: what the model's ``forward`` takes, by name, or one tensor; labels are ignored.
+        inputs: what the model's ``forward`` takes: a mapping of names to arguments, one tensor, or a tuple or list of
+            several; labels are ignored.
         num_samples: number S of draws; a posterior with fewer distinct draws gives those.
         method: "sample": average the network's probabilities over draws; "glm": the linearised network's, whose logits
             are Gaussian; and others, see `BasePosterior.predict`. By default the posterior's own: "glm" of a Laplace

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from ..losses.gaussian import split_variance_head
+from ..scalars import is_finite
 
 __all__ = ["HEAD", "NoiseStd", "check_noise_std", "mean_and_variance", "squeezed"]
 
@@ -22,10 +22,9 @@ def check_noise_std(noise_std: Any) -> NoiseStd | None:
     Raises:
         ValueError: otherwise.
     """
-    if noise_std is None or noise_std == HEAD:
+    if noise_std is None or (isinstance(noise_std, str) and noise_std == HEAD):
         return cast("NoiseStd | None", noise_std)
-    number = isinstance(noise_std, (int, float)) and not isinstance(noise_std, bool)
-    if not (number and math.isfinite(noise_std) and noise_std > 0):
+    if not (is_finite(noise_std) and noise_std > 0):
         raise ValueError(f'`noise_std` must be finite and > 0, or "head", got {noise_std!r}.')
     return float(noise_std)
 

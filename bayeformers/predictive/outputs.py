@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..forward import Inputs
 from .noise import HEAD, NoiseStd, mean_and_variance, squeezed
 from .problem import ProblemType
 
 TOKEN_PROBLEMS: tuple[ProblemType, ...] = ("token_classification", "causal_lm", "seq2seq_lm")
 
 
-def drawn_values(output: Any, problem_type: ProblemType, inputs: Mapping[str, Any] | Tensor) -> Tensor:
+def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs) -> Tensor:
     """Log-probabilities (or, for a regression, values) of one draw, in float32 or the wider dtype of the logits.
 
     | problem type | shape |
@@ -81,24 +82,24 @@ def regression_values(output: Any, noise_std: NoiseStd | None) -> tuple[Tensor, 
     return values, torch.full_like(values, noise_std**2)
 
 
-def token_mask(values: Tensor, problem_type: ProblemType, inputs: Mapping[str, Any] | Tensor) -> Tensor | None:
+def token_mask(values: Tensor, problem_type: ProblemType, inputs: Inputs) -> Tensor | None:
     """Which positions of (B, T, C) belong to the sequence, (B, T) bool; None where every value counts.
 
     Values at other positions depend on what the example was batched with.
     """
-    if problem_type not in TOKEN_PROBLEMS or isinstance(inputs, Tensor):
+    if problem_type not in TOKEN_PROBLEMS or not isinstance(inputs, Mapping):
         return None
     mask = inputs.get("decoder_attention_mask" if problem_type == "seq2seq_lm" else "attention_mask")
     fits = isinstance(mask, Tensor) and mask.shape == values.shape[:2]
     return mask.bool() if fits and mask is not None else None
 
 
-def _span_log_probs(output: Any, inputs: Mapping[str, Any] | Tensor) -> Tensor:
+def _span_log_probs(output: Any, inputs: Inputs) -> Tensor:
     start, end = _field(output, "start_logits", 0), _field(output, "end_logits", 1)
     if start is None or end is None:
         raise ValueError(f"`output` needs `start_logits` and `end_logits`, got {_description(output)}.")
     logits = _wide(torch.stack([start, end], dim=1))
-    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == start.shape:
         # Else the distribution would depend on the padding, that is, on the rest of the batch.
         logits = logits.masked_fill(mask[:, None] == 0, -torch.inf)

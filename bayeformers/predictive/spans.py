@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..scalars import is_whole
+
 __all__ = ["span_scores"]
 
 
@@ -30,7 +32,7 @@ def span_scores(start: Tensor, end: Tensor, max_length: int, mask: Tensor | None
         raise ValueError(
             f"`start` and `end` must both have shape (..., T), T >= 1, got {tuple(start.shape)} and {tuple(end.shape)}."
         )
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+    if not is_whole(max_length) or max_length < 1:
         raise ValueError(f"`max_length` must be a whole number of tokens >= 1, got {max_length!r}.")
     if mask is not None:
         start, end = (side.masked_fill(~mask, float("-inf")) for side in (start, end))

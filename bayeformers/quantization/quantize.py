@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
@@ -15,6 +14,7 @@ from ..nn import variational_tensors
 from ..patterns import Patterns
 from ..posteriors import PointPosterior, Posterior, VariationalPosterior
 from ..posteriors.predict import as_posterior
+from ..scalars import is_finite
 from .calibrate import Inputs, Measured, Probe, as_batches
 from .candidates import Candidates, report_of
 from .codes import Codes, ScaleCodes
@@ -104,8 +104,7 @@ def _check(arithmetic: str, **limits: float) -> None:
     if arithmetic not in get_args(Choice):
         raise ValueError(f"`arithmetic` must be one of {list(get_args(Choice))}, got {arithmetic!r}.")
     for name, value in limits.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and value > 0):
+        if not (is_finite(value) and value > 0):
             raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}; it is a ratio, such as 0.05.")
 
 

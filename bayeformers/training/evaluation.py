@@ -287,7 +287,10 @@ class MonteCarloTrainer(Trainer):
             return
         if self.compute_loss_func is None:
             record_problem_type(self.model, labels)
-        elif labels.is_floating_point() and resolve_problem_type(self.model, or_unknown=True) == "single_label_classification":
+        elif (
+            labels.is_floating_point()
+            and resolve_problem_type(self.model, or_unknown=True) == "single_label_classification"
+        ):
             self._say(
                 "`config.problem_type` is not set and the labels are floating-point numbers: the head is evaluated as "
                 "multi-label, and read as a softmax where there are no labels. Set it."

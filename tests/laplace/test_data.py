@@ -44,7 +44,7 @@ def test_a_mapping_beside_its_labels() -> None:
     assert batch.attended is not None and batch.attended.dtype == torch.bool and batch.has_padding
 
 
-@pytest.mark.parametrize("batch", [3, None, "text", (X, Y, Y), (3, Y), []])
+@pytest.mark.parametrize("batch", [3, None, "text", (X, Y, 3), (3, Y), []])
 def test_other_batches_are_refused(batch: Any) -> None:
     with pytest.raises(TypeError, match="`dataloader` must give mappings"):
         prepared(batch)

@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import BertConfig, BertForMultipleChoice
 
 from bayeformers import VariationalPosterior, posterior_mean, to_bayesian
 from bayeformers.nn import variational_tensors
@@ -407,3 +408,19 @@ def test_a_covariance_over_a_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="smaller batches, or, for outputs over a vocabulary, use the method 'sample'"):
         posterior.predict(torch.ones(1, 2), method="glm")
     assert posterior.predict(torch.ones(1, 2), num_samples=2).log_probs.shape == (2, 1, 20_000)
+
+
+def test_multiple_choice() -> None:
+    """(B, choices, T) are B examples of the head, and B x choices rows inside; the position table is looked up once."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=30,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    model = to_bayesian(BertForMultipleChoice(config), delta=0.3).double().eval()
+    inputs = {"input_ids": torch.randint(5, 30, (3, 4, 6)), "attention_mask": torch.ones(3, 4, 6).long()}
+    inputs["attention_mask"][:, 1:, 4:] = 0
+    _, covariance = VariationalPosterior(model).linearize(inputs)
+    assert_covariance(covariance, dense(model, inputs))
+    predictive = VariationalPosterior(model).predict(inputs, method="glm")
+    assert predictive.problem_type == "single_label_classification" and predictive.probs.shape == (3, 4)

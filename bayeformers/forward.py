@@ -1,0 +1,106 @@
+"""What a model's forward takes, as callers give it: by name, one tensor, several, or one mapping or list."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Inputs", "batch_size", "call", "check_inputs", "holds_tensor", "mapped", "rows", "tensors_in"]
+
+Inputs = Mapping[str, Any] | Tensor | Sequence[Any]
+"""A mapping of names to arguments, one tensor, or a tuple or list of several arguments. A forward of one argument that
+is no tensor (a mapping, a list) gets it whole."""
+
+
+def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
+    """``model`` of its inputs; ``options`` are added to arguments that go by name.
+
+    >>> import torch
+    >>> class Sum(nn.Module):
+    ...     def forward(self, a, b): return a + b
+    >>> a, b = torch.ones(1), torch.ones(1)
+    >>> call(Sum(), (a, b)), call(Sum(), {"a": a, "b": b})
+    (tensor([2.]), tensor([2.]))
+    """
+    if isinstance(inputs, Tensor) or _takes_whole(model, inputs):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**(options | dict(inputs)))
+    return model(*inputs)
+
+
+def check_inputs(inputs: Any) -> Inputs:
+    """What can be a batch.
+
+    Raises:
+        TypeError: anything else than a mapping, a tensor, or a tuple or list that holds a tensor.
+    """
+    is_batch = isinstance(inputs, (Mapping, Tensor)) or (isinstance(inputs, (list, tuple)) and holds_tensor(inputs))
+    if not is_batch:
+        raise TypeError(
+            "`inputs` must be a mapping of names to tensors, one tensor, or a tuple or list of several, got "
+            f"{type(inputs).__name__}."
+        )
+    found: Inputs = inputs
+    return found
+
+
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """All tensors, those inside mappings and sequences included, in order."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            yield from tensors_in(value)
+    elif isinstance(inputs, (list, tuple)):
+        for value in inputs:
+            yield from tensors_in(value)
+
+
+def holds_tensor(inputs: Any) -> bool:
+    """Whether a tensor is somewhere in it."""
+    return next(tensors_in(inputs), None) is not None
+
+
+def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor changed; of a batch's mapping class a dict."""
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: mapped(value, change) for name, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        parts = [mapped(value, change) for value in inputs]
+        return parts if isinstance(inputs, list) else tuple(parts)
+    return inputs
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Length of the first tensor."""
+    first = next(tensors_in(inputs), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
+def rows(inputs: Inputs, part: slice, size: int) -> Inputs:
+    """Some examples of a batch of ``size``; what has another length is shared by all."""
+    cut: Inputs = mapped(inputs, lambda tensor: tensor[part] if tensor.ndim and len(tensor) == size else tensor)
+    return cut
+
+
+def _takes_whole(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the forward has one argument and a mapping's names, or a list, are not its arguments."""
+    if isinstance(inputs, tuple):
+        return False
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in named if p.default is p.empty]
+    if isinstance(inputs, Mapping):
+        has_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return len(needed) == 1 and not has_any_name and not set(inputs) & {p.name for p in parameters}
+    has_more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return len(needed) == 1 and not has_more and (len(inputs) > len(named) or len(named) == 1)
