@@ -119,3 +119,29 @@ def _keys(uses: Sequence[Use]) -> list[_Key]:
 def _twice(inputs: Inputs, batch: int, index: int) -> Inputs:
     found: Inputs = mapped(inputs, lambda value: value[[index, index]] if value.ndim and len(value) == batch else value)
     return found
+
+
+def _tested(outputs: Tensor, uses: Sequence[Use]) -> Separation:
+    """Of this batch alone: a row of one example n gives 2^e_n times as much where each example is given 2^e_n."""
+    exponents = (torch.arange(len(outputs)) % 13 - 6).to(outputs)
+    scales = torch.exp2(exponents)
+    weights = torch.linspace(1, 2, outputs.numel()).to(outputs).view(outputs.shape)
+    plain = gradients(outputs, uses, weights)
+    scaled = gradients(outputs, uses, weights * scales.view(-1, *[1] * (outputs.ndim - 1)))
+    worst: Separation = "examples"
+    for use, one, other in zip(uses, plain, scaled, strict=True):
+        fits = len(use.input) == len(use.output) == len(outputs)
+        if fits and _close(other, one * scales.to(one).view(-1, *[1] * (one.ndim - 1))):
+            continue
+        rows, many = (use.rule.gradients(use.module, part) for part in (one, other))
+        norms = rows.square().sum(-1, keepdim=True)
+        ratio = (rows * many).sum(-1, keepdim=True) / torch.where(norms > 0, norms, 1.0)
+        nearest = torch.exp2(torch.log2(ratio.clamp_min(torch.finfo(ratio.dtype).tiny)).round())
+        if not _close(many, rows * nearest):
+            return "none"
+        worst = "rows"
+    return worst
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
