@@ -55,9 +55,18 @@ def recorded_layers(targets: Iterable[Target], fitted: Mapping[str, Fingerprint]
             "parameters": list(target.parameters),
             "squared_norm": target.squared_norm,
             "digests": fingerprint(target),
+            "padding_idx": getattr(target.modules[0], "padding_idx", None),
         }
         for target in targets
     }
+
+
+def set_padding(targets: Iterable[Target], layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the tables the recorded padding rows: a configuration whose padding id was changed has built others."""
+    for target in targets:
+        module, recorded = target.modules[0], layers[target.name]
+        if hasattr(module, "padding_idx") and "padding_idx" in recorded:
+            module.padding_idx = recorded["padding_idx"]
 
 
 def check_weights(targets: Iterable[Target], layers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from ..posteriors.linearized import OutputOf
 from ..predictive import ProblemType, logits_of
 from ..scalars import is_whole
 from .blocks import LaplaceBlock
-from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers
+from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers, set_padding
 from .inf import LowRankPlusDiagonal
 from .moved import MovedPosterior
 from .posterior import LaplacePosterior
@@ -126,6 +126,7 @@ class InfPosterior(MovedPosterior):
         tensors, meta = read(path if path.is_file() else path / FILE, kind="inf")
         recorded, groups = meta.pop("layers"), meta.pop("groups")
         targets = targets_named(model, recorded)
+        set_padding(targets, recorded)
         check_weights(targets, recorded)
         numbered = [f"{target.name}/{number}" for target in targets for number in range(groups[target.name])]
         check_whole(tensors, [f"{name}/{part}" for name in numbered for part in _PARTS], f"{str(path)!r}")

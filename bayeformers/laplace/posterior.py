@@ -21,7 +21,7 @@ from .blocks import LaplaceBlock
 from .choice import PrecisionChoice
 from .curvature import CurvatureConfig
 from .evidence import Precision, Spectrum, effective_parameters, log_marginal_likelihood
-from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers
+from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers, set_padding
 from .kronecker import KroneckerEigen
 from .moved import MovedPosterior
 from .parts import PARTS, check_parts
@@ -309,6 +309,7 @@ class LaplacePosterior(MovedPosterior):
         path = Path(directory)
         tensors, meta = read(path if path.is_file() else path / FILE, kind="laplace")
         targets = targets_named(model, meta["layers"])
+        set_padding(targets, meta["layers"])
         check_weights(targets, meta["layers"])
         check_parts(tensors, targets, meta["record"]["config"]["curvature"], f"{str(path)!r}")
         layers = []

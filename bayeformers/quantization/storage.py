@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ..architectures import architecture
 from ..laplace.storage import check_whole, read, write
+from ..surgery import padding_rows, set_padding_rows
 from .codes import Codes
 from .install import Weight, install, kinds, parameter_names
 from .laplace_noise import LaplaceNoise
@@ -48,6 +49,7 @@ def save(posterior: QuantizedPosterior, directory: str | os.PathLike[str]) -> No
             for w in posterior.weights
         ],
         "noise": {"kind": posterior.noise.kind, "meta": posterior.noise.meta()},
+        "padding": padding_rows(model, [name for name, _ in model.named_modules()]),
         "report": [asdict(row) for row in posterior.report],
         "problem_type": posterior.problem_type(),
         "noise_std": posterior.recorded_noise_std(),
@@ -131,6 +133,8 @@ def _restored(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.
         for entry in meta["weights"]
     ]
     _tie_as_saved(model, weights, _part(tensors, "float"))
+    if "padding" in meta:
+        set_padding_rows(model, [name for name, _ in model.named_modules()], meta["padding"])
     _check_weights(model, weights)
     install(model, weights)
     _fill(_floats(model), _part(tensors, "float"), "Parameters")
