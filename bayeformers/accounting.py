@@ -108,7 +108,8 @@ class Files:
             return ""
         return (
             f"Its weights hold the scales of {count} Bayesian tensors, but its `config.json` has lost the record of "
-            "them: restore the one that was saved with these weights. "
+            "them: restore the one that was saved with these weights. (Of a model that was converted as a part of "
+            "another module there never was one: convert the model itself.) "
         )
 
 

@@ -238,6 +238,8 @@ def test_a_wrapper_that_saves_itself_is_told(tmp_path: Path, caplog: pytest.LogC
     caplog.clear()
     model.save_pretrained(str(tmp_path / "a"))
     assert "was converted as a part of a larger module" in caplog.text
+    with pytest.raises(ValueError, match="converted as a part of another module"):
+        bayeformers.from_pretrained(tmp_path / "a")
     caplog.clear()
     inner = Wrapper()
     to_bayesian(inner.get_submodule("0"))
