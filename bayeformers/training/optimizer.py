@@ -9,12 +9,20 @@ from torch import Tensor, nn
 
 from ..nn.base import variational_tensors
 
-__all__ = ["clip_separately", "kl_regularised_names", "rho_parameters", "separate_rho"]
+__all__ = ["clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
 
 
 def rho_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every distinct rho of ``model``, in the order of its layers; empty for an unconverted model."""
     return [tensor.rho for tensor in variational_tensors(model)]
+
+
+def holds_some(optimizer: torch.optim.Optimizer, rhos: Iterable[nn.Parameter]) -> bool:
+    """Whether the optimizer moves any of them, if there are any: one that was made before the conversion moves none."""
+    wanted = {id(rho) for rho in rhos}
+    return not wanted or any(
+        id(parameter) in wanted for group in optimizer.param_groups for parameter in group["params"]
+    )
 
 
 def kl_regularised_names(model: nn.Module) -> set[str]:

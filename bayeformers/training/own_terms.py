@@ -7,7 +7,7 @@ loss leaves when the plain mean that heads of this kind take is subtracted: loss
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from ..predictive import ProblemType
 from .elbo import preserved_rng
 from .likelihood import item_nll, output_field
 
-__all__ = ["OWN_TERMS", "has_own_terms", "own_terms"]
+__all__ = ["OWN_TERMS", "ForwardPass", "has_own_terms", "own_terms"]
 
 OWN_TERMS = (
     "The own loss of {} has terms besides the likelihood (a mixture's balance loss, class weights, ...): they are "
@@ -34,6 +34,14 @@ _MEANS: tuple[ProblemType, ...] = (
     "regression",
 )
 """Problem types whose heads all take the same mean; a span's depends on its padding, so nothing is told of it."""
+
+
+class ForwardPass(NamedTuple):
+    """One training forward: the items' summed NLL, what the model's own loss holds besides, and its outputs."""
+
+    nll: Tensor
+    own_terms: Tensor | float
+    outputs: Any
 
 
 def own_terms(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:

@@ -9,9 +9,13 @@ from ..nn.base import variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
 
-__all__ = ["CallWatch", "ScaleShift", "TrainingRecord"]
+__all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord"]
 
 SAMPLED_PER_TENSOR = 4096
+SILENT_LAYERS = (
+    "{} Bayesian layers were not called in the first forward ({}): only the KL moves their scales. Name them in "
+    "`exclude_modules` if the model never uses them."
+)
 
 
 class ScaleShift:

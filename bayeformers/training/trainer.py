@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,14 @@ from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
 from .likelihood import item_nll
 from .objective_check import ObjectiveCheck, OwnObjective, check_bases
-from .optimizer import clip_separately, kl_regularised_names, rho_parameters, separate_rho
-from .own_terms import OWN_TERMS, has_own_terms, own_terms
+from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
+from .own_terms import OWN_TERMS, ForwardPass, has_own_terms, own_terms
 from .precision import lost_steps_warning
-from .records import TrainingRecord
+from .records import SILENT_LAYERS, TrainingRecord
 
 __all__ = ["BayesianTrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-class _Pass(NamedTuple):
-    """One training forward: the items' summed NLL, what the model's own loss holds besides, and its outputs."""
-
-    nll: Tensor
-    own_terms: Tensor | float
-    outputs: Any
 
 
 class BayesianTrainer(OwnObjective, LaplaceTrainer):
@@ -322,7 +314,7 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
             loss = self._elbo(nll, group, calibration, self._mean_own_terms(passes, inputs, group))
         return (loss, passes[-1].outputs) if return_outputs else loss
 
-    def _mean_own_terms(self, passes: list[_Pass], inputs: dict[str, Any], group: Group) -> Tensor | float:
+    def _mean_own_terms(self, passes: list[ForwardPass], inputs: dict[str, Any], group: Group) -> Tensor | float:
         """This micro-batch's share of the model's own terms, weighted by its items as the NLL is; 0 without any."""
         if not self._has_own_terms:
             return 0.0
@@ -352,16 +344,17 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
             with torch.no_grad():
                 log_posterior = log_variational_posterior(self.model) if self._run.starts_step else 0.0
             self._run.add(nll, kl / group.num_batches, log_posterior, calibration, own_terms)
-            self._name_silent_layers(self._run.silent_layers())
+            if names := self._run.silent_layers():
+                self._say(SILENT_LAYERS.format(len(names), ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")))
         return nll + kl_term + self.args.calibration_weight * calibration + own_terms
 
-    def _pass(self, model: nn.Module, given: dict[str, Any]) -> _Pass:
+    def _pass(self, model: nn.Module, given: dict[str, Any]) -> ForwardPass:
         """One forward under one training draw; a custom label's name is the model's, "labels" is the likelihood's."""
         inputs = as_labels(given, self.args.label_names)
         has_own_loss = self.compute_loss_func is not None
         if not has_own_loss and not is_bayesian(self.model) and self.args.noise_std != HEAD:
             loss, outputs = super().compute_loss(model, dict(given), return_outputs=True)
-            return _Pass(loss * self.count_items(inputs), 0.0, outputs)
+            return ForwardPass(loss * self.count_items(inputs), 0.0, outputs)
         problem_type = self.problem_type(inputs)
         is_labelled = not has_own_loss and (problem_type == "unknown" or self._has_own_terms)
         with training_draw(self.model):
@@ -370,11 +363,11 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
             # Given the batch's own count, a function that divides by it and one that takes a mean agree.
             count = self.count_items(inputs)
             loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=count)
-            return _Pass(loss * count, 0.0, outputs)
+            return ForwardPass(loss * count, 0.0, outputs)
         noise_std = self.noise_std() if problem_type == "regression" else None
         own = own_terms(outputs, inputs, problem_type) if self._has_own_terms else 0.0
         labelled = without_ignored(inputs, self.model, problem_type)
-        return _Pass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
+        return ForwardPass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -390,7 +383,7 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
         rhos = rho_parameters(self.model)
         if is_new:
             separate_rho(optimizer, rhos, self.args.rho_learning_rate)
-        elif rhos and not {id(p) for group in optimizer.param_groups for p in group["params"]} & {id(r) for r in rhos}:
+        elif not holds_some(optimizer, rhos):
             self._say("The optimizer that was passed in holds no scale of the model: make it after `to_bayesian`.")
         return optimizer
 
@@ -411,11 +404,3 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
             if self._calibration is not None:
                 logs.update(self._calibration.report())
         super().log(logs, start_time)
-
-    def _name_silent_layers(self, names: list[str]) -> None:
-        if names:
-            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            self._say(
-                f"{len(names)} Bayesian layers were not called in the first forward ({some}): only the KL moves their "
-                "scales. Name them in `exclude_modules` if the model never uses them."
-            )
