@@ -54,7 +54,7 @@ def reliability_diagram(
         xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence: what the model says", ylabel="accuracy: what is true"
     )
     _title(axes, "Is it right as often as it says?", "Below the diagonal: too sure of itself. Bars: 95 % intervals.")
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def wilson_interval(share: NDArray[Any], counts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -75,7 +75,7 @@ def risk_coverage(axes: "Axes", methods: Mapping[str, ArrayLike], errors: Mappin
     axes.set(xlim=(0, 100), xlabel="% of inputs answered, surest first", ylabel="% of these answers wrong")
     axes.set_ylim(bottom=0)
     _title(axes, "Does refusing unsure answers help?", "Lower is better; at 100 % nothing is refused.")
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def group_histograms(
@@ -107,7 +107,7 @@ def group_histograms(
         axes.axvline(reference[0], color="black", linestyle=":", label=reference[1])
     axes.set(xlim=(0, top), xlabel=xlabel, ylabel="% of the group's inputs")
     _title(axes, title, explanation, beware=beware)
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def uncertainty_figure(
@@ -218,7 +218,7 @@ def _title(axes: "Axes", question: str, explanation: str, *, beware: bool = Fals
     axes.grid(alpha=0.25)
 
 
-def _legend_below(axes: "Axes") -> None:
+def legend_below(axes: "Axes") -> None:
     """Under the axis' label, so that it hides no data."""
     labels = axes.get_legend_handles_labels()[1]
     columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 36 else 1

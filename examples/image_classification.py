@@ -90,6 +90,8 @@ def report(folder: Path, outcome: Outcome, results: dict[str, Any]) -> None:
     write_json(files[0], results)
     save_figure(outcome.figure, files[1])
     print(f"\n{outcome.text}\n")
+    if results.get("beware"):
+        print(f"Laplace: {'; '.join(results['beware'])}.\n  Its aleatoric and epistemic parts mean nothing.\n")
     print("seconds: " + "  ".join(f"{name} {value}" for name, value in results["seconds"].items()))
     print(f"Written: {', '.join(map(str, files))}")
 

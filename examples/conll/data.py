@@ -78,7 +78,8 @@ def load_data(args: TokenDataArguments, seed: int, history: History = FRESH) -> 
     say_split("Sentences", own, split)
     train = hashes_of(data.train)
     names = ("validation", "test") if args.is_embedded else ("validation",)
-    kept = unseen_sets(history, train, {name: hashes_of(getattr(data, name)) for name in names})
+    hashes = {name: hashes_of(getattr(data, name)) for name in names}
+    kept = unseen_sets(history, train, hashes, given=["validation"] if args.validation_file else [])
     data = replace(data, **{name: [getattr(data, name)[i] for i in rows] for name, rows in kept.items()})
     return replace(_limited(data, args), rows=history.after("conll", source, split, train))
 

@@ -28,6 +28,7 @@ from transformers import (
 
 import bayeformers
 from bayeformers import BayesianTrainer, LaplacePosterior, calibrate_delta, to_bayesian
+from bayeformers.laplace import PrecisionChoice
 from bayeformers.posteriors import PointPosterior
 from examples.conll.arguments import TokenModelArguments, TokenTrainingArguments
 from examples.conll.data import Encoded, TokenData
@@ -36,6 +37,7 @@ from examples.glue.tiny_bert import make_model, make_tokenizer
 from examples.glue.training import phase_arguments, with_short_progress
 from examples.held_out import RecordRows, TrainingRows
 from examples.linearized import linearized_draws
+from examples.running import say
 
 CERTAIN = -60.0
 """Log-probability of what cannot be: of the other labels of a word without a piece, which counts as O."""
@@ -162,7 +164,13 @@ def fit_laplace(trained: BayesianTrainer, task: Task, initial: PreTrainedModel |
         return mean_nll(draw_words(trained, held_out), held_out)
 
     best = minimize_scalar(nll, bounds=LOG_PRECISIONS, method="bounded", options={"xatol": 0.1, "maxiter": 12})
-    trained.posterior = posterior.with_prior_precision(10.0 ** float(best.x))
+    low, high = LOG_PRECISIONS
+    end = (
+        "smallest" if best.x < low + 0.2 else "largest" if best.x > high - 0.2 else None
+    )  # xatol keeps it from the ends
+    choice = PrecisionChoice(method="holdout", at_grid_end=end)
+    trained.posterior = posterior.with_prior_precision(10.0 ** float(best.x), choice)
+    say(f"tau = {10.0 ** float(best.x):.4g}, of least NLL on {len(held_out.dataset)} validation sentences.")
     return trained
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeformers.plots import GREY, METHOD_COLOURS, METHOD_LINES, risk_coverage, save_figure
+from bayeformers.plots import (
+    GREY,
+    METHOD_COLOURS,
+    METHOD_LINES,
+    legend_below,
+    risk_coverage,
+    save_figure,
+    wilson_interval,
+)
 from bayeformers.report import format_table
 from examples.conll.data import TokenData
 from examples.conll.entities import split_label
@@ -40,6 +48,9 @@ def format_results(results: Mapping[str, Any]) -> str:
     for key, corner in (("ambiguous", "words of random type"), ("shift_auroc", "AUROC of telling shifted, by")):
         if all(key in report for report in methods.values()):
             parts.append(format_table({name: report[key] for name, report in methods.items()}, corner=corner))
+    for name, of in results["facts"].items():
+        if of.get("beware"):
+            parts.append(f"{name}: {'; '.join(of['beware'])}.\n  Its aleatoric and epistemic parts mean nothing.")
     return "\n\n".join(parts)
 
 
@@ -108,7 +119,7 @@ def write_figure(path: Path, data: TokenData, methods: Mapping[str, BySet], show
     """Sentences with each word's uncertainties as told by the method ``shown``; calibration and refusal of entities."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 
-    figure = Figure(figsize=(13, 10.5), layout="constrained")
+    figure = Figure(figsize=(13, 11.5), layout="constrained")
     strip, panels = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     draw_strip(strip.subplots(), _examples(data, methods[shown]), shown)
     reliability, risk = panels.subplots(1, 2)
@@ -131,12 +142,13 @@ def draw_reliability(axes: Axes, probability: Mapping[str, Any], right: Mapping[
         bins = calibration_bins(values, right[name])
         style = {"color": METHOD_COLOURS[index % 6], "linestyle": METHOD_LINES[index % 6], "markersize": 4}
         axes.plot(bins[:, 0], bins[:, 1], "o", label=name, **style)
+        axes.vlines(bins[:, 0], *wilson_interval(bins[:, 1], bins[:, 2]), color=style["color"], linewidth=1, alpha=0.5)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="probability of span and type", ylabel="share of entities right")
     axes.set_title("Is an entity right as often as it says?\n", fontsize=12, fontweight="bold", loc="left")
-    caption = "Test set; below the diagonal: too sure of itself."
+    caption = "Test set; below the diagonal: too sure of itself. Bars: 95 % intervals."
     axes.text(0, 1.02, caption, transform=axes.transAxes, fontsize=9.5, color=GREY)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper left", fontsize=8)
+    legend_below(axes)
 
 
 def _examples(data: TokenData, found: BySet) -> list[tuple[Sentence, SentencePrediction]]:

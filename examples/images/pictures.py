@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from bayeformers.plots import GREY, METHOD_COLOURS, METHOD_LINES, reliability_diagram, risk_coverage
+from bayeformers.plots import GREY, METHOD_COLOURS, METHOD_LINES, legend_below, reliability_diagram, risk_coverage
 from bayeformers.report import ClassPredictions
 from examples.images.rotation import RotationCurve
 
@@ -26,7 +26,7 @@ def accuracy_figure(
     title: str,
 ) -> Figure:
     """Calibration, selective prediction, and likelihood against the size of the files."""
-    figure = Figure(figsize=(16, 5.2), layout="constrained")
+    figure = Figure(figsize=(16, 6.2), layout="constrained")
     first, second, third = figure.subplots(1, 3)
     reliability_diagram(first, {name: one.probs for name, one in methods.items()}, labels)
     confidence = {name: one.confidence for name, one in methods.items()}
@@ -42,7 +42,7 @@ def accuracy_figure(
     third.xaxis.set_minor_locator(NullLocator())
     third.margins(x=0.3, y=0.3)
     heading(third, "What does it weigh, and what does that buy?", "Low and left is good.")
-    third.legend(fontsize=8)
+    legend_below(third)
     figure.suptitle(title, fontsize=14)
     return figure
 

@@ -43,7 +43,9 @@ class Setting:
         channels, height, width = self.data.shape
         size = f"{height} x {width}" if channels == 1 else f"{height} x {width} x {channels}"
         name = self.model_args.model if made else kind
-        return f"{name} on {self.data.name}: {len(self.data.test):,} test images of {size}"
+        beware = "; ".join(self.facts.get("beware", ()))
+        warning = f"\nLaplace: {beware}; its parts mean nothing" if beware else ""
+        return f"{name} on {self.data.name}: {len(self.data.test):,} test images of {size}{warning}"
 
     def converted(self, name: str, *, freeze: bool) -> BayesianTrainer:
         """A Bayesian copy of the trained network, not trained yet, at the delta of least validation NLL."""
@@ -75,6 +77,7 @@ class Setting:
         trainer = fit_laplace(self.trained, self.model_args, self.args, self.data)
         if isinstance(trainer.posterior, LaplacePosterior):
             self.facts["prior_precision"] = trainer.posterior.prior_precision
+            self.facts["beware"] = trainer.posterior.caveats
         self.clock.lap("laplace_fit")
         return trainer
 

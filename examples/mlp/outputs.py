@@ -37,7 +37,7 @@ def removal_table(curves: Mapping[str, Curve]) -> str:
 
 def uncertainty_figure(methods: Mapping[str, ClassPredictions], labels: np.ndarray, *, title: str) -> Figure:
     """Calibration and selective prediction of every method."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     reliability_diagram(left, {name: one.probs for name, one in methods.items()}, labels)
     confidence = {name: one.confidence for name, one in methods.items()}

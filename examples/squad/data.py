@@ -170,7 +170,8 @@ def load_data(args: DataArguments, seed: int, history: History = FRESH) -> Squad
     if not any(question.answers for question in data.train):
         raise ValueError("the training questions have no answer among them: a span head needs some.")
     train, held_out = hashes_of(data.train), {name: getattr(data, name) for name in ("validation", "test")}
-    kept = unseen_sets(history, train, {name: hashes_of(questions) for name, questions in held_out.items()})
+    hashes = {name: hashes_of(questions) for name, questions in held_out.items()}
+    kept = unseen_sets(history, train, hashes, given=args.files)
     data = replace(data, **{name: [held_out[name][i] for i in rows] for name, rows in kept.items()})
     return replace(_limited(data, args), rows=history.after("squad", source, split, train))
 

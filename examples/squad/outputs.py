@@ -92,7 +92,7 @@ def write_figure(
     from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 
     test = {name: answers["test"] for name, answers in methods.items()}
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
+    figure = Figure(figsize=(12, 10.7), layout="constrained")
     (left, right), (aleatoric, epistemic) = figure.subplots(2, 2)
     confidence = {name: answers.confidence for name, answers in test.items()}
     risk_coverage(left, confidence, {name: 1 - answers.exact_match for name, answers in test.items()})
