@@ -21,6 +21,7 @@ from .posteriors import PointPosterior, VariationalPosterior
 from .posteriors.logits import linearized_predictive
 from .predictive import IGNORED, NoiseStd, Predictive
 from .scalars import is_finite
+from .views import alone, copy_around
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def calibrate_delta(
     if not (is_finite(tolerance) and tolerance > 0):
         raise ValueError(f"`tolerance` must be a finite number > 0, got {tolerance!r}; 0.003 is 0.3 %.")
     batches, targets = _batches(inputs, labels)
-    with _converted(model, conversion), tqdm(desc="delta", unit="try", disable=not progress) as bar:
+    with _converted(model, conversion) as model, tqdm(desc="delta", unit="try", disable=not progress) as bar:
         posterior = VariationalPosterior(model)
         with posterior.mean():
             means = [PointPosterior(model).predict(batch, noise_std=noise_std) for batch in batches]
@@ -218,17 +219,28 @@ def _set_scales(model: nn.Module, delta: float) -> None:
 
 
 @contextlib.contextmanager
-def _converted(model: nn.Module, conversion: dict[str, Any]) -> Iterator[None]:
-    """``model`` converted inside; afterwards as it was, scales included."""
-    if not is_bayesian(model):
+def _converted(model: nn.Module, conversion: dict[str, Any]) -> Iterator[nn.Module]:
+    """A copy of ``model`` around the same means, converted; a model that cannot be copied itself, until exit."""
+    if is_bayesian(model) and conversion:
+        raise TypeError(f"`model` is converted already: {sorted(conversion)} can only be given for a plain model.")
+    copied = copy_around(model, [tensor.rho for tensor in variational_tensors(model)])
+    if copied is not None:
+        yield copied if is_bayesian(copied) else to_bayesian(copied, **conversion)
+        return
+    with alone(model):
+        if is_bayesian(model):
+            with _same_scales(model):
+                yield model
+            return
         to_bayesian(model, **conversion)
         try:
-            yield
+            yield model
         finally:
             to_deterministic(model)
-        return
-    if conversion:
-        raise TypeError(f"`model` is converted already: {sorted(conversion)} can only be given for a plain model.")
+
+
+@contextlib.contextmanager
+def _same_scales(model: nn.Module) -> Iterator[None]:
     before = [tensor.rho.detach().clone() for tensor in variational_tensors(model)]
     try:
         yield

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -51,6 +51,8 @@ _MOPED_PRIOR = MopedPrior()
 @dataclass
 class Conversion:
     """What :func:`to_deterministic` needs to restore, and what :func:`summary` tells; kept on the model."""
+
+    is_shared_by_views: ClassVar[bool] = True
 
     config: BayesianConfig
     requires_grad: dict[str, bool]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from bayeformers.forward import Inputs, call
+from bayeformers.random_state import is_drawing, left_alone
 from bayeformers.shared_prefix import SharedPrefix, hidden_reference
 from bayeformers.snapshot import Refused, all_equal, flatten, rng_state, same_tensor, set_rng_state
 
@@ -42,6 +44,8 @@ def monte_carlo(
     seed: int = 0,
     share: bool = True,
     max_prefix_bytes: int = DEFAULT_PREFIX_BYTES,
+    known_as: tuple[nn.Module, list[nn.Parameter]] | None = None,
+    keeps_random_state: bool = False,
 ) -> Iterator[Any]:
     """Yields ``model(inputs)`` under ``draw(0, seed)``, ..., ``draw(num_samples - 1, seed)``, without gradients.
 
@@ -59,6 +63,8 @@ def monte_carlo(
         seed: handed to ``draw``.
         share: False for the plain loop.
         max_prefix_bytes: cap on the memory of shared outputs, which live for one batch.
+        known_as: of a view, the model and its random Parameters: what one batch teaches is remembered of them.
+        keeps_random_state: leave the default generators as they are, should the model draw from them.
 
     >>> model = nn.Linear(2, 1, bias=False).eval().requires_grad_(False)
     >>> from contextlib import contextmanager
@@ -74,12 +80,16 @@ def monte_carlo(
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples!r}.")
     call = _bind(model, inputs)
-    sharing = _Sharing(model, list(random), inputs, max_prefix_bytes) if share and num_samples > 1 else None
+    random = list(random)
+    known, of_known = known_as or (model, random)
+    seen = _verdicts.setdefault(known, {}), _signature(known, of_known, inputs)
+    sharing = _Sharing(model, random, known, seen, max_prefix_bytes) if share and num_samples > 1 else None
 
     def passes() -> Iterator[Any]:
         try:
             for index in range(num_samples):
-                with torch.no_grad(), draw(index, seed), _fresh_casts():
+                kept = left_alone(known, call) if keeps_random_state else nullcontext()
+                with torch.no_grad(), draw(index, seed), _fresh_casts(), kept:
                     output = sharing.run(call) if sharing else call()
                 yield output
         finally:
@@ -107,10 +117,16 @@ def _bind(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
 class _Sharing:
     """Runs passes with a shared prefix; on the first batch of a kind, what is reused is also run plainly."""
 
-    def __init__(self, model: nn.Module, random: list[nn.Parameter], inputs: Inputs, max_bytes: int) -> None:
-        self._model = model
-        self._signature = _signature(model, random, inputs)
-        self._verdicts = _verdicts.setdefault(model, {})
+    def __init__(
+        self,
+        model: nn.Module,
+        random: list[nn.Parameter],
+        known: nn.Module,
+        seen: tuple[dict[tuple[Any, ...], str | None], tuple[Any, ...]],
+        max_bytes: int,
+    ) -> None:
+        self._model = known
+        self._verdicts, self._signature = seen
         self._tested = self._signature in self._verdicts
         self._passes = 0
         self._prefix: SharedPrefix | None = None
@@ -119,7 +135,7 @@ class _Sharing:
         if reason is None:
             self._prefix = SharedPrefix(model, random, max_bytes)
         else:
-            _log_once(model, reason)
+            _log_once(known, reason)
 
     def run(self, call: Callable[[], Any]) -> Any:
         """One pass."""
@@ -136,7 +152,7 @@ class _Sharing:
             self._prefix.clear()
 
     def _verify(self, prefix: SharedPrefix, call: Callable[[], Any]) -> Any:
-        """One pass; if it reused anything, also in the plain way, from the same random state.
+        """One pass; if it reused anything, also in the plain way; from the same random state, if the model draws.
 
         The first pass only records. Children of a module that was refused record one pass later, so the test goes on
         until a pass after the first records nothing new.
@@ -147,9 +163,10 @@ class _Sharing:
         self._passes += 1
         if prefix.hits > reused:
             shared, after = output, rng_state()
-            set_rng_state(before)
+            if not all_equal(before, after) and is_drawing(self._model, call):
+                set_rng_state(before)
             output = call()
-            if not (all_equal(after, rng_state()) and _same_output(shared, output)):
+            if not (_same_output(shared, output) and (all_equal(after, rng_state()) or threading.active_count() > 1)):
                 self._conclude("its first batch differed from the plain loop")
                 return output
         if self._passes > 1 and not prefix.recorded:

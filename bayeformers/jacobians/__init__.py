@@ -1,7 +1,7 @@
 """Jacobians of a network in its weights, layer by layer: what a layer saw, and the gradients at its output."""
 
 from ..forward import Inputs, batch_size
-from .recording import TensorUse, Use, differentiable, examples, gradients, record
+from .recording import TensorUse, Use, examples, gradients, record, recording_view
 from .rules import TENSOR, LayerRule, register_curvature, rule_of, supported_layers
 from .separation import examples_first, separation
 
@@ -12,11 +12,11 @@ __all__ = [
     "TensorUse",
     "Use",
     "batch_size",
-    "differentiable",
     "examples",
     "examples_first",
     "gradients",
     "record",
+    "recording_view",
     "register_curvature",
     "rule_of",
     "separation",

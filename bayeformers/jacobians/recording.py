@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Inputs, batch_size, call, mapped, rows
+from ..views import View, viewed
 from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
 
 
@@ -53,10 +54,15 @@ class Use:
 
 
 class TensorUse(Use):
-    """Whatever a forward does with one parameter, whose module has no rule; it is the point of the graph itself."""
+    """Whatever a forward does with one parameter, whose module has no rule; it is the point of the graph itself.
 
-    def __init__(self, parameter: nn.Parameter, module: nn.Module) -> None:
-        super().__init__(module, TENSOR, parameter, parameter)
+    Attributes:
+        parameter: of the model; ``output`` is what a view has in its place.
+    """
+
+    def __init__(self, parameter: nn.Parameter, module: nn.Module, leaf: Tensor) -> None:
+        super().__init__(module, TENSOR, parameter, leaf)
+        self.parameter = parameter
 
     def is_batched(self, batch: int) -> bool:
         """A gradient in a parameter is a sum over the batch."""
@@ -72,20 +78,26 @@ class TensorUse(Use):
 
 
 @contextlib.contextmanager
-def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """These parameters require a gradient until exit, for `record` and for `gradients`."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+def recording_view(
+    model: nn.Module, tensors: Iterable[nn.Parameter] = (), *, training: bool | None = None, is_private: bool = True
+) -> Iterator[View]:
+    """A view of ``model`` for `record`: no Parameter of it requires a gradient but ``tensors``, all of which do.
+
+    The arguments ``training`` and ``is_private`` are those of `viewed`.
+    """
+    wanted = set(tensors)
+    flagged = [p for p in model.parameters() if p.requires_grad or p in wanted]
+    replaced = {p: nn.Parameter(p.detach(), requires_grad=p in wanted) for p in flagged}
+    with viewed(model, replaced, training=training, is_private=is_private) as view:
+        if view.is_private:
+            yield view
+            return
+        with _flags({parameter: parameter in wanted for parameter in flagged}):
+            yield view
 
 
 def record(
-    model: nn.Module,
+    model: nn.Module | View,
     inputs: Inputs,
     modules: Iterable[nn.Module],
     output_of: Callable[[Any], Tensor],
@@ -94,40 +106,41 @@ def record(
     """``output_of(model(inputs))`` and every call of ``modules``, in order; then a use of each of ``tensors``.
 
     The graph begins at the first of these calls: nothing is stored for layers before it. Lower precision is switched
-    off, for curvature needs float32. ``tensors``, with their modules, must be `differentiable`.
+    off, for curvature needs float32. Nothing of the model changes, in no thread's eyes; who records often makes a
+    `recording_view` of it once. ``modules`` and ``tensors``, with their modules, are the model's own.
 
     Raises:
         ValueError: a module has no rule.
     """
     rules, tensors = {module: _rule(module) for module in modules}, tensors or {}
-    run = functools.partial(_forward, model, inputs, rules, output_of, tensors)
     expand = any(isinstance(rule, EmbeddingRule) for rule in rules.values())
-    try:
-        output, uses = run(copy=False, expand=expand)
-    except Exception:
-        if not expand:
-            raise
-        expand = False  # a model that repeats its positions for the batch cannot take them repeated
-        output, uses = run(copy=False, expand=expand)
-    if any(use.is_stale for use in uses):
-        output, uses = run(copy=True, expand=expand)
-    return output, uses + [TensorUse(parameter, module) for parameter, module in tensors.items()]
+    with contextlib.nullcontext(model) if isinstance(model, View) else recording_view(model, tensors) as view:
+        run = functools.partial(_forward, view, inputs, rules, output_of)
+        try:
+            output, uses = run(copy=False, expand=expand)
+        except Exception:
+            if not expand:
+                raise
+            expand = False  # a model that repeats its positions for the batch cannot take them repeated
+            output, uses = run(copy=False, expand=expand)
+        if any(use.is_stale for use in uses):
+            output, uses = run(copy=True, expand=expand)
+        return output, uses + [TensorUse(p, module, view.parameter(p)) for p, module in tensors.items()]
 
 
 def _forward(
-    model: nn.Module,
+    view: View,
     inputs: Inputs,
     rules: Mapping[nn.Module, LayerRule],
     output_of: Callable[[Any], Tensor],
-    tensors: Iterable[nn.Parameter],
     *,
     copy: bool,
     expand: bool,
 ) -> tuple[Tensor, list[Use]]:
     uses: list[Use] = []
-    batch = batch_size(inputs)
+    batch, model = batch_size(inputs), view.model
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def note(module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         given = args[0] if args else next(iter(kwargs.values()))
         rule = rules[module]
         if not isinstance(given, Tensor) or not isinstance(output, Tensor):
@@ -142,15 +155,11 @@ def _forward(
         uses.append(Use(module, rule, given.clone() if copy else given, output))
         return output.clone()  # what follows may edit it in place
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rules]
+    hooks = {view.hookable(module): functools.partial(note, module) for module in rules}
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _without_parameter_gradients(model, tensors),
-            torch.autocast(device, enabled=False),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             return output_of(call(model, mapped(inputs, _tracked))), uses
     finally:
         for handle in handles:
@@ -194,13 +203,13 @@ def _rule(module: nn.Module) -> LayerRule:
 
 
 @contextlib.contextmanager
-def _without_parameter_gradients(model: nn.Module, but: Iterable[nn.Parameter]) -> Iterator[None]:
-    kept = set(but)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in kept]
+def _flags(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
+    """These `requires_grad` flags until exit."""
+    changed = [parameter for parameter, flag in wanted.items() if parameter.requires_grad != flag]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(wanted[parameter])
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(not wanted[parameter])

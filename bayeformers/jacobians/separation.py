@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Inputs, mapped
+from ..views import View
 from .recording import Use, gradients, record
 
 Separation = Literal["examples", "rows", "none"]
@@ -29,7 +30,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def separation(
-    model: nn.Module, inputs: Inputs, outputs: Tensor, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
+    model: nn.Module | View, inputs: Inputs, outputs: Tensor, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
 ) -> Separation:
     """How the uses of one `record` keep the batch's examples apart."""
     batch = len(outputs)
@@ -44,7 +45,7 @@ def separation(
 
 
 def examples_first(
-    model: nn.Module, inputs: Inputs, batch: int, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
+    model: nn.Module | View, inputs: Inputs, batch: int, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
 ) -> set[Use]:
     """Uses of which the first axis is the example; told in a batch of one too, where whatever is shared looks so."""
     found = _verdicts(model, inputs, batch, uses, output_of)
@@ -54,11 +55,12 @@ def examples_first(
 
 
 def _verdicts(
-    model: nn.Module, inputs: Inputs, batch: int, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
+    model: nn.Module | View, inputs: Inputs, batch: int, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
 ) -> list[_Verdict] | None:
     """One per use; None where the model cannot be run on two copies of an example."""
-    known, keys = _KNOWN.setdefault(model, {}), _keys(uses)
-    version = sum(parameter._version for parameter in model.parameters())
+    origin = model.origin if isinstance(model, View) else model
+    known, keys = _KNOWN.setdefault(origin, {}), _keys(uses)
+    version = sum(parameter._version for parameter in origin.parameters())
     # an expert that was given one token of each copy has a row per token, not per example
     others = {key for key, use in zip(keys, uses, strict=True) if not len(use.input) == len(use.output) == batch}
     for i in range(batch):
@@ -80,7 +82,7 @@ def _holds(known: tuple[_Verdict, int | None] | None, version: int, is_other: bo
 
 
 def _probed(
-    model: nn.Module, pair: Inputs, modules: Iterable[nn.Module], output_of: Callable[[Any], Tensor]
+    model: nn.Module | View, pair: Inputs, modules: Iterable[nn.Module], output_of: Callable[[Any], Tensor]
 ) -> dict[_Key, tuple[_Verdict, bool]]:
     """Verdicts from two copies of an example, and whether a gradient speaks for them."""
     outputs, uses = record(model, pair, modules, output_of)

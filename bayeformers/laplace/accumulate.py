@@ -15,6 +15,7 @@ from ..jacobians import Use, examples_first, gradients, record, separation
 from ..jacobians.rules import EmbeddingRule, LinearRule
 from ..posteriors.blocks import GaussianBlock
 from ..posteriors.linearized import Captured, captured_block, in_block
+from ..views import View
 from .curvature import Curvature
 from .data import Batch
 from .hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
@@ -42,7 +43,7 @@ class Accumulator:
     def __init__(
         self,
         curvature: Curvature,
-        model: nn.Module,
+        model: nn.Module | View,
         targets: Sequence[Target],
         outputs_of: OutputsOf,
         *,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..posteriors.base import check_draw
 from ..posteriors.blocks import block_noise
 from ..posteriors.methods import ranks, select
+from ..views import alone
 from .blocks import LaplaceBlock
 from .posterior import LaplacePosterior
 from .weights import by_parameter, holding
@@ -147,7 +148,8 @@ def draw_along(posterior: LaplacePosterior, direction: EigenDirection, index: in
     version = posterior.record.noise_version
     z = float(block_noise(f"{direction.layer}/{direction.index}", (1,), index, seed, version))
     step = z * direction.variance**0.5
-    with holding({parameter: step * value for parameter, value in direction.parameters.items()}):
+    moved = {parameter: step * value for parameter, value in direction.parameters.items()}
+    with alone(posterior.model), holding(moved):
         yield
 
 

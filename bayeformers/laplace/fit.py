@@ -13,13 +13,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import record
+from ..jacobians import record, recording_view
 from ..patterns import Patterns
-from ..posteriors.base import prediction_mode
 from ..posteriors.linearized import OutputOf
 from ..posteriors.logits import Link
 from ..predictive import logits_of
+from ..random_state import preserved
 from ..scalars import is_whole
+from ..views import View
 from .accumulate import Accumulator
 from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
 from .data import likelihood_of
@@ -140,10 +141,10 @@ def fit(
     if not isinstance(prior_precision, str):
         checked_precision(prior_precision, [target.name for target in targets])
     loader = Loader(model, dataloader, num_batches, num_data, progress)
-    with prediction_mode(model):
+    with preserved(), recording_view(model, training=False) as view:  # a DataLoader takes its seed from the generator
         batch = loader.first()
         likelihood = likelihood if is_given else likelihood_of(model, batch.labels)
-        first = _probe(model, batch, targets, logits)
+        first = _probe(view, batch, targets, logits)
         if subset == "last_layer":
             targets, skipped = _last_layer(targets, skipped, first.called)
         distances = None if prior_mean is None else squared_distances(targets, model, prior_mean)
@@ -155,11 +156,11 @@ def fit(
             num_mc_samples=int(num_mc_samples),
             seed=int(seed),
         )
-        sums = _pass(loader, targets, config, logits, _device(device), checkpoint, checkpoint_steps)
+        sums = _pass(view, loader, targets, config, logits, _device(device), checkpoint, checkpoint_steps)
         targets, skipped = _called(targets, skipped, sums)
         layers = decompose(sums, targets)
         if config.curvature == "ekfac":
-            layers = _second_pass(loader, layers, sums, logits, _device(device))
+            layers = _second_pass(view, loader, layers, sums, logits, _device(device))
     seen = record_of(sums, skipped, distances)
     posterior = LaplacePosterior(
         model, layers, seen, temperature=temperature, noise_std=noise_std or 1.0, outputs_of=logits
@@ -176,15 +177,16 @@ class _Probe:
     called: list[nn.Module]
 
 
-def _probe(model: nn.Module, batch: Any, targets: list[Target], logits: OutputOf) -> _Probe:
+def _probe(view: View, batch: Any, targets: list[Target], logits: OutputOf) -> _Probe:
     """Outputs, and the covered layers in the order in which the model calls them."""
     modules = [module for target in targets for module in target.modules]
     with torch.no_grad():
-        outputs, uses = record(model, batch.inputs, modules, in_columns(logits))
+        outputs, uses = record(view, batch.inputs, modules, in_columns(logits))
     return _Probe(outputs.detach(), [use.module for use in uses])
 
 
 def _pass(
+    view: View,
     loader: Loader,
     targets: list[Target],
     config: CurvatureConfig,
@@ -195,7 +197,7 @@ def _pass(
 ) -> Curvature:
     path = None if checkpoint is None else _own_path(checkpoint)
     sums = _begun(path, config, targets, device)
-    accumulator = Accumulator(sums, loader.model, targets, in_columns(logits), device=device)
+    accumulator = Accumulator(sums, view, targets, in_columns(logits), device=device)
     for batch in loader.batches("Curvature", skip=sums.num_batches):
         accumulator.add(batch)
         if path is not None and sums.num_batches % checkpoint_steps == 0:
@@ -211,6 +213,7 @@ def _pass(
 
 
 def _second_pass(
+    view: View,
     loader: Loader,
     layers: list[tuple[Target, KroneckerEigen]],
     sums: Curvature,
@@ -223,7 +226,7 @@ def _second_pass(
         return layers
     squares = Curvature(sums.config)
     rotated = [target for target, _ in layers if target.name in bases]
-    accumulator = Accumulator(squares, loader.model, rotated, in_columns(logits), bases=bases, device=device)
+    accumulator = Accumulator(squares, view, rotated, in_columns(logits), bases=bases, device=device)
     for batch in loader.batches("EKFAC's eigenvalues"):
         accumulator.add(batch)
     squares.all_reduce()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..jacobians import Inputs, gradients, record, separation
-from ..posteriors.base import prediction_mode
 from ..posteriors.linearized import Captured, captured_block
+from ..views import View
 from .data import Batch, prepare
 from .hessian import empirical_column
 from .posterior import LaplacePosterior
@@ -103,19 +103,19 @@ def example_gradients(
         raise ValueError("`labels` or `output` must say of what the gradients are: there are no labels in `inputs`.")
     if output is not None and labels is not None:
         raise ValueError(f"`labels` and `output`={output!r} exclude each other.")
-    with prediction_mode(model), posterior.mean():
-        return _of_batch(posterior, batch, output)
+    with posterior.recording_view() as view:
+        return _of_batch(posterior, view, batch, output)
 
 
 # -- capture ----------------------------------------------------------------------------------------------------------
 
 
-def _of_batch(posterior: LaplacePosterior, batch: Batch, output: Output | None) -> ExampleGradients:
+def _of_batch(posterior: LaplacePosterior, view: View, batch: Batch, output: Output | None) -> ExampleGradients:
     blocks = posterior.blocks()
     modules = [module for block in blocks for module in block.modules]
-    outputs, uses = record(posterior.model, batch.inputs, modules, posterior.outputs_of)
-    if separation(posterior.model, batch.inputs, outputs, uses, posterior.outputs_of) != "examples":
-        return _joined([_of_batch(posterior, one, output) for one in batch.examples()])
+    outputs, uses = record(view, batch.inputs, modules, posterior.outputs_of)
+    if separation(view, batch.inputs, outputs, uses, posterior.outputs_of) != "examples":
+        return _joined([_of_batch(posterior, view, one, output) for one in batch.examples()])
     with torch.no_grad():
         grads = gradients(outputs, uses, _column(posterior, outputs.detach(), batch, output), last=True)
         captured = {}

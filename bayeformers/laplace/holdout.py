@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..posteriors.base import has_many_logits, known_problem_type, prediction_mode
-from ..posteriors.linearized import covariance, linearize
+from ..posteriors.base import has_many_logits, known_problem_type
+from ..posteriors.linearized import bare_tensors, covariance, linearize
 from ..posteriors.logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from .choice import End, end_of
 from .data import Batch
@@ -61,9 +61,9 @@ def holdout_nll(
     for batch in batches:
         if batch.labels is None:
             raise ValueError('`validation` needs labels for `prior_precision`="holdout".')
-        with prediction_mode(posterior.model), posterior.mean():
+        with posterior.recording_view(bare_tensors(blocks)) as view:
             mean, stacked = linearize(
-                posterior.model,
+                view,
                 batch.inputs,
                 blocks,
                 covariance,

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..posteriors.base import BasePosterior, check_draw
 from ..posteriors.linearized import OutputOf
+from ..views import View, alone
 from .fingerprint import Fingerprint, is_of
 from .targets import Target
 from .weights import holding
@@ -25,6 +27,7 @@ class MovedPosterior(BasePosterior):
         fingerprints: layer name -> the weights that the posterior was fitted to.
     """
 
+    draws_in_views = True
     noise_std: float
     fingerprints: Mapping[str, Fingerprint]
     _outputs_of: OutputOf
@@ -54,8 +57,24 @@ class MovedPosterior(BasePosterior):
             TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
         """
         check_draw(index, seed)
-        with holding(self._deviation(index, seed)):
+        with alone(self.model), holding(self._deviation(index, seed)):
             yield
+
+    def own_parameters(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Room in a view for its drawn weights."""
+        return {p: nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.random_parameters()}
+
+    @contextlib.contextmanager
+    def draw_in(self, view: View, index: int, seed: int) -> Iterator[None]:
+        """As `draw`, in a private view: the trained weights stay where they are."""
+        with torch.no_grad():
+            for parameter, moved in self._deviation(index, seed).items():
+                view.parameter(parameter).copy_(parameter + moved.to(parameter))
+        yield
+
+    def mean_in(self, view: View) -> AbstractContextManager[None]:
+        """The model as it was trained."""
+        return contextlib.nullcontext()
 
     def random_parameters(self) -> Iterable[nn.Parameter]:
         """The covered Parameters."""

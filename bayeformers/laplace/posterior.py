@@ -235,9 +235,10 @@ class LaplacePosterior(MovedPosterior):
     def _statistic(self, method: str, blocks: Sequence[GaussianBlock], **options: Any) -> Statistic:
         """The last one stays for the next batch: to choose directions, or to make draws, reads all weights."""
         key = repr((method, self.draw_cache_bytes, options))  # 1 is a rank and 1.0 a quantile, though they are equal
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, super()._statistic(method, blocks, **options))
-        return self._kept[1]
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            self._kept = kept = (key, super()._statistic(method, blocks, **options))
+        return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the kept statistic, a function that cannot be pickled."""

@@ -46,6 +46,8 @@ class DrawScope:
     two forwards of one thread share. Each thread's forwards have draws of their own.
     """
 
+    is_shared_by_views = True
+
     def __init__(self) -> None:
         self.traced: TracedDraw | None = None
         self._depth = 0  # of traced forwards
@@ -257,8 +259,7 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
         raise ValueError(
             f"`model` ({type(model).__name__}) has no Bayesian layer to draw; call `to_bayesian(model)` first."
         )
-    _name_tensors(modules)
-    _check_distinct(modules)
+    check_names(model)
     refuse_merges(model)  # of adapters that came after the conversion
     with holding(modules.values() if layers is None else layers, draw):
         yield
@@ -329,6 +330,8 @@ def bayesian_modules(model: nn.Module) -> dict[str, BayesianModule]:
 
 
 class _Begin:
+    is_left_out_of_views = True
+
     def __init__(self, scope: DrawScope) -> None:
         self.scope = scope
 
@@ -342,6 +345,8 @@ class _Begin:
 
 
 class _End:
+    is_left_out_of_views = True
+
     def __init__(self, scope: DrawScope) -> None:
         self.scope = scope
 
@@ -355,6 +360,17 @@ def _takes_training_draw(model: nn.Module) -> bool:
     It is asked when a forward begins: inside a checkpointed region the seed would be taken again in backward.
     """
     return any(m.draw is None for m in bayesian_modules(model).values())
+
+
+def check_names(model: nn.Module) -> None:
+    """Before a draw: each tensor's noise has a name of its own in ``model``.
+
+    Raises:
+        ValueError: two tensors have the same.
+    """
+    modules = bayesian_modules(model)
+    _name_tensors(modules)
+    _check_distinct(modules)
 
 
 def _name_tensors(modules: dict[str, BayesianModule]) -> None:

@@ -9,6 +9,7 @@ mean, in ``_parameters``, where optimizers, checkpoints and `named_parameters` f
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ class RandomParameters(BayesianModule):
     def become_bayesian(self, *, prior: Prior, delta: float, estimator: str, scale: ScaleName = "additive") -> None:
         """As `BayesianModule.become_bayesian`; only reparameterization needs no knowledge of the operation."""
         super().become_bayesian(prior=prior, delta=delta, estimator=REPARAMETERIZATION.name, scale=scale)
-        self._values: dict[tuple[str, int, bool], Tensor] | None = None
+        self._values = _Values()
 
     def become_deterministic(self) -> None:
         """As `BayesianModule.become_deterministic`."""
@@ -61,12 +62,23 @@ class RandomParameters(BayesianModule):
     def _value(self, name: str) -> Tensor:
         """The tensor under the draw; made once for all readings in one forward of the module."""
         variational = self.variational(name)
-        if self._values is None:
+        made = None if torch.compiler.is_compiling() else self._values.made
+        if made is None:
             return variational.sample()
         key = name, id(variational.draw), torch.is_grad_enabled()
-        if key not in self._values:
-            self._values[key] = variational.sample()
-        return self._values[key]
+        if key not in made:
+            made[key] = variational.sample()
+        return made[key]
+
+
+class _Values(threading.local):
+    """What a module has drawn in the forward that a thread runs."""
+
+    is_shared_by_views = True
+    made: dict[tuple[str, int, bool], Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Values, ()
 
 
 @functools.cache
@@ -120,12 +132,16 @@ def _with_one_draw(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def own_forward(self: RandomParameters, *args: Any, **kwargs: Any) -> Any:
         takes = self.training and self.draw is None
-        outer, values = self.scope.begin_part() if takes else None, self._values
-        self._values = None if torch.compiler.is_compiling() else {}
+        outer = self.scope.begin_part() if takes else None
         try:
-            return forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return forward(self, *args, **kwargs)
+            values, self._values.made = self._values.made, {}
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                self._values.made = values
         finally:
-            self._values = values
             if takes:
                 self.scope.end_part(outer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class TensorSpec:
         named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
         noise_version: which draws, see `bayeformers.generators`.
     """
+
+    is_shared_by_views: ClassVar[bool] = True
 
     name: str
     by_row: bool = False
@@ -125,8 +127,8 @@ class Draw:
     @property
     def nbytes(self) -> int:
         """Memory of the values that are kept."""
-        kept = [weight for _, weight in (self._weights or {}).values()] + list(self._noise.values())
-        kept += [table for _, table, _ in self._tables.values()]
+        made = list((self._weights or {}).values()), list(self._tables.values())  # another thread may add to them
+        kept = [entry[1] for entries in made for entry in entries] + list(self._noise.values())
         return sum(value.numel() * value.element_size() for value in kept)
 
     def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:

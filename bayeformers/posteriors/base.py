@@ -12,7 +12,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..forward import Inputs, check_inputs
+from ..forward import Inputs, call, check_inputs
+from ..jacobians import recording_view
 from ..monte_carlo import monte_carlo
 from ..predictive import (
     HEAD,
@@ -31,10 +32,11 @@ from ..predictive import (
     token_mask,
     unwrapped,
 )
+from ..random_state import left_alone
 from ..scalars import is_real, is_whole
-from ..snapshot import rng_state, set_rng_state
+from ..views import View, itself, private_view
 from .blocks import GaussianBlock, mean_field_blocks
-from .linearized import Statistic, linearize
+from .linearized import Statistic, bare_tensors, linearize
 from .logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from .methods import METHODS, SAMPLING, Bound, statistic
 
@@ -65,7 +67,8 @@ class Posterior(Protocol):
 class BasePosterior(ABC):
     """Prediction from draws; a posterior adds what its draws are.
 
-    A draw is exception-safe and leaves the model bit-identical. It computes weights inside the layers, or copies them
+    A draw is exception-safe and leaves the model bit-identical. Predictions do not touch the model, so that several
+    threads may ask it at once: see :mod:`~bayeformers.views`. A draw computes weights inside the layers, or copies them
     in place under ``torch.no_grad()``, never through ``.data``: see :func:`~bayeformers.monte_carlo.monte_carlo`.
 
     Attributes:
@@ -73,12 +76,17 @@ class BasePosterior(ABC):
         num_draws: how many distinct draws there are; None: unlimited.
         default_method: of `predict`.
         draw_cache_bytes: memory in which draws are kept for the next batch.
+        draws_in_views: whether it has `draw_in` and `mean_in`, by which several threads predict at once. One that has
+            not draws in the model itself, one prediction after the other.
     """
+
+    is_shared_by_views = True
 
     model: nn.Module
     num_draws: int | None = None
     default_method: str = "sample"
     draw_cache_bytes: int = 0
+    draws_in_views: bool = False
 
     @abstractmethod
     def mean(self) -> AbstractContextManager[None]:
@@ -106,15 +114,46 @@ class BasePosterior(ABC):
             TypeError, ValueError: ``inputs`` or ``num_samples`` is not as described.
         """
         check_num_samples(num_samples)
+        check_draw(0, seed)
         inputs = without_labels(self.model, inputs)
         num_samples = num_samples if self.num_draws is None else min(num_samples, self.num_draws)
 
+        random = list(self.random_parameters())
+        view = private_view(self.model, self.own_parameters()) if self.draws_in_views else None
+
         @contextlib.contextmanager
         def draw(index: int, seed: int) -> Iterator[None]:
-            with prediction_mode(self.model), self.draw(index, seed):
-                yield
+            if view is not None:
+                with self.draw_in(view, index, seed):
+                    yield
+            else:
+                with itself(self.model), self.draw(index, seed):
+                    yield
 
-        return monte_carlo(self.model, draw, self.random_parameters(), inputs, num_samples=num_samples, seed=seed)
+        return monte_carlo(
+            self.model if view is None else view.model,
+            draw,
+            random if view is None else [view.parameter(parameter) for parameter in random],
+            inputs,
+            num_samples=num_samples,
+            seed=seed,
+            known_as=(self.model, random),
+            keeps_random_state=True,
+        )
+
+    # -- on a view ---------------------------------------------------------------------------------------------------
+
+    def own_parameters(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Parameters of the model, and what a private view has in their place for `draw_in` to write."""
+        return {}
+
+    def draw_in(self, view: View, index: int, seed: int) -> AbstractContextManager[None]:
+        """Draw ``index`` of ``seed`` in a private view, which has no other user: nothing needs to be put back."""
+        raise NotImplementedError
+
+    def mean_in(self, view: View) -> AbstractContextManager[None]:
+        """The mean, likewise."""
+        raise NotImplementedError
 
     def predict(
         self,
@@ -218,11 +257,20 @@ class BasePosterior(ABC):
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
         of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
-        with prediction_mode(self.model), self.mean():
+        with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, lambda: called(view, inputs)):
             mean, covariance = linearize(
-                self.model, inputs, blocks, how, self.outputs_of, contrasts=contrasts, of_softmax=of_softmax
+                view, inputs, blocks, how, self.outputs_of, contrasts=contrasts, of_softmax=of_softmax
             )
         return mean, covariance[0]
+
+    @contextlib.contextmanager
+    def recording_view(self, tensors: Iterable[nn.Parameter] = ()) -> Iterator[View]:
+        """The model at its mean in ``eval()``, for `jacobians.record`: a view where there can be one."""
+        with (
+            recording_view(self.model, tensors, training=False, is_private=self.draws_in_views) as view,
+            self.mean_in(view) if view.is_private else self.mean(),
+        ):
+            yield view
 
     def _statistic(self, method: str, blocks: Sequence[GaussianBlock], **options: Any) -> Statistic:
         """A posterior whose blocks never change may keep it for the next batch."""
@@ -289,19 +337,10 @@ def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
         raise ValueError(f"`index` must be in 0..{'' if num_draws is None else num_draws - 1}, got {index}.")
 
 
-@contextlib.contextmanager
-def prediction_mode(model: nn.Module) -> Iterator[None]:
-    """``eval()`` inside; afterwards every module's own flag and the default random generators are as they were."""
-    training = [module for module in model.modules() if module.training]
-    state = rng_state()
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        set_rng_state(state)
-        for module in training:
-            module.training = True
+def called(view: View, inputs: Inputs) -> Any:
+    """What the model, or a view of it, returns."""
+    with torch.no_grad():
+        return call(view.model, inputs)
 
 
 def without_labels(model: nn.Module, inputs: Inputs) -> Inputs:

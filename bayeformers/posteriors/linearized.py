@@ -13,6 +13,7 @@ decision of the mean, where sampling the network at the same scale can destroy i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import Inputs, TensorUse, Use, batch_size, differentiable, examples, gradients, record, separation
+from ..jacobians import Inputs, TensorUse, Use, batch_size, examples, gradients, record, recording_view, separation
 from ..jacobians.rules import EmbeddingRule
 from ..predictive import logits_of
+from ..views import View
 from .blocks import GaussianBlock, TensorBlock, block_rule, to_matrix
 from .covariance import (
     affine_coordinates,
@@ -158,7 +160,7 @@ Statistic = Callable[[Sequence[Captured]], Tensor]
 
 
 def linearize(
-    model: nn.Module,
+    model: nn.Module | View,
     inputs: Inputs,
     blocks: Sequence[GaussianBlock],
     statistic: Statistic,
@@ -169,24 +171,30 @@ def linearize(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, C) or (B, T, C), and the ``statistic`` of the C outputs of each: (n, B, C, C) or (n, B, T, C, C).
 
-    ``model`` stands at its posterior mean in `eval()`; ``inputs`` have no labels. Positions are taken one after the
-    other, so a token classifier costs T C backward passes. ``contrasts``: the statistic of the centred outputs
-    f - mean_c f_c instead, all that a softmax depends on, with one backward pass fewer. ``of_softmax``: the statistic
-    is taken in the basis of the contrasts and of what all outputs share: data do not know the latter, so its variance
-    may be so much larger that float32 would hold nothing of the differences that a softmax depends on. Both are given
-    in float64. A tensor of a module without a rule (`TensorBlock`) has the examples taken one after the other.
+    ``model``, or a `recording_view` of it, stands at its posterior mean in `eval()`; ``inputs`` have no labels.
+    Positions are taken one after the other, so a token classifier costs T C backward passes. ``contrasts``: the
+    statistic of the centred outputs f - mean_c f_c instead, all that a softmax depends on, with one backward pass
+    fewer. ``of_softmax``: the statistic is taken in the basis of the contrasts and of what all outputs share: data do
+    not know the latter, so its variance may be so much larger that float32 would hold nothing of the differences that a
+    softmax depends on. Both are given in float64. A tensor of a module without a rule (`TensorBlock`) has the examples
+    taken one after the other.
 
     Raises:
         ValueError: a layer without a rule, outputs of another shape, or so many that their covariances have more than
             2^28 elements.
     """
-    tensors = {p: block.modules[0] for block in blocks if isinstance(block, TensorBlock) for p in _own(block)}
-    with differentiable(tensors):
-        return _linearize(model, inputs, blocks, tensors, statistic, output_of, contrasts, of_softmax)
+    tensors = bare_tensors(blocks)
+    with contextlib.nullcontext(model) if isinstance(model, View) else recording_view(model, tensors) as view:
+        return _linearize(view, inputs, blocks, tensors, statistic, output_of, contrasts, of_softmax)
+
+
+def bare_tensors(blocks: Iterable[GaussianBlock]) -> dict[nn.Parameter, nn.Module]:
+    """Parameters of modules without a rule, with the module."""
+    return {p: block.modules[0] for block in blocks if isinstance(block, TensorBlock) for p in _own(block)}
 
 
 def _linearize(
-    model: nn.Module,
+    model: View,
     inputs: Inputs,
     blocks: Sequence[GaussianBlock],
     tensors: Mapping[nn.Parameter, nn.Module],
@@ -234,7 +242,7 @@ def _shared(identity: Tensor) -> Tensor:
     return identity.new_full((len(identity), 1), len(identity) ** -0.5)
 
 
-def _one_by_one(model: nn.Module, inputs: Inputs, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
+def _one_by_one(model: View, inputs: Inputs, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
     parts = [_linearize(model, one, *rest) for one in examples(inputs, count)]
     return torch.cat([mean for mean, _ in parts]), torch.cat([value for _, value in parts], dim=1)
 
@@ -277,7 +285,7 @@ def capture(
 
 def _is_of(use: Use, block: GaussianBlock) -> bool:
     if isinstance(block, TensorBlock):
-        return any(use.output is parameter for parameter in _own(block))
+        return isinstance(use, TensorUse) and any(use.parameter is parameter for parameter in _own(block))
     return not isinstance(use, TensorUse) and any(use.module is module for module in block.modules)
 
 

@@ -9,6 +9,7 @@ from os import PathLike
 
 from torch import nn
 
+from ..views import View
 from .base import BasePosterior, check_draw
 
 
@@ -21,6 +22,7 @@ class PointPosterior(BasePosterior):
     """
 
     num_draws: int | None = 1
+    draws_in_views = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -36,6 +38,14 @@ class PointPosterior(BasePosterior):
             TypeError, ValueError: ``index`` is not 0, or ``seed`` no whole number.
         """
         check_draw(index, seed, self.num_draws)
+        return contextlib.nullcontext()
+
+    def draw_in(self, view: View, index: int, seed: int) -> AbstractContextManager[None]:
+        """The model as it is."""
+        return contextlib.nullcontext()
+
+    def mean_in(self, view: View) -> AbstractContextManager[None]:
+        """The model as it is."""
         return contextlib.nullcontext()
 
     def random_parameters(self) -> Iterable[nn.Parameter]:

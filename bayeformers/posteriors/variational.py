@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from ..nn import BayesianModule, posterior_mean, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
-from ..nn.draws import hold
+from ..nn.draws import check_names, hold
+from ..nn.reading import MEAN
 from ..nn.variational import Draw
+from ..views import View
 from .base import BasePosterior, check_draw
 
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
@@ -40,6 +43,8 @@ class VariationalPosterior(BasePosterior):
     (torch.Size([8, 2, 3]), torch.Size([2]))
     """
 
+    draws_in_views = True
+
     def __init__(self, model: nn.Module, draw_cache_bytes: int = DEFAULT_DRAW_CACHE_BYTES) -> None:
         if not isinstance(draw_cache_bytes, int) or draw_cache_bytes < 0:
             raise ValueError(f"`draw_cache_bytes` must be >= 0, got {draw_cache_bytes!r}.")
@@ -49,6 +54,7 @@ class VariationalPosterior(BasePosterior):
         self._bytes: dict[int, int] = {}
         self._seed = 0
         self._stamp: list[tuple[Any, ...]] = []
+        self._lock = threading.Lock()
         if not is_bayesian(model):
             raise ValueError(f"`model` ({type(model).__name__}) has no Bayesian layer: call `to_bayesian` first.")
 
@@ -64,11 +70,27 @@ class VariationalPosterior(BasePosterior):
             TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
         """
         check_draw(index, seed)
-        self._refresh(seed)
-        held = self._cache.get(index) or Draw(seed, index)
-        with hold(self.model, held):
+        with self._kept(index, seed) as held, hold(self.model, held):
             yield
-        self._keep(index, held)
+
+    @contextlib.contextmanager
+    def draw_in(self, view: View, index: int, seed: int) -> Iterator[None]:
+        """As `draw`, in a private view."""
+        with self._kept(index, seed) as held:
+            self._hold_in(view, held)
+            yield
+
+    def mean_in(self, view: View) -> AbstractContextManager[None]:
+        """The posterior mean in a private view."""
+        self._hold_in(view, MEAN)
+        return contextlib.nullcontext()
+
+    def _hold_in(self, view: View, held: Draw | str) -> None:
+        if "layers" not in view.kept:
+            check_names(self.model)
+            view.kept["layers"] = [layer for layer in view.model.modules() if isinstance(layer, BayesianModule)]
+        for layer in view.kept["layers"]:
+            layer.draw = held
 
     def random_parameters(self) -> Iterator[nn.Parameter]:
         """The distinct means; their values change between draws wherever they are used."""
@@ -97,13 +119,30 @@ class VariationalPosterior(BasePosterior):
 
     def clear_cache(self) -> None:
         """Free the weights of the draws, for example before training goes on."""
-        self._cache, self._bytes, self._stamp = {}, {}, []
+        with self._lock:
+            self._cache, self._bytes, self._stamp = {}, {}, []
 
-    def _keep(self, index: int, draw: Draw) -> None:
-        """Keep the draw for the next batch if it fits: every batch asks for the same ones, so the first ones stay."""
-        self._cache[index], self._bytes[index] = draw, draw.nbytes
-        if sum(self._bytes.values()) > self.draw_cache_bytes:
-            del self._cache[index], self._bytes[index]
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kept draws."""
+        return {**vars(self), "_cache": {}, "_bytes": {}, "_stamp": [], "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    @contextlib.contextmanager
+    def _kept(self, index: int, seed: int) -> Iterator[Draw]:
+        """The draw, and afterwards its weights for the next batch if they fit: each asks for the same first ones."""
+        with self._lock:
+            self._refresh(seed)
+            cache = self._cache
+            draw = cache.get(index) or Draw(seed, index)
+        yield draw
+        with self._lock:
+            if cache is not self._cache:  # dropped meanwhile: the weights have changed, or another seed is asked for
+                return
+            cache[index], self._bytes[index] = draw, draw.nbytes
+            if sum(self._bytes.values()) > self.draw_cache_bytes:
+                del cache[index], self._bytes[index]
 
     def _refresh(self, seed: int) -> None:
         """Drop draws of other parameters or of another seed.

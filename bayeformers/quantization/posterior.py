@@ -10,11 +10,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..laplace.weights import holding
 from ..posteriors.base import BasePosterior, check_draw
 from ..predictive import NoiseStd, ProblemType
+from ..views import View, alone
 from .drawn import Drawn
 from .install import Weight
 from .layers import QuantizedLayer
@@ -49,6 +51,8 @@ class QuantizedPosterior(BasePosterior):
         report: what became of each layer.
         draw_cache_bytes: memory in which draws are kept for the next batch, INT8 themselves.
     """
+
+    draws_in_views = True
 
     def __init__(
         self,
@@ -90,9 +94,33 @@ class QuantizedPosterior(BasePosterior):
         check_draw(index, seed, self.num_draws)
         key = index, seed, str(next(self.model.parameters()).device)
         moved = self._cache.get(key) or self._make(index, seed)
-        with self._held(moved.drawn), holding(moved.others):
+        with alone(self.model), self._held(moved.drawn), holding(moved.others):
             yield
         self._keep(key, moved)
+
+    def own_parameters(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Room in a view for its drawn float weights."""
+        names = [name for name in self.noise.names if name not in self._by_name]
+        found = [self.model.get_parameter(name) for name in names]
+        return {p: nn.Parameter(p.detach().clone(), requires_grad=False) for p in found}
+
+    @contextlib.contextmanager
+    def draw_in(self, view: View, index: int, seed: int) -> Iterator[None]:
+        """As `draw`, in a private view."""
+        key = index, seed, str(next(self.model.parameters()).device)
+        moved = self._cache.get(key) or self._make(index, seed)
+        for name, one in moved.drawn.items():
+            for layer in self._layers(self._by_name[name]):
+                vars(view.module(layer))["drawn"] = one
+        with torch.no_grad():
+            for parameter, deviation in moved.others.items():
+                view.parameter(parameter).copy_(parameter + deviation.to(parameter))
+        yield
+        self._keep(key, moved)
+
+    def mean_in(self, view: View) -> AbstractContextManager[None]:
+        """The model as it is."""
+        return contextlib.nullcontext()
 
     def random_parameters(self) -> Iterator[nn.Parameter]:
         """Of an INT8 weight its steps, which stand for it."""
@@ -155,8 +183,8 @@ class QuantizedPosterior(BasePosterior):
     def _keep(self, key: tuple[int, int, str], moved: _Moved) -> None:
         """Every batch asks for the same draws, so the first ones stay while they fit."""
         self._cache[key] = moved
-        if sum(kept.nbytes for kept in self._cache.values()) > self.draw_cache_bytes:
-            del self._cache[key]
+        if sum(kept.nbytes for kept in list(self._cache.values())) > self.draw_cache_bytes:
+            self._cache.pop(key, None)
 
     @contextlib.contextmanager
     def _held(self, drawn: Mapping[str, Drawn]) -> Iterator[None]:

@@ -13,19 +13,17 @@ for any batch size, accumulation and number of processes, partial last batches i
 """
 
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
 from ..predictive import ProblemType
+from ..random_state import preserved as preserved_rng
 from .items import count_items
 
 __all__ = ["Group", "count_training_items", "elbo_loss", "infer_num_items", "kl_warmup", "preserved_rng"]
@@ -70,20 +68,6 @@ def kl_warmup(step: int, max_steps: int, ratio: float) -> float:
     """
     warmup_steps = math.ceil(ratio * max_steps)
     return 1.0 if warmup_steps == 0 else min(1.0, step / warmup_steps)
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leaves Python's, NumPy's and torch's global generators (CPU and every used GPU) as it found them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if used else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def count_training_items(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import variational_tensors
+from ..views import unwrapped_forward
 
 __all__ = ["lost_steps", "lost_steps_warning", "own_precision"]
 
@@ -20,15 +21,8 @@ def own_precision(model: nn.Module) -> Iterator[None]:
     It lies inside: a `torch.autocast(enabled=False)` around the call does not reach it. Covariances are sums of squares
     of gradients, for which eight bits are too few.
     """
-    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-    if wrapped is None or original is None:
+    with unwrapped_forward(model):
         yield
-        return
-    model.forward = original
-    try:
-        yield
-    finally:
-        model.forward = wrapped
 
 
 def lost_steps_warning(model: nn.Module, learning_rate: float) -> str | None:

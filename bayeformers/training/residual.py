@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.draws import posterior_mean
-from ..posteriors.base import prediction_mode
+from ..conversion import is_bayesian
+from ..posteriors import PointPosterior, VariationalPosterior
 from ..predictive import drawn_values
+from ..random_state import preserved
 from .items import labels_of, model_inputs
 
 __all__ = ["residual_std"]
@@ -27,9 +28,10 @@ def residual_std(
     Errors: ValueError for a residual of 0, which is no noise.
     """
     squared = []
-    with prediction_mode(model), posterior_mean(model):
+    posterior = VariationalPosterior(model, 0) if is_bayesian(model) else PointPosterior(model)
+    with preserved(), posterior.recording_view() as view:
         for inputs in batches:
-            values = drawn_values(model(**model_inputs(model, inputs)), "regression", inputs).double()
+            values = drawn_values(view.model(**model_inputs(model, inputs)), "regression", inputs).double()
             residual = (labels_of(inputs).to(values).reshape(values.shape) - values).reshape(len(values), -1)
             squared.append(gather(residual.square().mean(1)).cpu())
     rmse = float(torch.cat(squared).mean().sqrt())
