@@ -168,11 +168,13 @@ class Curvature:
         gradients, inputs = self.factors(layer)
         gamma, left = symmetric_eigen(gradients)
         if inputs.ndim == 1:  # a table: rows are eigenvectors, and the row's features are rotated
-            eigen = KroneckerEigen(None, left, inputs[None, :, None] * gamma.unsqueeze(1))
+            eigen = KroneckerEigen.of_product(None, left, inputs[None], gamma)
         else:
             alpha, right = _shared_spectrum(inputs, [] if known is None else known)
-            eigen = KroneckerEigen(left, right, gamma.unsqueeze(-1) * alpha.unsqueeze(-2))
-        return replace(eigen, eigenvalues=self.data_scale * sums["squares"]) if "squares" in sums else eigen
+            eigen = KroneckerEigen.of_product(left, right, gamma, alpha)
+        if "squares" not in sums:
+            return eigen
+        return replace(eigen, eigenvalues=self.data_scale * sums["squares"], factors=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums to one safetensors file; a crash while writing leaves the former file whole."""

@@ -24,6 +24,7 @@ class KroneckerEigen:
         left: U_G, (K, d_out, d_out); None: the identity.
         right: U_A, (K, d_in', d_in'); None: the identity.
         eigenvalues: L >= 0, (K, d_out, d_in').
+        factors: gamma (K, d_out) and alpha (K, d_in') where L is their product gamma_i alpha_j, or (1, d_in').
 
     >>> eigen = KroneckerEigen.from_factors(torch.eye(2)[None], torch.eye(3)[None])
     >>> eigen.eigenvalues.shape, eigen.log_determinant(prior_precision=1.0).item() / 6  # log 2
@@ -33,6 +34,12 @@ class KroneckerEigen:
     left: Tensor | None
     right: Tensor | None
     eigenvalues: Tensor
+    factors: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of_product(cls, left: Tensor | None, right: Tensor | None, gamma: Tensor, alpha: Tensor) -> Self:
+        """With L_ij = gamma_i alpha_j."""
+        return cls(left, right, gamma.unsqueeze(-1) * alpha.unsqueeze(-2), (gamma, alpha))
 
     @classmethod
     def from_factors(cls, gradients: Tensor, inputs: Tensor) -> Self:
@@ -41,7 +48,7 @@ class KroneckerEigen:
         Decomposed in float64, for the small eigenvalues decide the variance; stored in the factors' dtype.
         """
         (gamma, left), (alpha, right) = symmetric_eigen(gradients), symmetric_eigen(inputs)
-        return cls(left, right, gamma.unsqueeze(-1) * alpha.unsqueeze(-2))
+        return cls.of_product(left, right, gamma, alpha)
 
     def precision(self, prior_precision: float, scale: float = 1.0) -> Tensor:
         """Lambda = scale L + tau, (K, d_out, d_in'): the posterior's precision along each eigen-direction."""

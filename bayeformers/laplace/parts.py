@@ -4,12 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from .kronecker import KroneckerEigen
 from .storage import check_whole
 from .targets import Target
 
 PARTS = ("left", "right", "eigenvalues")
+_FACTORS = ("left_eigenvalues", "right_eigenvalues")
+
+
+def packed(layers: Mapping[str, KroneckerEigen]) -> dict[str, Tensor]:
+    """The layers' tensors by "layer/part"; of eigenvalues that are products of two vectors the vectors alone."""
+    tensors: dict[str, Tensor] = {}
+    for layer, eigen in layers.items():
+        parts: dict[str, Tensor | None] = {name: getattr(eigen, name) for name in PARTS}
+        if eigen.factors is not None and _is_product(eigen.eigenvalues, *eigen.factors):
+            del parts["eigenvalues"]
+            parts |= dict(zip(_FACTORS, eigen.factors, strict=True))
+        tensors |= {f"{layer}/{name}": value for name, value in parts.items() if value is not None}
+    return tensors
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """The same with all eigenvalues, bit for bit, and by layer the vectors that they are products of."""
+    found, factors = dict(tensors), dict[str, tuple[Tensor, Tensor]]()
+    for name in tensors:
+        layer, _, part = name.rpartition("/")
+        pair = [found.get(f"{layer}/{each}") for each in _FACTORS]
+        if part == _FACTORS[0] and all(value is not None and value.dim() == 2 for value in pair):
+            gamma, alpha = (found.pop(f"{layer}/{each}") for each in _FACTORS)
+            found[f"{layer}/eigenvalues"], factors[layer] = _product(gamma, alpha), (gamma, alpha)
+    return found, factors
+
+
+def _is_product(eigenvalues: Tensor, gamma: Tensor, alpha: Tensor) -> bool:
+    """Bit for bit: a reload may have another dtype or device than the vectors."""
+    is_alike = (eigenvalues.dtype, eigenvalues.device) == (gamma.dtype, gamma.device)
+    return is_alike and torch.equal(_product(gamma, alpha), eigenvalues)
+
+
+def _product(gamma: Tensor, alpha: Tensor) -> Tensor:
+    return gamma.unsqueeze(-1) * alpha.unsqueeze(-2)
 
 
 def check_parts(tensors: Mapping[str, Tensor], targets: Sequence[Target], curvature: str, what: str) -> None:

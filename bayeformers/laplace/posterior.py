@@ -24,7 +24,7 @@ from .evidence import Precision, Spectrum, effective_parameters, log_marginal_li
 from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers, set_padding
 from .kronecker import KroneckerEigen
 from .moved import MovedPosterior
-from .parts import PARTS, check_parts
+from .parts import PARTS, check_parts, packed, unpacked
 from .storage import read, write
 from .targets import Target, targets_named
 from .weights import by_parameter
@@ -278,15 +278,12 @@ class LaplacePosterior(MovedPosterior):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``laplace.safetensors``, beside the model's own files: eigenvectors, eigenvalues, what the fit knew.
 
+        In the precision of the fit (float32 but for a float64 model), and nothing twice: layers that read one tensor
+        share their basis, and the eigenvalues of "kfac" are products of two vectors. A reload has the same bits.
+
         Raises:
             ValueError: the model's weights have moved since the fit.
         """
-        tensors = {}
-        for target, eigen in self._layers:
-            for name in PARTS:
-                value = getattr(eigen, name)
-                if value is not None:
-                    tensors[f"{target.name}/{name}"] = value
         layers = recorded_layers(self.targets, self.fingerprints)
         meta = {
             "record": asdict(self.record),
@@ -296,7 +293,7 @@ class LaplacePosterior(MovedPosterior):
             "choice": asdict(self.choice),
             "layers": layers,
         }
-        write(Path(directory) / FILE, tensors, meta, kind="laplace")
+        write(Path(directory) / FILE, packed(self.layers), meta, kind="laplace")
 
     @classmethod
     def load(
@@ -308,7 +305,8 @@ class LaplacePosterior(MovedPosterior):
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
         path = Path(directory)
-        tensors, meta = read(path if path.is_file() else path / FILE, kind="laplace")
+        saved, meta = read(path if path.is_file() else path / FILE, kind="laplace")
+        tensors, factors = unpacked(saved)
         targets = targets_named(model, meta["layers"])
         set_padding(targets, meta["layers"])
         check_weights(targets, meta["layers"])
@@ -321,7 +319,7 @@ class LaplacePosterior(MovedPosterior):
                 name: None if value is None else value.to(like.device, torch.promote_types(value.dtype, like.dtype))
                 for name, value in parts.items()
             }
-            layers.append((target, KroneckerEigen(**placed)))  # type: ignore[arg-type]
+            layers.append((target, KroneckerEigen(**placed, factors=factors.get(target.name))))  # type: ignore[arg-type]
         config = CurvatureConfig(**meta["record"].pop("config"))
         chosen = {name: meta[name] for name in ("prior_precision", "temperature", "noise_std")}
         chosen["choice"] = PrecisionChoice.from_dict(meta.get("choice", {"method": "given"}))

@@ -15,16 +15,24 @@ from torch import Tensor
 
 from ..digests import difference, digest
 
-VERSION = 1
+VERSION = 2
+"""Of files in which a tensor has several names; others are of version 1."""
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, kind: str) -> None:
-    """Tensors (shared storage is written once per name) and JSON-able ``meta``."""
+    """Tensors, one that has several names once, and JSON-able ``meta``."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    header = {"kind": kind, "version": str(VERSION), "meta": json.dumps(meta, default=str)}
+    first: dict[int, str] = {}
+    aliases = {name: first.setdefault(id(value), name) for name, value in tensors.items()}
+    aliases = {name: source for name, source in aliases.items() if name != source}
+    header = {"kind": kind, "version": str(VERSION if aliases else 1), "meta": json.dumps(meta, default=str)}
+    if aliases:
+        header["aliases"] = json.dumps(aliases)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    written = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    written = {
+        name: value.detach().cpu().contiguous().clone() for name, value in tensors.items() if name not in aliases
+    }
     header["digests"] = json.dumps({name: digest(value) for name, value in written.items()})
     try:
         save_file(written, partial, header)
@@ -47,7 +55,7 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
             # cloned to aligned memory, where products give the same bits as before the file
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         found, version, meta = header.get("kind"), int(header.get("version", "0")), json.loads(header.get("meta", "{}"))
-        digests = json.loads(header.get("digests", "null"))
+        digests, aliases = json.loads(header.get("digests", "null")), json.loads(header.get("aliases", "{}"))
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{str(path)!r} is damaged or no {kind} file: {error}") from error
     if found != kind:
@@ -58,7 +66,7 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
         told = difference({name: digest(value) for name, value in tensors.items()}, digests)
         if told is not None:
             raise ValueError(f"{str(path)!r} is damaged: of the tensors that were written it {told}.")
-    return tensors, meta
+    return tensors | {name: tensors[source] for name, source in aliases.items() if source in tensors}, meta
 
 
 def check_whole(tensors: Mapping[str, Tensor], expected: Iterable[str], what: str) -> None:
