@@ -34,8 +34,10 @@ def register_layer(torch_class: type[nn.Module]) -> Callable[[type[BayesianModul
     """Decorator: `to_bayesian` turns instances of exactly ``torch_class`` into the decorated Bayesian layer.
 
     Raises:
-        TypeError: the decorated class is not both a `BayesianModule` and a subclass of ``torch_class``.
+        TypeError: ``torch_class`` is no class, or the decorated one not both a `BayesianModule` and a subclass of it.
     """
+    if not isinstance(torch_class, type):
+        raise TypeError(f"`torch_class` must be a class of layers, got {torch_class!r}.")
 
     def register(bayesian: type[BayesianModule]) -> type[BayesianModule]:
         if not (issubclass(bayesian, BayesianModule) and issubclass(bayesian, torch_class)):

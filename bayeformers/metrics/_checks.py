@@ -5,6 +5,7 @@ that names the argument, the value received and what is allowed.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,5 +134,7 @@ def positive_integer(value: int, name: str) -> None:
 
 def within(value: float, low: float, high: float, name: str) -> None:
     """A finite number in [low, high]."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number in [{low}, {high}], got {value!r}.")
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value!r}.")
