@@ -31,7 +31,7 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
     """Before anything is loaded.
 
     Raises:
-        ValueError: an argument would quantise or offload the layers that hold the posterior.
+        ValueError: an argument would quantise or offload the layers that hold the posterior, or ``dtype`` is unknown.
     """
     for name in _QUANTISING:
         if kwargs.get(name):
@@ -39,6 +39,10 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
                 f"`{name}` is not for a Bayesian model, got {type(kwargs[name]).__name__}: the quantised layers would "
                 "lose their posterior. Load it in floating point, and use `bayeformers.quantization.quantize`."
             )
+    for name in ("dtype", "torch_dtype"):
+        value = kwargs.get(name)
+        if isinstance(value, str) and value != "auto" and not isinstance(getattr(torch, value, None), torch.dtype):
+            raise ValueError(f'`{name}` must be a torch.dtype, its name or "auto", got {value!r}.')
     placed = kwargs.get("device_map")
     if "disk" in (placed.values() if isinstance(placed, Mapping) else (placed,)):
         raise ValueError(

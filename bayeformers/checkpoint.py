@@ -49,11 +49,14 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
         dictionary of what was loaded.
 
     Raises:
+        TypeError: ``directory`` is no folder's or model's name.
         ValueError: an argument under which the posterior would not come back whole (``quantization_config``, a
             ``device_map`` that offloads); the checkpoint is neither of a converted model nor has a Laplace posterior;
             it lacks a tensor, holds one that its record does not know, or one that is not what was saved; or its
             posterior was fitted to other weights.
     """
+    if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+        raise TypeError(f"`directory` must be a folder or a name on the hub, got {_short(directory)}.")
     check_arguments(kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -95,7 +98,7 @@ def _configuration(
 
 def _record(recorded: Any, directory: str) -> BayesianConfig:
     """Errors: ValueError for a record that names no layer: nothing of the posterior would come back."""
-    if not isinstance(recorded, Mapping) or not recorded.get("modules"):
+    if not isinstance(recorded, Mapping) or not recorded.get("modules") or not isinstance(recorded["modules"], Mapping):
         raise ValueError(
             f"The configuration in {directory!r} has a 'bayesian' entry that names no layer ({_short(recorded)}): it "
             "is damaged. Restore the `config.json` that was saved with these weights."

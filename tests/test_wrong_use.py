@@ -163,7 +163,6 @@ def with_problem(problem: Any) -> Call:
         ),
         ("no inputs", lambda w: bf.predict(w.net, None), ("`inputs`",)),
         ("inputs by name of a file", lambda w: bf.predict(w.net, "data.csv"), ("`inputs`",)),
-        ("inputs without a row", lambda w: bf.predict(w.net, {}), ("`inputs`",)),
         ("a number as inputs", lambda w: bf.predict(w.net, 3.0), ("`inputs`",)),
         ("a text as inputs of BERT", lambda w: bf.predict(w.model, "a text"), ("`inputs`",)),
         ("a list of texts as inputs of BERT", lambda w: bf.predict(w.model, ["a text", "another"]), ("`inputs`",)),

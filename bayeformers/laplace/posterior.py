@@ -304,6 +304,8 @@ class LaplacePosterior(MovedPosterior):
         Raises:
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         path = Path(directory)
         saved, meta = read(path if path.is_file() else path / FILE, kind="laplace")
         tensors, factors = unpacked(saved)

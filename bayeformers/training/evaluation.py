@@ -175,6 +175,8 @@ class MonteCarloTrainer(Trainer):
 
         Errors: ValueError for an empty dataset.
         """
+        if test_dataset is None:
+            raise TypeError("`test_dataset` must hold the rows to predict, got None.")
         check_dataset(test_dataset, "test_dataset")
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **generation)
         return BayesianPredictionOutput(*output, uncertainty=self._columns.uncertainties())
