@@ -48,7 +48,7 @@ INTERVALS = "95 % intervals (bootstrap over inputs)"
 def _chosen_table(results: Mapping[str, Any]) -> str:
     """T, delta or tau of each method, how it was found, and what speaks against it."""
     held_out = results["held_out"]
-    source = held_out["file"] or "held out of train"
+    source = held_out["file"] or "held out"
     if held_out["split"] is not None and held_out["file"] is None:
         source += f" by seed {held_out['split']['seed']}"
     rows = {name: {key: _number(key, value) for key, value in of.items() if key != "beware"} for name, of in
