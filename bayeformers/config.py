@@ -74,6 +74,8 @@ class BayesianConfig:
         Raises:
             ValueError: made by a version whose draws this one cannot repeat, or values that are refused.
         """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"`data` must be a mapping, as `to_dict` gives it, got {type(data).__name__}.")
         found = data.get("version", CONFIG_VERSION)
         if type(found) is not int or found > CONFIG_VERSION:
             raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from .config import BayesianConfig
@@ -375,6 +376,11 @@ def _check_unmerged(model: nn.Module, chosen: Chosen) -> None:
 def _check_convertible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "`model` cannot be converted under `torch.inference_mode()`, nor if it was made there: scales made there "
+            "can never be trained. Use `torch.no_grad()`, or convert outside."
+        )
     if is_bayesian(model):
         by_hand = conversion_record(model) is None
         raise ValueError(

@@ -36,7 +36,7 @@ class PosteriorPrior(Prior):
 
     def __post_init__(self) -> None:
         check_positive("relative_scale", self.relative_scale, "a ratio of standard deviations")
-        if isinstance(self.fresh, str) or not all(isinstance(name, str) for name in self.fresh):
+        if not isinstance(self.fresh, (list, tuple)) or not all(isinstance(name, str) for name in self.fresh):
             raise TypeError(f"`fresh` must be a list of names of tensors, got {self.fresh!r}.")
         object.__setattr__(self, "fresh", tuple(self.fresh))
 

@@ -70,6 +70,8 @@ def prior_from_dict(data: Mapping[str, Any]) -> Prior:
     >>> prior_from_dict({"type": "normal", "std": 0.5, "centre": 0.0})
     NormalPrior(std=0.5, centre=0.0)
     """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"`prior` must be a mapping with a `type`, got {data!r}.")
     values = dict(data)
     name = values.pop("type", None)
     if name not in _PRIORS:

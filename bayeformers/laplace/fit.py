@@ -135,6 +135,13 @@ def fit(
     if not is_whole(seed):
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
     check_positive("temperature", temperature)
+    _device(device)
+    if not callable(logits):
+        raise TypeError(f"`logits` must be a function of the model's output, got {logits!r}.")
+    if prior_mean is not None and not isinstance(prior_mean, nn.Module):
+        raise TypeError(f"`prior_mean` must be a model, got {type(prior_mean).__name__}.")
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"`checkpoint` must be a path of a file, got {checkpoint!r}.")
     if prior_precision == "holdout":
         checked_validation(model, validation)
     targets, skipped = choose_targets(model, target_modules, exclude_modules)
@@ -319,7 +326,10 @@ def _auto_fisher(fisher: str, outputs: Tensor, likelihood: Likelihood) -> Fisher
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
-    return None if device is None else torch.device(device)
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'`device` must be a torch device such as "cpu" or "cuda:0", got {device!r}.') from error
 
 
 def _check_choices(

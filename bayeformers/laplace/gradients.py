@@ -13,7 +13,7 @@ from ..posteriors.linearized import Captured, captured_block
 from ..views import View
 from .data import Batch, prepare
 from .hessian import empirical_column
-from .posterior import LaplacePosterior
+from .posterior import LaplacePosterior, check_laplace
 
 Output = int | tuple[int, int]
 """Column c of logits (B, C), or (position t, column c) of logits (B, T, C)."""
@@ -97,6 +97,7 @@ def example_gradients(
     >>> found.layers, found.matrix("").shape  # the bias is the last column
     ([''], torch.Size([4, 1, 2, 4]))
     """
+    check_laplace(posterior)
     model, device = posterior.model, next(posterior.model.parameters()).device
     batch = prepare(model, inputs if labels is None else (inputs, labels), device)
     if output is None and batch.labels is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from .blocks import LaplaceBlock
 from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers, set_padding
 from .inf import LowRankPlusDiagonal
 from .moved import MovedPosterior
-from .posterior import LaplacePosterior
-from .storage import check_whole, read, write
+from .posterior import LaplacePosterior, check_laplace
+from .storage import check_whole, folder, read, write
 from .targets import Target, targets_named
 from .weights import by_parameter
 
@@ -111,7 +110,7 @@ class InfPosterior(MovedPosterior):
             "layers": recorded_layers(self.targets, self.fingerprints),
             "groups": {target.name: len(blocks) for target, blocks in self.layers},
         }
-        write(Path(directory) / FILE, tensors, meta, kind="inf")
+        write(folder(directory) / FILE, tensors, meta, kind="inf")
 
     @classmethod
     def load(
@@ -122,7 +121,7 @@ class InfPosterior(MovedPosterior):
         Raises:
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
-        path = Path(directory)
+        path = folder(directory)
         tensors, meta = read(path if path.is_file() else path / FILE, kind="inf")
         recorded, groups = meta.pop("layers"), meta.pop("groups")
         targets = targets_named(model, recorded)
@@ -169,6 +168,7 @@ def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePoste
     >>> inf_posterior(posterior, rank=2).predict(x[:4], num_samples=8).probs.shape
     torch.Size([4, 2])
     """
+    check_laplace(posterior)
     if not is_whole(rank) or rank < 1:
         raise ValueError(f"`rank` must be a whole number >= 1, got {rank!r}.")
     exact = None if diagonal is None else _diagonals(posterior, diagonal)

@@ -22,7 +22,7 @@ from ..posteriors.linearized import Captured
 from .blocks import LaplaceBlock
 from .gradients import ExampleGradients
 from .inner import coordinates_inner, one_position_inner, positions_inner, table_inner
-from .posterior import LaplacePosterior
+from .posterior import LaplacePosterior, check_laplace
 from .weights import as_matrix, by_parameter
 
 
@@ -151,6 +151,10 @@ def _blocks(posterior: LaplacePosterior, *given: ExampleGradients) -> dict[str, 
     Raises:
         ValueError: it lacks one of the gradients' layers.
     """
+    check_laplace(posterior)
+    for each in given:
+        if not isinstance(each, ExampleGradients):
+            raise TypeError(f"Gradients must be those of `example_gradients`, got {type(each).__name__}.")
     blocks = {block.name: block for block in posterior.blocks()}
     missing = {name for gradients in given for name in gradients.captured} - set(blocks)
     if missing:

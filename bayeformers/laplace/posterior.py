@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_l
 from .kronecker import KroneckerEigen
 from .moved import MovedPosterior
 from .parts import PARTS, check_parts, packed, unpacked
-from .storage import read, write
+from .storage import folder, read, write
 from .targets import Target, targets_named
 from .weights import by_parameter
 
@@ -293,7 +292,7 @@ class LaplacePosterior(MovedPosterior):
             "choice": asdict(self.choice),
             "layers": layers,
         }
-        write(Path(directory) / FILE, packed(self.layers), meta, kind="laplace")
+        write(folder(directory) / FILE, packed(self.layers), meta, kind="laplace")
 
     @classmethod
     def load(
@@ -306,7 +305,7 @@ class LaplacePosterior(MovedPosterior):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-        path = Path(directory)
+        path = folder(directory)
         saved, meta = read(path if path.is_file() else path / FILE, kind="laplace")
         tensors, factors = unpacked(saved)
         targets = targets_named(model, meta["layers"])
@@ -328,6 +327,16 @@ class LaplacePosterior(MovedPosterior):
         record = FitRecord(config=config, **{"noise_version": 1, **meta["record"]})
         check_noise_version(record.noise_version)
         return cls(model, layers, record, outputs_of=outputs_of, **chosen)
+
+
+def check_laplace(posterior: Any) -> None:
+    """A `LaplacePosterior`.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(posterior, LaplacePosterior):
+        raise TypeError(f"`posterior` must be a LaplacePosterior, as `fit` returns it, got {type(posterior).__name__}.")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -41,6 +41,17 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Map
         partial.unlink(missing_ok=True)
 
 
+def folder(directory: Any) -> Path:
+    """A folder's path.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"`directory` must be the path of a folder, got {directory!r}.")
+    return Path(directory)
+
+
 def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write` wrote, every tensor of it, by the digests in the header; files of earlier versions have none.
 

@@ -5,13 +5,14 @@ that names the argument, the value received and what is allowed.
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_torch_array
 from numpy.typing import ArrayLike, NDArray
+
+from ..scalars import is_real
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -120,7 +121,7 @@ def _same_length(first: FloatArray, second: FloatArray, first_name: str, second_
 
 def choice(value: str, allowed: Sequence[str], name: str) -> None:
     """One of the allowed strings."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
 
 
@@ -134,7 +135,7 @@ def positive_integer(value: int, name: str) -> None:
 
 def within(value: float, low: float, high: float, name: str) -> None:
     """A finite number in [low, high]."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_real(value):
         raise TypeError(f"`{name}` must be a number in [{low}, {high}], got {value!r}.")
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value!r}.")

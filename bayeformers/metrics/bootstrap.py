@@ -88,6 +88,8 @@ def paired_bootstrap(
 def _interval(
     metric: Metric, methods: list[list[NDArray[Any]]], num_resamples: int, confidence_level: float, seed: int
 ) -> BootstrapInterval:
+    if not callable(metric):
+        raise TypeError(f"`metric` must be a function of the arrays, got {metric!r}.")
     positive_integer(num_resamples, "num_resamples")
     if not 0 < confidence_level < 1:
         raise ValueError(f"`confidence_level` must lie in (0, 1), got {confidence_level!r}.")

@@ -10,7 +10,7 @@ with their group's mean error, which is the expectation over the orders they cou
 order of the input, and a constant confidence has R(k) = the base error rate for every k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,6 +148,8 @@ def refusal_table(
     scores, errors = score_and_error(confidence, error, "confidence")
     if errors.max() > 1:
         raise ValueError(f"`error` must lie in [0, 1] for an accuracy to exist, got {errors.max()}.")
+    if isinstance(target_accuracies, str) or not isinstance(target_accuracies, Iterable):
+        raise TypeError(f"`target_accuracies` must be a list of shares in [0, 1], got {target_accuracies!r}.")
     for target in target_accuracies:
         within(target, 0.0, 1.0, "target_accuracies")
     return [_refusal(scores, errors, float(target)) for target in target_accuracies]

@@ -103,6 +103,8 @@ class ImageClassifier(PreTrainedModel):
     input_modalities = ["image"]
 
     def __init__(self, config: ImageClassifierConfig) -> None:
+        if not isinstance(config, ImageClassifierConfig):
+            raise TypeError(f"`config` must be a configuration of such a model, got {type(config).__name__}.")
         config.check()
         super().__init__(config)
         self.num_labels = _num_labels(config.num_labels)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ..architectures import architecture
-from ..laplace.storage import check_whole, read, write
+from ..laplace.storage import check_whole, folder, read, write
 from ..surgery import padding_rows, set_padding_rows
 from .codes import Codes
 from .install import Weight, install, kinds, parameter_names
@@ -36,7 +36,7 @@ _LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], nn.Module
 
 def save(posterior: QuantizedPosterior, directory: str | os.PathLike[str]) -> None:
     """Write ``quantized.safetensors``, whole or not at all, and the model's ``config.json``."""
-    model, path = posterior.model, Path(directory)
+    model, path = posterior.model, folder(directory)
     meta = {
         "model": type(model).__name__,
         "weights": [
@@ -94,7 +94,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Q
     ...     load(folder, nn.Sequential(nn.Linear(4, 3))).predict(x).probs.shape
     torch.Size([2, 3])
     """
-    path = Path(directory)
+    path = folder(directory)
     tensors, meta = read(path / FILE, kind=KIND)
     skeleton = _skeleton(path, meta) if model is None else model
     if not isinstance(skeleton, nn.Module):
