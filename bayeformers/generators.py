@@ -7,6 +7,7 @@ some two would then have the same noise.
 from __future__ import annotations
 
 import functools
+import threading
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ NOISE_VERSION = 2
 """
 
 _WORDS, _OFFSET, _BYTES = 624, 3, 5056  # of the Mersenne twister's state, in torch's 64-bit words
+_HALF = np.uint64(32)
 
 
 def check_noise_version(version: object, name: str = "noise_version") -> int:
@@ -45,14 +47,24 @@ def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION
     generator = torch.Generator(device=device)
     if device.type != "cpu" or version == 1:
         return generator.manual_seed(key % 2**63)
-    template, factors, terms = _twister()
-    state = template.copy()
-    words = state[_OFFSET : _OFFSET + _WORDS]
+    (factors, terms), (words, state) = _constants(), _state()
     np.multiply(factors, np.uint64(_mixed(key)), out=words)
-    words += terms
-    words >>= np.uint64(32)
-    generator.set_state(torch.from_numpy(state.view(np.uint8)))
-    return generator
+    np.add(words, terms, out=words)
+    np.right_shift(words, _HALF, out=words)
+    return generator.set_state(state)
+
+
+_scratch = threading.local()
+
+
+def _state() -> tuple[np.ndarray, torch.Tensor]:
+    """A generator's state of this thread, which `set_state` copies: its words, and all of it on the same memory."""
+    try:
+        return _scratch.state  # type: ignore[no-any-return]
+    except AttributeError:
+        state = _seeded_state().copy()
+        _scratch.state = state[_OFFSET : _OFFSET + _WORDS], torch.from_numpy(state.view(np.uint8))
+        return _scratch.state  # type: ignore[no-any-return]
 
 
 def _mixed(key: int) -> int:
@@ -63,19 +75,29 @@ def _mixed(key: int) -> int:
 
 
 @functools.cache
-def _twister() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A freshly seeded state, and fixed random a and b: word i of a key's state is the upper half of a_i k + b_i.
+def _seeded_state() -> np.ndarray:
+    """A freshly seeded state, in 64-bit words.
+
+    Raises:
+        RuntimeError: its form is another one than in all known versions of torch.
+    """
+    state = torch.Generator().manual_seed(1).get_state().numpy()
+    words = state.view(np.uint64) if state.nbytes == _BYTES else state
+    seeded = [1]
+    for i in range(1, _WORDS):  # Matsumoto & Nishimura 1998
+        seeded.append((1812433253 * (seeded[-1] ^ seeded[-1] >> 30) + i) % 2**32)
+    if words[_OFFSET : _OFFSET + _WORDS].tolist() != seeded:
+        raise RuntimeError(f"torch {torch.__version__} keeps its generator's state in a form unknown to bayeformers.")
+    return words
+
+
+@functools.cache
+def _constants() -> tuple[np.ndarray, np.ndarray]:
+    """Fixed random a and b: word i of a key's state is the upper half of a_i k + b_i.
 
     Multiply-shift hashing (Dietzfelbinger et al. 1996): two keys share a word with probability about 2^-32, and never
     all of them.
     """
-    state = torch.Generator().manual_seed(1).get_state().numpy()
-    template = state.view(np.uint64).copy() if state.nbytes == _BYTES else None
-    seeded = [1]
-    for i in range(1, _WORDS):  # Matsumoto & Nishimura 1998
-        seeded.append((1812433253 * (seeded[-1] ^ seeded[-1] >> 30) + i) % 2**32)
-    if template is None or template[_OFFSET : _OFFSET + _WORDS].tolist() != seeded:
-        raise RuntimeError(f"torch {torch.__version__} keeps its generator's state in a form unknown to bayeformers.")
     numbers = np.random.RandomState(20261130).bytes(16 * _WORDS)  # a frozen stream: the same in every NumPy
     factors, terms = np.frombuffer(numbers, dtype="<u8").astype(np.uint64).reshape(2, _WORDS)
-    return template, factors, terms
+    return factors, terms
