@@ -98,6 +98,16 @@ def test_ordinary_heads_have_none(kind: str) -> None:
     assert not has_own_terms(model.to(torch.bfloat16), batch, batch, problem)
 
 
+def test_labels_that_are_not_shifted_are_no_other_term() -> None:
+    """BART's decoder alone, and TrOCR's, Whisper's, Marian's, ...: the same likelihood at other positions."""
+    config = hf.BartConfig(
+        vocab_size=tiny.VOCABULARY, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=16, init_std=0.3,
+    )  # fmt: skip
+    model, batch = hf.BartForCausalLM(config), tiny.dataset("causal", 4).columns
+    assert not has_own_terms(model, batch, batch, "causal_lm")
+
+
 def test_the_trial_leaves_modes_and_generators_alone() -> None:
     model, batch = to_bayesian(mixtral(output_router_logits=True)).train(), tiny.dataset("causal", 4).columns
     model.lm_head.eval()
