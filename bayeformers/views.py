@@ -44,6 +44,9 @@ LEFT_OUT = "is_left_out_of_views"
 SHARED = "is_shared_by_views"
 """An attribute of a module whose class has this attribute is no part of its computation: it is taken as it is."""
 
+INERT = "inert_in_views"
+"""A module's class may name here attributes that reach no module."""
+
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
 _unwrapped: ContextVar[tuple[nn.Module, ...]] = ContextVar("bayeformers_unwrapped", default=())
@@ -86,7 +89,7 @@ class View:
 @contextlib.contextmanager
 def viewed(
     model: nn.Module,
-    replaced: Mapping[nn.Parameter, nn.Parameter] | None = None,
+    replaced: Mapping[int, nn.Parameter] | None = None,
     *,
     training: bool | None = False,
     is_private: bool = True,
@@ -95,7 +98,7 @@ def viewed(
 
     Args:
         model: of which.
-        replaced: Parameters, and what a private view has in their place; the model itself keeps its own.
+        replaced: by the id of a Parameter what a private view has in its place; the model itself keeps its own.
         training: mode of all modules inside; None: each its own.
         is_private: False for the model itself in any case.
     """
@@ -124,10 +127,10 @@ def alone(model: nn.Module) -> Iterator[None]:
 
 
 def private_view(
-    model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter] | None = None, *, training: bool | None = False
+    model: nn.Module, replaced: Mapping[int, nn.Parameter] | None = None, *, training: bool | None = False
 ) -> View | None:
     """The view, or None where there can be none: see `viewed`."""
-    tensors: dict[int, Tensor] = {id(old): new for old, new in (replaced or {}).items()}
+    tensors: dict[int, Tensor] = dict(replaced or {})
     try:
         modules = _Copying(model, tensors, training).run()
     except _NoView:
@@ -203,24 +206,25 @@ class _Copying:
     """One walk over a model."""
 
     def __init__(self, model: nn.Module, tensors: dict[int, Tensor], training: bool | None) -> None:
-        self._originals, self._tensors, self._training = list(model.modules()), tensors, training
+        self._originals, self._tensors, self._training = modules_of(model), tensors, training
         self._made: dict[int, nn.Module] = {}
         self._known: dict[int, Any] = {}
         self._in_hook = False
 
     def run(self) -> dict[int, nn.Module]:
+        made = self._made
         for module in self._originals:
             kind = type(module)
-            if _is_opaque(type(module)) or module._compiled_call_impl is not None:
+            if _is_opaque(kind) or module._compiled_call_impl is not None:
                 raise _NoView
-            self._made[id(module)] = object.__new__(kind)
+            made[id(module)] = object.__new__(kind)
         for module in self._originals:
-            self._fill(vars(self._made[id(module)]), vars(module))
+            self._fill(vars(made[id(module)]), vars(module), _inert_names(type(module)))
             if _ORIGINAL in vars(module) and _is_unwrapped(module):
-                vars(self._made[id(module)])["forward"] = vars(self._made[id(module)])[_ORIGINAL]
-        return self._made
+                vars(made[id(module)])["forward"] = vars(made[id(module)])[_ORIGINAL]
+        return made
 
-    def _fill(self, view: dict[str, Any], state: dict[str, Any]) -> None:
+    def _fill(self, view: dict[str, Any], state: dict[str, Any], inert: frozenset[str]) -> None:
         view.update(state)
         made = self._made
         view["_modules"] = {name: None if m is None else made[id(m)] for name, m in state["_modules"].items()}
@@ -230,13 +234,15 @@ class _Copying:
             view[name] = state[name].copy()
         if self._tensors:
             own = view["_parameters"]
-            own.update({name: self._tensors[id(p)] for name, p in own.items() if id(p) in self._tensors})
+            for name, parameter in own.items():
+                if id(parameter) in self._tensors:
+                    own[name] = self._tensors[id(parameter)]
         for name in _HOOKS:
             if state[name]:
                 view[name] = self._hooks(state[name])
         if self._training is not None:
             view["training"] = self._training
-        for name in state.keys() - _TORCH:
+        for name in state.keys() - inert:
             if not _is_inert(type(state[name])):
                 view[name] = self._copied(state[name])
 
@@ -344,6 +350,17 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """As ``list(model.modules())``, which makes all their names too."""
+    found, waiting = dict[int, nn.Module](), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
 def _is_opaque(kind: type) -> bool:
     if kind not in _known_opaque:
         _known_opaque[kind] = any(base.__name__ in _OPAQUE for base in kind.__mro__)
@@ -358,5 +375,12 @@ def _is_inert(kind: type) -> bool:
     return _known_inert[kind]
 
 
+def _inert_names(kind: type) -> frozenset[str]:
+    if kind not in _known_names:
+        _known_names[kind] = _TORCH | getattr(kind, INERT, frozenset())
+    return _known_names[kind]
+
+
+_known_names: dict[type, frozenset[str]] = {}
 _known_opaque: dict[type, bool] = {}
 _known_inert: dict[type, bool] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Inputs, batch_size, call, mapped, rows
-from ..views import View, viewed
+from ..views import View, modules_of, viewed
 from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
 
 
@@ -86,13 +86,14 @@ def recording_view(
     The arguments ``training`` and ``is_private`` are those of `viewed`.
     """
     wanted = set(tensors)
-    flagged = [p for p in model.parameters() if p.requires_grad or p in wanted]
-    replaced = {p: nn.Parameter(p.detach(), requires_grad=p in wanted) for p in flagged}
+    own = {id(p): p for module in modules_of(model) for p in module._parameters.values() if p is not None}
+    flagged = [p for p in own.values() if p.requires_grad or p in wanted]  # by identity: a Parameter's hash is slow
+    replaced = {id(p): nn.Parameter(p.detach(), requires_grad=bool(wanted) and p in wanted) for p in flagged}
     with viewed(model, replaced, training=training, is_private=is_private) as view:
         if view.is_private:
             yield view
             return
-        with _flags({parameter: parameter in wanted for parameter in flagged}):
+        with _flags({p: p in wanted for p in flagged}):
             yield view
 
 

@@ -43,6 +43,7 @@ class BayesianModule(DrawnWhereRead):
         scope: training draws, shared by the layers of one model.
     """
 
+    inert_in_views: ClassVar[frozenset[str]] = frozenset({"prior", "delta", "estimator", "specs", "scope", "_holds"})
     torch_class: ClassVar[type[nn.Module]]
     by_row: ClassVar[bool] = False
 

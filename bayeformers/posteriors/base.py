@@ -119,7 +119,11 @@ class BasePosterior(ABC):
         num_samples = num_samples if self.num_draws is None else min(num_samples, self.num_draws)
 
         random = list(self.random_parameters())
-        view = private_view(self.model, self.own_parameters()) if self.draws_in_views else None
+        view = (
+            private_view(self.model, {id(p): own for p, own in self.own_parameters().items()})
+            if self.draws_in_views
+            else None
+        )
 
         @contextlib.contextmanager
         def draw(index: int, seed: int) -> Iterator[None]:

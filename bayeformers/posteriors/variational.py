@@ -16,7 +16,7 @@ from ..nn.base import is_bayesian as is_bayesian
 from ..nn.draws import check_names, hold
 from ..nn.reading import MEAN
 from ..nn.variational import Draw
-from ..views import View
+from ..views import View, modules_of
 from .base import BasePosterior, check_draw
 
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
@@ -88,7 +88,7 @@ class VariationalPosterior(BasePosterior):
     def _hold_in(self, view: View, held: Draw | str) -> None:
         if "layers" not in view.kept:
             check_names(self.model)
-            view.kept["layers"] = [layer for layer in view.model.modules() if isinstance(layer, BayesianModule)]
+            view.kept["layers"] = [layer for layer in modules_of(view.model) if isinstance(layer, BayesianModule)]
         for layer in view.kept["layers"]:
             layer.draw = held
 
