@@ -25,6 +25,7 @@ from .targets import Target
 
 OutputsOf = Callable[[Any], Tensor]
 Owned = Sequence[tuple[Target, list[Use]]]
+_ROUNDING = 16  # units in the last place
 _CHUNK_ELEMENTS = 2**24  # of one layer's per-example Jacobians: 64 MiB in float32
 
 
@@ -299,8 +300,13 @@ class _Reached:
         for use in uses if self._batch.has_padding else ():
             g = use.rule.gradients(use.module, grads[use])
             if not self._has_own_mask(use, g.shape[1:3]):
-                now = g.ne(0).any(-1).any(0)
+                now = self._beyond_rounding(use, g.abs().amax((0, -1)))
                 self.masks[use] = now | self.masks[use] if use in self.masks else now
+
+    def _beyond_rounding(self, use: Use, sizes: Tensor) -> Tensor:
+        """Of largest gradients (B, T): a query with one key has gradient 0, of which rounding may leave a trace."""
+        peak = sizes.amax(1, keepdim=True) if use in self._masked else sizes.amax()
+        return sizes > _ROUNDING * torch.finfo(sizes.dtype).eps * peak
 
     def _has_own_mask(self, use: Use, shape: torch.Size) -> bool:
         attended = self._batch.attended

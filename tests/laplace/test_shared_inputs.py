@@ -309,3 +309,21 @@ def test_positions_that_a_model_repeats_for_its_batch() -> None:
         alone = at(1, model, x, y, **options)
         for size in SIZES[1:]:
             agree(at(size, model, x, y, **options), alone)
+
+
+def test_rounding_reaches_no_position() -> None:
+    """The first query of a causal attention has one key and gradient 0, of which rounding may leave a trace."""
+    torch.manual_seed(0)
+    config = hf.MBartConfig(
+        vocab_size=30, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16, num_labels=3,
+        init_std=0.5, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    model, y = hf.MBartForSequenceClassification(config).double().eval(), classes(COUNT)
+    ids = integers(26, COUNT, 6, seed=2) + 3
+    ids[:, -1] = 2
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for fisher in ("exact", "mc"):
+        alone = at(1, model, inputs, y, curvature="kfac", fisher=fisher)
+        for size in SIZES[1:]:
+            agree(at(size, model, inputs, y, curvature="kfac", fisher=fisher), alone, 1e-8)
