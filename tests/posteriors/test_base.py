@@ -185,7 +185,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_samples": 0}, ValueError, "`num_samples` must be a whole number >= 1, got 0"),
     ({"num_samples": 2.0}, ValueError, r"`num_samples` must be a whole number >= 1, got 2\.0"),
     ({"method": "probit"}, ValueError, "`method` must be one of .*got 'probit'"),
-    ({"inputs": [1, 2]}, TypeError, "`inputs` must be a mapping of names to tensors, or one tensor, got list"),
+    ({"inputs": [1, 2]}, TypeError, "`inputs` must be a mapping of names to tensors, one tensor, or .*got list"),
     ({"inputs": {"past_key_values": ()}}, ValueError, r"`inputs` must not hold \['past_key_values'\]"),
     ({"seed": "a"}, TypeError, "`seed` must be a whole number, got 'a'"),
     ({"model_or_posterior": "bert"}, TypeError, r"must be a torch\.nn\.Module or a Posterior, got str"),
