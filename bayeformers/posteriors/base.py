@@ -88,6 +88,13 @@ class BasePosterior(ABC):
     draw_cache_bytes: int = 0
     draws_in_views: bool = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with a ``draw`` or ``mean`` of its own has to say it anew: those of a view are its base's."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "draws_in_views" not in own and any(name in own and f"{name}_in" not in own for name in ("draw", "mean")):
+            cls.draws_in_views = False
+
     @abstractmethod
     def mean(self) -> AbstractContextManager[None]:
         """The model with the posterior mean, until exit."""
