@@ -122,7 +122,12 @@ class Running:
 
 
 def sweep(
-    chosen: dict[str, tuple[str, str]], steps: list[str], jobs: int, timeout: float, enough: int | None = None
+    chosen: dict[str, tuple[str, str]],
+    steps: list[str],
+    jobs: int,
+    timeout: float,
+    enough: int | None = None,
+    verbose: bool = False,
 ) -> list[Result]:
     """One process per entry, ``jobs`` at a time; prints failures as they come. ``enough``: entries that build."""
     context, waiting, running, results = mp.get_context("fork"), list(chosen.items()), [], []
@@ -138,7 +143,7 @@ def sweep(
             running.remove(item)
             item.process.join()
             results.append(item.result)
-            report(item.result)
+            report(item.result, verbose)
 
 
 def start(context: Any, name: str, model_type: str, class_name: str, steps: list[str]) -> Running:
@@ -150,11 +155,13 @@ def start(context: Any, name: str, model_type: str, class_name: str, steps: list
     return Running(process, ours, Result(name), time.monotonic())
 
 
-def report(result: Result) -> None:
-    """One line."""
+def report(result: Result, verbose: bool = False) -> None:
+    """One line for a failure, or for every entry."""
+    reason = " ".join(result.reason.split())[:400]
     if result.status == "fail":
-        reason = " ".join(result.reason.split())[:400]
         print(f"FAIL      {result.name}  {result.step}: {reason}  [{result.seconds:.0f} s]", flush=True)
+    elif verbose:
+        print(f"{result.status.upper():<9} {result.name}  [{result.seconds:.0f} s]", flush=True)
 
 
 def choose(arguments: argparse.Namespace) -> dict[str, tuple[str, str]]:
@@ -184,6 +191,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each entry")
     parser.add_argument("--base", action="store_true", help="models without a head too")
+    parser.add_argument("--verbose", action="store_true", help="a line for every entry as it ends")
     parser.add_argument("--notes", action="store_true", help="print what was noted of entries that pass")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -192,7 +200,7 @@ def main() -> int:
     if unknown := set(steps) - STEPS.keys():
         parser.error(f"--steps: {', '.join(sorted(unknown))} not known; choose from {', '.join(STEPS)}")
     begun = time.monotonic()
-    results = sweep(choose(arguments), steps, arguments.jobs, arguments.timeout, arguments.sample)
+    results = sweep(choose(arguments), steps, arguments.jobs, arguments.timeout, arguments.sample, arguments.verbose)
     for result in sorted(results, key=lambda r: r.name):
         if result.status in ("refused", "not built"):
             print(f"{result.status.upper():<9} {result.name}  {' '.join(result.reason.split())[:300]}")

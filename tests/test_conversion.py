@@ -33,7 +33,7 @@ from bayeformers import nn as bnn
 from bayeformers.nn.parameters import RandomParameters
 from bayeformers.registry import _BAYESIAN
 from tests.cases import case
-from tests.reference import moped_sigma, sigma
+from tests.reference import moped_sigma, sigma, tensors_of
 from tests.test_conversion_matrix import assert_same_state, state_of
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -158,6 +158,50 @@ def test_memory() -> None:
         after = sum(v.numel() for v in model.state_dict().values())
         biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias_rho"))
         assert after - before == (copies - 1) * (weights + biases)
+
+
+class Scaled(nn.Module):
+    """Scales by 1 - rate in `eval()` instead of by its inverse in `train()`, as two models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.token_dropout, self.drop_prob = nn.Linear(3, 2), 0.2, 0.1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(nn.functional.dropout(x, self.drop_prob, self.training))
+        if not self.training:
+            x *= 1 - self.token_dropout
+        return x
+
+
+def test_a_rate_that_scales_the_mean_stays() -> None:
+    """It is no dropout: without it every output of `eval()` would be another."""
+    model, x = Scaled().eval(), torch.randn(4, 3)
+    with torch.no_grad():
+        expected = model(x)
+        to_bayesian(model)
+        assert torch.equal(model(x), expected)
+    assert model.drop_prob == 0 and model.token_dropout == 0.2
+    to_deterministic(model)
+    assert model.drop_prob == 0.1 and model.token_dropout == 0.2
+
+
+@pytest.mark.parametrize("name", ["pp_lcnet", "nllb_moe"])
+def test_models_that_scale_by_their_dropout(name: str) -> None:
+    if name == "pp_lcnet":
+        model = hf.PPLCNetForImageClassification(hf.PPLCNetConfig(scale=0.25, class_expand=16)).eval()
+        inputs: dict[str, Any] = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    else:
+        sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_experts": 2, "vocab_size": 32}
+        more = {f"{p}_{n}": v for p in ("encoder", "decoder") for n, v in (("ffn_dim", 8), ("attention_heads", 2))}
+        steps = {"encoder_sparse_step": 1, "decoder_sparse_step": 1}
+        model = hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes, **more, **steps)).eval()
+        inputs = {"input_ids": torch.tensor([[5, 6, 2]]), "decoder_input_ids": torch.tensor([[2, 7]])}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = tensors_of(model(**inputs))[0]
+        assert torch.equal(tensors_of(to_bayesian(model)(**inputs))[0], expected)
 
 
 def test_prior_and_dropout_are_recorded() -> None:

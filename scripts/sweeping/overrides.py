@@ -44,6 +44,7 @@ OVERRIDES: dict[str, Any] = {
     "bamba": MAMBA,
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
     "granitemoehybrid": MAMBA,
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "codegen": {"n_head": 4},
     "bit": {"num_groups": 4},
     "efficientnet": EFFICIENTNET,

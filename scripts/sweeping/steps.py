@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -138,6 +139,9 @@ class Entry:
         """A resumed run ends as the whole one did, and the best model is its checkpoint's, every tensor."""
         if self.labels is None:
             self.notes.append("not trained: no labels for this head")
+            return
+        if "labels" not in inspect.signature(self.plain.forward).parameters and "labels" in self.labels:
+            self.notes.append("not trained: its forward takes no labels")
             return
         with tempfile.TemporaryDirectory() as folder:
             whole = _Recorder(best=1)
