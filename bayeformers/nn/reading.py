@@ -99,7 +99,8 @@ def _read(self: DrawnWhereRead, name: str) -> Tensor | None:
         return parameter
     if not torch.compiler.is_compiling():
         reader = sys._getframe(1)
-        if reader.f_globals.get("__name__") == _PARAMETRIZE:  # it would keep the draw in the place of the Parameter
+        parametrizes = reader.f_globals.get("__name__") == _PARAMETRIZE and reader.f_locals.get("self") is not self
+        if parametrizes:  # it would keep the draw in the place of the Parameter
             raise RuntimeError(replaced(self.specs[name].name))
         if only_describes(reader):
             return parameter

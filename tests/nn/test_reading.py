@@ -223,3 +223,18 @@ def test_a_dtype_is_asked_for_without_drawing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bnn.Linear, "_value", counted)
     model(input_ids=torch.tensor([[5, 6, 7]]))
     assert drawn == []
+
+
+def test_a_weight_norm_from_before_reads_its_own_tensors() -> None:
+    """Its norms and directions are random (wav2vec2's positions): a draw is the plain network with theirs."""
+    plain = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).eval()
+    model, x = to_bayesian(copy.deepcopy(plain), delta=0.3), torch.randn(5, 3)
+    with torch.no_grad():
+        mean = plain(x)
+        with fixed_draw(model, 1):
+            found = model(x)
+            for tensor in bnn.variational_tensors(model):
+                value = tensor.module.variational(tensor.parameter_name).sample()
+                plain.get_parameter(tensor.name).copy_(value)
+        torch.testing.assert_close(found, plain(x))
+    assert not torch.equal(found, mean)
