@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Hashable
+from typing import cast
 
 from torch import nn
 
@@ -21,7 +23,7 @@ def dropout_rates(model: nn.Module) -> dict[str, float]:
             continue
         for attribute, value in vars(module).items():
             is_rate = isinstance(value, float) and 0 < value <= 1 and _DROPOUT_ATTRIBUTE.search(attribute)
-            if is_rate and not _is_factor(type(module), attribute):
+            if is_rate and not _is_factor(cast(Hashable, type(module)), attribute):
                 rates[f"{name}.{attribute}".lstrip(".")] = value
     layerdrop = getattr(getattr(model, "config", None), "layerdrop", None)
     if isinstance(layerdrop, float) and layerdrop > 0:  # Wav2Vec2 and its kin read it from the config in forward
@@ -30,10 +32,10 @@ def dropout_rates(model: nn.Module) -> dict[str, float]:
 
 
 @functools.cache
-def _is_factor(kind: type[nn.Module], attribute: str) -> bool:
+def _is_factor(kind: Hashable, attribute: str) -> bool:
     """Whether the forward multiplies by 1 - rate in `eval()` (PPLCNet, NLLB-MoE): part of the mean, left alone."""
     try:
-        source = inspect.getsource(kind)
+        source = inspect.getsource(cast(type, kind))
     except (OSError, TypeError):
         return False
     return re.search(rf"\*=?\s*\(?\s*1(\.0)?\s*-\s*self\.{attribute}\b", source) is not None
