@@ -55,6 +55,9 @@ _recording: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 _unwrapped: ContextVar[tuple[nn.Module, ...]] = ContextVar("bayeformers_unwrapped", default=())
 _ORIGINAL = "_original_forward"
 _INSTALL = "maybe_install_capturing_hooks"
+_FORWARD_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+)  # fmt: skip
 
 
 class View:
@@ -81,7 +84,7 @@ class View:
         found = self.module(module)
         if self.is_private:
             own = vars(found)
-            own.update({name: OrderedDict(own[name]) for name in ("_forward_hooks", "_forward_hooks_with_kwargs")})
+            own.update({name: OrderedDict(own[name]) for name in _FORWARD_HOOKS})
         return found
 
     def parameter(self, parameter: nn.Parameter) -> nn.Parameter:

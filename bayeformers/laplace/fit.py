@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import record, recording_view
+from ..jacobians import check_reads, record, recording_view
 from ..patterns import Patterns
 from ..posteriors.linearized import OutputOf
 from ..posteriors.logits import Link
@@ -154,6 +154,8 @@ def fit(
         first = _probe(view, batch, targets, logits)
         if subset == "last_layer":
             targets, skipped = _last_layer(targets, skipped, first.called)
+        covered = {module for target in targets for module in target.modules}
+        check_reads(model, batch.inputs, covered & set(first.called), in_columns(logits))
         distances = None if prior_mean is None else squared_distances(targets, model, prior_mean)
         config = CurvatureConfig(
             curvature=_auto_curvature(curvature, subset, targets),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Inputs, call, check_inputs
-from ..jacobians import recording_view
+from ..jacobians import check_reads, recording_view
 from ..monte_carlo import monte_carlo
 from ..predictive import (
     HEAD,
@@ -35,7 +35,7 @@ from ..predictive import (
 from ..random_state import left_alone
 from ..scalars import is_real, is_whole
 from ..views import View, itself, private_view
-from .blocks import GaussianBlock, mean_field_blocks
+from .blocks import GaussianBlock, TensorBlock, mean_field_blocks
 from .linearized import Statistic, bare_tensors, linearize
 from .logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from .methods import METHODS, SAMPLING, Bound, statistic
@@ -267,6 +267,8 @@ class BasePosterior(ABC):
         check_num_samples(num_samples)
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
+        modules = [m for block in blocks if not isinstance(block, TensorBlock) for m in block.modules]
+        check_reads(self.model, inputs, modules, self.outputs_of)
         of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
         with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, lambda: called(view, inputs)):
             mean, covariance = linearize(
