@@ -54,7 +54,7 @@ def read_outside(
     modules = list(modules)
     weights = {p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()}
     replaced = {weight: nn.Parameter(weight.detach()) for weight in weights}
-    with viewed(model, replaced, training=False) as view:
+    with viewed(model, {id(weight): own for weight, own in replaced.items()}, training=False) as view:
         if not view.is_private:
             return []
         for module in modules:
