@@ -310,3 +310,16 @@ def test_mixed_calls(caplog: pytest.LogCaptureFixture) -> None:
         for answer in answers
     )
     assert wrong == 0 and [everything(one) for one in models] == before
+
+
+def test_a_subclass_with_a_draw_of_its_own_is_asked_for_it() -> None:
+    """It says what a draw is, though its parent knows views."""
+
+    class Twice(PointPosterior):
+        def draw(self, index: int, seed: int = 0) -> Any:
+            return fixed_draw(self.model, 0)
+
+    model, x = to_bayesian(nn.Linear(4, 3), delta=0.5), torch.randn(2, 4)
+    expected = predict(model, x, num_samples=1).log_probs
+    assert not Twice(model).draws_in_views and PointPosterior(model).draws_in_views
+    assert torch.equal(Twice(model).predict(x).log_probs, expected)
