@@ -268,9 +268,9 @@ class BasePosterior(ABC):
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
         modules = [m for block in blocks if not isinstance(block, TensorBlock) for m in block.modules]
-        check_reads(self.model, inputs, modules, self.outputs_of)
         of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
         with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, lambda: called(view, inputs)):
+            check_reads(self.model, inputs, modules, self.outputs_of)
             mean, covariance = linearize(
                 view, inputs, blocks, how, self.outputs_of, contrasts=contrasts, of_softmax=of_softmax
             )
