@@ -48,7 +48,7 @@ def drawn(layer: Any, index: int) -> tuple[Tensor, Tensor]:
     noise = row_noise(key_of(0, index, "weight"), range(ROWS), WIDTH)
     if layer.padding_idx is not None:
         noise[layer.padding_idx] = 0
-    return layer.weight.detach() + sigma(layer.weight_rho) * noise, noise
+    return layer.get_parameter("weight").detach() + sigma(layer.weight_rho) * noise, noise
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
