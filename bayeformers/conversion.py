@@ -376,7 +376,9 @@ def _check_unmerged(model: nn.Module, chosen: Chosen) -> None:
 def _check_convertible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+    if torch.is_inference_mode_enabled() or any(
+        parameter.is_inference() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)
+    ):
         raise ValueError(
             "`model` cannot be converted under `torch.inference_mode()`, nor if it was made there: scales made there "
             "can never be trained. Use `torch.no_grad()`, or convert outside."

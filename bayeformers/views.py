@@ -22,8 +22,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import output_capturing
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -51,10 +49,10 @@ INERT = "inert_in_views"
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
-_recording: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 _unwrapped: ContextVar[tuple[nn.Module, ...]] = ContextVar("bayeformers_unwrapped", default=())
 _ORIGINAL = "_original_forward"
-_INSTALL = "maybe_install_capturing_hooks"
+_ADDED = ("_forward_hooks", "_forward_pre_hooks")
+"""Hooks that a forward may add, as transformers adds recorders of hidden states: they are the view's, as its note is."""
 _FORWARD_HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
 )  # fmt: skip
@@ -138,38 +136,11 @@ def private_view(
 ) -> View | None:
     """The view, or None where there can be none: see `viewed`."""
     tensors: dict[int, Tensor] = dict(replaced or {})
-    _install_recorders(model)
     try:
         modules = _Copying(model, tensors, training).run()
     except _NoView:
         return None
     return View(model, modules, tensors)
-
-
-def _install_recorders(model: nn.Module) -> None:
-    """The hooks that transformers adds in a first forward, by which models hand their hidden states on.
-
-    Added under a view they would be among the model's own, but the note of it would be the view's: the next forward
-    would add them again, and hand on every hidden state twice.
-    """
-    for module in modules_of(model):
-        if not isinstance(module, PreTrainedModel) or vars(module).get("_output_capturing_hooks_installed", False):
-            continue
-        kind = type(module)
-        if kind not in _recording:
-            _recording[kind] = _records(kind)
-        if _recording[kind]:
-            getattr(output_capturing, _INSTALL)(module)
-
-
-def _records(kind: type[nn.Module]) -> bool:
-    """Whether the class's forward is wrapped in transformers' recorder of hidden states."""
-    function: Any = kind.forward
-    while function is not None:
-        if _INSTALL in getattr(getattr(function, "__code__", None), "co_names", ()):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def copy_around(model: nn.Module, own: Iterable[nn.Parameter] = ()) -> nn.Module | None:
@@ -274,6 +245,8 @@ class _Copying:
         for name in _HOOKS:
             if state[name]:
                 view[name] = self._hooks(state[name])
+            elif name in _ADDED:
+                view[name] = OrderedDict()
         if self._training is not None:
             view["training"] = self._training
         for name in state.keys() - inert:

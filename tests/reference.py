@@ -63,8 +63,8 @@ def twister_constants() -> list[tuple[int, int]]:
     return list(zip(numbers[:624], numbers[624:], strict=True))
 
 
-def dense_noise(key: int, shape: tuple[int, ...], version: int = 2) -> Tensor:
-    """N(0, 1) of a tensor from a generator used once: seeded with the key; or, word by word, with its hashes."""
+def keyed_generator(key: int, version: int = 2) -> torch.Generator:
+    """Seeded with the key; or, word by word, with its hashes."""
     generator = torch.Generator().manual_seed(key & (2**63 - 1) if version == 1 else 0)
     if version > 1:
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64
@@ -73,7 +73,12 @@ def dense_noise(key: int, shape: tuple[int, ...], version: int = 2) -> Tensor:
         # seed, left, seeded, next, the words, then nothing kept of a normal or a float
         state = struct.pack("<QiiQ624QdddiifBxxx", 0, 1, 1, 0, *words, 0.0, 0.0, 0.0, 0, 0, 0.0, 0)
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    return torch.randn(shape, generator=generator)
+    return generator
+
+
+def dense_noise(key: int, shape: tuple[int, ...], version: int = 2) -> Tensor:
+    """N(0, 1) of a tensor from a generator used once."""
+    return torch.randn(shape, generator=keyed_generator(key, version))
 
 
 def mix(x: int) -> int:

@@ -53,6 +53,8 @@ def read_outside(
     """Those of ``modules`` whose weights ``output_of(model(inputs))`` reads elsewhere; none where it cannot be told."""
     modules = list(modules)
     weights = {p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()}
+    if not weights:
+        return []
     replaced = {weight: nn.Parameter(weight.detach()) for weight in weights}
     with viewed(model, {id(weight): own for weight, own in replaced.items()}, training=False) as view:
         if not view.is_private:

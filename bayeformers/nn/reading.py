@@ -22,6 +22,7 @@ from .variational import TensorSpec, Variational
 MEAN: Final = "mean"
 _DESCRIPTIONS = frozenset(("dtype", "device", "shape", "ndim", "layout", "is_meta", "requires_grad"))
 _PARAMETRIZE = "torch.nn.utils.parametrize"
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 _LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")
 
 
@@ -102,7 +103,7 @@ def _read(self: DrawnWhereRead, name: str) -> Tensor | None:
         parametrizes = reader.f_globals.get("__name__") == _PARAMETRIZE and reader.f_locals.get("self") is not self
         if parametrizes:  # it would keep the draw in the place of the Parameter
             raise RuntimeError(replaced(self.specs[name].name))
-        if only_describes(reader):
+        if reader.f_code is _GET_PARAMETER or only_describes(reader):
             return parameter
     try:
         return self._value(name)

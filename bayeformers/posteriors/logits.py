@@ -95,7 +95,7 @@ def linearized_predictive(
     log_probs = link_log_probs(mean, covariance, link, problem)
     num_draws = _default_draws(mean) if num_draws is None else num_draws
     draws = logit_draws(mean, covariance, num_draws, seed, centred=problem in SOFTMAX_PROBLEMS)
-    values, is_regression = drawn_values(draws, problem, {}), problem == "regression"
+    values, is_regression = drawn_values(draws, problem, {}, is_stacked=True), problem == "regression"
     return Predictive(
         problem_type=problem,
         log_probs=None if is_regression else values,

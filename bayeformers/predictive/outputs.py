@@ -16,7 +16,7 @@ from .problem import ProblemType
 TOKEN_PROBLEMS: tuple[ProblemType, ...] = ("token_classification", "causal_lm", "seq2seq_lm")
 
 
-def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs) -> Tensor:
+def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs, *, is_stacked: bool = False) -> Tensor:
     """Log-probabilities (or, for a regression, values) of one draw, in float32 or the wider dtype of the logits.
 
     | problem type | shape |
@@ -27,6 +27,8 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs) -> Tens
     | token classification, language models | (B, T, C) |
     | semantic segmentation | (B, H, W, C) of logits (B, C, H, W), at their resolution |
     | question answering | (B, 2, T): start and end, over the positions that ``attention_mask`` admits |
+
+    ``is_stacked``: of several draws at once, (S, ...) -> (S, ...).
 
     Raises:
         ValueError: ``output`` has no logits of that kind.
@@ -43,7 +45,7 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs) -> Tens
         return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
     if problem_type == "semantic_segmentation":
         return _pixels_first(logits).log_softmax(dim=-1)
-    if logits.dim() > 3:
+    if logits.dim() > 3 + is_stacked:
         raise ValueError(
             f"`logits` of a {problem_type!r} head must have shape (B, C) or (B, T, C), got {tuple(logits.shape)}. For "
             'classes of pixels, (B, C, H, W), say `problem_type="semantic_segmentation"`.'

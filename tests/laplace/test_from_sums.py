@@ -143,6 +143,7 @@ def test_other_form_of_the_same_name(tmp_path: Path) -> None:
     fit(model, batches(x, y), curvature="kfac", checkpoint=tmp_path / "sums.safetensors", **QUIET)
     sums = Curvature.load(tmp_path / "sums.safetensors")
     sums.weights.clear()
+    sums.digests.clear()
     model[0].bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"the form \(1, 5, 4\) for '0', whose trained weights have \(1, 5, 5\)"):
         posterior_of(model, sums)

@@ -60,7 +60,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_of_an_earlier_version(name: str, tmp_path: Path) -> None:
-    posterior(curvature="kfac").save(tmp_path)
+    posterior(curvature="ekfac").save(tmp_path)
     change, message = DAMAGED[name]
     rewritten(tmp_path / FILE, change, is_old=True)
     with pytest.raises(ValueError, match=message):
@@ -69,7 +69,7 @@ def test_a_damaged_file_of_an_earlier_version(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", [*(name for name in DAMAGED if name != "forgotten layer"), "permuted"])
 def test_digests_tell(name: str, tmp_path: Path) -> None:
-    posterior(curvature="kfac").save(tmp_path)
+    posterior(curvature="ekfac").save(tmp_path)
     flipped = lambda t, m: t.update({"0/left": t["0/left"].flip(1).contiguous()})  # noqa: E731
     rewritten(tmp_path / FILE, DAMAGED[name][0] if name in DAMAGED else flipped, is_old=False)
     with pytest.raises(ValueError, match="is damaged: of the tensors that were written it"):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import bayeformers.nn as bnn
 from bayeformers.nn.variational import Draw
-from tests.reference import dense_noise, key_of, sigma
+from tests.reference import dense_noise, key_of, keyed_generator, sigma
 
 FORMS = ("batched", "unbatched", "packed sorted", "packed")
 
@@ -137,7 +137,7 @@ def signs_of_draw(layer: Any, draw: Draw, name: str, examples: int) -> Tensor:
         torch.randint(
             2,
             (examples, size),
-            generator=torch.Generator().manual_seed(key_of(draw.seed, draw.index, f"{owner}/signs{axis}") % 2**63),
+            generator=keyed_generator(key_of(draw.seed, draw.index, f"{owner}/signs{axis}")),
         )
         * 2.0
         - 1

@@ -75,8 +75,8 @@ def arguments(draw: st.DrawFn, name: str) -> tuple[dict[str, Any], tuple[int, ..
 def drawn_weights(layer: Any, index: int, seed: int) -> dict[str, Tensor]:
     """mu + sigma eps with the reference's noise, in float64."""
     return {
-        name: getattr(layer, name).detach()
-        + sigma(getattr(layer, f"{name}_rho")) * dense_noise(key_of(seed, index, name), getattr(layer, name).shape)
+        name: layer.get_parameter(name).detach()
+        + sigma(getattr(layer, f"{name}_rho")) * dense_noise(key_of(seed, index, name), layer.get_parameter(name).shape)
         for name in layer.specs
     }
 
