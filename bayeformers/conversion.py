@@ -140,10 +140,11 @@ def to_bayesian(
         padding=padding_rows(model, chosen),
         predicted_padding=predicted_padding(model, owners_of(model, chosen).values()),
     )
-    converted = convert(model, config, chosen, skipped)
-    if (told := told_of_own_save(model)) is not None:
+    told = told_of_own_save(model)
+    convert(model, config, chosen, skipped)
+    if told is not None:
         logger.warning(told)
-    return converted
+    return model
 
 
 def convert(

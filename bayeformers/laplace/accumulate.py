@@ -115,10 +115,12 @@ class Accumulator:
     def _generators(self, batch: Batch) -> list[torch.Generator]:
         """Of the Monte-Carlo labels, one per example: the same in batches of any size, and after a resume.
 
-        An example is known by its place in the dataset, else by its number among those that this process saw.
+        An example is known by its place in the dataset, else by its number among those that this process saw: a loader
+        in the dataset's order gives the same.
         """
+        process = f"{self._process}/" if self._process else ""
         names = [f"{n}" for n in batch.numbers or ()]
-        names = names or [f"{self._process}/{self._num_seen + i}" for i in range(len(batch))]
+        names = names or [f"{process}{self._num_seen + i}" for i in range(len(batch))]
         return [_generator(f"{self.curvature.config.seed}/{name}") for name in names]
 
     # -- what is backpropagated --------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def test_sizes_are_those_of_the_tensors_and_files(acc: Run) -> None:
     results, folder = acc
     costs = results["costs"]
     counted = {name: (cost["weights"], cost["scales"], cost["other"]) for name, cost in costs.items()}
-    # Kronecker factors' eigenvectors, and an eigenvalue for each weight
-    curvature = sum(fan_in**2 + fan_out**2 + fan_in * fan_out for fan_in, fan_out in LENET_LAYERS)
+    # Kronecker factors' eigenvectors and eigenvalues, of which each weight's is a product
+    curvature = sum(fan_in**2 + fan_out**2 + fan_in + fan_out for fan_in, fan_out in LENET_LAYERS)
     assert counted["deterministic"] == (LENET_WEIGHTS, 0, 0)
     assert counted["Bayesian (ELBO)"] == (LENET_WEIGHTS, LENET_WEIGHTS, LENET_WEIGHTS)  # the prior's centres
     assert counted["Laplace"] == (LENET_WEIGHTS, 0, curvature)

@@ -244,10 +244,10 @@ def test_normalisation() -> None:
 
 
 # --- Official files --------------------------------------------------------------------------------------------------
-def official(articles: int = 4, each: int = 5, version: str = "v2.0") -> dict[str, Any]:
+def official(articles: int = 4, each: int = 5, version: str = "v2.0", asks: str = "where ?") -> dict[str, Any]:
     answer = {"text": "cat", "answer_start": 4}
     rows: list[list[dict[str, Any]]] = [
-        [{"id": f"{a}-{q}", "question": "where ?", "answers": [answer]} for q in range(each)] for a in range(articles)
+        [{"id": f"{a}-{q}", "question": asks, "answers": [answer]} for q in range(each)] for a in range(articles)
     ]
     if version == "v2.0":
         for found in rows:
@@ -284,7 +284,7 @@ def test_articles_are_never_divided() -> None:
 def test_files_play_their_parts(tmp_path: Path) -> None:
     one, two, three = (str(tmp_path / name) for name in ("train-v2.0.json", "dev-v2.0.json", "other.json"))
     for path, articles in ((one, 5), (two, 2), (three, 1)):
-        Path(path).write_text(json.dumps(official(articles, articles)))
+        Path(path).write_text(json.dumps(official(articles, articles, asks=f"where {articles} ?")))
     data = load_data(DataArguments(split_by_article=one), 0)
     assert [len(part) for part in data.sets.values()] == [15, 5, 5] and data.asks_unanswerable
     data = load_data(DataArguments(data_dir=str(tmp_path)), 0)

@@ -116,7 +116,8 @@ def test_file_is_small(kind: str, tmp_path: Path) -> None:
     before, after = (
         sum(path.stat().st_size for path in (tmp_path / folder).glob("*.safetensors")) for folder in ("float", "int8")
     )
-    assert after <= 0.3 * before
+    # the float file of Kronecker factors has two vectors for the eigenvalues, INT8 a code for each
+    assert after <= (0.3 if kind == "converted" else 0.4) * before
 
 
 # ---------------------------------------------------------------------------------------------- what is not whole

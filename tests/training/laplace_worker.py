@@ -77,6 +77,7 @@ def fits(folder: Path) -> dict[str, Described]:
         **{kind: lambda kind=kind: trainer_of(folder, kind).fit_laplace() for kind in KINDS},
         "ekfac": lambda: trainer_of(folder, "single").fit_laplace(curvature="ekfac"),
         "holdout": lambda: trainer_of(folder, "single").fit_laplace(prior_precision="holdout"),
+        "evidence": lambda: trainer_of(folder, "single").fit_laplace(prior_precision="marglik"),
         "stream": lambda: trainer_of(folder, "single", train_dataset=Stream()).fit_laplace(),
     }
     return {name: describe(case()) for name, case in cases.items()}

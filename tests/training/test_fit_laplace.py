@@ -251,7 +251,9 @@ def test_evaluation_is_linearised_by_default(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(output.uncertainty["epistemic_variance"], expected.epistemic_variance, rtol=1e-4)
         np.testing.assert_allclose(output.predictions[:, 0], expected.mean, rtol=1e-5, atol=1e-6)
         return
-    log_probs = expected.mean_log_probs[..., 1] if kind == "multi" else expected.mean_log_probs
+    log_probs = expected.mean_log_probs
+    if kind == "multi":  # as logits
+        log_probs = log_probs[..., 1] - log_probs[..., 0]
     attended = trainer.eval_dataset.columns["attention_mask"].bool() if kind == "token" else slice(None)
     np.testing.assert_allclose(output.predictions[attended], log_probs[attended], atol=1e-5)
 
@@ -519,7 +521,7 @@ def test_neighbours_are_as_long(tmp_path: Path) -> None:
         for data in (data, unknown)
     )
     assert [set(seen) for seen in lengths[1:5]] == [{5}, {4}, {3}, {2}]
-    assert lengths[6] == [2, 3, 4]
+    assert [set(seen) for seen in lengths[-4:]] == [{5}, {4}, {3}, {2}]  # found by collating each row
     assert_same(by_length, as_given)
 
 
