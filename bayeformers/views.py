@@ -52,7 +52,7 @@ _making = threading.Lock()
 _unwrapped: ContextVar[tuple[nn.Module, ...]] = ContextVar("bayeformers_unwrapped", default=())
 _ORIGINAL = "_original_forward"
 _ADDED = ("_forward_hooks", "_forward_pre_hooks")
-"""Hooks that a forward may add, as transformers adds recorders of hidden states: the view has its own, as it has the note."""
+"""Hooks that a forward may add, as transformers adds recorders of hidden states: the view has its own."""
 _FORWARD_HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
 )  # fmt: skip
