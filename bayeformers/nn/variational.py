@@ -258,8 +258,7 @@ def sample(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -
     """
     if floor is not None:
         return loc + multiplied(loc, rho, eps, floor)
-    value: Tensor = _Sample.apply(loc, rho, eps, loc.dtype)  # type: ignore[no-untyped-call]
-    return value
+    return _sampled(loc, rho, eps, loc.dtype)
 
 
 def perturbation(rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -267,8 +266,7 @@ def perturbation(rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
 
     Shape: both alike -> the same, in ``dtype``.
     """
-    value: Tensor = _Sample.apply(None, rho, eps, dtype)  # type: ignore[no-untyped-call]
-    return value
+    return _sampled(None, rho, eps, dtype)
 
 
 def multiplied(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor) -> Tensor:
@@ -286,6 +284,13 @@ def variance(rho: Tensor) -> Tensor:
     Shape: any -> the same.
     """
     value: Tensor = _Variance.apply(rho)  # type: ignore[no-untyped-call]
+    return value
+
+
+def _sampled(loc: Tensor | None, rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    if not torch.is_grad_enabled():  # to bind the arguments of an autograd function costs more than small tensors do
+        return _Sample.forward(loc, rho, eps, dtype)
+    value: Tensor = _Sample.apply(loc, rho, eps, dtype)  # type: ignore[no-untyped-call]
     return value
 
 

@@ -274,19 +274,22 @@ def capture(
         weights = torch.zeros_like(outputs)
         weights[slice(None) if position is None else (slice(None), position)] = column
         by_output.append(gradients(outputs, uses, weights))
-    of_use = dict(zip(map(id, uses), zip(*by_output, strict=True), strict=True))
+    grads = list(zip(*by_output, strict=True))
+    of_owner: dict[int, list[int]] = {}
+    for number, use in enumerate(uses):
+        of_owner.setdefault(id(use.parameter if isinstance(use, TensorUse) else use.module), []).append(number)
     captured = []
     for block in blocks:
-        own = [use for use in uses if _is_of(use, block)]
+        own = sorted(number for owner in _owners(block) for number in of_owner.get(id(owner), ()))
         if own:
-            captured.append(captured_block(block, own, [of_use[id(use)] for use in own], len(outputs)))
+            of_block = [uses[number] for number in own], [grads[number] for number in own]
+            captured.append(captured_block(block, *of_block, len(outputs)))
     return captured
 
 
-def _is_of(use: Use, block: GaussianBlock) -> bool:
-    if isinstance(block, TensorBlock):
-        return isinstance(use, TensorUse) and any(use.parameter is parameter for parameter in _own(block))
-    return not isinstance(use, TensorUse) and any(use.module is module for module in block.modules)
+def _owners(block: GaussianBlock) -> Sequence[nn.Parameter | nn.Module]:
+    """Whose uses are the block's."""
+    return _own(block) if isinstance(block, TensorBlock) else block.modules
 
 
 def _own(block: GaussianBlock) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import BayesianModule, posterior_mean, variational_tensors
@@ -100,7 +101,8 @@ class VariationalPosterior(BasePosterior):
         """sigma^2 of every distinct mean; 0 in a padding row."""
         found = {}
         for tensor in variational_tensors(self.model):
-            variance = tensor.scale().detach().square()
+            with torch.no_grad():
+                variance = tensor.scale().square()
             if tensor.spec.padding_idx is not None:
                 variance[tensor.spec.padding_idx] = 0
             found[tensor.loc] = variance
