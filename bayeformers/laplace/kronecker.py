@@ -97,8 +97,10 @@ def add_second_moment(total: Tensor, rows: Tensor) -> None:
     gradient reaches) are left out.
     """
     if len(rows) == 1:
-        kept = rows.ne(0).any(-1)[0]
-        rows = rows if bool(kept.all()) else rows[:, kept]
+        empty = rows[0, :, 0] == 0  # of most rows the first element tells
+        if bool(empty.any()):
+            empty[empty.clone()] = ~rows[0, empty].ne(0).any(-1)
+            rows = rows[:, ~empty]
     for start in range(0, rows.shape[-1], _BLOCK):
         stop = start + _BLOCK
         total[:, start:stop, start:].baddbmm_(rows[:, :, start:stop].mT, rows[:, :, start:])
