@@ -8,8 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import variational_tensors
+from .evaluation import MonteCarloTrainer
 
-__all__ = ["clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
+__all__ = ["ScalesApart", "clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
+
+
+class ScalesApart(MonteCarloTrainer):
+    """A trainer whose optimizer steps, decays and clips the scales of a Bayesian model apart from its means."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Stock names less rho and the means of Bayesian layers, which the KL already pulls to their prior."""
+        managed = kl_regularised_names(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in managed]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rhos = rho_parameters(self.model)
+        if is_new:
+            separate_rho(optimizer, rhos, self.args.rho_learning_rate)
+        elif not holds_some(optimizer, rhos):
+            self._say("The optimizer that was passed in holds no scale of the model: make it after `to_bayesian`.")
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        rhos = {id(rho): rho for rho in rho_parameters(self.model)}
+        if not rhos:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in rhos]
+        norm = self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm)  # also unscales fp16, rho's included
+        return clip_separately(rhos.values(), norm, self.args.max_grad_norm)
 
 
 def rho_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -23,7 +23,7 @@ from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
 from .likelihood import item_nll
 from .objective_check import ObjectiveCheck, OwnObjective, check_bases
-from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
+from .optimizer import ScalesApart
 from .own_terms import OWN_TERMS, ForwardPass, has_own_terms, own_terms
 from .precision import lost_steps_warning
 from .records import SILENT_LAYERS, TrainingRecord
@@ -33,7 +33,7 @@ __all__ = ["BayesianTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(OwnObjective, LaplaceTrainer):
+class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
     """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
@@ -368,32 +368,6 @@ class BayesianTrainer(OwnObjective, LaplaceTrainer):
         own = own_terms(outputs, inputs, problem_type) if self._has_own_terms else 0.0
         labelled = without_ignored(inputs, self.model, problem_type)
         return ForwardPass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
-
-    # -- optimizer ---------------------------------------------------------------------------------------------------
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Stock names less rho and the means of Bayesian layers, which the KL already pulls to their prior."""
-        managed = kl_regularised_names(model)
-        return [name for name in super().get_decay_parameter_names(model) if name not in managed]
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        rhos = rho_parameters(self.model)
-        if is_new:
-            separate_rho(optimizer, rhos, self.args.rho_learning_rate)
-        elif not holds_some(optimizer, rhos):
-            self._say("The optimizer that was passed in holds no scale of the model: make it after `to_bayesian`.")
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        rhos = {id(rho): rho for rho in rho_parameters(self.model)}
-        if not rhos:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in rhos]
-        norm = self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm)  # also unscales fp16, rho's included
-        return clip_separately(rhos.values(), norm, self.args.max_grad_norm)
 
     # -- reporting ---------------------------------------------------------------------------------------------------
 
