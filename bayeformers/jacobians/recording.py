@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..forward import Inputs, batch_size, call, mapped, rows
 from ..views import View, modules_of, viewed
@@ -158,6 +159,9 @@ def _forward(
 
     hooks = {view.hookable(module): functools.partial(note, module) for module in rules}
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
+    norms = [module for module in modules_of(view.origin) if isinstance(module, _BatchNorm) and module not in rules]
+    for module in map(view.hookable, norms):
+        handles += [module.register_forward_pre_hook(_plain_input), module.register_forward_hook(_plain_gradient)]
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
@@ -165,6 +169,16 @@ def _forward(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _plain_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """In torch 2.13 the gradient of a batch norm is wrong where an axis has length 1 and not all is laid out alike."""
+    return (args[0].contiguous(), *args[1:]) if args and 1 in args[0].shape else None
+
+
+def _plain_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
+    if 1 in output.shape and output.requires_grad:
+        output.register_hook(Tensor.contiguous)
 
 
 def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: bool = False) -> list[Tensor]:
