@@ -53,6 +53,7 @@ _TABLES: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("token_classification", auto.MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES),
         ("causal_lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         ("question_answering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+        ("question_answering", auto.MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES),
         ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         ("sequence", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         ("sequence", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),

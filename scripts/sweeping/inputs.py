@@ -195,13 +195,15 @@ def labels_for(model: nn.Module, inputs: Inputs) -> Inputs | None:
         return {"start_positions": torch.tensor([1, 0][:rows]), "end_positions": torch.tensor([3, 2][:rows])}
     if "TokenClassification" in name and "input_ids" in inputs:
         return {"labels": inputs["input_ids"] % 3}
+    if name == "VideoPrismForVideoClassification":  # logits (B, 1, C)
+        return {"labels": torch.tensor([[0], [2]][:rows])}
     if any(part in name for part in ("SequenceClassification", "ImageClassification", "VideoClassification")):
         return {"labels": torch.tensor([0, 2][:rows])}
     if "MultipleChoice" in name:
         return {"labels": torch.tensor([0, 2][:rows])}
     if "NextSentence" in name:
         return {"labels": torch.tensor([0, 1][:rows])}
-    if "decoder_input_ids" in inputs and ("ConditionalGeneration" in name or "LMHead" in name):
+    if "decoder_input_ids" in inputs and (any(part in name for part in ("ConditionalGeneration", "LMHead", "MTModel"))):
         return {"labels": inputs["decoder_input_ids"]}
     if any(part in name for part in ("MaskedLM", "CausalLM", "LMHeadModel")) and "input_ids" in inputs:
         return {"labels": inputs["input_ids"]}

@@ -65,6 +65,7 @@ OVERRIDES: dict[str, Any] = {
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "glm5_next": {"index_topk": 16},
     "HieraForPreTraining": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
+    "Qwen3_5ForTokenClassification": {"text_config": {"layer_types": ["linear_attention", "full_attention"]}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
 }
 

