@@ -1,11 +1,18 @@
-"""Leaving the default random generators as they were, without putting back what another thread has moved on."""
+"""Leaving the default random generators as they were, without putting back what another thread has moved on.
+
+The generators belong to all threads. Put back under another thread's feet, they would give its training the same noise
+again and again; so they stay where they are when it is seen to train, which is the lesser evil.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .snapshot import all_equal, rng_state, set_rng_state
 
 _draws: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_taken: Counter[int] = Counter()
+_COMPUTING = ("torch.nn.", "torch.autograd", "torch.optim", "torch._tensor")
+
+
+def note_draw() -> None:
+    """A training draw takes its seed from the default generator, in this thread."""
+    _taken[threading.get_ident()] += 1
 
 
 @contextlib.contextmanager
@@ -27,14 +41,14 @@ def left_alone(model: nn.Module, call: Callable[[], Any]) -> Iterator[None]:
         model: which is called inside.
         call: calls it once more; its answer is that of the model for as long as it lives.
     """
-    before = rng_state()
+    before, others = rng_state(), _Others()
     try:
         yield
     except BaseException:
         if threading.active_count() == 1:
             set_rng_state(before)
         raise
-    if not all_equal(before, rng_state()) and is_drawing(model, call):
+    if not all_equal(before, rng_state()) and is_drawing(model, call) and not others.have_drawn():
         set_rng_state(before)
 
 
@@ -42,28 +56,59 @@ def left_alone(model: nn.Module, call: Callable[[], Any]) -> Iterator[None]:
 def preserved() -> Iterator[None]:
     """Leaves Python's, NumPy's and torch's default generators (CPU and every used GPU) as it found them.
 
-    Of several threads that are inside at once, the last one puts back what the first one found.
+    Of several threads that are inside at once, the last one puts back what the first one found; none does so where
+    another thread has drawn numbers of its own.
     """
-    global _found
+    global _found, _others
     own, thread = _states(), threading.get_ident()
     with _lock:
         if not _inside:
-            _found = own
+            _found, _others = own, _Others()
         _inside.append(thread)
     try:
         yield
     finally:
         with _lock:
             _inside.remove(thread)
-            if not _inside:
-                _put_back(_found)
-            elif set(_inside) == {thread}:
-                _put_back(own)
+            is_last = set(_inside) <= {thread}
+            if is_last and not _others.have_drawn():
+                _put_back(own if _inside else _found)
+
+
+class _Others:
+    """Whether threads but this one, and but those inside `preserved`, draw from the default generators meanwhile.
+
+    Bayesian models tell; of others it is seen whether they compute at the beginning or at the end.
+    """
+
+    def __init__(self) -> None:
+        self._before, self._computed = _taken.copy(), _compute_elsewhere()
+
+    def have_drawn(self) -> bool:
+        own = threading.get_ident()
+        taken = any(count > self._before[thread] for thread, count in _taken.copy().items() if thread != own)
+        return taken or self._computed or _compute_elsewhere()
+
+
+def _compute_elsewhere() -> bool:
+    if threading.active_count() == 1:
+        return False
+    busy = {threading.get_ident(), *_inside}
+    return any(_computes(frame) for thread, frame in sys._current_frames().items() if thread not in busy)
+
+
+def _computes(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_COMPUTING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _lock = threading.Lock()
 _inside: list[int] = []
 _found: Any = None
+_others = _Others()
 
 
 def _states() -> tuple[Any, Any, list[torch.Tensor]]:
@@ -98,8 +143,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
-            given = {
-                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
-            } | kwargs
+            names = [argument.name for argument in func._schema.arguments]
+            defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+            given = defaults | dict(zip(names, args, strict=False)) | kwargs  # what has its default is not handed on
             self.has_drawn |= given.get("dropout_p", 1.0) != 0.0 and given.get("train", True) is not False
         return func(*args, **kwargs)

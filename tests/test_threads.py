@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from bayeformers import fixed_draw, predict, to_bayesian
@@ -19,6 +20,7 @@ from bayeformers.calibration import calibrate_delta
 from bayeformers.laplace import example_gradients, fit
 from bayeformers.posteriors import BasePosterior, PointPosterior, VariationalPosterior
 from bayeformers.quantization import quantize
+from bayeformers.random_state import is_drawing, left_alone, preserved
 from bayeformers.views import private_view
 from tests.cases import case
 
@@ -209,6 +211,75 @@ def test_the_random_state_is_put_back_for_a_model_that_draws() -> None:
         predict(quiet, x, num_samples=4)
     torch.manual_seed(3)
     assert len(set(drawn)) > 19_900  # float32 has few numbers: some come twice
+
+
+def elsewhere(job: Callable[[], Any]) -> Any:
+    """Its answer, from another thread."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(job()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_without_dropout_draws_nothing(attention: str) -> None:
+    """Its kernels could draw: told from their default, for a caller seldom names a dropout of 0."""
+    config = hf.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model, ids = hf.BertModel(config), torch.tensor([[1, 2, 3]])
+    stop = threading.Event()
+    idle = threading.Thread(target=stop.wait)
+    idle.start()
+    try:
+        assert not is_drawing(model.eval(), lambda: model(ids))
+        dropping = hf.BertModel(config).train()
+        assert is_drawing(dropping, lambda: dropping(ids))
+    finally:
+        stop.set()
+        idle.join()
+
+
+def test_the_random_state_is_not_put_back_under_a_thread_that_trains() -> None:
+    """Neither by a fit nor by a prediction: training would meet the same noise again."""
+    x, noisy = torch.randn(3, 4), to_bayesian(Noisy())
+    training = to_bayesian(nn.Sequential(nn.Linear(4, 3))).train()
+    torch.manual_seed(3)
+    with preserved():
+        first = elsewhere(lambda: training(x))
+        torch.rand(())
+    assert not torch.equal(first, elsewhere(lambda: training(x)))
+    state = torch.get_rng_state()
+    with preserved():
+        torch.rand(())
+        elsewhere(lambda: noisy.eval()(x))  # draws, but no training: nobody can tell
+    assert torch.equal(torch.get_rng_state(), state)
+    with left_alone(noisy, lambda: noisy(x)):
+        second = elsewhere(lambda: training(x))
+    assert not torch.equal(second, elsewhere(lambda: training(x)))
+
+
+def test_nor_under_a_thread_that_computes() -> None:
+    """A plain model's training cannot be counted, but be seen."""
+    inside, leave = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            leave.wait()
+            return x
+
+    thread = threading.Thread(target=Waits(), args=(torch.zeros(1),))
+    thread.start()
+    inside.wait()
+    state = torch.get_rng_state()
+    with preserved():
+        torch.rand(())
+        leave.set()
+        thread.join()
+    assert not torch.equal(torch.get_rng_state(), state)
 
 
 class Closed(nn.Module):

@@ -178,7 +178,7 @@ def _plain_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
 
 def _plain_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
     if 1 in output.shape and output.requires_grad:
-        output.register_hook(Tensor.contiguous)
+        output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
 
 
 def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: bool = False) -> list[Tensor]:

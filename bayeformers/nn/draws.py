@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..random_state import note_draw
 from ..scalars import is_whole
 from .adapters import allow_merges, refuse_merges
 from .forwards import Forwards
@@ -409,6 +410,7 @@ def fresh_key() -> int:
 
 
 def _fresh_seed() -> int:
+    note_draw()
     return int(torch.randint(2**62, ()).item())
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ..architectures import architecture
 from ..laplace.storage import check_whole, folder, read, write
+from ..random_state import preserved
 from ..surgery import padding_rows, set_padding_rows
 from .codes import Codes
 from .install import Weight, install, kinds, parameter_names
@@ -225,11 +226,8 @@ def _skeleton(path: Path, meta: Mapping[str, Any]) -> nn.Module:
         kind = architecture(config, path, {})
     except ValueError as error:
         raise ValueError(f"{str(path)!r} holds a {name!r}, which needs {_REMEDY}") from error
-    state = torch.get_rng_state()
-    try:
+    with preserved():
         model: PreTrainedModel = kind(config)
-    finally:
-        torch.set_rng_state(state)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
