@@ -40,7 +40,7 @@ from .selection import (
 )
 from .surgery import padding_rows, predicted_padding, refuse_resize, set_padding_rows, swap_class, switch_fused_off, tie
 from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_of
-from .wrappers import told_of_own_save
+from .wrappers import told_of_adapters, told_of_own_save
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def to_bayesian(
     )
     told = told_of_own_save(model)
     convert(model, config, chosen, skipped)
-    if told is not None:
+    if (told := told or told_of_adapters(model)) is not None:
         logger.warning(told)
     return model
 

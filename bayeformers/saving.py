@@ -22,6 +22,7 @@ from .conversion import bayesian_config, conversion_record, converted_module, up
 from .digests import file_digests, write_digests
 from .laplace.moved import MovedPosterior
 from .nn.draws import bayesian_modules
+from .wrappers import told_of_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def check_recorded(model: nn.Module) -> None:
                 type(model).__name__,
             )
         return
+    if (told := told_of_adapters(model)) is not None:
+        logger.warning("`save_pretrained` of a %s", told)
     if converted_module(model) is not model:
         name = next(name for name, module in model.named_modules() if module is converted_module(model))
         raise ValueError(

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
+from .nn.base import variational_tensors
+
 _SAVING = ("save_pretrained", "save", "push_to_hub")
+_WHOLE = "Save `model.state_dict()`, and load it into a model with the same adapters after the same `to_bayesian` call."
 
 
 def told_of_own_save(model: nn.Module) -> str | None:
     """What to say after ``model`` was converted as a whole, if what it saves would be loaded without its posterior.
 
-    A model of transformers, and one that is saved by its `state_dict`, have no such trouble: None.
+    A model of transformers, and one that is saved by its `state_dict`, have no such trouble: None. Of adapters see
+    `told_of_adapters`.
     """
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
         return None
     how = [name for name in _SAVING if callable(getattr(model, name, None))]
     if not how:
         return None
     kind = type(model).__name__
-    if hasattr(model, "peft_config"):
-        return (
-            f"{kind}: the adapter's folder will hold the scales of its Bayesian layers, and `from_pretrained` of PEFT "
-            "reads the means alone. To load all: load the adapter, call `to_bayesian` as here, then "
-            "`peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder))`."
-        )
     inner = next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
     remedy = "Save its `state_dict()`, and load it into a model after the same `to_bayesian` call."
     if inner is not None:
@@ -36,3 +36,39 @@ def told_of_own_save(model: nn.Module) -> str | None:
         f"{kind} was converted as a whole, but its own `{how[0]}` does not record that: what it saves is loaded "
         f"without the posterior. {remedy}"
     )
+
+
+def told_of_adapters(model: nn.Module) -> str | None:
+    """What to say of a converted model with adapters: a folder of theirs holds no conversion; None: it has none.
+
+    The adapters are PEFT's, or were added by transformers' own `add_adapter`, which saves them alone too.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        kind = type(model).__name__
+        return f"{kind}: with adapters, its own `save_pretrained` saves these alone, without the posterior. {_WHOLE}"
+    if not hasattr(model, "peft_config"):
+        return None
+    kind, tensors = type(model).__name__, list(variational_tensors(model))
+    saved = _saved_by_peft(model)
+    lost = [tensor.name for tensor in tensors if tensor.rho.data_ptr() not in saved]
+    if lost:
+        return (
+            f"{kind}: the adapter's folder holds no scales of {len(lost)} of its {len(tensors)} Bayesian tensors, such "
+            f"as {lost[:3]}. {_WHOLE}"
+        )
+    return (
+        f"{kind}: the adapter's folder will hold the scales of its Bayesian layers, and `from_pretrained` of PEFT "
+        "reads the means alone. To load all: load the adapter, call `to_bayesian` as here, then "
+        "`peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder))`."
+    )
+
+
+def _saved_by_peft(model: Any) -> set[int]:
+    """Addresses of the tensors that PEFT writes for the active adapter; none where it cannot say."""
+    from peft import get_peft_model_state_dict
+
+    try:
+        saved = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # of some kinds before they are trained
+        return set()
+    return {tensor.data_ptr() for tensor in saved.values()}

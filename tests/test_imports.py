@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "continual": ("nn", "distributions"),
     "surgery": ("nn", "ties"),
     "plain_weights": (),
-    "wrappers": (),
+    "wrappers": ("nn",),
     "renaming": ("nn",),
     "conversion": (
         "nn",
@@ -101,7 +101,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "random_state",
         "views",
     ),  # fmt: skip
-    "saving": ("conversion", "digests", "laplace", "nn"),
+    "saving": ("conversion", "digests", "laplace", "nn", "wrappers"),
     "architectures": (),
     "accounting": ("digests", "nn", "plain_weights", "saving"),
     "fresh": ("conversion", "nn", "surgery"),

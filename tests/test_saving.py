@@ -20,6 +20,7 @@ from torch import nn
 import bayeformers
 from bayeformers import LaplacePosterior, bayesian_config, is_bayesian, to_bayesian, unfreeze
 from bayeformers.laplace import InfPosterior, inf_posterior
+from bayeformers.nn import variational_tensors
 from bayeformers.posteriors import VariationalPosterior
 from tests.cases import case
 from tests.test_checkpoint import fitted, trained
@@ -263,6 +264,36 @@ def test_a_peft_model_is_told_how_it_is_loaded(tmp_path: Path, caplog: pytest.Lo
     loaded = to_bayesian(peft.PeftModel.from_pretrained(case("bert").build(), tmp_path), target_modules=adapters)
     peft.set_peft_model_state_dict(loaded, peft.load_peft_weights(str(tmp_path)))
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["all of the base", "prompts", "of transformers"])
+def test_adapters_that_would_lose_scales_are_told(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Which are not in the adapter's folder, and that a state dict holds them all."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["query"])
+    prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+
+    def built() -> nn.Module:
+        model = case("bert").build()
+        if kind == "of transformers":
+            model.add_adapter(lora)
+            return model
+        return peft.get_peft_model(model, prompts if kind == "prompts" else lora)
+
+    with caplog.at_level(logging.WARNING):
+        model = to_bayesian(built(), target_modules=r".*prompt.*" if kind == "prompts" else "all")
+    assert "alone" in caplog.text if kind == "of transformers" else "holds no scales of" in caplog.text
+    assert "`model.state_dict()`" in caplog.text
+    caplog.clear()
+    model.save_pretrained(tmp_path / "adapter")
+    assert kind != "of transformers" or "without the posterior" in caplog.text
+    with torch.no_grad():
+        for tensor in variational_tensors(model):
+            tensor.rho.add_(0.1)
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    other = to_bayesian(built(), target_modules=r".*prompt.*" if kind == "prompts" else "all")
+    other.load_state_dict(torch.load(tmp_path / "whole.pt"))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_plain_modules_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
