@@ -19,7 +19,7 @@ from .distributions.initial_scale import check_delta
 from .dropout import dropout_rates, set_dropout
 from .nn import draws
 from .nn.adapters import merged_adapter
-from .nn.base import BayesianModule, variational_tensors
+from .nn.base import RECORD, BayesianModule, variational_tensors
 from .nn.base import is_bayesian as is_bayesian
 from .patterns import Patterns
 from .plain_weights import check_plain_weights
@@ -44,7 +44,6 @@ from .wrappers import told_of_adapters, told_of_own_save
 
 logger = logging.getLogger(__name__)
 
-_STATE = "bayesian_conversion"
 _RESIZE = "resize_token_embeddings"
 _MOPED_PRIOR = MopedPrior()
 
@@ -191,7 +190,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     hold_ties(model)
     state.fused = switch_fused_off(model)
     state.config = config
-    setattr(model, _STATE, state)
+    setattr(model, RECORD, state)
     draws.one_draw_per_forward(model)
     if hasattr(model, _RESIZE):
         model.__dict__[_RESIZE] = refuse_resize
@@ -242,7 +241,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     if not is_bayesian(model):
         raise ValueError(_not_bayesian(model))
     with all_or_nothing(model):
-        for part in [module for module in model.modules() if hasattr(module, _STATE)]:
+        for part in [module for module in model.modules() if hasattr(module, RECORD)]:
             _undo(part)
         _become_deterministic(model)  # what was built by hand
         draws.release(model)
@@ -251,7 +250,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 
 def _undo(model: nn.Module) -> None:
     """What :func:`convert` did to ``model`` itself."""
-    state: Conversion = getattr(model, _STATE)
+    state: Conversion = getattr(model, RECORD)
     _become_deterministic(model)
     for name, parameter in _parameters(model):
         parameter.requires_grad_(state.requires_grad.get(name, True))
@@ -263,7 +262,7 @@ def _undo(model: nn.Module) -> None:
     if TIES in vars(model):
         model.all_tied_weights_keys = state.declared_ties  # type: ignore[assignment]
     draws.release(model)
-    delattr(model, _STATE)
+    delattr(model, RECORD)
     model.__dict__.pop(_RESIZE, None)
     if hasattr(getattr(model, "config", None), "bayesian"):
         del model.config.bayesian  # type: ignore[union-attr]
@@ -301,7 +300,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
 def conversion_record(model: nn.Module) -> Conversion | None:
     """The record of a model's conversion, found through wrappers; None for a network that was built by hand."""
-    return next((getattr(module, _STATE) for module in model.modules() if hasattr(module, _STATE)), None)
+    return next((getattr(module, RECORD) for module in model.modules() if hasattr(module, RECORD)), None)
 
 
 def conversion_of(model: nn.Module) -> Conversion:
@@ -310,7 +309,7 @@ def conversion_of(model: nn.Module) -> Conversion:
     Raises:
         ValueError: ``model`` is not Bayesian, or was built by hand.
     """
-    state: Conversion = getattr(converted_module(model), _STATE)
+    state: Conversion = getattr(converted_module(model), RECORD)
     return state
 
 
@@ -322,7 +321,7 @@ def converted_module(model: nn.Module) -> nn.Module:
     """
     draws.check_module(model)
     for module in model.modules():
-        if hasattr(module, _STATE):
+        if hasattr(module, RECORD):
             return module
     if is_bayesian(model):
         raise ValueError(

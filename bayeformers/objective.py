@@ -15,9 +15,15 @@ from .distributions import kl_divergence as _kl_divergence
 from .distributions.kl import has_closed_form
 from .distributions.normal_kl import block_size, normal_kl
 from .distributions.separable_kl import separable_kl
-from .nn import kl_watch
-from .nn.base import NamedVariational, variational_tensors
+from .nn import draws, kl_watch
+from .nn.base import RECORD, NamedVariational, variational_tensors
 from .nn.variational import scale_of, wide
+
+THAWED = (
+    "The mean {!r} of this %s trains, though the conversion froze the means: PEFT's `set_adapter` and "
+    "`disable_adapter` set `requires_grad`, for one. Freeze it again, or call `bayeformers.unfreeze(model)` if "
+    "training is meant."
+)
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
@@ -37,7 +43,19 @@ def kl_divergence(model: nn.Module) -> Tensor:
     >>> bool(kl_divergence(Linear(3, 2)) > 0)
     True
     """
+    _tell_of_thawed(model)
     return _sum_over_tensors(model, tensor_kl)
+
+
+def _tell_of_thawed(model: nn.Module) -> None:
+    """Means that train though the conversion froze them; a prior that needs a centre refuses them by itself."""
+    records = (vars(module).get(RECORD) for module in model.modules())
+    record = next((record for record in records if record is not None), None)
+    if record is None or not record.config.freeze:
+        return
+    thawed = next((tensor for tensor in variational_tensors(model) if tensor.loc.requires_grad), None)
+    if thawed is not None:
+        draws.say_once(thawed.module.scope, THAWED.format(thawed.name.replace("%", "%%")), model)
 
 
 def log_variational_posterior(model: nn.Module) -> Tensor:

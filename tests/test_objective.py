@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -469,3 +470,19 @@ def test_gradient_accumulates_over_micro_batches() -> None:
     parts = [gradient(slice(a, b)) for a, b in ((0, 3), (3, 6), (6, 7))]
     for whole, *rest in zip(gradient(slice(0, 7)), *parts, strict=True):
         torch.testing.assert_close(sum(rest), whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max() + 1e-6))
+
+
+def test_means_that_train_against_the_conversion_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Once; `unfreeze` is the way that is meant."""
+    model = to_bayesian(nn.Linear(3, 2), prior=NormalPrior(std=1.0, centre=0.0))
+    with caplog.at_level(logging.WARNING):
+        kl_divergence(model)
+        assert not caplog.text
+        model.requires_grad_(True)
+        kl_divergence(model)
+        kl_divergence(model)
+    assert caplog.text.count("though the conversion froze the means") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        kl_divergence(unfreeze(to_bayesian(nn.Linear(3, 2), prior=NormalPrior(std=1.0, centre=0.0))))
+    assert not caplog.text

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import conversion, objective
 from ..distributions import NormalPrior, Prior, ScaleMixturePrior
 from ..nn import variational_tensors
+from ..nn.base import RECORD
 from .deprecation import deprecated
 from .sampling import draw_in_eval
 
@@ -21,7 +22,6 @@ __all__ = ["Model", "to_bayesian"]
 
 Initialization = Callable[[nn.Parameter, nn.Parameter], Any]
 
-_RECORD = "bayesian_conversion"  # by which `bayesian_config` and others find the module that was converted
 _STD = math.log1p(math.e)  # softplus(1), the prior's scale around pretrained weights
 _MIXTURE = ScaleMixturePrior(pi=0.5, std1=1.0, std2=math.exp(-6))  # the prior of a fresh start
 
@@ -60,7 +60,7 @@ class Model(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             inner = self.__dict__.get("_modules", {}).get("model")
-            if inner is None or name == _RECORD:
+            if inner is None or name == RECORD:
                 raise
             return getattr(inner, name)
 

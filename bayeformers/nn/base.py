@@ -23,6 +23,9 @@ from .variational import Draw, TensorSpec, Variational, scale_of
 
 DEFAULT_DELTA = 0.05
 DEFAULT_PRIOR = NormalPrior(std=1.0, centre=0.0)  # a hand-built layer has no trained weight to centre at
+RECORD = "bayesian_conversion"
+"""The attribute in which a converted model keeps the record of its conversion."""
+
 _CENTRE, _PRIOR_SCALE, _FLOOR = "_prior_centre", "_prior_scale", "_scale_floor"
 WIDE_BUFFERS = (_PRIOR_SCALE, _FLOOR)
 """Endings of buffers that stay float32, as rho does, whatever the model is cast to; a checkpoint must have them."""
@@ -195,7 +198,8 @@ class BayesianModule(DrawnWhereRead):
         if loc.requires_grad and self.prior.needs_centre:
             raise RuntimeError(
                 f"The mean {self.specs[name].name!r} requires a gradient but the centre of its prior was not stored. "
-                "Call `bayeformers.unfreeze(model)` instead of setting `requires_grad`: it stores the centre."
+                "Call `bayeformers.unfreeze(model)` instead of setting `requires_grad`: it stores the centre. "
+                "(PEFT's `set_adapter` and `disable_adapter` set it too: freeze the means again.)"
             )
         return loc
 
