@@ -92,7 +92,7 @@ def _reason(layer: Any) -> str | None:
         return "its scales would be lost, and its draws with them"
     lora = _peft("tuners.lora.layer", "LoraLayer")
     is_sum = lora is not None and isinstance(layer, lora) and not getattr(layer, "lora_variant", None)
-    random = [part for part in layer.get_base_layer().modules() if isinstance(part, DrawnWhereRead)]
+    random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, DrawnWhereRead)]
     if random and not is_sum:
         return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
     if any(part.scale_floor(name) is not None for part in random for name in part.specs):
