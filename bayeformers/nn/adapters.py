@@ -14,7 +14,12 @@ from torch import nn
 from .reading import DrawnWhereRead
 
 ASIDE = "PEFT's `target_parameters` takes its parameter out of the module in every forward"
-_MERGE = "merge"
+LATE = (
+    "The active adapter {!r} of this %s came after the conversion and is deterministic, while the others are Bayesian: "
+    "draws leave it as it is. To make it Bayesian call `to_deterministic(model)` with all adapters in place, then "
+    "`to_bayesian` again."
+)
+_MERGE, _PLAIN = "merge", "_bayeformers_plain_adapters"
 
 
 class MergeRefused:
@@ -45,10 +50,31 @@ def refuse_merges(model: nn.Module) -> None:
 
 
 def allow_merges(model: nn.Module) -> None:
-    """Undo :func:`refuse_merges`."""
+    """Undo :func:`refuse_merges` and :func:`note_adapters`."""
     for module in model.modules():
+        vars(module).pop(_PLAIN, None)
         if isinstance(vars(module).get(_MERGE), MergeRefused):
             del vars(module)[_MERGE]
+
+
+def note_adapters(model: nn.Module) -> None:
+    """At a conversion: keep in each tuner layer with Bayesian adapters which of its others are not, as was asked."""
+    for _, layer in _tuner_layers(model):
+        is_random = _randomness(layer)
+        if any(is_random.values()):
+            vars(layer)[_PLAIN] = tuple(name for name, is_so in is_random.items() if not is_so)
+
+
+def late_adapters(model: nn.Module) -> list[str]:
+    """Names of active adapters that came after the conversion into layers whose adapters it made Bayesian."""
+    found: dict[str, None] = {}
+    for _, layer in _tuner_layers(model):
+        known = vars(layer).get(_PLAIN)
+        if known is not None and not layer.disable_adapters:
+            is_random = _randomness(layer)
+            active = [name for name in layer.active_adapters if not is_random.get(name, True)]
+            found.update(dict.fromkeys(name for name in active if name not in known))
+    return list(found)
 
 
 def merged_adapter(model: nn.Module, chosen: Iterable[str]) -> str | None:
@@ -66,9 +92,26 @@ def _reason(layer: Any) -> str | None:
         return "its scales would be lost, and its draws with them"
     lora = _peft("tuners.lora.layer", "LoraLayer")
     is_sum = lora is not None and isinstance(layer, lora) and not getattr(layer, "lora_variant", None)
-    if not is_sum and any(isinstance(part, DrawnWhereRead) for part in layer.get_base_layer().modules()):
+    random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, DrawnWhereRead)]
+    if random and not is_sum:
         return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
+    if any(part.scale_floor(name) is not None for part in random for name in part.specs):
+        return "the scale of the Bayesian layer under it is relative to the mean, so that its draws would change"
     return None
+
+
+def _randomness(layer: Any) -> dict[str, bool]:
+    """Whether the adapters of a tuner layer have a Bayesian tensor, by their names."""
+    found: dict[str, bool] = {}
+    for kind in layer.adapter_layer_names:
+        container = getattr(layer, kind, None)
+        if isinstance(container, nn.ParameterDict):
+            names = getattr(container, "specs", {})
+            found |= {name: found.get(name, False) or name in names for name in container}
+        elif isinstance(container, nn.ModuleDict):
+            for name, module in container.items():
+                found[name] = found.get(name, False) or any(isinstance(m, DrawnWhereRead) for m in module.modules())
+    return found
 
 
 def _adapter_parts(layer: Any) -> dict[str, nn.Module]:

@@ -155,6 +155,8 @@ class BayesianModule(DrawnWhereRead):
                 f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
                 "after conversion. Call `to_deterministic(model)`, resize, then `to_bayesian` again."
             )
+        if self.scope.drawn is not None:
+            self.scope.drawn.add(id(rho))
         held = self.draw
         draw = held if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))

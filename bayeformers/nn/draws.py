@@ -20,7 +20,7 @@ from torch import nn
 
 from ..random_state import note_draw
 from ..scalars import is_whole
-from .adapters import allow_merges, refuse_merges
+from .adapters import LATE, allow_merges, late_adapters, note_adapters, refuse_merges
 from .forwards import Forwards
 from .holds import holding
 from .noise import noise_key
@@ -56,6 +56,7 @@ class DrawScope:
         self._threads: weakref.WeakSet[Forwards] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.said: set[str] = set()
+        self.drawn: set[int] | None = None  # the ids of the scales that are drawn, while somebody asks
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy of a model starts without draws in flight
@@ -262,6 +263,8 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
         )
     check_names(model)
     refuse_merges(model)  # of adapters that came after the conversion
+    if draw is not MEAN:
+        _tell_of_late_adapters(next(iter(modules.values())).scope, model)
     with holding(modules.values() if layers is None else layers, draw):
         yield
 
@@ -293,6 +296,7 @@ def one_draw_per_forward(model: nn.Module) -> nn.Module:
     model.register_forward_pre_hook(_Begin(scope))
     model.register_forward_hook(_End(scope), always_call=True)
     hold_while_generating(model)
+    note_adapters(model)
     refuse_merges(model)
     return model
 
@@ -314,6 +318,11 @@ def say_once(scope: DrawScope, message: str, model: nn.Module) -> None:
     if message not in scope.said:
         scope.said.add(message)
         logger.warning(message, type(model).__name__)
+
+
+def _tell_of_late_adapters(scope: DrawScope, model: nn.Module) -> None:
+    for name in late_adapters(model):
+        say_once(scope, LATE.format(name.replace("%", "%%")), model)
 
 
 def check_module(model: object) -> None:
@@ -340,9 +349,12 @@ class _Begin:
         if torch.compiler.is_compiling():
             self.scope.enter(module.training)
             return
-        takes = self.scope.enter(module.training and _takes_training_draw(module), sys._getframe(1))
+        is_drawn = module.training and _takes_training_draw(module)
+        takes = self.scope.enter(is_drawn, sys._getframe(1))
         if takes and not torch.is_grad_enabled():
             say_once(self.scope, FORWARD, module)
+        if is_drawn:
+            _tell_of_late_adapters(self.scope, module)
 
 
 class _End:

@@ -22,6 +22,11 @@ from .variational import TensorSpec, Variational
 MEAN: Final = "mean"
 _DESCRIPTIONS = frozenset(("dtype", "device", "shape", "ndim", "layout", "is_meta", "requires_grad"))
 _PARAMETRIZE = "torch.nn.utils.parametrize"
+_TUNERS, _MERGES = "peft.tuners.", ("merge", "unmerge")
+_DRAWN_MERGE = (
+    "`{}` of an adapter while {!r} is drawn: it would change the draw, which is a copy, and not the weight. Call it "
+    "outside of `fixed_draw` and of the forward."
+)
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 _LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")
 
@@ -103,6 +108,8 @@ def _read(self: DrawnWhereRead, name: str) -> Tensor | None:
         parametrizes = reader.f_globals.get("__name__") == _PARAMETRIZE and reader.f_locals.get("self") is not self
         if parametrizes:  # it would keep the draw in the place of the Parameter
             raise RuntimeError(replaced(self.specs[name].name))
+        if reader.f_code.co_name in _MERGES and reader.f_globals.get("__name__", "").startswith(_TUNERS):
+            raise RuntimeError(_DRAWN_MERGE.format(reader.f_code.co_name, self.specs[name].name))
         if reader.f_code is _GET_PARAMETER or only_describes(reader):
             return parameter
     try:

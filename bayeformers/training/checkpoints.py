@@ -24,23 +24,13 @@ from ..conversion import conversion_record
 from ..nn.base import WIDE_BUFFERS, variational_tensors
 from .checks import recorded_config
 
-__all__ = [
-    "adapter_files",
-    "check_adapter",
-    "check_same_conversion",
-    "is_peft",
-    "restore",
-    "unwrapped",
-    "verify_adapter",
-    "weight_files",
-]
+__all__ = ["check_same_conversion", "restore", "unwrapped", "weight_files"]
 
 RESUMED = "`resume_from_checkpoint`"
 _COMPARED = ("delta", "freeze", "prior", "estimator", "modules", "padding")
-_RHO = "_rho"
-_ADDED = (_RHO, "_prior_centre", *WIDE_BUFFERS)  # endings of what a conversion adds, which no file may lack
+RHO = "_rho"
+ADDED = (RHO, "_prior_centre", *WIDE_BUFFERS)  # endings of what a conversion adds, which no file may lack
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _COMPILED = "_orig_mod."  # before the names of a model that was given to the Trainer compiled
 _MOVED = r"(^|\.)position_ids$|rotary_emb\.inv_freq$"  # buffers that older versions of transformers saved
 
@@ -49,11 +39,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel and `torch.compile`."""
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether ``model`` is a `PeftModel`, which saves its adapters and no base."""
-    return hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel)
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -67,11 +52,6 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
             shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
             return [path / shard for shard in sorted(set(shards.values()))]
     return []
-
-
-def adapter_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files of PEFT's adapters; none if there are none."""
-    return [file for name in _ADAPTERS for file in sorted(Path(folder).rglob(name))]
 
 
 @torch.no_grad()
@@ -90,14 +70,14 @@ def restore(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUME
     """
     raw: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        raw |= {name.removeprefix(_COMPILED): value for name, value in _read(file).items()}
+        raw |= {name.removeprefix(_COMPILED): value for name, value in read(file).items()}
     found, unknown = _by_own_names(model, raw)
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     unknown += [name for name in found if name not in own]
     _check(model, own, found, unknown, f"{what} {str(folder)!r}")
     check_same_conversion(model, folder, what)
     model.load_state_dict(found, strict=False)
-    differing = [name for name, value in found.items() if name in own and not _same(own[name], value)]
+    differing = [name for name, value in found.items() if name in own and not same(own[name], value)]
     if differing:
         raise RuntimeError(
             f"{what} {str(folder)!r} was read, but {len(differing)} tensors of the model are not the checkpoint's, "
@@ -105,7 +85,8 @@ def restore(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUME
         )
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
     if file.suffix == ".safetensors":
         return load_file(file)
     tensors: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)
@@ -170,23 +151,25 @@ def _check(
     unknown = sorted(_besides(unknown, model, "_keys_to_ignore_on_load_unexpected"))
     unknown = [name for name in unknown if not re.search(_MOVED, name)]
     is_converted = next(variational_tensors(model), None) is not None
-    scales = [name for name in unknown if name.endswith(_RHO)]
+    scales = [name for name in unknown if name.endswith(RHO)]
     if scales and not is_converted:
-        raise ValueError(_unconverted(what, scales))
+        raise ValueError(unconverted(what, scales))
     if missing or unknown:
-        raise ValueError(_misfit(what, missing, unknown))
+        raise ValueError(misfit(what, missing, unknown))
     _check_values(own, found, what)
 
 
-def _unconverted(what: str, scales: list[str]) -> str:
+def unconverted(what: str, scales: list[str]) -> str:
+    """The error where only the checkpoint has scales."""
     return (
         f"{what} holds the scales of {len(scales)} Bayesian tensors, but the model is not converted: call "
         "`to_bayesian(model)` as in that training, then make the trainer."
     )
 
 
-def _misfit(what: str, missing: list[str], unknown: list[str]) -> str:
-    by_scale = any(name.endswith(_RHO) for name in missing + unknown)
+def misfit(what: str, missing: list[str], unknown: list[str]) -> str:
+    """The error where checkpoint and model do not have the same tensors."""
+    by_scale = any(name.endswith(RHO) for name in missing + unknown)
     fits, remedy = ("model's conversion", "Convert the same layers") if by_scale else ("model", "Make the model")
     return (
         f"{what} does not fit the {fits}: it lacks {_some(missing)} ({len(missing)}) and has {_some(unknown)} "
@@ -196,13 +179,13 @@ def _misfit(what: str, missing: list[str], unknown: list[str]) -> str:
 
 def _some(names: list[str]) -> list[str]:
     """Scales first: they tell of another conversion."""
-    return sorted(names, key=lambda name: (not name.endswith(_RHO), name))[:3]
+    return sorted(names, key=lambda name: (not name.endswith(RHO), name))[:3]
 
 
 def _besides(names: list[str], model: nn.Module, *attributes: str) -> list[str]:
     """Those that no pattern of the model's excuses; it means the model's own tensors, not what ours are named after."""
     patterns = [pattern for attribute in attributes for pattern in getattr(model, attribute, None) or ()]
-    return [n for n in names if n.endswith(_ADDED) or not any(re.search(pattern, n) for pattern in patterns)]
+    return [n for n in names if n.endswith(ADDED) or not any(re.search(pattern, n) for pattern in patterns)]
 
 
 def _check_values(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
@@ -214,14 +197,14 @@ def _check_values(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
                 "model as in that training."
             )
         other = first.setdefault(id(own[name]), name)
-        if not _same(found[other], value):
+        if not same(found[other], value):
             raise ValueError(
                 f"{what} has two tensors for {other!r} and {name!r}, which share one in the model: it was trained with "
                 "weights that were not tied. Make the model as in that training."
             )
 
 
-def _same(tensor: Tensor, value: Tensor) -> bool:
+def same(tensor: Tensor, value: Tensor) -> bool:
     """Equal in the dtype of ``tensor``, NaNs included."""
     expected = value.to(tensor.device, tensor.dtype)
     return torch.equal(tensor, expected) or bool(((tensor == expected) | (tensor.isnan() & expected.isnan())).all())
@@ -240,44 +223,3 @@ def check_same_conversion(model: nn.Module, folder: str | os.PathLike[str], what
                 f"{what} {str(folder)!r} was trained with {key}={recorded.get(key)!r}, the model "
                 f"was converted with {key}={present[key]!r}: the prior would change in mid-training."
             )
-
-
-def check_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Errors: ValueError unless PEFT's files in ``folder`` hold exactly the scales that ``model`` has."""
-    saved = {name for file in adapter_files(folder) for name in _read(file) if name.endswith(_RHO)}
-    expected = _rho_names(model)
-    missing = [min(names) for names in expected if not names & saved]
-    unknown = sorted(saved - set().union(*expected))
-    what = f"{RESUMED} {str(folder)!r}"
-    if unknown and not expected:
-        raise ValueError(_unconverted(what, unknown))
-    if missing or unknown:
-        raise ValueError(_misfit(what, missing, unknown))
-
-
-def verify_adapter(model: Any, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
-    """Errors: RuntimeError unless the adapter in the folder itself is the one that ``model`` has now."""
-    from peft import get_peft_model_state_dict  # an extra
-
-    name = model.active_adapters[0]
-    files = [file for file in adapter_files(folder) if file.parent in (Path(folder), Path(folder) / name)]
-    if not files:
-        return
-    saved = _read(files[0])
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    differing = [k for k, t in own.items() if isinstance(t, Tensor) and not (k in saved and _same(t, saved[k]))]
-    if differing:
-        raise RuntimeError(
-            f"{what} {str(folder)!r} was read by PEFT, but {len(differing)} tensors of the adapter {name!r} are not "
-            f"the checkpoint's, such as {differing[:3]}."
-        )
-
-
-def _rho_names(model: nn.Module) -> list[set[str]]:
-    """For every distinct rho, all names under which a checkpoint may keep it (ties; PEFT drops the adapter's name)."""
-    adapters: Iterable[str] = getattr(model, "peft_config", None) or ()
-    names: dict[int, set[str]] = {id(tensor.rho): set() for tensor in variational_tensors(model)}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in names:
-            names[id(parameter)] |= {name, *(name.replace(f".{adapter}.", ".") for adapter in adapters)}
-    return list(names.values())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..nn.base import variational_tensors
+from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
 
@@ -13,8 +13,8 @@ __all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord"]
 
 SAMPLED_PER_TENSOR = 4096
 SILENT_LAYERS = (
-    "{} Bayesian layers were not called in the first forward ({}): only the KL moves their scales. Name them in "
-    "`exclude_modules` if the model never uses them."
+    "{} Bayesian layers were neither called nor read in the first forward ({}): only the KL moves their scales. Name "
+    "them in `exclude_modules` if the model never uses them."
 )
 
 
@@ -39,10 +39,13 @@ class ScaleShift:
 
 
 class CallWatch:
-    """Which of the given layers a forward calls; a layer counts as called with any other that shares its weight."""
+    """Which of the given layers a forward calls, or reads; one counts with any other that shares its weight."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, BayesianModule]) -> None:
         self._layers = layers
+        self._scopes = {id(layer.scope): layer.scope for layer in layers.values()}
+        for scope in self._scopes.values():
+            scope.drawn = set()
         self._called: set[int] = set()
         self._handles = [layer.register_forward_hook(self._note) for layer in layers.values()]
 
@@ -53,6 +56,9 @@ class CallWatch:
         """Stop watching; the names of the layers that were not called."""
         for handle in self._handles:
             handle.remove()
+        for scope in self._scopes.values():
+            self._called |= scope.drawn or set()
+            scope.drawn = None
         return [name for name, layer in self._layers.items() if not self._called & {id(p) for p in layer.parameters()}]
 
 

@@ -1,5 +1,6 @@
 """`BayesianTrainer`: transformers' Trainer with the ELBO as its loss and Monte-Carlo prediction in its evaluation."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..conversion import conversion_record, is_bayesian, update_config, without_stale_record
-from ..nn.draws import one_draw_per_forward, training_draw
+from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
 from ..objective import kl_divergence, log_variational_posterior
 from ..predictive import HEAD, ProblemType, resolve_problem_type, without_ignored
 from ..saving import saved_along
-from . import checkpoints, checks
+from . import adapter_checkpoints, checkpoints, checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .calibration_term import CalibrationTerm
 from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
@@ -154,14 +155,15 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = checkpoints.unwrapped(self.model if model is None else model)
-        if checkpoints.is_peft(target):
-            checkpoints.check_adapter(target, resume_from_checkpoint)
+        if adapter_checkpoints.is_peft(target):
+            adapter_checkpoints.check_adapter(target, resume_from_checkpoint)
         if checkpoints.weight_files(resume_from_checkpoint) and not self._is_sharded():
             checkpoints.restore(target, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if checkpoints.is_peft(target):
-                checkpoints.verify_adapter(target, resume_from_checkpoint)
+            if not adapter_checkpoints.is_complete(target, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if adapter_checkpoints.is_peft(target):
+                adapter_checkpoints.restore_adapter(target, resume_from_checkpoint)
         self._resumed = Path(resume_from_checkpoint)
         recorded = checks.recorded_config(resume_from_checkpoint)
         if recorded is not None and recorded.get("noise_std") is not None:
@@ -171,9 +173,11 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         folder, target = str(self.state.best_model_checkpoint), checkpoints.unwrapped(self.model)
         if self._is_sharded():
             super()._load_best_model()
-        elif checkpoints.is_peft(target) and checkpoints.adapter_files(folder):
-            super()._load_best_model()
-            checkpoints.verify_adapter(target, folder, "The best checkpoint")
+        elif adapter_checkpoints.is_peft(target) and adapter_checkpoints.adapter_files(folder):
+            adapter_checkpoints.check_adapter(target, folder, "The best checkpoint")
+            if not adapter_checkpoints.is_complete(target, folder):
+                super()._load_best_model()
+            adapter_checkpoints.restore_adapter(target, folder, "The best checkpoint")
         elif checkpoints.weight_files(folder):
             logger.info("Loading the best model from %s (score: %s).", folder, self.state.best_metric)
             checkpoints.restore(target, folder, "The best checkpoint")
@@ -268,7 +272,12 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         own = self._posterior
         if own is not None and self.args.should_save and saved_along(self.model) is not own:
             own.save(output_dir or str(self.args.output_dir))  # first: a push to the hub takes it along
-        with without_stale_record(self.model):
+        inner, folder = checkpoints.unwrapped(self.model), output_dir or str(self.args.output_dir)
+        has_adapter = adapter_checkpoints.is_peft(inner) and is_bayesian(inner) and not self._is_sharded()
+        if has_adapter and self.args.should_save:
+            adapter_checkpoints.save_beside(inner, folder)
+        # PEFT saves what its prompt encoders compute
+        with without_stale_record(self.model), posterior_mean(inner) if has_adapter else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
     # -- loss --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from bayeformers import fixed_draw, kl_divergence, summary, to_bayesian, to_deterministic
+from bayeformers import fixed_draw, kl_divergence, posterior_mean, summary, to_bayesian, to_deterministic
 from bayeformers import nn as bnn
+from bayeformers.nn.draws import training_draw
 
 peft = pytest.importorskip("peft")
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
@@ -131,3 +133,90 @@ def test_merging_dora_into_a_bayesian_layer_is_refused(first: str) -> None:
         merged = model.merge_and_unload()
         with fixed_draw(merged, 0):
             torch.testing.assert_close(logits(merged), expected)
+
+
+def test_merging_into_a_draw_is_refused() -> None:
+    """PEFT would add to the copy that a reading gives: the adapter would be gone, and `unmerge` change the mean."""
+    model = to_bayesian(bert(), delta=0.5, exclude_modules=["default"]).eval()
+    models = {"model": model, "copy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    for one in models.values():
+        before, expected = {name: value.clone() for name, value in one.state_dict().items()}, logits(one)
+        with fixed_draw(one, 0), pytest.raises(RuntimeError, match=r"`merge` .*query.* is drawn.*outside"):
+            one.merge_adapter()
+        with training_draw(one.train()), pytest.raises(RuntimeError, match="`merge` .* is drawn"):
+            one.merge_adapter()
+        one.eval()
+        assert all(torch.equal(before[name], value) for name, value in one.state_dict().items())
+        one.merge_adapter()
+        torch.testing.assert_close(logits(one), expected)
+        with fixed_draw(one, 0), pytest.raises(RuntimeError, match="`unmerge` .* is drawn"):
+            one.base_model.model.bert.encoder.layer[0].attention.self.query.unmerge()
+
+
+def test_merging_in_a_held_mean_is_allowed() -> None:
+    model = to_bayesian(bert(), delta=0.5, exclude_modules=["default"]).eval()
+    expected = logits(model)
+    with posterior_mean(model):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_merging_under_a_scale_relative_to_the_mean_is_refused() -> None:
+    model = to_bayesian(bert(), delta=0.5, scale="multiplicative", exclude_modules=["default"]).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"query.*cannot be merged.*relative to the mean.*draws would change"):
+        model.merge_adapter()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def two_adapters() -> Any:
+    model = bert()
+    model.add_adapter("b", peft.LoraConfig(target_modules=["query"], init_lora_weights=False, r=2))
+    return model
+
+
+@pytest.mark.parametrize("forward", ["held", "training"])
+def test_an_adapter_after_the_conversion_is_told_of_once(forward: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = to_bayesian(two_adapters(), delta=0.5, target_modules=r".*lora_[AB]\..*").eval()
+    model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c", combination_type="linear")
+
+    def told() -> list[str]:
+        caplog.clear()
+        for _ in range(2):
+            if forward == "training":
+                model.train()(**IDS)
+            else:
+                with fixed_draw(model.eval(), 0):
+                    logits(model)
+        return [record.getMessage() for record in caplog.records if "deterministic" in record.getMessage()]
+
+    assert not told()
+    model.set_adapter("c")
+    with posterior_mean(model):
+        logits(model)
+    (message,) = told()
+    assert "'c'" in message and "to_deterministic" in message
+    assert not told()
+    to_bayesian(to_deterministic(model), delta=0.5, target_modules=r".*lora_[AB]\..*")
+    with fixed_draw(model.eval(), 0):
+        drawn = logits(model)
+    assert not torch.equal(drawn, logits(model)) and not told()
+
+
+def test_an_adapter_that_was_left_out_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = to_bayesian(two_adapters(), delta=0.5, target_modules=ADAPTERS).eval()
+    model.set_adapter("b")
+    with fixed_draw(model, 0):
+        logits(model)
+    assert not [record for record in caplog.records if "deterministic" in record.getMessage()]
+
+
+def test_an_adapter_of_bare_parameters_after_the_conversion(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"r": 2, "target_modules": ["query"], "init_weights": False}
+    model = peft.get_peft_model(bert().unload(), peft.LoHaConfig(**options))
+    to_bayesian(model, delta=0.5, target_modules=r".*hada_.*")
+    model.add_adapter("b", peft.LoHaConfig(**options))
+    model.set_adapter("b")
+    with fixed_draw(model.eval(), 0):
+        logits(model)
+    assert len([record for record in caplog.records if "'b'" in record.getMessage()]) == 1
