@@ -83,8 +83,8 @@ def batch_size(inputs: Inputs) -> int:
     return len(first) if first is not None and first.ndim else 1
 
 
-def rows(inputs: Inputs, part: slice, size: int) -> Inputs:
-    """Some examples of a batch of ``size``; what has another length is shared by all."""
+def rows(inputs: Inputs, part: slice | Tensor, size: int) -> Inputs:
+    """Some examples of a batch of ``size``, by number or by a mask; what has another length is shared by all."""
     cut: Inputs = mapped(inputs, lambda tensor: tensor[part] if tensor.ndim and len(tensor) == size else tensor)
     return cut
 

@@ -58,6 +58,33 @@ def test_the_dataset_tells_its_length() -> None:
         fit(mlp(), batches(X, Y), num_batches=1, **FIXED)
 
 
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_examples_without_a_label_are_as_good_as_not_there(kind: str, fisher: str, pooled: bool) -> None:
+    """Their Fisher is 0; what they read must not enter A either, nor they N. The second batch has no other ones."""
+    model, inputs = reader(pooled=pooled), text(9)
+    labels, ignored = classes(9) if pooled else classes(9, 4), torch.tensor([1, 4, 5, 6])
+    labels[ignored] = -100
+    kept = [i for i in range(9) if i not in ignored]
+    options: dict[str, Any] = {"curvature": kind, "fisher": fisher, "target_modules": "all", **FIXED}
+    found = fit(model, batches(inputs, labels, 4, 3, 2), **options)
+    plain = fit(model, batches({name: v[kept] for name, v in inputs.items()}, labels[kept]), **options)
+    assert found.record == plain.record and found.record.num_data == 5
+    for layer, eigen in plain.layers.items():
+        close(dense(found.layers[layer]), dense(eigen), 1e-12)
+
+
+def test_a_part_with_examples_without_a_label() -> None:
+    """N counts them, as a dataset's length does: four of six have a label, of twelve eight would."""
+    labels = torch.tensor([0, -100, 2, 1, -100, 0])
+    data = DataLoader(TensorDataset(X[:6], labels), batch_size=3)
+    assert fit(mlp(), data, **FIXED).record.num_data == 4
+    assert fit(mlp(), data, num_data=12, **FIXED).record.num_data == 8
+    with pytest.raises(ValueError, match="`dataloader` has no label: all those of its 6 examples are -100"):
+        fit(mlp(), batches(X[:6], torch.full((6,), -100)), **FIXED)
+
+
 def test_device_of_the_sums() -> None:
     model = mlp()
     assert same(fit(model, batches(X, Y), device="cpu", **FIXED), fit(model, batches(X, Y), **FIXED))
