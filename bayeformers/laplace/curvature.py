@@ -160,8 +160,12 @@ class Curvature:
         """The layer's curvature, eigendecomposed.
 
         ``known``: input factors decomposed so far; layers that read the same tensor (query, key, value) share one.
+
+        Raises:
+            ValueError: some sum is not finite.
         """
         sums = self._layer(layer)
+        check_finite(layer, sums)
         if "products" in sums:
             values, vectors = symmetric_eigen(symmetric(sums["products"]))
             return KroneckerEigen(None, vectors, self.data_scale * values.unsqueeze(1))
@@ -233,6 +237,16 @@ class Curvature:
         if layer not in self.sums:
             raise ValueError(f"`layer` must be one of {list(self.sums)[:5]}..., got {layer!r}.")
         return self.sums[layer]
+
+
+def check_finite(layer: str, sums: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for sums of a layer that are not finite."""
+    for name, value in sums.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"The {'inputs' if name == 'inputs' else 'gradients'} of the layer {layer!r} are not finite, or their "
+                f"squares overflow {value.dtype}: check the model's weights and data, or exclude the layer."
+            )
 
 
 def _shapes(sums: Mapping[str, Mapping[str, Tensor]]) -> Any:

@@ -22,7 +22,7 @@ from ..random_state import preserved
 from ..scalars import is_whole
 from ..views import View
 from .accumulate import Accumulator
-from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
+from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing, check_finite
 from .data import likelihood_of
 from .evidence import Precision
 from .hessian import Fisher, Likelihood, num_columns
@@ -244,6 +244,7 @@ def _second_pass(
         accumulator.add(batch)
     squares.all_reduce()
     for name, found in squares.sums.items():
+        check_finite(name, found)
         sums.sums[name]["squares"] = found["squares"]
     corrected = {name: sums.data_scale * found["squares"] for name, found in squares.sums.items()}
     return [

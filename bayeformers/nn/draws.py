@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..scalars import is_whole
+from ..scalars import check_draw
 from .adapters import allow_merges, refuse_merges
 from .forwards import Forwards
 from .holds import holding
@@ -240,13 +240,9 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
 
     Raises:
         TypeError: ``index`` or ``seed`` is no whole number.
-        ValueError: ``index`` is negative.
+        ValueError: ``index`` or ``seed`` is negative.
     """
-    for name, value in (("index", index), ("seed", seed)):
-        if not is_whole(value):
-            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
-    if index < 0:
-        raise ValueError(f"`index` must be >= 0, got {index}: draws are numbered from 0.")
+    check_draw(index, seed)
     with hold(model, Draw(int(seed), int(index))):
         yield
 

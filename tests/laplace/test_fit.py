@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers.laplace import LaplacePosterior, fit, tune
@@ -83,6 +83,24 @@ def test_a_part_with_examples_without_a_label() -> None:
     assert fit(mlp(), data, num_data=12, **FIXED).record.num_data == 8
     with pytest.raises(ValueError, match="`dataloader` has no label: all those of its 6 examples are -100"):
         fit(mlp(), batches(X[:6], torch.full((6,), -100)), **FIXED)
+
+
+class Kinked(nn.Module):
+    """Finite outputs whose gradient is not: the root of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        return self.head((hidden - hidden.detach()).sqrt())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "full"])
+def test_gradients_that_are_not_finite_name_their_layer(kind: str) -> None:
+    with pytest.raises(ValueError, match="The gradients of the layer 'body' are not finite"):
+        fit(built(Kinked()), batches(X, Y), curvature=kind, **FIXED)
 
 
 def test_device_of_the_sums() -> None:
