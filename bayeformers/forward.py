@@ -6,13 +6,26 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "batch_size", "call", "check_inputs", "holds_tensor", "mapped", "rows", "tensors_in"]
+__all__ = [
+    "Inputs",
+    "batch_size",
+    "call",
+    "check_filled",
+    "check_inputs",
+    "holds_tensor",
+    "mapped",
+    "rows",
+    "tensors_in",
+]
 
 Inputs = Mapping[str, Any] | Tensor | Sequence[Any]
 """A mapping of names to arguments, one tensor, or a tuple or list of several arguments. A forward of one argument that
 is no tensor (a mapping, a list) gets it whole."""
+
+_TENSOR_NAMES = ("_ids", "_mask", "_embeds", "_values")  # the ends of the names that transformers gives its tensors
 
 
 def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
@@ -36,7 +49,8 @@ def check_inputs(inputs: Any) -> Inputs:
     """What can be a batch.
 
     Raises:
-        TypeError: anything else than a mapping, a tensor, or a tuple or list that holds a tensor.
+        TypeError: anything else than a mapping, a tensor, or a tuple or list that holds a tensor; in a mapping an array
+            or numbers in place of a tensor, or token ids that are no whole numbers.
     """
     is_batch = isinstance(inputs, (Mapping, Tensor)) or (isinstance(inputs, (list, tuple)) and holds_tensor(inputs))
     if not is_batch:
@@ -44,8 +58,59 @@ def check_inputs(inputs: Any) -> Inputs:
             "`inputs` must be a mapping of names to tensors, one tensor, or a tuple or list of several, got "
             f"{type(inputs).__name__}."
         )
+    if isinstance(inputs, Mapping):
+        is_untensored = all(map(_is_plain, inputs.values()))
+        for name, value in inputs.items():
+            _check_entry(str(name), value, or_numbers=is_untensored)
     found: Inputs = inputs
     return found
+
+
+def check_filled(inputs: Inputs) -> None:
+    """Raise ValueError for a batch of no example: all of its tensors have length 0."""
+    entries = {f"inputs[{name!r}]": value for name, value in inputs.items()} if isinstance(inputs, Mapping) else {}
+    shapes = [
+        (name, tensor.shape)
+        for name, value in (entries or {"inputs": inputs}).items()
+        for tensor in tensors_in(value)
+        if tensor.ndim
+    ]
+    if shapes and not any(shape[0] for _, shape in shapes):
+        name, shape = shapes[0]
+        raise ValueError(f"`{name}` has the shape {tuple(shape)}: the batch is empty, there is nothing to predict.")
+
+
+def _check_entry(name: str, value: Any, *, or_numbers: bool) -> None:
+    """Of a mapping; ``or_numbers``: lists of numbers are meant as tensors whatever they are called.
+
+    Elsewhere they may be sizes, which are numbers for every model.
+    """
+    if "label" in name:
+        return
+    is_numbers = _holds_numbers(value) and (or_numbers or name.endswith(_TENSOR_NAMES))
+    if isinstance(value, np.ndarray) or is_numbers:
+        raise TypeError(
+            f"`inputs[{name!r}]` must be a tensor, got {type(value).__name__}: take `torch.as_tensor` of it, or give "
+            'the tokenizer or processor `return_tensors="pt"`.'
+        )
+    if name.endswith("input_ids") and isinstance(value, Tensor) and value.is_floating_point():
+        raise TypeError(f"`inputs[{name!r}]` must hold whole numbers, the ids of tokens, got {value.dtype}.")
+
+
+def _is_plain(value: Any) -> bool:
+    """No tensor, and nothing that a model could make one of by itself, such as an image."""
+    return isinstance(value, (bool, int, float, str, np.ndarray)) or value is None or _holds_numbers(value)
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether it is a list of numbers, or of such lists."""
+    while isinstance(value, (list, tuple)) and len(value):
+        value = value[0]
+        if isinstance(value, (bool, str)):
+            return False
+        if isinstance(value, (int, float, np.number)):
+            return True
+    return False
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
@@ -83,8 +148,8 @@ def batch_size(inputs: Inputs) -> int:
     return len(first) if first is not None and first.ndim else 1
 
 
-def rows(inputs: Inputs, part: slice, size: int) -> Inputs:
-    """Some examples of a batch of ``size``; what has another length is shared by all."""
+def rows(inputs: Inputs, part: slice | Tensor, size: int) -> Inputs:
+    """Some examples of a batch of ``size``, by number or by a mask; what has another length is shared by all."""
     cut: Inputs = mapped(inputs, lambda tensor: tensor[part] if tensor.ndim and len(tensor) == size else tensor)
     return cut
 

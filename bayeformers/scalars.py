@@ -6,7 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
-__all__ = ["is_finite", "is_real", "is_whole", "plain"]
+__all__ = ["check_draw", "is_finite", "is_real", "is_whole", "plain"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -36,6 +36,22 @@ def is_finite(value: object) -> TypeGuard[float]:
     (True, False)
     """
     return is_real(value) and math.isfinite(value)
+
+
+def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
+    """Whole numbers >= 0, and an ``index`` that exists.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: one is negative, or ``index`` not below ``num_draws``.
+    """
+    for name, value in (("index", index), ("seed", seed)):
+        if not is_whole(value):
+            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if index < 0 or (num_draws is not None and index >= num_draws):
+        raise ValueError(f"`index` must be in 0..{'' if num_draws is None else num_draws - 1}, got {index}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be a whole number >= 0, got {seed}.")
 
 
 def plain(value: Any) -> Any:

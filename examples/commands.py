@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from examples.running import leave_process_group
+from examples.training_flags import check_smoothing
 
 _USERS = "is_about_input"
 """Attribute of an exception that a wrong flag or file has caused: it needs no traceback."""
@@ -98,7 +99,7 @@ def parse(parser: HfArgumentParser, argv: Sequence[str] | None) -> tuple[Any, ..
 
     Raises:
         SystemExit: an unknown flag, or a value of the wrong type.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or one that the example cannot honour.
     """
     _, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -108,4 +109,6 @@ def parse(parser: HfArgumentParser, argv: Sequence[str] | None) -> tuple[Any, ..
         parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
     with user_input():
         parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    return tuple(group for group in parsed if not isinstance(group, Namespace))
+        groups = tuple(group for group in parsed if not isinstance(group, Namespace))
+        check_smoothing(groups)
+    return groups

@@ -23,6 +23,7 @@ from transformers import set_seed
 
 from bayeformers.report import write_json
 from examples.commands import run as run_command
+from examples.commands import user_input
 from examples.curves import fitting
 from examples.curves.arguments import Arguments, parse_arguments
 from examples.curves.data import CurveData, generate, noise_of_neighbours, read_points
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example; the results are returned, printed and written to ``--output_dir``."""
     arguments = parse_arguments(argv)
     curve, args = arguments
-    data = generate(args.seed, curve.num_points) if curve.data_file is None else read_points(curve.data_file, args.seed)
+    with user_input():
+        file = curve.data_file
+        data = generate(args.seed, curve.num_points) if file is None else read_points(file, args.seed)
     set_seed(args.seed)
     clock = Clock()
     methods = fit_all(data, arguments, clock)

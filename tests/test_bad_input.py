@@ -151,6 +151,7 @@ def test_needs_a_bayesian_model(function: Callable[[nn.Module], Any]) -> None:
         (torch.tensor(1), 0, "index", TypeError),
         (0, 0.5, "seed", TypeError),
         (0, None, "seed", TypeError),
+        (0, -1, "seed", ValueError),
     ],
 )
 def test_fixed_draw_refuses(index: Any, seed: Any, named: str, kind: type[Exception]) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bayeformers import calibrate_delta, predict, to_bayesian
 from bayeformers.forward import batch_size, check_inputs, mapped, rows
 from bayeformers.laplace import fit
+from tests.training import tiny
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
@@ -112,3 +113,48 @@ def test_parts_of_nested_inputs() -> None:
     part: Any = rows(nested, slice(0, 5), 12)
     assert len(part["a"][0]) == len(part["a"][1]["b"]) == 5 and part["scale"] == 2 and part["name"] == "x"
     assert torch.equal(mapped((X,), torch.neg)[0], -X)
+
+
+# -- what is no batch -------------------------------------------------------------------------------------------------
+
+IDS = torch.randint(2, 30, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", ["sample", "glm"])
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"input_ids": IDS.numpy()}, TypeError, r"`inputs\['input_ids'\]` must be a tensor, got nd"),
+        ({"input_ids": IDS.tolist()}, TypeError, r"`inputs\['input_ids'\]` must be a tensor, got list"),
+        (
+            {"input_ids": IDS, "attention_mask": (IDS > 0).long().tolist()},
+            TypeError,
+            r"`inputs\['attention_mask'\]`",
+        ),
+        ({"input_ids": IDS.float()}, TypeError, r"`inputs\['input_ids'\]` must hold whole numbers.*got torch.float32"),
+        ({"input_ids": IDS[:0]}, ValueError, r"`inputs\['input_ids'\]` has the shape \(0, 6\): the batch is empty"),
+    ],
+)
+def test_entries_that_are_no_tensors_are_named(inputs: Any, error: type[Exception], message: str, method: str) -> None:
+    with pytest.raises(error, match=message):
+        predict(tiny.bayesian(), inputs, num_samples=2, method=method)
+
+
+def test_an_empty_tensor_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`inputs` has the shape \(0, 6\): the batch is empty"):
+        predict(to_bayesian(Net()), X[:0])
+
+
+def test_what_is_no_tensor_by_right_is_taken() -> None:
+    """Switches, names, sizes, nested tensors, images, labels: a forward may have any of them."""
+    given: dict[str, Any] = {
+        "input_ids": IDS, "scale": 2.0, "return_dict": True, "nothing": None, "name": "bert", "size": (3, 4),
+        "image_sizes": [[480, 640]], "parts": [IDS, IDS], "more": {"mask": IDS}, "texts": ["a", "b"], "labels": [0, 1],
+        "images": [object()],
+    }  # fmt: skip
+    assert check_inputs(given) is given
+    images = {"images": [object()], "sizes": [[480, 640]]}
+    assert check_inputs(images) is images
+    model = tiny.bayesian()
+    labelled = {"input_ids": IDS, "labels": [0, 1, 2, 0], "output_attentions": False}
+    assert predict(model, labelled, num_samples=2).num_samples == 2

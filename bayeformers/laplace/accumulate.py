@@ -61,11 +61,16 @@ class Accumulator:
     def add(self, batch: Batch) -> None:
         """One forward pass, one backward pass per column; one example at a time where a layer does not keep them apart.
 
+        Of the examples with a loss term; the others are counted.
+
         Raises:
             ValueError: outputs or labels that are not finite or do not fit.
         """
-        self._add(batch, self._generators(batch) if self.curvature.config.fisher == "mc" else [])
-        self._num_seen += len(batch)
+        labelled = batch.labelled(self.curvature.config.likelihood)
+        if len(labelled):
+            self._add(labelled, self._generators(labelled) if self.curvature.config.fisher == "mc" else [])
+        self._num_seen += len(labelled)
+        self.curvature.num_unlabelled += len(batch) - len(labelled)
         self.curvature.num_batches += 1
 
     def _add(self, batch: Batch, generators: Sequence[torch.Generator]) -> None:

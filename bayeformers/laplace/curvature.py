@@ -29,7 +29,7 @@ from .storage import check_whole, read, write
 
 CurvatureKind = Literal["kfac", "ekfac", "diagonal", "full"]
 WeightSharing = Literal["expand", "reduce"]
-_SCALARS = ("num_examples", "num_batches", "log_likelihood", "squared_error", "num_outputs")
+_SCALARS = ("num_examples", "num_batches", "log_likelihood", "squared_error", "num_outputs", "num_unlabelled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,12 @@ class Curvature:
     Attributes:
         config: how they are measured.
         sums: layer name -> name of the sum -> tensor; see the module's table.
-        num_examples: examples seen.
+        num_examples: examples seen, of those with a loss term.
         num_batches: batches seen (by this process), for resuming a pass.
         log_likelihood: sum of log p(y | x, theta*) of the labels seen; NaN without labels.
         squared_error: of a regression, sum over items and outputs; else 0.
         num_outputs: N C: items with a loss term times outputs; of a regression without labels 0.
+        num_unlabelled: examples seen whose every label is -100: they are no data.
         data_scale: N / num_examples where only a part of the N examples was seen.
         weights: layer name -> |theta*|^2, by which a resumed pass knows its model again;
         digests: and a hash of the weights; none in sums that earlier versions saved.
@@ -82,6 +83,7 @@ class Curvature:
     log_likelihood: float = 0.0
     squared_error: float = 0.0
     num_outputs: int = 0
+    num_unlabelled: int = 0
     data_scale: float = 1.0
     weights: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
@@ -158,8 +160,12 @@ class Curvature:
         """The layer's curvature, eigendecomposed.
 
         ``known``: input factors decomposed so far; layers that read the same tensor (query, key, value) share one.
+
+        Raises:
+            ValueError: some sum is not finite.
         """
         sums = self._layer(layer)
+        check_finite(layer, sums)
         if "products" in sums:
             values, vectors = symmetric_eigen(symmetric(sums["products"]))
             return KroneckerEigen(None, vectors, self.data_scale * values.unsqueeze(1))
@@ -231,6 +237,16 @@ class Curvature:
         if layer not in self.sums:
             raise ValueError(f"`layer` must be one of {list(self.sums)[:5]}..., got {layer!r}.")
         return self.sums[layer]
+
+
+def check_finite(layer: str, sums: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for sums of a layer that are not finite."""
+    for name, value in sums.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"The {'inputs' if name == 'inputs' else 'gradients'} of the layer {layer!r} are not finite, or their "
+                f"squares overflow {value.dtype}: check the model's weights and data, or exclude the layer."
+            )
 
 
 def _shapes(sums: Mapping[str, Mapping[str, Tensor]]) -> Any:

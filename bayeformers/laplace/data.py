@@ -54,6 +54,22 @@ class Batch:
             labels, attended = (None if part is None else part[i : i + 1] for part in (self.labels, self.attended))
             yield Batch(inputs, labels, attended, self.has_padding)
 
+    def labelled(self, likelihood: Likelihood) -> Batch:
+        """The examples with a loss term: of a classification those with a label, at some position, that is not -100.
+
+        The others' curvature is 0, and what they read must not enter the average A of what the layers read. A
+        regression has no ignored label, and without labels every example counts.
+        """
+        size = len(self)
+        if self.labels is None or likelihood == "regression" or len(self.labels) != size:
+            return self
+        counts = (self.labels.reshape(size, -1) != IGNORED).any(1)
+        if bool(counts.all()):
+            return self
+        attended = None if self.attended is None else self.attended[counts]
+        numbers = None if self.numbers is None else [n for n, is_in in zip(self.numbers, counts, strict=True) if is_in]
+        return Batch(rows(self.inputs, counts, size), self.labels[counts], attended, self.has_padding, numbers)
+
 
 def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
     """The likelihood of the model's head; classification for a model that transformers does not know.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..posteriors.base import check_draw
 from ..posteriors.blocks import block_noise
 from ..posteriors.methods import ranks, select
+from ..scalars import check_draw
 from ..views import alone
 from .blocks import LaplaceBlock
 from .posterior import LaplacePosterior

@@ -22,7 +22,7 @@ from ..random_state import preserved
 from ..scalars import is_whole
 from ..views import View
 from .accumulate import Accumulator
-from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing
+from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing, check_finite
 from .data import likelihood_of
 from .evidence import Precision
 from .hessian import Fisher, Likelihood, num_columns
@@ -79,6 +79,7 @@ def fit(
         model: any trained module whose forward takes a batch of the loader.
         dataloader: the training data, in any order: mappings with labels inside, (inputs, labels) pairs, or inputs.
             Labels are needed for the log marginal likelihood, the noise of a regression and fisher="empirical" only.
+            An example whose every label is -100 (ignored) is as good as not there.
         likelihood: "classification", "multilabel" or "regression"; by default that of the model's head.
         subset: "all" layers, or the "last_layer": the layer called last.
         target_modules: PEFT's patterns of layers to cover instead, Embedding and normalisation layers included.
@@ -99,7 +100,7 @@ def fit(
         validation: held-out batches with labels.
         link: of the predictive that "holdout" judges.
         num_batches: only so many batches (of each process); the curvature is scaled up to ``num_data``.
-        num_data: N, the examples that the curvature stands for; by default the dataset's length.
+        num_data: N, the examples that the curvature stands for, ignored ones included; by default the dataset's length.
         num_mc_samples: label draws per item of fisher="mc".
         seed: of these draws.
         logits: from the model's output to (B, C), (B, T, C), or (B,) of a regression.
@@ -214,10 +215,13 @@ def _pass(
     if path is not None:
         sums.save(path)
     sums.all_reduce()
-    if sums.num_examples == 0:
+    seen = sums.num_examples + sums.num_unlabelled
+    if seen == 0:
         raise ValueError("`dataloader` is empty: it must give at least one batch.")
-    if loader.num_data is not None and (loader.num_batches is not None or loader.num_data != sums.num_examples):
-        sums.data_scale = loader.num_data / sums.num_examples
+    if sums.num_examples == 0:
+        raise ValueError(f"`dataloader` has no label: all those of its {seen} examples are -100, which is ignored.")
+    if loader.num_data is not None and (loader.num_batches is not None or loader.num_data != seen):
+        sums.data_scale = loader.num_data / seen
     return sums
 
 
@@ -240,6 +244,7 @@ def _second_pass(
         accumulator.add(batch)
     squares.all_reduce()
     for name, found in squares.sums.items():
+        check_finite(name, found)
         sums.sums[name]["squares"] = found["squares"]
     corrected = {name: sums.data_scale * found["squares"] for name, found in squares.sums.items()}
     return [

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..posteriors.base import BasePosterior, check_draw
+from ..posteriors.base import BasePosterior
 from ..posteriors.linearized import OutputOf
+from ..scalars import check_draw
 from ..views import View, alone
 from .fingerprint import Fingerprint, is_of
 from .targets import Target

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..random_state import note_draw
-from ..scalars import is_whole
+from ..scalars import check_draw
 from .adapters import LATE, allow_merges, late_adapters, note_adapters, refuse_merges
 from .forwards import Forwards
 from .holds import holding
@@ -242,13 +242,9 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
 
     Raises:
         TypeError: ``index`` or ``seed`` is no whole number.
-        ValueError: ``index`` is negative.
+        ValueError: ``index`` or ``seed`` is negative.
     """
-    for name, value in (("index", index), ("seed", seed)):
-        if not is_whole(value):
-            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
-    if index < 0:
-        raise ValueError(f"`index` must be >= 0, got {index}: draws are numbered from 0.")
+    check_draw(index, seed)
     with hold(model, Draw(int(seed), int(index))):
         yield
 

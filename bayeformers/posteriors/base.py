@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..forward import Inputs, call, check_inputs
+from ..forward import Inputs, call, check_filled, check_inputs
 from ..jacobians import check_reads, recording_view
 from ..monte_carlo import monte_carlo
 from ..predictive import (
@@ -33,7 +33,7 @@ from ..predictive import (
     unwrapped,
 )
 from ..random_state import left_alone
-from ..scalars import is_real, is_whole
+from ..scalars import check_draw, is_real, is_whole
 from ..views import View, itself, private_view
 from .blocks import GaussianBlock, TensorBlock, mean_field_blocks
 from .linearized import Statistic, bare_tensors, linearize
@@ -123,6 +123,7 @@ class BasePosterior(ABC):
         check_num_samples(num_samples)
         check_draw(0, seed)
         inputs = without_labels(self.model, inputs)
+        check_filled(inputs)
         num_samples = num_samples if self.num_draws is None else min(num_samples, self.num_draws)
 
         random = list(self.random_parameters())
@@ -265,7 +266,9 @@ class BasePosterior(ABC):
             ValueError: the posterior is not Gaussian, or the model has no rule for a layer or no such outputs.
         """
         check_num_samples(num_samples)
+        check_draw(0, seed)
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
+        check_filled(inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
         modules = [m for block in blocks if not isinstance(block, TensorBlock) for m in block.modules]
         of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
@@ -334,20 +337,6 @@ def check_num_samples(num_samples: int) -> None:
     """
     if not is_whole(num_samples) or num_samples < 1:
         raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
-
-
-def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
-    """Whole numbers, and an ``index`` that exists.
-
-    Raises:
-        TypeError: not a whole number.
-        ValueError: ``index`` is negative, or not below ``num_draws``.
-    """
-    for name, value in (("index", index), ("seed", seed)):
-        if not is_whole(value):
-            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
-    if index < 0 or (num_draws is not None and index >= num_draws):
-        raise ValueError(f"`index` must be in 0..{'' if num_draws is None else num_draws - 1}, got {index}.")
 
 
 def called(view: View, inputs: Inputs) -> Any:

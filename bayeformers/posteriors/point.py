@@ -9,8 +9,9 @@ from os import PathLike
 
 from torch import nn
 
+from ..scalars import check_draw
 from ..views import View
-from .base import BasePosterior, check_draw
+from .base import BasePosterior
 
 
 class PointPosterior(BasePosterior):

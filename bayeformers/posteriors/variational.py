@@ -17,8 +17,9 @@ from ..nn.base import is_bayesian as is_bayesian
 from ..nn.draws import check_names, hold
 from ..nn.reading import MEAN
 from ..nn.variational import Draw
+from ..scalars import check_draw
 from ..views import View, modules_of
-from .base import BasePosterior, check_draw
+from .base import BasePosterior
 
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
 

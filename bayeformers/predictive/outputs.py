@@ -16,6 +16,10 @@ from .problem import ProblemType
 TOKEN_PROBLEMS: tuple[ProblemType, ...] = ("token_classification", "causal_lm", "seq2seq_lm")
 
 
+ONE_CLASS = "a softmax over one class is 1 whatever the input."
+_OTHER_PROBLEMS = ' Say `problem_type="regression"`, or "multi_label_classification" for the logit of a yes.'
+
+
 def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs, *, is_stacked: bool = False) -> Tensor:
     """Log-probabilities (or, for a regression, values) of one draw, in float32 or the wider dtype of the logits.
 
@@ -50,10 +54,10 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Inputs, *, is_s
             f"`logits` of a {problem_type!r} head must have shape (B, C) or (B, T, C), got {tuple(logits.shape)}. For "
             'classes of pixels, (B, C, H, W), say `problem_type="semantic_segmentation"`.'
         )
-    if problem_type in ("single_label_classification", "unknown") and logits.shape[-1] == 1:
+    if problem_type in ("single_label_classification", "unknown", "token_classification") and logits.shape[-1] == 1:
         raise ValueError(
-            f"`logits` have the shape {tuple(logits.shape)}: a softmax over one class is 1 whatever the input. Say "
-            '`problem_type="regression"`, or "multi_label_classification" for the logit of a yes.'
+            f"`logits` have the shape {tuple(logits.shape)}: {ONE_CLASS}"
+            + (" Give the head at least 2 classes." if problem_type == "token_classification" else _OTHER_PROBLEMS)
         )
     return logits.log_softmax(dim=-1)
 

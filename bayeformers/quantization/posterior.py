@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..laplace.weights import holding
-from ..posteriors.base import BasePosterior, check_draw
+from ..posteriors.base import BasePosterior
 from ..predictive import NoiseStd, ProblemType
+from ..scalars import check_draw
 from ..views import View, alone
 from .drawn import Drawn
 from .install import Weight

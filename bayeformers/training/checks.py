@@ -2,20 +2,25 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from ..predictive import HEAD, ProblemType
+from ..predictive import HEAD, ProblemType, unwrapped
+from ..predictive.outputs import ONE_CLASS
 from .arguments import BayesianTrainingArguments
 
 __all__ = [
     "check_arguments",
+    "check_classes",
     "check_converted",
     "check_data_parallel",
     "check_dataset",
+    "check_test_dataset",
     "check_uncalibrated",
     "check_variance_head",
     "recorded_config",
@@ -41,6 +46,13 @@ def check_data_parallel(args: BayesianTrainingArguments, model: nn.Module | None
             "replicas would share no draw and no item count. Start one process per GPU with "
             f"`accelerate launch --num_processes {args.n_gpu} your_script.py`, or set CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def check_classes(model: nn.Module, problem_type: ProblemType) -> None:
+    """Errors: ValueError for a classifier of tokens with one class, whose loss is 0 whatever it has learned."""
+    config = getattr(unwrapped(model), "config", None)
+    if problem_type == "token_classification" and getattr(config, "num_labels", None) == 1:
+        raise ValueError(f"`config.num_labels` of a token classifier must be at least 2, got 1: {ONE_CLASS}")
 
 
 def check_converted(args: BayesianTrainingArguments) -> None:
@@ -84,12 +96,29 @@ def check_converted(args: BayesianTrainingArguments) -> None:
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Errors: ValueError for a dataset of known length 0, named ``name``."""
+    """Errors: ValueError for a dataset of known length 0, named ``name``; TypeError for an iterator."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
+    elif isinstance(dataset, Iterator) and not isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{name}` must be a dataset, or a list of rows, got a {type(dataset).__name__}, which is read only once: "
+            "take `list(...)` of it, or a `torch.utils.data.IterableDataset`."
+        )
     elif not isinstance(dataset, str) and has_length(dataset) and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
+
+
+def check_test_dataset(dataset: Any) -> None:
+    """Errors: TypeError for what `predict` cannot read, such as several datasets; ValueError for an empty one."""
+    if dataset is None:
+        raise TypeError("`test_dataset` must hold the rows to predict, got None.")
+    if isinstance(dataset, Mapping) and len(dataset) > 0 and 0 not in dataset:
+        raise TypeError(
+            f"`test_dataset` must be one dataset, got a mapping with the names {[*dataset][:3]}: call `predict` for "
+            "each of its values; `evaluate` takes several."
+        )
+    check_dataset(dataset, "test_dataset")
 
 
 def check_uncalibrated(args: BayesianTrainingArguments) -> None:

@@ -30,7 +30,7 @@ from ..predictive import (
 )
 from ..saving import carry
 from .arguments import BayesianTrainingArguments, parse_noise_std
-from .checks import check_dataset, check_variance_head
+from .checks import check_dataset, check_test_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
 from .elbo import preserved_rng
 from .items import LABEL_NAMES, as_labels
@@ -136,6 +136,7 @@ class MonteCarloTrainer(Trainer):
 
         Stock `train_sampling_strategy="group_by_length"` shuffles evaluations too, and leaves their rows shuffled.
         """
+        check_dataset(eval_dataset, "eval_dataset")
         if eval_dataset is None or not has_length(eval_dataset):
             return None
         known = {"names": self._length_names(), "collate": self.data_collator}
@@ -173,11 +174,9 @@ class MonteCarloTrainer(Trainer):
 
         Of labels they are log p - log(1 - p). ``generation``: a `Seq2SeqTrainer`'s, of what is generated.
 
-        Errors: ValueError for an empty dataset.
+        Errors: ValueError for an empty dataset; TypeError for several, or an iterator.
         """
-        if test_dataset is None:
-            raise TypeError("`test_dataset` must hold the rows to predict, got None.")
-        check_dataset(test_dataset, "test_dataset")
+        check_test_dataset(test_dataset)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **generation)
         return BayesianPredictionOutput(*output, uncertainty=self._columns.uncertainties())
 

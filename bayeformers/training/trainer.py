@@ -92,6 +92,8 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         needs_none = self.compute_loss_func is not None or not is_bayesian(self.model)
         problem_type = resolve_problem_type(self.model, labels, or_unknown=needs_none)
         checks.check_variance_head(self.args.noise_std, problem_type)
+        if self.compute_loss_func is None:
+            checks.check_classes(self.model, problem_type)
         return problem_type
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:

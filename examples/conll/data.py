@@ -74,6 +74,8 @@ def load_data(args: TokenDataArguments, seed: int, history: History = FRESH) -> 
     own = Split(seed if args.split_seed is None else args.split_seed, settings)
     history = replace(history, unknown="") if args.split_seed is not None else history
     data, source, split = (generated if args.is_embedded else split_sentences)(args, own, history)
+    if len(data.labels) < 2:
+        raise ValueError("Every label of the data is O: there is no entity to find.")
     check_split_seed(args.split_seed, split)
     say_split("Sentences", own, split)
     train = hashes_of(data.train)

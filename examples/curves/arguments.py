@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-
-from bayeformers import BayesianTrainingArguments
 from examples.commands import example_parser, parse
+from examples.training_flags import ExampleArguments
+
+_WHOLE = "a training is one epoch of --map_steps or --variational_steps, evaluated when it is over"
 
 
 @dataclass
@@ -55,7 +55,7 @@ class CurveArguments:
 
 
 @dataclass
-class CurveTrainingArguments(BayesianTrainingArguments):
+class CurveTrainingArguments(ExampleArguments):
     """Every TrainingArguments flag; draws enough for smooth bands. Batches are full, and counted by ``--map_steps``."""
 
     output_dir: str | None = field(
@@ -67,9 +67,11 @@ class CurveTrainingArguments(BayesianTrainingArguments):
     logging_strategy: str = field(default="no", metadata={"help": "When to log: no, steps or epoch."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints: no, steps or epoch."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.dataloader_pin_memory &= torch.cuda.is_available()  # elsewhere it only makes torch warn at every epoch
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        **ExampleArguments.fixed,
+        "eval_strategy": ("no", _WHOLE),
+        "load_best_model_at_end": (False, _WHOLE),
+    }
 
 
 Arguments = tuple[CurveArguments, CurveTrainingArguments]

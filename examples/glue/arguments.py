@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from bayeformers import BayesianTrainingArguments
 from bayeformers.distributions import Prior, prior_from_dict
 from bayeformers.tasks import GLUE_TASKS
 from examples.commands import example_parser, look_ahead, parse, user_input
+from examples.training_flags import BestEpochArguments
 
 EMBEDDED: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 20, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 100,
@@ -178,7 +176,7 @@ class DataArguments:
 
 
 @dataclass
-class TwoTrainingsArguments(BayesianTrainingArguments):
+class TwoTrainingsArguments(BestEpochArguments):
     """Every TrainingArguments flag, for a deterministic training and the ELBO's, and what differs between them."""
 
     patience: int = field(
@@ -193,7 +191,6 @@ class TwoTrainingsArguments(BayesianTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.dataloader_pin_memory &= torch.cuda.is_available()  # elsewhere it only makes torch warn at every epoch
         if self.patience < 1:
             raise ValueError(f"`patience` must be at least 1 epoch, got {self.patience}.")
         if self.bayesian_epochs < 0:

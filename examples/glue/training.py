@@ -20,14 +20,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from bayeformers import BayesianTrainer, BayesianTrainingArguments, calibrate_delta, to_bayesian
+from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
 from examples.glue.arguments import ExampleTrainingArguments, ModelArguments
 from examples.glue.data import GlueData
 from examples.glue.evaluation import training_rmse
 from examples.glue.models import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, LINEARIZED, load_saved
 from examples.held_out import RecordRows, save_rows
+from examples.training_flags import BestEpochArguments
 
-PhaseArguments = TypeVar("PhaseArguments", bound=BayesianTrainingArguments)
+PhaseArguments = TypeVar("PhaseArguments", bound=BestEpochArguments)
 
 SHOWN = ("epoch", "loss", "nll", "kl", "eval_nll", "eval_ece", "eval_mutual_information")
 
@@ -67,7 +68,7 @@ def make_trainer(
         eval_dataset=data.validation,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(args.patience)] if args.load_best_model_at_end else None,
+        callbacks=[EarlyStoppingCallback(args.patience)],
     )
     trainer.add_callback(RecordRows(data.rows))
     return with_short_progress(trainer)
@@ -88,18 +89,10 @@ def with_short_progress(trainer: BayesianTrainer) -> BayesianTrainer:
 
 
 def phase_arguments(args: PhaseArguments, name: str, **changes: Any) -> PhaseArguments:
-    """The arguments of one training: checkpoints under its own folder, the best epoch by validation NLL at the end."""
+    """The arguments of one training: checkpoints under its own folder."""
     phase = copy.deepcopy(args)
-    fixed = {
-        "output_dir": str(Path(args.output_dir or ".") / "checkpoints" / name),
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
-    for key, value in {**fixed, **changes}.items():
+    folder = str(Path(args.output_dir or ".") / "checkpoints" / name)
+    for key, value in {"output_dir": folder, **changes}.items():
         setattr(phase, key, value)
     return phase
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-
-from bayeformers import BayesianConfig, BayesianTrainingArguments
+from bayeformers import BayesianConfig
 from examples.commands import example_parser, look_ahead, parse, show_defaults
 from examples.glue.arguments import parse_prior, parse_prior_precision
 from examples.images.arguments import DataArguments
 from examples.images.models import MODELS
+from examples.training_flags import BestEpochArguments
 
 DIGITS: dict[str, Any] = {
     "num_train_epochs": 40, "per_device_train_batch_size": 32, "bayesian_epochs": 10, "validation_share": 0.5,
@@ -105,7 +104,7 @@ class ClassifierArguments:
 
 
 @dataclass
-class ClassifierTrainingArguments(BayesianTrainingArguments):
+class ClassifierTrainingArguments(BestEpochArguments):
     """Every TrainingArguments flag, for both trainings, and what differs between them."""
 
     output_dir: str | None = field(
@@ -124,10 +123,15 @@ class ClassifierTrainingArguments(BayesianTrainingArguments):
     )
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
     save_only_model: bool = field(default=True, metadata={"help": "Keep no optimizer state of the epochs."})
+    metric_for_best_model: str | None = field(default="eval_nll", metadata={"help": "What is best: this alone."})
+
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        **BestEpochArguments.fixed,
+        "metric_for_best_model": ("eval_nll", BestEpochArguments.fixed["metric_for_best_model"][1]),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.dataloader_pin_memory &= torch.cuda.is_available()  # elsewhere it only makes torch warn at every epoch
         if self.patience < 1:
             raise ValueError(f"`patience` must be at least 1 epoch, got {self.patience}.")
         if self.bayesian_epochs < 1:

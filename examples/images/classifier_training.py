@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, default_data_collator
 
 from bayeformers import BayesianTrainer, calibrate_delta, to_bayesian
-from examples.glue import training
+from examples.glue.training import phase_arguments, with_short_progress
 from examples.held_out import RecordRows, save_rows
 from examples.images.classifier_arguments import ClassifierArguments, ClassifierTrainingArguments
 from examples.images.data import ImageData
@@ -27,12 +27,7 @@ def make_trainer(model: nn.Module, args: ClassifierTrainingArguments, data: Imag
         data_collator=default_data_collator,
         callbacks=[RecordRows(data.rows)],
     )
-    return training.with_short_progress(trainer)
-
-
-def phase_arguments(args: ClassifierTrainingArguments, name: str, **changes: Any) -> ClassifierTrainingArguments:
-    """The arguments of one training: checkpoints under its own folder, the best epoch by validation NLL at the end."""
-    return training.phase_arguments(args, name, metric_for_best_model="eval_nll", **changes)
+    return with_short_progress(trainer)
 
 
 def save(trainer: BayesianTrainer, data: ImageData, folder: Path) -> None:

@@ -12,7 +12,8 @@ from bayeformers import BayesianTrainer, kl_divergence, to_bayesian
 from bayeformers.models import MLPConfig, MLPForImageClassification
 from bayeformers.nn import variational_tensors
 from examples.glue.arguments import parse_prior
-from examples.images.classifier_training import make_trainer, phase_arguments
+from examples.glue.training import phase_arguments
+from examples.images.classifier_training import make_trainer
 from examples.images.data import ImageData
 from examples.mlp.arguments import MlpArguments, MlpTrainingArguments
 

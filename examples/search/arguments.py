@@ -114,7 +114,8 @@ class Arguments:
         return dict(json.loads(json.dumps(flat, default=str)))
 
 
-_FREE_TO_CHANGE = frozenset({
+_FREE_TO_CHANGE = frozenset(ExampleTrainingArguments.fixed) | frozenset({
+    "save_total_limit",
     "output_dir", "disable_tqdm", "report_to", "run_name", "project", "logging_dir", "logging_steps",
     "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",

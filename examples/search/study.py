@@ -37,7 +37,7 @@ def open_study(folder: Path, arguments: dict[str, Any]) -> Study:
     if before is None:
         study.set_user_attr(_ARGUMENTS, arguments)
         return study
-    changed = sorted(name for name in before.keys() | arguments.keys() if before.get(name) != arguments.get(name))
+    changed = sorted(name for name in arguments if before.get(name) != arguments[name])
     if changed:
         name = changed[0]
         raise ValueError(

@@ -394,3 +394,10 @@ def test_own_data_need_a_model() -> None:
         parse_arguments(["--train_file", "a", "--test_file", "b"])
     embedded, own = parse_arguments([]), parse_arguments(["--dataset_name", "a", "--model_name_or_path", "b"])
     assert (embedded[2].learning_rate, own[2].learning_rate) == (1e-3, 5e-5)
+
+
+def test_data_without_an_entity_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("a O\nb O\n\n" * 20)
+    with pytest.raises(ValueError, match="Every label of the data is O: there is no entity to find"):
+        load_data(TokenDataArguments(train_file=str(file), test_file=str(file)), 0)

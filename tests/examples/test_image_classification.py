@@ -84,7 +84,7 @@ def test_saved_posteriors_predict_the_same(acc: Run, tmp_path: Path) -> None:
     test = load_images(*data_arguments(SMALL)).test
     _, _, args = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
     for name, title in (("variational", "Bayesian (ELBO)"), ("laplace", "Laplace")):
-        trainer = bayeformers.BayesianTrainer(model=bayeformers.from_pretrained(folder / name), args=args)
+        trainer = bayeformers.BayesianTrainer(bayeformers.from_pretrained(folder / name), args, eval_dataset=test)
         metrics = trainer.predict(test).metrics
         assert metrics["test_nll"] == pytest.approx(results["methods"][title]["nll"], rel=1e-6)
 

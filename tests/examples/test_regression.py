@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from bayeformers import laplace
+from examples.commands import run as run_command
 from examples.curves import bayesian_linear, fitting
 from examples.curves.arguments import CurveArguments, parse_arguments
 from examples.curves.data import DATA, GAP, OUTSIDE, SUPPORT, generate, noise_of_neighbours, read_points, true_noise_std
@@ -349,3 +351,23 @@ def test_a_file_without_a_reference(tmp_path: Path) -> None:
         assert list(report["regions"]) == [DATA]
         assert not {"noise_error", "epistemic_ratio"} & set(report["regions"][DATA])
     assert (tmp_path / "out" / "bands.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x,y\n", "must hold at least 20 points, got 0"),
+        ("", "must have a header with the columns x,y, got None"),
+        ("x,y\n" + "1,1\n" * 30, "all x, or all y, are equal"),
+        ("x,y\n0,nan\n", "line 2: x and y must be finite numbers"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "points.csv").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["regression", "--use_cpu", "--data_file", str(tmp_path / "points.csv")])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message in line

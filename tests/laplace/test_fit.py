@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers.laplace import LaplacePosterior, fit, tune
@@ -56,6 +56,51 @@ def test_the_dataset_tells_its_length() -> None:
     assert fit(mlp(), loader, num_batches=99, **FIXED).record.num_data == 12
     with pytest.raises(ValueError, match="`num_batches` needs `num_data`"):
         fit(mlp(), batches(X, Y), num_batches=1, **FIXED)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_examples_without_a_label_are_as_good_as_not_there(kind: str, fisher: str, pooled: bool) -> None:
+    """Their Fisher is 0; what they read must not enter A either, nor they N. The second batch has no other ones."""
+    model, inputs = reader(pooled=pooled), text(9)
+    labels, ignored = classes(9) if pooled else classes(9, 4), torch.tensor([1, 4, 5, 6])
+    labels[ignored] = -100
+    kept = [i for i in range(9) if i not in ignored]
+    options: dict[str, Any] = {"curvature": kind, "fisher": fisher, "target_modules": "all", **FIXED}
+    found = fit(model, batches(inputs, labels, 4, 3, 2), **options)
+    plain = fit(model, batches({name: v[kept] for name, v in inputs.items()}, labels[kept]), **options)
+    assert found.record == plain.record and found.record.num_data == 5
+    for layer, eigen in plain.layers.items():
+        close(dense(found.layers[layer]), dense(eigen), 1e-12)
+
+
+def test_a_part_with_examples_without_a_label() -> None:
+    """N counts them, as a dataset's length does: four of six have a label, of twelve eight would."""
+    labels = torch.tensor([0, -100, 2, 1, -100, 0])
+    data = DataLoader(TensorDataset(X[:6], labels), batch_size=3)
+    assert fit(mlp(), data, **FIXED).record.num_data == 4
+    assert fit(mlp(), data, num_data=12, **FIXED).record.num_data == 8
+    with pytest.raises(ValueError, match="`dataloader` has no label: all those of its 6 examples are -100"):
+        fit(mlp(), batches(X[:6], torch.full((6,), -100)), **FIXED)
+
+
+class Kinked(nn.Module):
+    """Finite outputs whose gradient is not: the root of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        return self.head((hidden - hidden.detach()).sqrt())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "full"])
+def test_gradients_that_are_not_finite_name_their_layer(kind: str) -> None:
+    with pytest.raises(ValueError, match="The gradients of the layer 'body' are not finite"):
+        fit(built(Kinked()), batches(X, Y), curvature=kind, **FIXED)
 
 
 def test_device_of_the_sums() -> None:

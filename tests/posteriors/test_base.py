@@ -188,6 +188,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"inputs": [1, 2]}, TypeError, "`inputs` must be a mapping of names to tensors, one tensor, or .*got list"),
     ({"inputs": {"past_key_values": ()}}, ValueError, r"`inputs` must not hold \['past_key_values'\]"),
     ({"seed": "a"}, TypeError, "`seed` must be a whole number, got 'a'"),
+    ({"seed": -1}, ValueError, "`seed` must be a whole number >= 0, got -1"),
+    ({"seed": -1, "method": "glm"}, ValueError, "`seed` must be a whole number >= 0, got -1"),
     ({"model_or_posterior": "bert"}, TypeError, r"must be a torch\.nn\.Module or a Posterior, got str"),
 ]
 

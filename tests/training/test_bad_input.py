@@ -168,3 +168,38 @@ def test_loss_outside_training_needs_n(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, train_dataset=None)
     with pytest.raises(ValueError, match="`num_training_items` must be given"):
         trainer.compute_loss(trainer.model.train(), tiny.dataset("single", 4).columns)
+
+
+@pytest.mark.parametrize("convert", [True, False])
+def test_tokens_of_one_class(convert: bool, tmp_path: Path) -> None:
+    """Before the first step: their loss is 0 whatever is learned, and evaluation would end in an error."""
+    model = (tiny.bayesian if convert else tiny.plain)("token", num_labels=1)
+    data = tiny.dataset("token", 8, num_labels=1)
+    trainer = tiny.trainer(tmp_path, model, "token", train_dataset=data, eval_dataset=data)
+    with pytest.raises(ValueError, match="`config.num_labels` of a token classifier must be at least 2, got 1: a soft"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match=r"`logits` have the shape \(4, 6, 1\): a softmax over one class is 1"):
+        trainer.evaluate()
+
+
+def test_several_test_datasets(tmp_path: Path) -> None:
+    trainer, data = tiny.trainer(tmp_path), tiny.dataset("single", 5)
+    with pytest.raises(TypeError, match=r"`test_dataset` must be one dataset, got a mapping with the names \['a'\]"):
+        trainer.predict({"a": data})
+    assert trainer.predict({i: data[i] for i in range(5)}).predictions.shape == (5, 3)  # torch's own loader takes it
+    assert {"eval_a_loss", "eval_b_loss"} <= trainer.evaluate({"a": data, "b": data}).keys()
+
+
+def test_rows_that_are_read_only_once(tmp_path: Path) -> None:
+    data = tiny.dataset("single", 5)
+    for name, use in (
+        ("test_dataset", lambda rows: tiny.trainer(tmp_path).predict(rows)),
+        ("eval_dataset", lambda rows: tiny.trainer(tmp_path).evaluate(rows)),
+        ("eval_dataset", lambda rows: tiny.trainer(tmp_path, eval_dataset=rows)),
+        ("train_dataset", lambda rows: tiny.trainer(tmp_path, train_dataset=rows)),
+    ):
+        with pytest.raises(TypeError, match=f"`{name}` must be a dataset, or a list of rows, got a generator"):
+            use(row for row in data)
+    assert tiny.trainer(tmp_path).predict([data[i] for i in range(5)]).predictions.shape == (5, 3)
+    assert tiny.trainer(tmp_path).predict(Stream()).predictions.shape == (8, 3)
