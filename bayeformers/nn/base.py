@@ -15,10 +15,11 @@ from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from . import kl_watch
-from .draws import DrawScope, bayesian_modules, check_module
+from .draws import bayesian_modules, check_module
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
 from .reading import MEAN, DrawnWhereRead
+from .scope import DrawScope
 from .variational import Draw, TensorSpec, Variational, scale_of
 
 DEFAULT_DELTA = 0.05

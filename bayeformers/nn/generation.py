@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from .draws import bayesian_modules, fresh_key, hold, say_once
+from .draws import bayesian_modules, hold, say_once
+from .scope import fresh_key
 from .variational import Draw
 
 GENERATE: Final = (

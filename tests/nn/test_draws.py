@@ -109,7 +109,7 @@ def test_ranks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal seeds on two processes give other training noise but the same fixed draws."""
     outputs, held = [], []
     for rank in (0, 1):
-        monkeypatch.setattr("bayeformers.nn.draws._rank", lambda rank=rank: rank)
+        monkeypatch.setattr("bayeformers.nn.scope._rank", lambda rank=rank: rank)
         model = network().train()
         torch.manual_seed(3)
         outputs.append(model(X))
