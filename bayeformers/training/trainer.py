@@ -114,6 +114,9 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         self.start_anew()
         self._resumed = None
         self._drop_posterior()
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if (contradiction := self.args.settle_direction(several)) is not None:
+            self._say(contradiction)
         if self.args.activation_checkpointing:
             given = self.args.activation_checkpointing_kwargs
             kwargs = given if isinstance(given, dict) else {}
