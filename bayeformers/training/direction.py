@@ -21,8 +21,8 @@ LOWER_IS_BETTER = frozenset(
 """What an evaluation adds: all of them. transformers takes larger for better unless a name ends in "loss"."""
 
 CONTRADICTED = (
-    "`greater_is_better` is True, but a smaller `metric_for_best_model`={!r} is better: the worst model would be kept as "
-    "the best. Leave `greater_is_better` out, or set it to False."
+    "`greater_is_better` is True, but a smaller `metric_for_best_model`={!r} is better: the worst model would be kept "
+    "as the best. Leave `greater_is_better` out, or set it to False."
 )
 
 
