@@ -1,6 +1,7 @@
 """`BayesianTrainingArguments`: what `BayesianTrainer` reads besides transformers' `TrainingArguments`."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from ..posteriors.logits import LINKS, Link
 from ..posteriors.methods import METHODS, SAMPLING, Method
 from ..predictive import HEAD, NoiseStd
 from .calibration_arguments import CalibrationArguments, check_calibration
+from .direction import CONTRADICTED, is_lower_better
 from .number_checks import check_choice, check_count, check_number
 
 __all__ = ["BayesianTrainingArguments", "parse_noise_std"]
@@ -103,10 +105,23 @@ class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check_bayesian()
+        self._is_direction_open = self.greater_is_better is None  # no field: a replaced object has the value for given
+        self.settle_direction()
         super().__post_init__()  # type: ignore[no-untyped-call]
         for declared in fields(self):  # a hyperparameter search casts to the type it finds: int(0.25) of a whole number
             if isinstance(declared.default, float) and type(value := getattr(self, declared.name)) is int:
                 setattr(self, declared.name, float(value))
+
+    def settle_direction(self, eval_datasets: Iterable[str] = ()) -> str | None:
+        """Set `greater_is_better` to False where it was not given and the metric is ours; what to say if it was.
+
+        ``eval_datasets``: their names where there are several; only the trainer knows them.
+        """
+        if not is_lower_better(self.metric_for_best_model, eval_datasets):
+            return None
+        if self._is_direction_open:
+            self.greater_is_better = False
+        return CONTRADICTED.format(self.metric_for_best_model) if self.greater_is_better else None
 
     def check_bayesian(self) -> None:
         """Raise ValueError for the first argument out of its range; nothing has been set up by then."""

@@ -13,10 +13,11 @@ for any batch size, accumulation and number of processes, partial last batches i
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -24,11 +25,23 @@ from transformers.trainer_utils import has_length
 
 from ..predictive import ProblemType
 from ..random_state import preserved as preserved_rng
-from .items import count_items
+from .items import IGNORED, count_items
 
-__all__ = ["Group", "count_training_items", "elbo_loss", "infer_num_items", "kl_warmup", "preserved_rng"]
+__all__ = [
+    "Group",
+    "count_label_column",
+    "count_training_items",
+    "elbo_loss",
+    "infer_num_items",
+    "kl_warmup",
+    "preserved_rng",
+]
 
 _COUNTED_BY_TOKEN = ("token_classification", "causal_lm", "seq2seq_lm", "semantic_segmentation")
+_COUNTED_BY_LABEL = (*_COUNTED_BY_TOKEN, "single_label_classification", "question_answering")
+"""Problem types in which an example may have no label, of -100 or outside its text, and is then no item."""
+
+_LABEL_COLUMNS = ("labels", "label", "label_ids")  # what transformers' collators make "labels" of
 
 
 @dataclass(frozen=True)
@@ -91,13 +104,29 @@ def count_training_items(
         return int(sum(int(count_items(batch, problem_type)) for batch in loader))
 
 
+def count_label_column(dataset: Any, names: Iterable[str] = ()) -> int | None:
+    """Labels other than -100 in the label column of a `datasets.Dataset`, of which no row is made; else None.
+
+    ``names``: what the column may be called besides. A transform or a collator that takes labels away is not seen.
+    """
+    columns = set(getattr(dataset, "column_names", None) or ())
+    found = [name for name in dict.fromkeys((*names, *_LABEL_COLUMNS)) if name in columns]
+    if len(found) != 1 or not hasattr(dataset, "with_format"):
+        return None
+    column = np.asarray(dataset.with_format("numpy")[found[0]][:])
+    is_class_per_row = column.dtype.kind in "iub" and column.size == len(dataset)
+    return int((column != IGNORED).sum()) if is_class_per_row else None
+
+
 def infer_num_items(
     dataset: Any,
     problem_type: ProblemType,
     count: Callable[[], int],
     given: int | None = None,
 ) -> int:
-    """N: ``given``, else the number of examples, or of label tokens by ``count()`` where the loss is per token.
+    """N: ``given``, else the number of examples, or of labels by ``count()`` where an example may have none or many.
+
+    A stream of known length is counted by its length, but for a loss per token.
 
     Errors: ValueError for a dataset that is missing, empty or without a length and no ``given``; for no label at all.
 
@@ -108,15 +137,15 @@ def infer_num_items(
         return given
     if dataset is None:
         raise ValueError("`num_training_items` must be given where there is no `train_dataset` to count.")
-    by_token = problem_type in _COUNTED_BY_TOKEN
-    if not has_length(dataset) or (by_token and isinstance(dataset, IterableDataset)):
+    is_stream = isinstance(dataset, IterableDataset)
+    if not has_length(dataset) or (problem_type in _COUNTED_BY_TOKEN and is_stream):
         raise ValueError(
             "`num_training_items` must be given: `train_dataset` is an IterableDataset, whose N (examples, or label "
             "tokens of a per-token loss) cannot be counted, and the ELBO's KL is weighted by 1/N."
         )
     if len(dataset) == 0:
         raise ValueError("`train_dataset` is empty.")
-    counted = count() if by_token else len(dataset)
+    counted = count() if problem_type in _COUNTED_BY_LABEL and not is_stream else len(dataset)
     if counted == 0:
-        raise ValueError("`train_dataset` has no label to learn from: every one is -100.")
+        raise ValueError("`train_dataset` has no label to learn from: every one is -100, or outside its text.")
     return counted

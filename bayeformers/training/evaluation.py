@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
 
 from ..conversion import conversion_record, is_bayesian, update_config
 from ..nn.draws import posterior_mean
@@ -62,6 +62,7 @@ class MonteCarloTrainer(Trainer):
         self._evaluated: BasePosterior | None = None
         self._evaluated_type: ProblemType = "unknown"
         self._columns = Columns()
+        self._added: set[str] = set()  # names of the metrics that no function of the user's returned
         self._residual: float | None = None
         self._said: set[str] = set()
         self._lengths = LengthCache()
@@ -160,8 +161,14 @@ class MonteCarloTrainer(Trainer):
             self._say("No label of the evaluated data counts (all are -100, or no answer is in its text): loss NaN.")
         if "nll" in own or "rmse" in own:
             found[f"{prefix}_loss"] = own["nll"] if "nll" in own else own["rmse"] ** 2
-        for name, value in own.items():
-            found.setdefault(f"{prefix}_{name}", value)
+        for name, value in ((f"{prefix}_{name}", value) for name, value in own.items()):
+            (self._added.discard if name in found else self._added.add)(name)
+            found.setdefault(name, value)
+
+    def default_objective(self, metrics: dict[str, float]) -> float:
+        """A search's objective: the loss, or the sum of the metrics that the user's own function returns, if any."""
+        own = {name: value for name, value in metrics.items() if name not in self._added}
+        return float(default_compute_objective({k: v for k, v in own.items() if not k.endswith("_preparation_time")}))
 
     def predict(
         self,

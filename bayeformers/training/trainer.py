@@ -19,7 +19,8 @@ from ..saving import saved_along
 from . import adapter_checkpoints, checkpoints, checks
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .calibration_term import CalibrationTerm
-from .elbo import Group, count_training_items, elbo_loss, infer_num_items, kl_warmup
+from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items, kl_warmup
+from .given_loss import given_loss
 from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
 from .likelihood import item_nll
@@ -117,6 +118,9 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         self.start_anew()
         self._resumed = None
         self._drop_posterior()
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if (contradiction := self.args.settle_direction(several)) is not None:
+            self._say(contradiction)
         if self.args.activation_checkpointing:
             given = self.args.activation_checkpointing_kwargs
             kwargs = given if isinstance(given, dict) else {}
@@ -132,15 +136,18 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
             self.objective: float | None = None  # the search then evaluates: see `hyperparameter_search`
         return output
 
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As `Trainer.hyperparameter_search`. A trial's objective is that of the model that it ends with.
 
         It is evaluated after training with `num_eval_samples` draws; with `load_best_model_at_end` that is the best
         epoch's model, where the stock search takes the last epoch's. The evaluations inside `train` serve to prune.
+        Without ``compute_objective`` it is the loss, or the sum of the metrics that `compute_metrics` returns.
 
         Errors: ValueError for a value of a trial that is out of the argument's range.
         """
-        return super().hyperparameter_search(*args, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or self.default_objective, *args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As `Trainer.call_model_init`, for a model that is converted in it."""
@@ -254,11 +261,16 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         term.fold(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.device, self.state.global_step)
 
     def _count_labels(self, problem_type: ProblemType) -> int:
-        """Label tokens of the training data, each rank counting its share."""
+        """Labels of the training data: those of its column, or each rank's share of the collated examples."""
+        names = self.args.label_names
+        if problem_type == "single_label_classification":
+            counted = count_label_column(self.train_dataset, names or ())
+            if counted is not None:
+                return counted
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         share = count_training_items(
             self.train_dataset,
-            lambda items: without_ignored(collate(items), self.model, problem_type),
+            lambda items: without_ignored(as_labels(collate(items), names), self.model, problem_type),
             problem_type,
             batch_size=self.args.train_batch_size,
             rank=self.accelerator.process_index,
@@ -329,8 +341,11 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
         """This micro-batch's share of the model's own terms, weighted by its items as the NLL is; 0 without any."""
         if not self._has_own_terms:
             return 0.0
+        count = self.count_items(inputs)
+        if not count:
+            return 0.0  # the own loss is a mean over nothing
         mean = sum(found.own_terms for found in passes) / len(passes)
-        return elbo_loss(mean * self.count_items(inputs), group)[0]
+        return elbo_loss(mean * count, group)[0]
 
     def _calibrated(self, outputs: list[Any], inputs: dict[str, Any], group: Group) -> Tensor | float:
         """This micro-batch's share of the calibration loss, weighted by its items as the NLL is; 0 without one."""
@@ -367,17 +382,19 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
             loss, outputs = super().compute_loss(model, dict(given), return_outputs=True)
             return ForwardPass(loss * self.count_items(inputs), 0.0, outputs)
         problem_type = self.problem_type(inputs)
-        is_labelled = not has_own_loss and (problem_type == "unknown" or self._has_own_terms)
+        # as in the stock Trainer, a function is handed "labels", and others stay in the forward
+        is_labelled = problem_type == "unknown" or self._has_own_terms
+        is_labelled = "labels" not in inputs if has_own_loss else is_labelled
         with training_draw(self.model):
             outputs = model(**given) if is_labelled else model(**model_inputs(self.model, inputs))
         if self.compute_loss_func is not None:
             # Given the batch's own count, a function that divides by it and one that takes a mean agree.
             count = self.count_items(inputs)
-            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=count)
+            loss = given_loss(self.compute_loss_func, outputs, inputs.get("labels"), count)
             return ForwardPass(loss * count, 0.0, outputs)
         noise_std = self.noise_std() if problem_type == "regression" else None
-        own = own_terms(outputs, inputs, problem_type) if self._has_own_terms else 0.0
         labelled = without_ignored(inputs, self.model, problem_type)
+        own = own_terms(outputs, labelled, problem_type) if self._has_own_terms else 0.0
         return ForwardPass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
 
     # -- reporting ---------------------------------------------------------------------------------------------------

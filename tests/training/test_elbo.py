@@ -59,8 +59,9 @@ def test_no_warmup_by_default() -> None:
 
 
 def test_examples_are_counted_by_length() -> None:
-    data = tiny.dataset("single", 11)
-    assert infer_num_items(data, "single_label_classification", count=lambda: pytest.fail("not needed")) == 11
+    for kind, problem in (("regression", "regression"), ("multi", "multi_label_classification")):
+        data = tiny.dataset(kind, 11)
+        assert infer_num_items(data, problem, count=lambda: pytest.fail("not needed")) == 11
 
 
 @pytest.mark.parametrize(("problem", "expected"), [("causal_lm", slice(1, None)), ("seq2seq_lm", slice(None))])

@@ -85,6 +85,29 @@ def test_a_trial_is_judged_by_the_model_that_it_keeps_with_all_draws(tmp_path: P
     assert best.objective != pytest.approx(min(during), rel=1e-5), "the draws are others, so is the estimate"
 
 
+@pytest.mark.parametrize("own", [{}, {"accuracy": 3.0}, {"accuracy": 3.0, "nll": 4.0}])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_default_objective_is_the_loss_or_the_sum_of_the_users_own_metrics(
+    several: bool, own: dict[str, float], tmp_path: Path
+) -> None:
+    """As in the stock search, which knows none of the metrics that our evaluation adds; several datasets are summed."""
+    data: Any = tiny.dataset("single", 9, seed=5)
+    data = {"a": data, "b": tiny.dataset("single", 9, seed=6)} if several else data
+    trainer = tiny.trainer(
+        tmp_path, model_init=lambda: tiny.bayesian(), max_steps=1, eval_dataset=data,
+        compute_metrics=(lambda _: own) if own else None,
+    )  # fmt: skip
+    seen: list[dict[str, float]] = []
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: seen.append(evaluate(*args, **kwargs)) or seen[-1]
+    best = search(trainer, n_trials=1, compute_objective=None)
+    found = seen[-1]
+    losses = [value for name, value in found.items() if name.endswith("_loss")]
+    assert len(losses) == 1 + several and sum(name.endswith("_ece") for name in found) == 1 + several
+    of_the_loss = sum(losses) if several or not own else 0.0  # stock adds "eval_a_loss" to metrics, "eval_loss" not
+    assert best.objective == pytest.approx(of_the_loss + sum(own.values()) * (1 + several), rel=1e-6)
+
+
 def test_a_pruned_trial_leaves_the_trainer_as_a_finished_one_does(tmp_path: Path) -> None:
     """The second trial is stopped; an evaluation after the search takes all draws again."""
 

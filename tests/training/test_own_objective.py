@@ -246,3 +246,45 @@ def test_an_optimizer_made_before_the_conversion_is_named(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         tiny.trainer(tmp_path, model, optimizers=(torch.optim.SGD(means, lr=0.0), None)).train()
     assert sum("holds no scale of the model" in record.message for record in caplog.records) == 1
+
+
+# -- functions that read the model's own loss ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda outputs, labels, num_items_in_batch=None: outputs.loss,
+        lambda outputs, labels, num_items_in_batch=None: outputs["loss"],
+        lambda outputs, labels, num_items_in_batch=None: 2 * outputs.loss,
+        lambda outputs, labels, num_items_in_batch=None: outputs.loss.mean(),
+        lambda outputs, labels, num_items_in_batch=None: 1.0,
+    ],
+)
+def test_a_function_that_reads_a_loss_that_is_not_there(function: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`compute_loss_func` must return its loss as a tensor, got .*`labels`"):
+        tiny.trainer(tmp_path, compute_loss_func=function).train()
+
+
+@pytest.mark.parametrize("error", [KeyError("width"), TypeError("other"), RuntimeError("'loss'")])
+def test_other_errors_of_a_function_are_its_own(error: Exception, tmp_path: Path) -> None:
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        tiny.trainer(tmp_path, compute_loss_func=function).train()
+    assert caught.value is error
+
+
+def test_labels_that_are_not_called_labels_stay_in_the_forward(tmp_path: Path) -> None:
+    """As in the stock Trainer: a span's ends are not handed over, and the model computes its loss of them."""
+    seen = []
+
+    def function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        seen.append((labels, outputs.loss.item()))
+        return outputs.loss
+
+    trainer = tiny.trainer(tmp_path, kind="question", compute_loss_func=function, max_steps=1)
+    trainer.train()
+    assert seen[0][0] is None
+    assert trainer.state.log_history[0]["nll"] == pytest.approx(seen[0][1], rel=1e-5)

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from bayeformers import fixed_draw, kl_divergence, to_bayesian
 from bayeformers import nn as bnn
-from bayeformers.training.own_terms import has_own_terms
+from bayeformers.training.own_terms import has_own_terms, own_terms
 from tests.training import tiny
 from tests.training.steps import LiveGradients
 
@@ -46,9 +46,62 @@ def class_weights() -> nn.Module:
     return ClassWeights(tiny.plain().config)
 
 
+def segmenter(name: str, auxiliary: bool = True) -> nn.Module:
+    """Logits are upsampled to the labels, by BEiT and DPT in the loss and by UperNet in the forward."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    kwargs = {"num_labels": 3, "use_auxiliary_head": auxiliary}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "upernet":
+            stages = [f"stage{i}" for i in range(1, 5)]
+            backbone = hf.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, out_features=stages)
+            small = {"hidden_size": 8, "pool_scales": [1, 2], "auxiliary_channels": 8, "auxiliary_in_channels": 8}
+            return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, **small, **kwargs))
+        images = {"image_size": 32, "patch_size": 8, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        if name == "beit":
+            small = {"out_indices": [1, 2, 3, 4], "auxiliary_channels": 8, "pool_scales": [1, 2], "drop_path_rate": 0.0}
+            return hf.BeitForSemanticSegmentation(hf.BeitConfig(**sizes, **images, **small, **kwargs))
+        small = {
+            "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8,
+            "semantic_classifier_dropout": 0.0, "is_hybrid": False,
+        }  # fmt: skip
+        model = hf.DPTForSemanticSegmentation(hf.DPTConfig(**sizes, **images, **small, **kwargs))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the auxiliary head's has no setting
+        return model
+
+
+def images(kind: str, num_examples: int = 4) -> tiny.Rows:
+    """Images with a class per pixel, a third of them without one."""
+    generator = torch.Generator().manual_seed(0)
+    size = 64 if kind == "upernet" else 32
+    labels = torch.randint(0, 3, (num_examples, size, size), generator=generator)
+    labels = labels.masked_fill(torch.rand(labels.shape, generator=generator) < 0.3, 255)
+    return tiny.Rows(pixel_values=torch.randn(num_examples, 3, size, size, generator=generator), labels=labels)
+
+
+class WeightedSpan(hf.BertForQuestionAnswering):
+    """A model whose own loss holds a term besides the span's."""
+
+    def forward(self, start_positions: Tensor | None = None, **inputs: Any) -> Any:  # type: ignore[override]
+        outputs = super().forward(start_positions=start_positions, **inputs)
+        if start_positions is not None:
+            outputs.loss = outputs.loss + outputs.start_logits.square().mean()
+        return outputs
+
+
+def weighted_span() -> nn.Module:
+    torch.manual_seed(0)
+    return WeightedSpan(tiny.plain("question").config)
+
+
 CASES = {
     "mixtral": (lambda: mixtral(output_router_logits=True, router_aux_loss_coef=10.0), "causal"),
     "class weights": (class_weights, "single"),
+    "beit": (lambda: segmenter("beit"), "beit"),
+    "upernet": (lambda: segmenter("upernet"), "upernet"),
+    "dpt": (lambda: segmenter("dpt"), "dpt"),
 }
 
 
@@ -57,7 +110,7 @@ def test_the_gradient_is_that_of_the_models_own_loss_and_the_kl(name: str, tmp_p
     """One step over four rows at a held draw: own loss + KL / N by autograd, all parameters as one vector."""
     build, kind = CASES[name]
     model, record = to_bayesian(build(), freeze=False), LiveGradients()
-    data = tiny.dataset(kind, 4)
+    data = images(kind) if kind == name else tiny.dataset(kind, 4)
     trainer = tiny.trainer(
         tmp_path, model, train_dataset=data, callbacks=[record], max_steps=1, max_grad_norm=0.0, num_training_items=10,
         train_sampling_strategy="sequential", remove_unused_columns=False,
@@ -75,6 +128,59 @@ def test_the_gradient_is_that_of_the_models_own_loss_and_the_kl(name: str, tmp_p
     assert entry["loss"] == pytest.approx(entry["nll"] + entry["kl"] / 10 + entry["own_terms"], rel=1e-5)
     assert entry["loss"] == pytest.approx((loss + kl_divergence(direct) / 10).item(), rel=1e-3)
     assert abs(entry["own_terms"]) > 0.1
+
+
+def test_a_spans_own_terms_are_what_its_mean_leaves() -> None:
+    """Padding competes in the heads' own loss, and a position outside the text is left out of its mean."""
+    data = tiny.dataset("question", 6).columns
+    data["start_positions"][0], data["end_positions"][0], data["end_positions"][1] = 99, 99, -1
+    plain, model = tiny.plain("question"), weighted_span()
+    assert not has_own_terms(plain, data, data, "question_answering")
+    assert has_own_terms(model, data, data, "question_answering")
+    outputs = model.eval()(**data)
+    found = own_terms(outputs, data, "question_answering")
+    torch.testing.assert_close(found, outputs.start_logits.square().mean())
+
+
+@pytest.mark.parametrize("name", ["beit", "upernet", "dpt"])
+def test_segmentation_without_an_auxiliary_head_has_none(name: str) -> None:
+    model, batch = segmenter(name, auxiliary=False), images(name).columns
+    assert not has_own_terms(model, batch, batch, "semantic_segmentation")
+    assert has_own_terms(segmenter(name), batch, batch, "semantic_segmentation")
+
+
+def test_a_micro_batch_without_labels_leaves_the_others_theirs(tmp_path: Path) -> None:
+    """The own loss of an image without a labelled pixel is a mean over nothing: NaN."""
+    data = images("beit")
+    data.columns["labels"][2:] = 255
+    trainer = tiny.trainer(
+        tmp_path, to_bayesian(segmenter("beit")), train_dataset=data, per_device_train_batch_size=2, max_steps=1,
+        gradient_accumulation_steps=2, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert math.isfinite(entry["loss"]) and entry["own_terms"] > 0.1
+
+
+def test_vilts_loss_is_the_likelihood(tmp_path: Path) -> None:
+    """It multiplies the mean over an example's labels by their number, which is the sum."""
+    config = hf.ViltConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        vocab_size=30, num_labels=5, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = to_bayesian(hf.ViltForQuestionAnswering(config), freeze=False)
+    ids, pixels, scores = torch.randint(2, 30, (4, 6)), torch.randn(4, 3, 32, 32), torch.rand(4, 5)
+    data = tiny.Rows(input_ids=ids, pixel_values=pixels, labels=scores)
+    trainer = tiny.trainer(tmp_path, model, train_dataset=data, max_steps=1)
+    with fixed_draw(model, 1):
+        expected = model(**data.columns).loss.item()
+        trainer.train()
+    entry = trainer.state.log_history[0]
+    assert "own_terms" not in entry
+    assert entry["nll"] == pytest.approx(expected, rel=1e-5)
+    assert entry["loss"] == pytest.approx(expected + entry["kl"] / 4, rel=1e-5)
 
 
 def test_evaluation_is_the_likelihood_alone(tmp_path: Path) -> None:
