@@ -101,7 +101,8 @@ class LaplaceTrainer(MonteCarloTrainer):
             validation_dataset: held-out data of "holdout"; by default the `eval_dataset`, as of early stopping.
             num_batches: so many batches of every process, of examples chosen at random; the curvature is scaled up to
                 ``num_data``.
-            num_data: N, the examples that the curvature stands for; by default the dataset's length.
+            num_data: N, the examples that the curvature stands for, those without a label (-100) included; by default
+                the dataset's length.
             batch_size: of one process; by default `args.per_device_eval_batch_size`. It changes nothing.
             seed: of the chosen examples, of fisher="mc"'s labels and of a random data collator.
             device: of the sums and eigenvectors; by default the model's.
