@@ -25,7 +25,8 @@ Inputs = Mapping[str, Any] | Tensor | Sequence[Any]
 """A mapping of names to arguments, one tensor, or a tuple or list of several arguments. A forward of one argument that
 is no tensor (a mapping, a list) gets it whole."""
 
-_TENSOR_NAMES = ("_ids", "_mask", "_embeds", "_values")  # the ends of the names that transformers gives its tensors
+# the ends of the names that transformers gives its tensors
+_TENSOR_NAMES = ("_ids", "_mask", "_embeds", "pixel_values", "input_values")
 
 
 def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
