@@ -43,6 +43,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
     >>> bool(kl_divergence(Linear(3, 2)) > 0)
     True
     """
+    draws.check_module(model)
     _tell_of_thawed(model)
     return _sum_over_tensors(model, tensor_kl)
 
