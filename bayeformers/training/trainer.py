@@ -29,13 +29,14 @@ from .optimizer import ScalesApart
 from .own_terms import OWN_TERMS, ForwardPass, has_own_terms, own_terms
 from .precision import lost_steps_warning
 from .records import SILENT_LAYERS, TrainingRecord
+from .resuming import Resuming
 
 __all__ = ["BayesianTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
+class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
     """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
@@ -70,7 +71,6 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
                 args.ddp_find_unused_parameters = False
         checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
         checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
-        self._resumed: Path | None = None
         self._run: TrainingRecord | None = None
         self.start_anew()
         super().__init__(model, args, *positional, **kwargs)
@@ -161,40 +161,6 @@ class BayesianTrainer(OwnObjective, ScalesApart, LaplaceTrainer):
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         self.args.check_bayesian()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = checkpoints.unwrapped(self.model if model is None else model)
-        if adapter_checkpoints.is_peft(target):
-            adapter_checkpoints.check_adapter(target, resume_from_checkpoint)
-        if checkpoints.weight_files(resume_from_checkpoint) and not self._is_sharded():
-            checkpoints.restore(target, resume_from_checkpoint)
-        else:
-            if not adapter_checkpoints.is_complete(target, resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if adapter_checkpoints.is_peft(target):
-                adapter_checkpoints.restore_adapter(target, resume_from_checkpoint)
-        self._resumed = Path(resume_from_checkpoint)
-        recorded = checks.recorded_config(resume_from_checkpoint)
-        if recorded is not None and recorded.get("noise_std") is not None:
-            update_config(self.model, noise_std=recorded["noise_std"])  # that of the training that goes on
-
-    def _load_best_model(self) -> None:
-        folder, target = str(self.state.best_model_checkpoint), checkpoints.unwrapped(self.model)
-        if self._is_sharded():
-            super()._load_best_model()
-        elif adapter_checkpoints.is_peft(target) and adapter_checkpoints.adapter_files(folder):
-            adapter_checkpoints.check_adapter(target, folder, "The best checkpoint")
-            if not adapter_checkpoints.is_complete(target, folder):
-                super()._load_best_model()
-            adapter_checkpoints.restore_adapter(target, folder, "The best checkpoint")
-        elif checkpoints.weight_files(folder):
-            logger.info("Loading the best model from %s (score: %s).", folder, self.state.best_metric)
-            checkpoints.restore(target, folder, "The best checkpoint")
-        else:
-            raise ValueError(f"The best checkpoint {folder!r} holds no weights for `load_best_model_at_end` to load.")
-
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _begin(self, inputs: Mapping[str, Any]) -> TrainingRecord | None:
         """At the first batch of a `train()`: by then `model_init` has made the model and a checkpoint is loaded."""
