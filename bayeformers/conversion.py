@@ -19,7 +19,7 @@ from .distributions.initial_scale import check_delta
 from .dropout import dropout_rates, set_dropout
 from .nn import draws
 from .nn.adapters import merged_adapter
-from .nn.base import RECORD, BayesianModule, variational_tensors
+from .nn.base import RECORD, BayesianModule, record_of, variational_tensors
 from .nn.base import is_bayesian as is_bayesian
 from .patterns import Patterns
 from .plain_weights import check_plain_weights
@@ -300,7 +300,8 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
 def conversion_record(model: nn.Module) -> Conversion | None:
     """The record of a model's conversion, found through wrappers; None for a network that was built by hand."""
-    return next((getattr(module, RECORD) for module in model.modules() if hasattr(module, RECORD)), None)
+    record: Conversion | None = record_of(model)
+    return record
 
 
 def conversion_of(model: nn.Module) -> Conversion:

@@ -16,7 +16,7 @@ from .distributions.kl import has_closed_form
 from .distributions.normal_kl import block_size, normal_kl
 from .distributions.separable_kl import separable_kl
 from .nn import draws, kl_watch
-from .nn.base import RECORD, NamedVariational, variational_tensors
+from .nn.base import NamedVariational, record_of, variational_tensors
 from .nn.variational import scale_of, wide
 
 THAWED = (
@@ -50,8 +50,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
 
 def _tell_of_thawed(model: nn.Module) -> None:
     """Means that train though the conversion froze them; a prior that needs a centre refuses them by itself."""
-    records = (vars(module).get(RECORD) for module in model.modules())
-    record = next((record for record in records if record is not None), None)
+    record = record_of(model)
     if record is None or not record.config.freeze:
         return
     thawed = next((tensor for tensor in variational_tensors(model) if tensor.loc.requires_grad), None)

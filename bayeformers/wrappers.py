@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .nn.base import variational_tensors
+from .nn.draws import posterior_mean
 
 _SAVING = ("save_pretrained", "save", "push_to_hub")
 _WHOLE = "Save `model.state_dict()`, and load it into a model with the same adapters after the same `to_bayesian` call."
@@ -49,8 +51,11 @@ def told_of_adapters(model: nn.Module) -> str | None:
     if not hasattr(model, "peft_config"):
         return None
     kind, tensors = type(model).__name__, list(variational_tensors(model))
-    saved = _saved_by_peft(model)
-    lost = [tensor.name for tensor in tensors if tensor.rho.data_ptr() not in saved]
+    try:
+        saved = saved_by_peft(model, model.state_dict(keep_vars=True))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # of some kinds before they are trained
+        saved = set()
+    lost = [tensor.name for tensor in tensors if id(tensor.rho) not in saved]
     if lost:
         return (
             f"{kind}: the adapter's folder holds no scales of {len(lost)} of its {len(tensors)} Bayesian tensors, such "
@@ -63,12 +68,18 @@ def told_of_adapters(model: nn.Module) -> str | None:
     )
 
 
-def _saved_by_peft(model: Any) -> set[int]:
-    """Addresses of the tensors that PEFT writes for the active adapter; none where it cannot say."""
-    from peft import get_peft_model_state_dict
+def peft_state(model: Any, own: dict[str, Any], adapter: str) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter, by the names that it gives them: tensors of ``own``, or computed ones.
 
-    try:
-        saved = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # of some kinds before they are trained
-        return set()
-    return {tensor.data_ptr() for tensor in saved.values()}
+    ``own``: ``model.state_dict(keep_vars=True)``, so that a tensor is told by its identity.
+    """
+    from peft import get_peft_model_state_dict  # an extra
+
+    with torch.no_grad(), posterior_mean(model):
+        state = get_peft_model_state_dict(model, own, adapter_name=adapter, save_embedding_layers=False)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def saved_by_peft(model: nn.Module, own: dict[str, Any]) -> set[int]:
+    """The ids of the tensors that PEFT saves, of all adapters; see :func:`peft_state`."""
+    return {id(t) for adapter in getattr(model, "peft_config", ()) for t in peft_state(model, own, adapter).values()}

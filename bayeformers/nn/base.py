@@ -337,6 +337,11 @@ def is_bayesian(model: nn.Module) -> bool:
     return any(isinstance(module, BayesianModule) for module in model.modules())
 
 
+def record_of(model: nn.Module) -> Any:
+    """The record of a model's conversion, found through wrappers; None for a network that was built by hand."""
+    return next((getattr(module, RECORD) for module in model.modules() if hasattr(module, RECORD)), None)
+
+
 def variational_tensors(model: nn.Module) -> Iterator[NamedVariational]:
     """Every distinct Bayesian Parameter of ``model`` once, tied tensors under their first owner."""
     seen: set[int] = set()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..nn.base import is_bayesian, variational_tensors
-from ..nn.draws import posterior_mean
+from ..wrappers import peft_state, saved_by_peft
 from .checkpoints import ADDED, RESUMED, RHO, misfit, read, same, unconverted
 
 __all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "save_beside"]
@@ -77,7 +77,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str 
     for adapter in getattr(model, "peft_config", ()):
         file = _file_of(folder, adapter)
         saved = {} if file is None else read(file)
-        for name, tensor in _peft_state(model, own, adapter).items() if saved else ():
+        for name, tensor in peft_state(model, own, adapter).items() if saved else ():
             is_own = id(tensor) in ids  # else computed: a prompt, which what it is computed of restores
             if name not in saved or tensor.shape != saved[name].shape:
                 differing.append(name)
@@ -106,19 +106,10 @@ def _beside(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return read(file) if file.is_file() else {}
 
 
-def _peft_state(model: Any, own: dict[str, Any], adapter: str) -> dict[str, Tensor]:
-    """What PEFT saves of an adapter, by the names that it gives them: tensors of ``own``, or computed ones."""
-    from peft import get_peft_model_state_dict  # an extra
-
-    with torch.no_grad(), posterior_mean(model):
-        state = get_peft_model_state_dict(model, own, adapter_name=adapter, save_embedding_layers=False)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
 def _lacking(model: nn.Module) -> dict[str, Tensor]:
     """By its first name, each tensor that a conversion added or that trains, and that PEFT does not save."""
     own = model.state_dict(keep_vars=True)
-    seen = {id(t) for adapter in getattr(model, "peft_config", ()) for t in _peft_state(model, own, adapter).values()}
+    seen = saved_by_peft(model, own)
     found = {}
     for name, tensor in own.items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen and (name.endswith(ADDED) or tensor.requires_grad):
@@ -136,7 +127,7 @@ def _rho_names(model: nn.Module) -> list[set[str]]:
         if id(tensor) in names:
             names[id(tensor)] |= {name, *(name.replace(f".{adapter}.", ".") for adapter in adapters)}
     for adapter in adapters if names else ():
-        for name, tensor in _peft_state(model, own, adapter).items():
+        for name, tensor in peft_state(model, own, adapter).items():
             if id(tensor) in names:
                 names[id(tensor)].add(name)
     return list(names.values())

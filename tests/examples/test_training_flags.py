@@ -42,17 +42,12 @@ def line_of(example: str, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     return line
 
 
-@pytest.mark.parametrize(("flags", "message"), EVERYWHERE)
-@pytest.mark.parametrize("example", ALL)
-def test_flags_that_no_example_can_honour(
-    example: str, flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert f"error: {message}" in line_of(example, flags, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize(("flags", "message"), OF_THE_BEST_EPOCH)
-@pytest.mark.parametrize("example", TWO_TRAININGS)
-def test_flags_that_an_example_sets_itself(
+@pytest.mark.parametrize(
+    ("example", "flags", "message"),
+    [(example, *case) for example in ALL for case in EVERYWHERE]
+    + [(example, *case) for example in TWO_TRAININGS for case in OF_THE_BEST_EPOCH],
+)
+def test_flags_that_an_example_cannot_honour_or_sets_itself(
     example: str, flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert f"error: {message}" in line_of(example, flags, monkeypatch, capsys)
