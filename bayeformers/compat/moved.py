@@ -96,6 +96,6 @@ class _OldPaths(MetaPathFinder, Loader):
 
 
 def keep_old_paths() -> None:
-    """Let `import` find modules under their old paths, after all other finders."""
+    """Let `import` find modules under old paths: asked first, or `jacobians.reads` would be loaded twice."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
-        sys.meta_path.append(_OldPaths())
+        sys.meta_path.insert(0, _OldPaths())
