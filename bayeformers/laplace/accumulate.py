@@ -216,7 +216,7 @@ class Accumulator:
                 self._sum(target, "count", rows.new_tensor(float(rows.shape[1])))
 
     def _add_squares(self, target: Target, captured: Captured) -> None:
-        if self.curvature.config.curvature == "full":
+        if self.curvature.config.curvature == "dense":
             rows = captured.jacobian().movedim(0, 2).flatten(2).flatten(0, 1)
             self._sum_moment(target, "products", rows.unsqueeze(0))
             return

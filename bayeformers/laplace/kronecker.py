@@ -37,8 +37,8 @@ class KroneckerEigen:
     factors: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of_product(cls, left: Tensor | None, right: Tensor | None, gamma: Tensor, alpha: Tensor) -> Self:
-        """With L_ij = gamma_i alpha_j."""
+    def from_product(cls, left: Tensor | None, right: Tensor | None, gamma: Tensor, alpha: Tensor) -> Self:
+        """Of the eigenvalues L_ij = gamma_i alpha_j."""
         return cls(left, right, gamma.unsqueeze(-1) * alpha.unsqueeze(-2), (gamma, alpha))
 
     @classmethod
@@ -48,7 +48,7 @@ class KroneckerEigen:
         Decomposed in float64, for the small eigenvalues decide the variance; stored in the factors' dtype.
         """
         (gamma, left), (alpha, right) = symmetric_eigen(gradients), symmetric_eigen(inputs)
-        return cls.of_product(left, right, gamma, alpha)
+        return cls.from_product(left, right, gamma, alpha)
 
     def precision(self, prior_precision: float, scale: float = 1.0) -> Tensor:
         """Lambda = scale L + tau, (K, d_out, d_in'): the posterior's precision along each eigen-direction."""

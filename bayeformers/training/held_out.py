@@ -10,9 +10,9 @@ from torch import nn
 from transformers.trainer_utils import has_length
 
 from ..laplace import LaplacePosterior
+from ..laplace.config import PriorChoice
 from ..laplace.evidence import Precision
-from ..laplace.holdout import checked_validation
-from ..laplace.tuning import PriorChoice
+from ..laplace.tuning import checked_validation
 from .checks import check_dataset
 
 __all__ = ["COLLATED", "HeldOut", "choose_rows", "said_choice"]

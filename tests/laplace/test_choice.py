@@ -10,7 +10,7 @@ from torch import nn
 
 from bayeformers import laplace
 from bayeformers.laplace import LaplacePosterior, PrecisionChoice
-from bayeformers.laplace.holdout import GRID
+from bayeformers.laplace.tuning import GRID
 
 torch.manual_seed(0)
 X = torch.randn(30, 4)

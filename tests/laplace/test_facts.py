@@ -54,7 +54,7 @@ def regression_posterior(model: nn.Module, x: Tensor, y: Tensor, **options: obje
 
 def precision_of(posterior: LaplacePosterior, layer: str = "") -> Tensor:
     eigen = posterior.layers[layer]
-    return posterior.scale * dense(eigen) + posterior.prior_precision * torch.eye(
+    return posterior.likelihood_precision * dense(eigen) + posterior.prior_precision * torch.eye(
         eigen.eigenvalues.numel(), dtype=torch.float64
     )
 

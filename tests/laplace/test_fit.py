@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers.laplace import LaplacePosterior, fit, tune
 from bayeformers.laplace.data import prepare
-from bayeformers.laplace.holdout import GRID, holdout_nll, holdout_precision
+from bayeformers.laplace.tuning import GRID, holdout_nll, holdout_precision
 from tests.laplace.networks import QUIET, batches, built, classes, fitted, mlp, reader, regression_data, state, text
 from tests.laplace.reference import close, dense, integers, normal
 

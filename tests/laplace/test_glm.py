@@ -147,7 +147,7 @@ def test_every_architecture(name: str) -> None:
 def test_every_head(name: str, curvature: str) -> None:
     model, inputs, labels = built(name)
     posterior = fitted(model, inputs, labels, curvature=curvature, temperature=0.7)
-    assert posterior.scale == pytest.approx(1 / (0.7 * posterior.noise_std**2))
+    assert posterior.likelihood_precision == pytest.approx(1 / (0.7 * posterior.noise_std**2))
     assert_dense(posterior, inputs)
     found = posterior.predict({**inputs, **labels})
     assert torch.equal(found.logit_covariance, posterior.linearize(inputs)[1])

@@ -38,7 +38,7 @@ def softmax_regression() -> tuple[LaplacePosterior, nn.Module, Tensor, Tensor]:
 
 def precision_of(posterior: LaplacePosterior, layer: str = "") -> Tensor:
     """P, dense."""
-    curvature = posterior.scale * dense(posterior.layers[layer])
+    curvature = posterior.likelihood_precision * dense(posterior.layers[layer])
     return curvature + posterior.prior_precision * torch.eye(len(curvature), dtype=torch.float64)
 
 
@@ -115,7 +115,7 @@ def test_no_prior() -> None:
 
     check(precision_of(posterior))
     with pytest.raises(AssertionError):
-        check(posterior.scale * dense(posterior.layers[""]))
+        check(posterior.likelihood_precision * dense(posterior.layers[""]))
 
 
 def test_no_n() -> None:
@@ -128,7 +128,10 @@ def test_no_n() -> None:
 
     check(precision_of(posterior))
     with pytest.raises(AssertionError):
-        check(posterior.scale * dense(posterior.layers[""]) / len(x) + tau * torch.eye(6, dtype=torch.float64))
+        check(
+            posterior.likelihood_precision * dense(posterior.layers[""]) / len(x)
+            + tau * torch.eye(6, dtype=torch.float64)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ curvature

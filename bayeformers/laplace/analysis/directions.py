@@ -14,8 +14,8 @@ from ...linearized.blocks import block_noise
 from ...linearized.methods import ranks, select
 from ...sampling.views import alone
 from ..blocks import LaplaceBlock
+from ..moved import by_parameter, holding
 from ..posterior import LaplacePosterior
-from ..weights import by_parameter, holding
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def eigen_direction(posterior: LaplacePosterior, direction: int | float, layer: 
 
     Raises:
         ValueError: no such rank, quantile or layer; or a direction of a table's padding row, which is not random and
-            which curvature="full" alone has among its directions.
+            which curvature="dense" alone has among its directions.
 
     >>> from bayeformers.laplace import fit
     >>> net, x = nn.Linear(3, 2), torch.randn(20, 3)
@@ -116,7 +116,7 @@ def eigen_direction(posterior: LaplacePosterior, direction: int | float, layer: 
     if not any(bool(value.any()) for value in parameters.values()):
         raise ValueError(f"`direction`={direction!r} is one of the padding row of {name!r}, which is not random.")
     eigenvalue = float(block.eigen.eigenvalues[k, i, j])
-    variance = 1 / (posterior.scale * eigenvalue + block.prior_precisions[0])
+    variance = 1 / (posterior.likelihood_precision * eigenvalue + block.prior_precisions[0])
     return EigenDirection(name, (k, i, j), eigenvalue, variance, parameters)
 
 

@@ -20,8 +20,8 @@ from ...linearized.captured import Captured
 from ...linearized.covariance import reached, rotated
 from ...linearized.rules import EmbeddingRule
 from ..blocks import LaplaceBlock
+from ..moved import as_matrix, by_parameter
 from ..posterior import LaplacePosterior, check_laplace
-from ..weights import as_matrix, by_parameter
 from .gradients import ExampleGradients
 from .inner import coordinates_inner, one_position_inner, positions_inner, table_inner
 
@@ -140,7 +140,7 @@ def natural_gradient(
                 )
         eigen = block.eigen
         matrix = as_matrix(block.target, gradients, is_flat=block.is_flat).to(eigen.eigenvalues)
-        step = eigen.covariance_product(matrix, block.prior_precisions[0], block.scale)
+        step = eigen.covariance_product(matrix, block.prior_precisions[0], block.likelihood_precision)
         found |= {p: value.to(p) for p, value in by_parameter(block.target, step).items()}
     return found
 

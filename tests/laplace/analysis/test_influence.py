@@ -94,7 +94,7 @@ def sigma(posterior: LaplacePosterior, layer: str) -> Tensor:
     tau = posterior.prior_precision
     f = reference.dense(posterior.layers[layer])
     value = tau if isinstance(tau, float) else tau[layer]
-    return torch.linalg.inv(posterior.scale * f + value * torch.eye(len(f), dtype=f.dtype))
+    return torch.linalg.inv(posterior.likelihood_precision * f + value * torch.eye(len(f), dtype=f.dtype))
 
 
 def dense_products(posterior: LaplacePosterior, first: Any, second: Any) -> Tensor:

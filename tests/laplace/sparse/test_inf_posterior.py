@@ -42,7 +42,7 @@ def dense_precision(posterior: LaplacePosterior, layer: str, rank: int, diagonal
         low_rank = own[:, order] @ top.diag() @ own[:, order].T
         exact = (own @ values.diag() @ own.T).diag() if diagonal is None else diagonal[k].flatten()
         rest = (exact - low_rank.diag()).clamp_min(0)
-        blocks.append(posterior.scale * (low_rank + rest.diag()) + torch.eye(size, dtype=u.dtype))
+        blocks.append(posterior.likelihood_precision * (low_rank + rest.diag()) + torch.eye(size, dtype=u.dtype))
     return torch.block_diag(*blocks)
 
 
