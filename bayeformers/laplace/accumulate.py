@@ -61,10 +61,8 @@ class Accumulator:
     def add(self, batch: Batch) -> None:
         """One forward pass, one backward pass per column; one example at a time where a layer does not keep them apart.
 
-        Of the examples with a loss term; the others are counted.
-
-        Raises:
-            ValueError: outputs or labels that are not finite or do not fit.
+        Of the examples with a loss term; the others are counted. Outputs or labels that are not finite or do not fit
+        are refused with a ValueError.
         """
         labelled = batch.labelled(self.curvature.config.likelihood)
         if len(labelled):
@@ -118,7 +116,7 @@ class Accumulator:
         self.curvature.add_second_moment(target.name, name, rows, self.device)
 
     def _generators(self, batch: Batch) -> list[torch.Generator]:
-        """Of the Monte-Carlo labels, one per example: the same in batches of any size, and after a resume.
+        """Return a generator of Monte-Carlo labels per example: the same in batches of any size, and after a resume.
 
         An example is known by its place in the dataset, else by its number among those that this process saw: a loader
         in the dataset's order gives the same.
@@ -266,7 +264,7 @@ class _Inputs:
         return torch.bincount(kept, minlength=len(table)).to(use.dtype)
 
     def _mask(self, a: Tensor, use: Use) -> Tensor:
-        """Which positions (B, T) of inputs (K, B, T, ...) count.
+        """Return which positions (B, T) of inputs (K, B, T, ...) count.
 
         By the attention mask where the positions are the tokens. Elsewhere all, or, in a model with padding, those that
         a gradient reaches (a pooler has one position, a mixture's expert some tokens of all examples).

@@ -42,22 +42,27 @@ class LaplaceBlock:
 
     @property
     def name(self) -> str:
+        """The layer's name."""
         return self.target.name
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
+        """The layers that use the parameters."""
         return self.target.modules
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The Parameters, by "weight" and "bias"."""
         return self.target.parameters
 
     @property
     def left(self) -> Tensor | None:
+        """U_G on the layer's device; None: the identity."""
         return None if self.eigen.left is None else self.placed(self.eigen.left)
 
     @property
     def right(self) -> Tensor | None:
+        """U_A on the layer's device; None: the identity."""
         return None if self.eigen.right is None else self.placed(self.eigen.right)
 
     @property

@@ -84,7 +84,7 @@ class Curvature:
         add_second_moment(own[name], rows.detach().to(own[name].device))
 
     def merge(self, other: Curvature) -> Curvature:
-        """Add the sums of other data, in place.
+        """Return these sums with those of other data, added in place.
 
         Raises:
             ValueError: they were measured in another way, or of other layers; or are squares of "ekfac", which stand in
@@ -122,7 +122,7 @@ class Curvature:
         return self
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """(G, A) of a layer: G (K, d_out, d_out), a sum over the data; A (K, d_in', d_in') or (V,), an average.
+        """Return (G, A) of a layer: G (K, d_out, d_out), a sum over the data; A (K, d_in', d_in') or (V,), an average.
 
         Raises:
             ValueError: the layer has no Kronecker factors.
@@ -134,12 +134,10 @@ class Curvature:
         return symmetric(sums["gradients"]) * self.data_scale, inputs if inputs.ndim == 1 else symmetric(inputs)
 
     def eigen(self, layer: str, known: list[tuple[Tensor, Tensor, Tensor]] | None = None) -> KroneckerEigen:
-        """The layer's curvature, eigendecomposed.
+        """Return the layer's curvature, eigendecomposed.
 
         ``known``: input factors decomposed so far; layers that read the same tensor (query, key, value) share one.
-
-        Raises:
-            ValueError: some sum is not finite.
+        A sum that is not finite is refused with a ValueError.
         """
         sums = self._layer(layer)
         check_finite(layer, sums)
@@ -177,11 +175,7 @@ class Curvature:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Curvature:
-        """What `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, damaged, or holds something else.
-        """
+        """Return what `save` wrote; a file that is missing, damaged or of another kind is refused with a ValueError."""
         tensors, meta = read(path, kind="curvature")
         check_whole(tensors, tensors, f"{str(path)!r}")
         sums: dict[str, dict[str, Tensor]] = {}

@@ -57,7 +57,7 @@ class Batch:
             yield Batch(inputs, labels, attended, self.has_padding)
 
     def labelled(self, likelihood: Likelihood) -> Batch:
-        """The examples with a loss term: of a classification those with a label, at some position, that is not -100.
+        """Return the examples with a loss term: of a classification those with a label, somewhere, that is not -100.
 
         The others' curvature is 0, and what they read must not enter the average A of what the layers read. A
         regression has no ignored label, and without labels every example counts.
@@ -74,7 +74,7 @@ class Batch:
 
 
 def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
-    """The likelihood of the model's head; classification for a model that transformers does not know.
+    """Return the likelihood of the model's head; classification for a model that transformers does not know.
 
     ``labels``: of a batch; they tell single from multi label where the configuration does not.
 
@@ -88,12 +88,13 @@ def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
 
 
 def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None = None) -> Batch:
-    """A batch of a DataLoader as a `Batch` on a device: a mapping with labels inside, (inputs, labels), or inputs.
+    """Return a batch of a DataLoader on a device; it is a mapping with labels inside, (inputs, labels), or inputs.
 
-    ``keep``: number of leading examples that are no padding duplicates.
-
-    Raises:
-        TypeError: a batch of another kind.
+    Args:
+        model: whose head says what its labels are.
+        batch: as the loader gives it; another kind is refused with a TypeError.
+        device: of the result.
+        keep: number of leading examples that are no padding duplicates.
     """
     given, labels = _split(batch)
     size = batch_size(given)
@@ -110,7 +111,7 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
 
 
 def real_examples(loader: Iterable[Any], number: int, length: int) -> int | None:
-    """How many examples of batch ``number`` (of ``length``) are no duplicates; None: all.
+    """Return how many examples of batch ``number`` (of ``length``) are no duplicates; None: all.
 
     Two samplers repeat examples so that every process has as many: torch's DistributedSampler, at the end, and that of
     a loader that accelerate prepared, in its last round.

@@ -327,7 +327,7 @@ def checked_precision(prior_precision: Any, names: Collection[str]) -> float | d
     missing, unknown = sorted(set(names) - set(prior_precision)), sorted(set(prior_precision) - set(names))
     if missing or unknown:
         raise ValueError(
-            f"`prior_precision` by layer must name each of the {len(names)} layers of the curvature once: "
+            f"`prior_precision` by layer must name each of the {len(names)} layers once: "
             f"missing {missing[:3]}, unknown {unknown[:3]}."
         )
     for name in names:

@@ -31,7 +31,7 @@ def posterior_of(
     device: torch.device | str | None = None,
     **tuning: Any,
 ) -> LaplacePosterior:
-    """The posterior that `fit` would have given for the data whose sums ``curvature`` holds.
+    """Return the posterior that `fit` would have given for the data whose sums ``curvature`` holds.
 
     Sums of parts of the data, each written by ``fit(..., checkpoint=path)`` in a process or at a time of its own, add
     with `Curvature.merge`. They know the layers by name: ``model`` must be the one they were taken of.

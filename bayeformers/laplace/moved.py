@@ -62,11 +62,7 @@ class MovedPosterior(BasePosterior):
 
     @contextlib.contextmanager
     def draw(self, index: int, seed: int = 0) -> Iterator[None]:
-        """The model at draw ``index`` of the sequence ``seed``, until exit; its weights come back bit by bit.
-
-        Raises:
-            TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
-        """
+        """The model at draw ``index`` >= 0 of the sequence ``seed``, until exit; its weights come back bit by bit."""
         check_draw(index, seed)
         with alone(self.model), holding(self._deviation(index, seed)):
             yield
@@ -96,7 +92,7 @@ class MovedPosterior(BasePosterior):
         return in_columns(self._outputs_of)(output)
 
     def recorded_noise_std(self) -> float:
-        """s."""
+        """The noise s of a regression."""
         return self.noise_std
 
 
@@ -111,7 +107,7 @@ def _in_columns(outputs_of: OutputOf, output: Any) -> Tensor:
 
 
 def by_parameter(target: Target, matrix: Tensor) -> dict[nn.Parameter, Tensor]:
-    """A layer's matrix, cut into its Parameters' shapes; the padding row of a table is not random.
+    """Return a layer's matrix, cut into its Parameters' shapes; the padding row of a table is not random.
 
     Shape: ``matrix`` (K, d_out, d_in'), or (1, 1, p) of a dense block.
     """

@@ -53,7 +53,7 @@ class PrecisionChoice:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PrecisionChoice:
-        """Read what a file says.
+        """Return what a file says.
 
         Raises:
             ValueError: it is no such choice.
@@ -184,7 +184,7 @@ class LaplacePosterior(MovedPosterior):
 
     @property
     def log_marginal_likelihood(self) -> float:
-        """log p(D | tau) by Laplace's method, in nats (Immer et al. 2021); comparable between posteriors of one model.
+        """The evidence log p(D | tau) in nats (Immer et al. 2021); comparable between posteriors of one model.
 
         Raises:
             ValueError: the fit saw no labels.
@@ -318,9 +318,7 @@ class LaplacePosterior(MovedPosterior):
 
         In the precision of the fit (float32 but for a float64 model), and nothing twice: layers that read one tensor
         share their basis, and the eigenvalues of "kfac" are products of two vectors. A reload has the same bits.
-
-        Raises:
-            ValueError: the model's weights have moved since the fit.
+        Weights that have moved since the fit are refused with a ValueError.
         """
         layers = recorded_layers(self.targets, self.fingerprints)
         meta = {
@@ -337,10 +335,12 @@ class LaplacePosterior(MovedPosterior):
     def load(
         cls, directory: str | os.PathLike[str], model: nn.Module, *, outputs_of: OutputOf = logits_of
     ) -> LaplacePosterior:
-        """The posterior that `save` wrote, around the model that it was fitted to.
+        """Return the posterior that `save` wrote, around the model that it was fitted to.
+
+        A file that is missing, damaged or changed, and a model of other layers or weights, are refused (ValueError).
 
         Raises:
-            ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
+            TypeError: ``model`` is none.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")

@@ -77,7 +77,7 @@ class Target:
 def choose_targets(
     model: nn.Module, target: Patterns | None = None, exclude: Patterns | None = None
 ) -> tuple[list[Target], dict[str, str]]:
-    """Targets in the model's order, and the reason of every other layer that has parameters.
+    """Return targets in the model's order, and the reason of every other layer that has parameters.
 
     Args:
         model: any module.
@@ -121,7 +121,7 @@ def choose_targets(
 
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
-    """The targets of layers by name, in the model's order, with those of their parameters that are trained.
+    """Return the targets of layers by name, in the model's order, with those of their parameters that are trained.
 
     Raises:
         ValueError: the model lacks such a layer, or it has no rule or no trained parameters.
@@ -142,7 +142,7 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
 
 
 def squared_distances(targets: Sequence[Target], model: nn.Module, prior_mean: nn.Module) -> dict[str, float]:
-    """|theta* - mu0|^2 of each target: mu0 are ``prior_mean``'s weights by name, 0 where it has none of that shape.
+    """Return |theta* - mu0|^2 of each target: mu0 are ``prior_mean``'s weights by name, 0 where it has none such.
 
     Raises:
         ValueError: ``prior_mean`` has none of the targets' weights.

@@ -44,10 +44,17 @@ def tune(
     link: Link = "auto",
     progress: bool = True,
 ) -> LaplacePosterior:
-    """The posterior at a prior precision (and noise) that is given, or found as `fit` says; no curvature is refitted.
+    """Return the posterior at a prior precision (and noise) that is given, or found as `fit` says.
 
-    Raises:
-        ValueError: as for `fit`.
+    No curvature is refitted.
+
+    Args:
+        posterior: at any prior precision.
+        prior_precision: tau, one per layer name, or how to find it.
+        noise_std: s of a regression; by default the one of largest evidence.
+        validation: held-out batches with labels, of "holdout".
+        link: of the predictive that "holdout" judges.
+        progress: whether to show a progress bar.
     """
     check_precision_choice(prior_precision)
     record = posterior.record
@@ -79,7 +86,7 @@ def tune(
 
 
 def checked_validation(model: nn.Module, validation: T | None) -> T:
-    """Held-out data as they are, of a model whose predictive can be linearised.
+    """Return held-out data as they are, of a model whose predictive can be linearised.
 
     Raises:
         ValueError: ``validation`` is None, or the head has too many logits.
@@ -102,7 +109,7 @@ def holdout_nll(
     link: Link = "auto",
     seed: int = 0,
 ) -> dict[float, float]:
-    """Mean NLL per label of the linearised predictive ("glm") at each scalar prior precision, over all processes.
+    """Return the mean NLL per label of the linearised predictive at each scalar prior precision, over all processes.
 
     Raises:
         ValueError: no labels.

@@ -45,7 +45,7 @@ def choose_rows(
     training: Any,
     label_names: Iterable[str],
 ) -> HeldOut:
-    """``validation``, else ``evaluation``, where "holdout" is asked for or nothing is; the evidence where neither can.
+    """Return ``validation``, else ``evaluation``, for "holdout" or where nothing is said; the evidence if neither can.
 
     Raises:
         ValueError: "holdout" is asked for, or ``validation`` is given without another wish, and they cannot serve.

@@ -135,7 +135,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         )
 
     def _given_noise(self) -> float | None:
-        """A regression's `args.noise_std`, if that is a number.
+        """Return a regression's `args.noise_std`, if that is a number.
 
         Raises:
             ValueError: the head predicts the noise.

@@ -140,7 +140,7 @@ def test_no_n() -> None:
 def full(model: nn.Module, inputs: Tensor, labels: Tensor, *sizes: int, layer: str = "") -> Tensor:
     """The dense GGN of one layer as fitted to batches of the given sizes (by default one of all)."""
     loader = batches(inputs, labels, *sizes)
-    return dense(fit(model, loader, curvature="full", prior_precision=1.0, progress=False).layers[layer])
+    return dense(fit(model, loader, curvature="dense", prior_precision=1.0, progress=False).layers[layer])
 
 
 def test_eval_mode() -> None:

@@ -72,7 +72,7 @@ class InfPosterior(MovedPosterior):
         return sum(getattr(block, part).numel() for _, blocks in self.layers for block in blocks for part in _PARTS)
 
     def log_determinant(self) -> Tensor:
-        """log det of the precision, summed over the layers."""
+        """The log determinant of the precision, summed over the layers."""
         found = [
             block.log_determinant(self.prior_precisions[target.name], scale=self.likelihood_precision)
             for target, blocks in self.layers
@@ -90,11 +90,7 @@ class InfPosterior(MovedPosterior):
         return self._problem_type
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``inf.safetensors``.
-
-        Raises:
-            ValueError: the model's weights have moved since the fit.
-        """
+        """Write ``inf.safetensors``; weights that have moved since the fit are refused with a ValueError."""
         tensors = {
             f"{target.name}/{number}/{part}": getattr(block, part)
             for target, blocks in self.layers
@@ -116,7 +112,7 @@ class InfPosterior(MovedPosterior):
     def load(
         cls, directory: str | os.PathLike[str], model: nn.Module, *, outputs_of: OutputOf = logits_of
     ) -> InfPosterior:
-        """What `save` wrote, around the model that the posterior was fitted to.
+        """Return what `save` wrote, around the model that the posterior was fitted to.
 
         Raises:
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
@@ -151,7 +147,7 @@ class InfPosterior(MovedPosterior):
 
 
 def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePosterior | None = None) -> InfPosterior:
-    """The sparse information form of a posterior: the ``rank`` largest eigenpairs of each layer, and a diagonal.
+    """Return the sparse information form of a posterior: the ``rank`` largest eigenpairs of each layer, and a diagonal.
 
     Args:
         posterior: fitted with curvature="ekfac" (or "kfac", whose eigenvalues are not corrected).

@@ -70,7 +70,7 @@ def case(name: str) -> tuple[nn.Module, Any, Tensor, dict[str, Any]]:
 
 CASES = ("mlp", "mixed", "reader", "tokens", "features-first")
 each_case = pytest.mark.parametrize("name", CASES)
-each_curvature = pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+each_curvature = pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 
 
 def brute_force(posterior: LaplacePosterior, inputs: Any, labels: Tensor, likelihood: str = "classification") -> Any:

@@ -114,7 +114,7 @@ def test_the_weights_come_back_after_an_error() -> None:
 
 def test_a_dense_last_layer() -> None:
     model, x, y = mlp(), normal(9, 4), classes(9)
-    full = fitted(model, x, y, subset="last_layer", curvature="full")
+    full = fitted(model, x, y, subset="last_layer", curvature="dense")
     close(inf_posterior(full, 18).log_determinant(), full.layers["2"].log_determinant(1.0))
 
 
