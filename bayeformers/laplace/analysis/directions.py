@@ -92,7 +92,7 @@ def eigen_direction(posterior: LaplacePosterior, direction: int | float, layer: 
         layer: of this layer; None: of all layers together.
 
     Raises:
-        ValueError: there is no such rank, quantile or layer; or it is a direction of a table's padding row, which is not
+        ValueError: there is no such rank, quantile or layer; or it is one of a table's padding row, which is not
             random and which curvature="dense" alone has among its directions.
 
     >>> from bayeformers.laplace import fit
