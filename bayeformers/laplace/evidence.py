@@ -302,8 +302,8 @@ def log_determinant_ratio(eigenvalues: Tensor, ratio: float) -> float:
 
 def determined_weights(eigenvalues: Iterable[Tensor], ratio: float) -> float:
     """Return gamma = sum_i ratio L_i / (1 + ratio L_i), of all the tensors together."""
-    scaled = (chunk.mul_(ratio) for values in eigenvalues for chunk in _chunks(values))
-    return math.fsum(float(chunk.div_(chunk + 1).sum()) for chunk in scaled)
+    chunks = (chunk for values in eigenvalues for chunk in _chunks(values))
+    return math.fsum(float(chunk.div_(chunk + 1 / ratio).sum()) for chunk in chunks)
 
 
 def _chunks(eigenvalues: Tensor) -> Iterator[Tensor]:
