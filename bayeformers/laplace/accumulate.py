@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..likelihoods.loss_hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
+from ..likelihoods.registry import likelihood_of_family
 from ..linearized import Use, examples_first, gradients, record, separation
 from ..linearized.blocks import GaussianBlock
 from ..linearized.captured import Captured, captured_block, in_block
@@ -163,17 +164,18 @@ class Accumulator:
         return outputs.numel() if counted is None else int(counted.expand_as(outputs).count_nonzero())
 
     def _count(self, outputs: Tensor, batch: Batch) -> None:
-        sums, likelihood = self.curvature, self.curvature.config.likelihood
+        sums, family = self.curvature, self.curvature.config.likelihood
+        has_noise = likelihood_of_family(family).has_noise
         if self.is_second_pass:
             return
         sums.num_examples += len(batch)
-        if likelihood != "regression":
+        if not has_noise:
             sums.num_outputs += self._num_terms(outputs, batch)
         if batch.labels is None:
             sums.log_likelihood = float("nan")
             return
-        sums.log_likelihood += float(log_likelihood(outputs, batch.labels, likelihood))
-        if likelihood == "regression":
+        sums.log_likelihood += float(log_likelihood(outputs, batch.labels, family))
+        if has_noise:
             residual = outputs.double() - batch.labels.reshape(outputs.shape).double()
             sums.squared_error += float(residual.square().sum())
             sums.num_outputs += outputs.numel()

@@ -1,38 +1,31 @@
 """Which likelihood a model's head has: the problem type that the loss, the item count and the evaluation share."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto as auto
 
+from .outputs import IGNORED, output_field
+from .registry import ProblemType, get_likelihood, likelihoods
+from .segmentation import IGNORED_PIXEL
+
 __all__ = [
     "PROBLEM_TYPES",
-    "ProblemType",
-    "check_problem_type",
+    "ignored_label",
+    "infer_problem_type",
     "is_encoder_decoder_lm",
     "record_problem_type",
     "resolve_problem_type",
     "sequence_problem_type",
     "unwrapped",
+    "without_ignored",
 ]
 
-ProblemType = Literal[
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-    "token_classification",
-    "causal_lm",
-    "seq2seq_lm",
-    "question_answering",
-    "semantic_segmentation",
-    "unknown",
-]
-
-PROBLEM_TYPES: tuple[ProblemType, ...] = tuple(known for known in get_args(ProblemType) if known != "unknown")
-"""Those that a head can be told to have."""
+PROBLEM_TYPES: tuple[ProblemType, ...] = tuple(likelihood.problem_type for likelihood in likelihoods())
+"""Those that a head can be told to have, of the package's own."""
 
 
 def _names(table: Mapping[str, Any]) -> frozenset[str]:
@@ -72,8 +65,6 @@ _BODIES = (
     | _names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES)
 )
 _PERMUTATION_LM = "XLNetLMHeadModel"  # predicts through `target_mapping`: neither aligned nor shifted
-_SEQUENCE_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-_DECLARED_TYPES = (*_SEQUENCE_TYPES, "token_classification", "semantic_segmentation")  # of a head that is not known
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -118,16 +109,6 @@ def sequence_problem_type(num_labels: int, labels: Tensor | None) -> ProblemType
     return "single_label_classification"
 
 
-def check_problem_type(problem_type: Any) -> ProblemType:
-    """What a caller says that a head predicts.
-
-    Errors: ValueError for what is not one of `PROBLEM_TYPES`.
-    """
-    if problem_type not in PROBLEM_TYPES:
-        raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES}, got {problem_type!r}.")
-    return cast(ProblemType, problem_type)
-
-
 def is_encoder_decoder_lm(model: nn.Module) -> bool:
     """Whether the model's class is that of a language model with an encoder, whose decoder reads the labels."""
     model = unwrapped(model)
@@ -151,33 +132,49 @@ def _unsupported_head(model: nn.Module) -> str | None:
 def resolve_problem_type(model: nn.Module, labels: Any = None, *, or_unknown: bool = False) -> ProblemType:
     """The problem type of ``model``'s head, from its class, `config.problem_type` and, last, the labels' dtype.
 
-    ``labels`` matter only for a sequence head whose configuration does not say whether it is single or multi label.
-    A class that is not transformers' own is "unknown" unless `config.problem_type` speaks; so is, with ``or_unknown``,
-    one of transformers' whose outputs are of no kind that is known here, such as boxes or contrasts.
+    A class that is not transformers' own is "unknown" unless `config.problem_type` speaks.
 
-    Errors: ValueError for such a class, and for a `config.problem_type` that there is not.
+    Args:
+        model: any module.
+        labels: of a batch; they matter only for a sequence head whose configuration does not say whether it is single
+            or multi label.
+        or_unknown: whether one of transformers' classes whose outputs are of no kind that is known here, such as boxes
+            or contrasts, is "unknown" too.
+
+    Raises:
+        ValueError: such a class, and a `config.problem_type` that there is not.
     """
     model = unwrapped(model)
     config = getattr(model, "config", None)
     task = _class_task(model)
     declared = getattr(config, "problem_type", None)
     if task in (None, "sequence") and declared is not None:
-        allowed = _SEQUENCE_TYPES if task == "sequence" else _DECLARED_TYPES
-        if declared not in allowed:
-            raise ValueError(f"`config.problem_type` must be one of {allowed}, got {declared!r}.")
-        task = declared
+        return _declared(declared, of_sequences=task is not None)
     if task == "sequence":
         given = labels if isinstance(labels, Tensor) else None
         return sequence_problem_type(config.num_labels, given)  # type: ignore[union-attr]
-    if task == "zero_shot" and not (or_unknown and labels is None):  # without labels such a model trains by contrasts
-        return "single_label_classification"
+    if task == "zero_shot":  # without labels such a model trains by contrasts
+        return "unknown" if or_unknown and labels is None else "single_label_classification"
     if task is None and not or_unknown and (name := _unsupported_head(model)) is not None:
         raise ValueError(
             f"`problem_type` of {name} is not known: its outputs are of none of the kinds {PROBLEM_TYPES}. If they "
-            f"are, say so: `predict(..., problem_type=...)`, or `config.problem_type`, one of {_DECLARED_TYPES}; "
+            f"are, say so: `predict(..., problem_type=...)`, or `config.problem_type`, one of {_declarable()}; "
             "a training on another objective takes `compute_loss_func`."
         )
-    return next((known for known in get_args(ProblemType) if known == task), "unknown")
+    return "unknown" if task is None else task
+
+
+def _declared(problem_type: Any, *, of_sequences: bool) -> ProblemType:
+    """What a configuration says."""
+    allowed = _declarable(of_sequences=of_sequences)
+    if problem_type not in allowed:
+        raise ValueError(f"`config.problem_type` must be one of {allowed}, got {problem_type!r}.")
+    return str(problem_type)
+
+
+def _declarable(*, of_sequences: bool = False) -> tuple[ProblemType, ...]:
+    known = (known for known in likelihoods() if known.fits_sequences or (known.fits_other and not of_sequences))
+    return tuple(likelihood.problem_type for likelihood in known)
 
 
 def record_problem_type(model: nn.Module, labels: Tensor) -> bool:
@@ -192,3 +189,39 @@ def record_problem_type(model: nn.Module, labels: Tensor) -> bool:
         return False
     config.problem_type = sequence_problem_type(config.num_labels, labels)
     return True
+
+
+def infer_problem_type(output: Any, labels: Any) -> ProblemType:
+    """For a class that transformers does not know: classification if logits and integer labels look like it.
+
+    >>> infer_problem_type({"logits": torch.zeros(4, 3)}, torch.zeros(4, dtype=torch.long))
+    'single_label_classification'
+    """
+    logits = output_field(output, "logits") if isinstance(output, (Tensor, Mapping)) else None
+    if logits is None or not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
+        return "unknown"
+    if logits.dim() == 4 and labels.dim() == 3 and logits.shape[1] > 1:
+        return "semantic_segmentation"
+    if logits.shape[-1] < 2:
+        return "unknown"
+    if logits.dim() == 2 and labels.dim() == 1:
+        return "single_label_classification"
+    is_tokens = logits.dim() == 3 and logits.shape[:2] == labels.shape
+    return "token_classification" if is_tokens else "unknown"
+
+
+def ignored_label(model: nn.Module, problem_type: ProblemType) -> int:
+    """The label that the model's own loss ignores: -100, and 255 of pixels unless the configuration says another."""
+    if not get_likelihood(problem_type).is_per_pixel:
+        return IGNORED
+    config = getattr(unwrapped(model), "config", None)
+    found = (getattr(config, name, None) for name in ("semantic_loss_ignore_index", "loss_ignore_index"))
+    return next((int(value) for value in found if value is not None), IGNORED_PIXEL)
+
+
+def without_ignored(batch: Mapping[str, Any], model: nn.Module, problem_type: ProblemType) -> Mapping[str, Any]:
+    """A batch in which pixels without a class have the label -100, as tokens have; other batches as they are."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or (ignored := ignored_label(model, problem_type)) == IGNORED:
+        return batch
+    return {**batch, "labels": labels.masked_fill(labels == ignored, IGNORED)}

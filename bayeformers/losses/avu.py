@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..checks import is_whole
-from ..likelihoods.gaussian import wide
+from ..likelihoods.classes import check_classes
+from ..likelihoods.outputs import IGNORED, wide
 from ..metrics.uncertainty import mutual_information, predictive_entropy
 from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 
@@ -30,7 +31,6 @@ __all__ = ["UNCERTAINTIES", "Uncertainty", "auavu_loss", "avuc_loss", "confidenc
 Uncertainty = Literal["predictive_entropy", "mutual_information"]
 UNCERTAINTIES: tuple[Uncertainty, ...] = get_args(Uncertainty)
 
-IGNORED = -100
 NUM_THRESHOLDS = 21
 
 
@@ -146,8 +146,5 @@ def _checked(logits: Tensor, labels: Tensor, uncertainty: str) -> Tensor:
         raise ValueError(f"`logits` need at least one draw and two classes, got shape {tuple(logits.shape)}.")
     if bool(logits.isnan().any()):
         raise ValueError("`logits` must not be NaN.")
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= draws.shape[-1]))
-    if bool(wrong.any()):
-        found = int(labels[wrong][0])
-        raise ValueError(f"`labels` must lie in [0, {draws.shape[-1]}) or be {IGNORED} (ignored), got {found}.")
+    check_classes(labels, draws.shape[1:], labels != IGNORED)
     return draws

@@ -251,7 +251,12 @@ def test_columns_of_labels() -> None:
 @pytest.mark.parametrize(
     ("logits", "labels", "likelihood", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(2), "poisson", "`likelihood` must be one of classification, regression"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2),
+            "poisson",
+            r"one of \('classification', 'multilabel', 'regression', 'ordinal'\)",
+        ),
         (torch.zeros(2, 1), torch.zeros(2).long(), "classification", "at least 2 .*got 1; one sigmoid logit"),
         (torch.zeros(3), torch.zeros(1), "regression", r"`logits` must be floating point \(\.\.\., C\), got .* \(3,\)"),
         (torch.zeros(2, 3).long(), torch.zeros(2), "regression", "got torch.int64"),
@@ -261,12 +266,12 @@ def test_columns_of_labels() -> None:
         (torch.tensor([[-math.inf, math.nan]]), torch.zeros(1, 2), "multilabel", "finite, got nan"),
         (torch.tensor([[-math.inf]]), torch.zeros(1, 1), "regression", "finite, got -inf"),
         (torch.zeros(2, 3), torch.zeros(3).long(), "classification", r"shape \(2,\) .*, got \(3,\)"),
-        (torch.zeros(2, 3), torch.zeros(2), "classification", "must be integers, got torch.float32"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), "classification", r"in \[0, 3\) or -100, got 3"),
+        (torch.zeros(2, 3), torch.zeros(2), "classification", "must be integer classes .*, got torch.float32"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), "classification", r"in \[0, 3\) or be -100 \(ignored\), got 3"),
         (torch.zeros(2, 3), torch.tensor([0, -1]), "classification", "got -1"),
         (torch.zeros(2, 3), torch.zeros(2), "regression", r"shape \(2, 3\) .*, got \(2,\)"),
         (torch.zeros(1, 1), torch.tensor([math.nan]), "regression", "must be finite, got nan"),
-        (torch.zeros(1, 2), torch.tensor([[0.0, 2.0]]), "multilabel", r"in \[0, 1\] or -100, got 2"),
+        (torch.zeros(1, 2), torch.tensor([[0.0, 2.0]]), "multilabel", r"in \[0, 1\] or -100 \(ignored\), got 2"),
         (torch.zeros(1, 2), torch.tensor([[0.0, math.nan]]), "multilabel", "got nan"),
     ],
 )
