@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
-from ..likelihoods import IGNORED, get_likelihood, resolve_problem_type, unwrapped
-from ..likelihoods.registry import likelihood_of_family
+from ..likelihoods import IGNORED, Likelihood, get_likelihood, resolve_problem_type, unwrapped
 from ..linearized import examples
 from ..posteriors.base import without_labels
 
@@ -44,14 +43,14 @@ class Batch:
             labels, attended = (None if part is None else part[i : i + 1] for part in (self.labels, self.attended))
             yield Batch(inputs, labels, attended, self.has_padding)
 
-    def labelled(self, likelihood: str) -> Batch:
+    def labelled(self, likelihood: Likelihood) -> Batch:
         """The examples with a loss term: of a classification those with a label, at some position, that is not -100.
 
         The others' curvature is 0, and what they read must not enter the average A of what the layers read. A
         regression has no ignored label, and without labels every example counts.
         """
         size = len(self)
-        if self.labels is None or likelihood_of_family(likelihood).has_noise or len(self.labels) != size:
+        if self.labels is None or likelihood.has_noise or len(self.labels) != size:
             return self
         counts = (self.labels.reshape(size, -1) != IGNORED).any(1)
         if bool(counts.all()):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import is_whole
 from ..likelihoods import logits_of
-from ..likelihoods.loss_hessian import Fisher, Likelihood, num_columns
+from ..likelihoods.loss_hessian import Fisher
 from ..likelihoods.registry import families, likelihood_of_family
 from ..linearized import check_reads, record, recording_view
 from ..linearized.captured import OutputOf
@@ -48,7 +48,7 @@ def fit(
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
-    likelihood: Likelihood | None = None,
+    likelihood: str | None = None,
     subset: Subset = "all",
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
@@ -326,11 +326,15 @@ def _auto_curvature(curvature: str, subset: Subset, targets: list[Target]) -> Cu
     return "full" if is_small else "kfac"
 
 
-def _auto_fisher(fisher: str, outputs: Tensor, likelihood: Likelihood) -> Fisher:
+def _auto_fisher(fisher: str, outputs: Tensor, likelihood: str) -> Fisher:
     if fisher != "auto":
         return fisher  # type: ignore[return-value]
     positions = max(gathered(outputs.shape[1] if outputs.ndim == 3 else 1))
-    return "exact" if num_columns(outputs.shape[-1], likelihood) * positions <= MAX_BACKWARDS else "mc"
+    return (
+        "exact"
+        if likelihood_of_family(likelihood).num_columns(outputs.shape[-1]) * positions <= MAX_BACKWARDS
+        else "mc"
+    )
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

@@ -12,7 +12,7 @@ from .gaussian import (
     mean_and_variance,
     regression_values,
     split_variance_head,
-)
+)  # fmt: skip
 from .outputs import IGNORED, logits_of
 from .problem import (
     PROBLEM_TYPES,
@@ -23,38 +23,14 @@ from .problem import (
     sequence_problem_type,
     unwrapped,
     without_ignored,
-)
+)  # fmt: skip
 from .registry import ProblemType, check_problem_type, drawn_values, get_likelihood, register, token_mask
 from .segmentation import resized
 
 __all__ = [
-    "HEAD",
-    "IGNORED",
-    "LOG_VARIANCE_RANGE",
-    "PROBLEM_TYPES",
-    "Categorical",
-    "ItemNLL",
-    "Likelihood",
-    "NoiseStd",
-    "ProblemType",
-    "check_noise_std",
-    "check_problem_type",
-    "drawn_values",
-    "gaussian_log_prob",
-    "gaussian_nll",
-    "get_likelihood",
-    "ignored_label",
-    "is_encoder_decoder_lm",
-    "logits_of",
-    "mean_and_variance",
-    "record_problem_type",
-    "register",
-    "regression_values",
-    "resized",
-    "resolve_problem_type",
-    "sequence_problem_type",
-    "split_variance_head",
-    "token_mask",
-    "unwrapped",
-    "without_ignored",
-]
+    "HEAD", "IGNORED", "LOG_VARIANCE_RANGE", "PROBLEM_TYPES", "Categorical", "ItemNLL", "Likelihood", "NoiseStd",
+    "ProblemType", "check_noise_std", "check_problem_type", "drawn_values", "gaussian_log_prob", "gaussian_nll",
+    "get_likelihood", "ignored_label", "is_encoder_decoder_lm", "logits_of", "mean_and_variance",
+    "record_problem_type", "register", "regression_values", "resized", "resolve_problem_type",
+    "sequence_problem_type", "split_variance_head", "token_mask", "unwrapped", "without_ignored",
+]  # fmt: skip

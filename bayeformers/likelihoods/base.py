@@ -7,19 +7,18 @@ its row in `registry`; one over classes inherits all but its formula from `class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..forward import batch_size, tensors_in
-from .outputs import IGNORED
+from .loss_hessian import LossHessian
 
-__all__ = ["Batch", "Generators", "ItemNLL", "Likelihood", "Scores", "made", "uniform"]
+__all__ = ["Batch", "ItemNLL", "Likelihood", "Scores"]
 
 Batch = Mapping[str, Any]
-Generators = torch.Generator | Sequence[torch.Generator]
 Scores = tuple[dict[str, Tensor], Tensor]
 """By name, per item: "nll", and of few classes "probs" and "labels"; and the mask of the items that count."""
 
@@ -35,50 +34,25 @@ class ItemNLL(NamedTuple):
         return self.values.sum()
 
 
-class Likelihood:
-    """p(y | f) of one problem type; stateless.
+class Likelihood(LossHessian):
+    """p(y | f) of one problem type; stateless. Errors are ValueErrors that name the labels or logits at fault."""
 
-    Attributes:
-        problem_type: its name, as `config.problem_type` and `predict(problem_type=...)` say it.
-        family: its name for `laplace.fit(likelihood=...)`, shared by heads of one formula; None: no Laplace posterior.
-        label_names: the batch's labels.
-        fits_sequences: whether `config.problem_type` of a sequence classifier may name it.
-        fits_other: whether that of a class which transformers does not know may.
-        is_known: False for a head of which nothing is known but its own loss.
-        has_noise: values with Gaussian noise, in place of class probabilities.
-        is_per_token: whether outputs are (B, T, C).
-        is_per_pixel: whether logits are (B, C, H, W).
-        has_many_items: whether an example has several items, the unit in which the ELBO counts data.
-        may_be_unlabelled: whether an example may have no item.
-        has_stock_loss: whether transformers' heads of this kind all take the same mean of the same NLL as their loss.
-        has_float_labels: whether that loss is computed with labels of another dtype than the logits.
-        has_item_logits: whether items are classes with logits of their own, for losses that align certainty with error.
-        is_bernoulli: whether every logit is a label of its own.
-        is_linearizable: whether a prediction has few logits, so that their covariance can be taken.
-        ignores_shift: whether these few logits are a softmax's, which noise that they all share does not change.
-        links: from Gaussian logits to probabilities, see `linearized.links`; () where there are no such logits.
-        min_outputs: C of the fewest logits.
-    """
-
-    problem_type: ClassVar[str]
-    family: ClassVar[str | None] = None
+    problem_type: ClassVar[str]  # the name for `config.problem_type` and `predict(problem_type=...)`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
-    fits_sequences: ClassVar[bool] = False
-    fits_other: ClassVar[bool] = False
-    is_known: ClassVar[bool] = True
-    has_noise: ClassVar[bool] = False
-    is_per_token: ClassVar[bool] = False
-    is_per_pixel: ClassVar[bool] = False
-    has_many_items: ClassVar[bool] = False
-    may_be_unlabelled: ClassVar[bool] = False
-    has_stock_loss: ClassVar[bool] = True
-    has_float_labels: ClassVar[bool] = False
-    has_item_logits: ClassVar[bool] = False
-    is_bernoulli: ClassVar[bool] = False
-    is_linearizable: ClassVar[bool] = True
-    ignores_shift: ClassVar[bool] = False
-    links: ClassVar[tuple[str, ...]] = ()
-    min_outputs: ClassVar[int] = 1
+    fits_sequences: ClassVar[bool] = False  # `config.problem_type` of transformers' sequence classifiers may name it
+    fits_other: ClassVar[bool] = False  # that of a class which transformers does not know may
+    is_known: ClassVar[bool] = True  # else nothing is known but the model's own loss
+    has_noise: ClassVar[bool] = False  # values with Gaussian noise, in place of class probabilities
+    is_bernoulli: ClassVar[bool] = False  # every logit is a label of its own
+    is_per_token: ClassVar[bool] = False  # outputs are (B, T, C)
+    is_per_pixel: ClassVar[bool] = False  # logits are (B, C, H, W)
+    has_many_items: ClassVar[bool] = False  # an example has several items, the unit in which the ELBO counts data
+    may_be_unlabelled: ClassVar[bool] = False  # an example may have no item
+    has_item_logits: ClassVar[bool] = False  # items are classes, which losses that align certainty with error take
+    has_stock_loss: ClassVar[bool] = True  # transformers' heads of this kind all take the same mean of the same NLL
+    is_linearizable: ClassVar[bool] = True  # a prediction has few logits, so that their covariance can be taken
+    ignores_shift: ClassVar[bool] = False  # these few logits are a softmax's, which what they share does not change
+    links: ClassVar[tuple[str, ...]] = ()  # from Gaussian logits to probabilities, see `linearized.links`
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -91,16 +65,7 @@ class Likelihood:
         return torch.ones(batch_size(batch), dtype=torch.bool, device=device)
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """-log p(y | f) of each item, with gradient.
-
-        Args:
-            outputs: the model's output.
-            batch: with its labels.
-            noise_std: a regression's; others have none.
-
-        Raises:
-            ValueError: labels that are missing or do not fit.
-        """
+        """-log p(y | f) of each item of a model's output, with gradient; ``noise_std`` is a regression's."""
         raise NotImplementedError
 
     def mean_loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -119,15 +84,9 @@ class Likelihood:
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """Log-probabilities of one draw, class axis last, or a regression's values, in float32 or wider.
+        """Log-probabilities of one draw's output, class axis last, or a regression's values, in float32 or wider.
 
-        Args:
-            output: the model's output, or its logits.
-            batch: the inputs, whose attention mask may matter.
-            is_stacked: whether ``output`` holds several draws, (S, ...).
-
-        Raises:
-            ValueError: ``output`` has no logits of that kind.
+        The attention mask of ``batch`` may matter. ``is_stacked``: of the logits of several draws at once, (S, ...).
         """
         raise NotImplementedError
 
@@ -144,11 +103,7 @@ class Likelihood:
         return classes
 
     def class_numbers(self, labels: Tensor) -> Tensor:
-        """Labels as int64, at the positions that predict them.
-
-        Raises:
-            ValueError: they are no whole numbers.
-        """
+        """Labels as int64, at the positions that predict them."""
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"`labels` must be integer classes (of a multi-label head, 0 or 1), got {labels.dtype}.")
         return self.aligned(labels.long())
@@ -168,60 +123,5 @@ class Likelihood:
         return uncertainty
 
     def scores(self, log_probs: Tensor, batch: Batch) -> Scores | None:
-        """What metrics need of the averaged prediction, of its shape (B,) or (B, T); None without labels.
-
-        Raises:
-            ValueError: labels that do not fit.
-        """
+        """What metrics need of the averaged prediction, of its shape (B,) or (B, T); None without labels."""
         raise NotImplementedError
-
-    # -- Laplace: values are logits (..., C) in float32 or wider, without gradient, aligned with the labels -----------
-
-    def diverged(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(numbers, where they are wrong): what says that logits are not finite."""
-        return values, ~values.isfinite()
-
-    def check_labels(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Labels on the device of ``values``, in the shape and dtype in which the methods below take them.
-
-        Raises:
-            ValueError: another shape, dtype or range.
-        """
-        raise NotImplementedError
-
-    def label_mask(self, labels: Tensor) -> Tensor:
-        """True where a logit enters the likelihood of these labels: (..., C), or (..., 1) for all of an item."""
-        return labels != IGNORED
-
-    def num_columns(self, num_outputs: int) -> int:
-        """The rank of H, and the number of columns of its square root."""
-        return num_outputs
-
-    def loss_hessian_sqrt(self, values: Tensor) -> Iterator[Tensor]:
-        """Columns S_k of the logits' shape with sum_k S_k S_k^T = H, the expected Hessian of -log p(y | f) in f."""
-        raise NotImplementedError
-
-    def gradient(self, values: Tensor, labels: Tensor) -> Tensor:
-        """That of -log p(labels | f) in f; 0 where ignored."""
-        raise NotImplementedError
-
-    def sampled_gradient(self, values: Tensor, generator: Generators) -> Tensor:
-        """The same for labels that the model draws, one of every item: its covariance is the Fisher matrix, H."""
-        raise NotImplementedError
-
-    def losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
-        """-log p(labels | f), not summed; 0 where ignored."""
-        raise NotImplementedError
-
-
-def uniform(like: Tensor, generator: Generators) -> Tensor:
-    """U[0, 1) of one shape and device, in float64: float32 would draw outcomes rarer than 2^-24 too often or never."""
-    dtype = torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
-    return made(torch.rand, like.shape, generator, dtype).to(like.device)
-
-
-def made(draw: Callable[..., Tensor], shape: torch.Size, generator: Generators, dtype: torch.dtype) -> Tensor:
-    """Numbers of one generator, or of one for each of the first axis."""
-    if isinstance(generator, torch.Generator):
-        return draw(shape, generator=generator, dtype=dtype)
-    return torch.stack([draw(shape[1:], generator=one, dtype=dtype) for one in generator])

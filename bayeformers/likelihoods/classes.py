@@ -1,7 +1,7 @@
-r"""Heads over classes: p(y = c | f) = softmax(link(f))_c, with the identity as link; one or many items per example.
+r"""Heads over classes: p(y = c | f) = softmax(g(f))_c, with the identity as g; one or many items per example.
 
-The loss Hessian of a softmax is H = diag(p) - p p^T; of a link g(f) with Jacobian J it is J^T H J, the Fisher matrix of
-f (McCullagh 1980). Both square roots are backpropagated from the logits, never a model's own loss.
+The loss Hessian of a softmax is H = diag(p) - p p^T; of a g with Jacobian J it is J^T H J, the Fisher matrix of f
+(McCullagh 1980). Its square root is backpropagated from the logits, never a model's own loss.
 """
 
 from __future__ import annotations
@@ -13,22 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batch, Generators, ItemNLL, Likelihood, Scores, uniform
+from .base import Batch, ItemNLL, Likelihood, Scores
+from .loss_hessian import Generators, uniform
 from .outputs import IGNORED, attended_positions, labels_of, logits_of, output_field
 
-__all__ = [
-    "CausalLM",
-    "Categorical",
-    "Seq2SeqLM",
-    "SingleLabel",
-    "TokenClassification",
-    "Unknown",
-    "align_causal",
-    "check_classes",
-    "class_scores",
-    "cross_entropy",
-    "softmax_columns",
-]
+__all__ = ["CausalLM", "Categorical", "Seq2SeqLM", "SingleLabel", "TokenClassification", "Unknown", "align_causal",
+           "check_classes", "class_scores", "cross_entropy"]  # fmt: skip
 
 MAX_CLASSES = 1024
 """Above it (a vocabulary) the probabilities of an evaluation are not gathered: there is no ECE and no Brier score."""
@@ -37,30 +27,27 @@ ONE_CLASS = "a softmax over one class is 1 whatever the input."
 
 
 class Categorical(Likelihood):
-    """One class of C. A subclass with another formula overrides `class_logits`, and says so by ``has_link``."""
+    """One class of C. A subclass with another formula overrides `class_logits`, and needs nothing else."""
 
     family: ClassVar[str | None] = "classification"
     may_be_unlabelled = True
     has_item_logits = True
     links: ClassVar[tuple[str, ...]] = ("auto", "probit", "mc", "bridge", "probit_diagonal")
-    min_outputs = 2
-    has_link: ClassVar[bool] = False
     remedy: ClassVar[str] = "Give the head at least 2 classes."
 
     def class_logits(self, logits: Tensor) -> Tensor:
         """g: (..., C) -> softmax logits of the classes, such as their log-probabilities; differentiable."""
         return logits
 
-    def label_logits(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def align(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and the labels that they predict, of one shape but for the class axis."""
         labels = labels_of(batch)
-        if labels.dim() == logits.dim() and labels.shape[-1] == 1:
-            labels = labels.squeeze(-1)  # (B, 1), which the models' own losses flatten
-        return logits, labels
+        is_column = labels.dim() == logits.dim() and labels.shape[-1] == 1  # which the models' own losses flatten
+        return logits, labels.squeeze(-1) if is_column else labels
 
     def labelled_logits(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As in `Likelihood`."""
-        logits, labels = self.label_logits(logits_of(outputs), batch)
+        """g(f), and the classes."""
+        logits, labels = self.align(logits_of(outputs), batch)
         return self.class_logits(logits), labels
 
     def item_mask(self, batch: Batch) -> Tensor:
@@ -77,7 +64,8 @@ class Categorical(Likelihood):
         if logits.dim() > 3 + is_stacked:
             raise ValueError(
                 f"`logits` of a {self.problem_type!r} head must have shape (B, C) or (B, T, C), got "
-                f'{tuple(logits.shape)}. For classes of pixels, (B, C, H, W), say `problem_type="semantic_segmentation"`.'
+                f"{tuple(logits.shape)}. For classes of pixels, (B, C, H, W), say "
+                '`problem_type="semantic_segmentation"`.'
             )
         if logits.shape[-1] == 1:
             raise ValueError(f"`logits` have the shape {tuple(logits.shape)}: {ONE_CLASS} {self.remedy}")
@@ -85,63 +73,62 @@ class Categorical(Likelihood):
 
     def scores(self, log_probs: Tensor, batch: Batch) -> Scores | None:
         """Log-probabilities are logits of themselves: the averaged prediction has the training likelihood's form."""
-        if batch.get("labels") is None:
+        if all(batch.get(name) is None for name in self.label_names):
             return None
-        log_probs, labels = self.label_logits(log_probs, batch)
-        nll, mask = cross_entropy(log_probs, labels)
-        return class_scores(nll, log_probs, labels), mask
+        logits, labels = self.align(log_probs, batch)
+        nll, mask = cross_entropy(logits, labels)
+        return class_scores(nll, logits, labels), mask
 
     # -- Laplace -----------------------------------------------------------------------------------------------------
 
-    def diverged(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _diverged(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The largest logit of an item is NaN or +inf if any is, and -inf if no class can occur."""
         extremes = values.amax(-1)
         return extremes, ~extremes.isfinite()
 
-    def check_labels(self, values: Tensor, labels: Tensor) -> Tensor:
+    def _labels(self, values: Tensor, labels: Tensor) -> Tensor:
         """Integers (...) or (..., 1), or -100, -> int64 (...)."""
         labels = labels.squeeze(-1) if labels.shape == (*values.shape[:-1], 1) else labels
         labels = labels.to(values.device)
         return check_classes(labels, values.shape, labels != IGNORED)
 
-    def label_mask(self, labels: Tensor) -> Tensor:
+    def _mask(self, labels: Tensor) -> Tensor:
         """One truth per item, (..., 1)."""
         return (labels != IGNORED)[..., None]
 
-    def num_columns(self, num_outputs: int) -> int:
+    def _rank(self, num_outputs: int) -> int:
         """C - 1: a softmax ignores what all logits share."""
         return num_outputs - 1
 
-    def loss_hessian_sqrt(self, values: Tensor) -> Iterator[Tensor]:
+    def _columns(self, values: Tensor) -> Iterator[Tensor]:
         """J^T S_k of the softmax's Cholesky factor S."""
         logits, pulled = self._linked(values)
         return (pulled(column) for column in softmax_columns(logits))
 
-    def gradient(self, values: Tensor, labels: Tensor) -> Tensor:
+    def _gradient(self, values: Tensor, labels: Tensor) -> Tensor:
         """J^T (p - e_y)."""
         logits, pulled = self._linked(values)
-        column, mask = logits.softmax(-1), self.label_mask(labels)
+        column, mask = logits.softmax(-1), self._mask(labels)
         column.scatter_add_(-1, labels.clamp_min(0)[..., None], column.new_tensor(-1.0).expand_as(mask))
         return pulled(column.masked_fill_(~mask, 0.0))
 
-    def sampled_gradient(self, values: Tensor, generator: Generators) -> Tensor:
-        """J^T (p - e_yhat), yhat by the inverse of the distribution function: one uniform per item."""
-        logits, pulled = self._linked(values)
-        probs = logits.softmax(-1)
+    def _sampled(self, values: Tensor, generator: Generators) -> Tensor:
+        """Of a class by the inverse of the distribution function: one uniform per item, not one number per class."""
+        probs = self.class_logits(values).softmax(-1)
         numbers = uniform(probs[..., :1], generator)
         cumulative = probs.to(numbers.dtype).cumsum(-1)
         # `right`: the first class whose sum exceeds u * total < total; it has p > 0
         drawn = torch.searchsorted(cumulative, numbers * cumulative[..., -1:], right=True)
-        return pulled(probs.scatter_add(-1, drawn, probs.new_tensor(-1.0).expand(drawn.shape)))
+        return self._gradient(values, drawn.squeeze(-1))
 
-    def losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
-        """-log softmax(g(f))[label], one per item."""
+    def _losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
+        """One per item."""
         logits = self.class_logits(values).flatten(0, -2)
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
 
     def _linked(self, values: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """g(f), and v -> J^T v."""
-        if not self.has_link:
+        if type(self).class_logits is Categorical.class_logits:
             return values, lambda column: column
         logits, pull, *_ = torch.func.vjp(self.class_logits, values)
         return logits, lambda column: pull(column)[0]
@@ -156,20 +143,13 @@ class SingleLabel(Categorical):
     remedy = 'Say `problem_type="regression"`, or "multi_label_classification" for the logit of a yes.'
 
 
-class TokenClassification(Categorical):
-    """A class of every token, (B, T, C); also a masked language model."""
+class PerToken(Categorical):
+    """A class of every token, (B, T, C)."""
 
-    problem_type = "token_classification"
-    fits_other = True
     is_per_token = True
     has_many_items = True
-    ignores_shift = True
+    is_linearizable = False
     mask_name: ClassVar[str] = "attention_mask"
-
-    def check_head(self, config: Any) -> None:
-        """At least two classes: the loss of one is 0 whatever the model has learned."""
-        if getattr(config, "num_labels", None) == 1:
-            raise ValueError(f"`config.num_labels` of a token classifier must be at least 2, got 1: {ONE_CLASS}")
 
     def attended(self, values: Tensor, batch: Any) -> Tensor | None:
         """Values at other positions depend on what the example was batched with."""
@@ -177,38 +157,40 @@ class TokenClassification(Categorical):
         return mask if mask is not None and len(mask) == len(values) else None
 
 
-class Seq2SeqLM(TokenClassification):
+class TokenClassification(PerToken):
+    """Of few classes, or of the vocabulary of a masked language model."""
+
+    problem_type = "token_classification"
+    fits_other = True
+    ignores_shift = True
+    is_linearizable = True
+
+    def check_head(self, config: Any) -> None:
+        """At least two classes: the loss of one is 0 whatever the model has learned."""
+        if getattr(config, "num_labels", None) == 1:
+            raise ValueError(f"`config.num_labels` of a token classifier must be at least 2, got 1: {ONE_CLASS}")
+
+
+class Seq2SeqLM(PerToken):
     """The tokens of a decoder that reads its labels shifted."""
 
     problem_type = "seq2seq_lm"
-    fits_other = False
-    ignores_shift = False
-    is_linearizable = False
     mask_name = "decoder_attention_mask"
 
-    def check_head(self, config: Any) -> None:
-        """`num_labels` is not the vocabulary's size."""
 
-
-class CausalLM(TokenClassification):
+class CausalLM(PerToken):
     """Position t predicts label t + 1: the only place that knows the shift."""
 
     problem_type = "causal_lm"
-    fits_other = False
-    ignores_shift = False
-    is_linearizable = False
-
-    def check_head(self, config: Any) -> None:
-        """`num_labels` is not the vocabulary's size."""
+    label_names = ("labels", "shift_labels")
 
     def item_mask(self, batch: Batch) -> Tensor:
         """The labels after the first position, which is never predicted."""
-        if batch.get("shift_labels") is not None:
-            return labels_of(batch, "shift_labels") != IGNORED
-        return labels_of(batch)[:, 1:] != IGNORED
+        is_shifted = batch.get("shift_labels") is not None  # by a padding-free collator
+        return (labels_of(batch, "shift_labels") if is_shifted else labels_of(batch)[:, 1:]) != IGNORED
 
-    def label_logits(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of a padding-free collator the labels are shifted already."""
+    def align(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, T - 1, V) and (B, T - 1), or whole where the labels are shifted already."""
         if batch.get("shift_labels") is not None:
             return logits, labels_of(batch, "shift_labels")
         return align_causal(logits, labels_of(batch))
@@ -228,14 +210,14 @@ class CausalLM(TokenClassification):
 
     def scores(self, log_probs: Tensor, batch: Batch) -> Scores | None:
         """At every position: the last one, and virtual tokens in front, predict no label."""
-        if batch.get("shift_labels") is None and batch.get("labels") is None:
+        found = super().scores(log_probs, batch)
+        if found is None:
             return None
-        logits, labels = self.label_logits(log_probs, batch)
-        nll, mask = cross_entropy(logits, labels)
+        scores, mask = found
         last = int(batch.get("shift_labels") is None)
         around = (log_probs.shape[1] - mask.shape[1] - last, last)
-        nll, mask, labels = (F.pad(values, around) for values in (nll, mask, labels))
-        return class_scores(nll, log_probs, labels), mask
+        labels = self.align(log_probs, batch)[1]
+        return class_scores(F.pad(scores["nll"], around), log_probs, F.pad(labels, around)), F.pad(mask, around)
 
 
 class Unknown(SingleLabel):
@@ -246,12 +228,8 @@ class Unknown(SingleLabel):
     is_known = False
     may_be_unlabelled = False
     has_stock_loss = False
-    has_item_logits = False
     ignores_shift = False
-
-    def item_mask(self, batch: Batch) -> Tensor:
-        """Every example."""
-        return Likelihood.item_mask(self, batch)
+    item_mask = Likelihood.item_mask  # every example
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
         """The model's own `loss`, taken as a mean over examples."""
@@ -269,21 +247,22 @@ class Unknown(SingleLabel):
 
 
 def align_causal(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) and labels (B, T) -> the aligned (B, T - 1, V) and (B, T - 1): position t predicts label t + 1.
-
-    Virtual tokens in front (prompt tuning) make the logits longer than the labels; they predict nothing.
-    """
+    """(B, T, V) and (B, T) -> the aligned (B, T - 1, V) and (B, T - 1): position t predicts label t + 1."""
+    # virtual tokens in front (prompt tuning) make the logits longer than the labels; they predict nothing
     return logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
 
 
 def check_classes(labels: Tensor, shape: torch.Size, mask: Tensor, name: str = "labels") -> Tensor:
-    """``labels`` as int64 if they are classes of logits of ``shape`` (..., C) wherever ``mask`` is True.
+    """Check that labels (...) are classes of logits (..., C).
 
     Args:
         labels: (...).
         shape: of the logits.
         mask: where they count; a label elsewhere may be anything.
         name: of the labels, for the message.
+
+    Returns:
+        The labels as int64.
 
     Raises:
         ValueError: another shape, no integers, or a class that there is not.
@@ -316,15 +295,11 @@ def class_scores(nll: Tensor, log_probs: Tensor, labels: Tensor) -> dict[str, Te
 
 
 def softmax_columns(logits: Tensor) -> Iterator[Tensor]:
-    r"""The Cholesky factor of diag(p) - p p^T in closed form, C - 1 columns of the logits' shape.
-
-    With the tail sums q_k = p_k + ... + p_C,
-
-        S_k = sqrt(p_k q_{k+1} / q_k) (e_k - r_k),    r_k = p restricted to the classes after k, divided by q_{k+1}
-
-    (Tanabe and Sagae 1992, J. R. Statist. Soc. B 54(1), 211-219). Computed from log-probabilities: nothing divides by a
-    tail that has underflowed, and sqrt(p (1 - p)) keeps its relative precision where 1 - p would round to 0.
-    """
+    """The Cholesky factor of diag(p) - p p^T in closed form, C - 1 columns of the logits' shape."""
+    # With the tail sums q_k = p_k + ... + p_C,
+    #     S_k = sqrt(p_k q_{k+1} / q_k) (e_k - r_k),    r_k = p restricted to the classes after k, divided by q_{k+1}
+    # (Tanabe and Sagae 1992, J. R. Statist. Soc. B 54(1), 211-219). Computed from log-probabilities: nothing divides by
+    # a tail that has underflowed, and sqrt(p (1 - p)) keeps its relative precision where 1 - p would round to 0.
     # finite, so that differences of two impossible classes are no inf - inf; exp of a quarter of the minimum is still 0
     log_p = logits.log_softmax(-1).clamp_min(torch.finfo(logits.dtype).min / 4)
     log_tail = log_p.flip(-1).logcumsumexp(-1).flip(-1)

@@ -17,24 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, is_finite
-from .base import Batch, Generators, ItemNLL, Likelihood, made
+from .base import Batch, ItemNLL, Likelihood
+from .loss_hessian import Generators, made
 from .outputs import labels_of, logits_of, wide
 
-__all__ = [
-    "HEAD",
-    "LOG_VARIANCE_RANGE",
-    "NoiseStd",
-    "Regression",
-    "check_noise_std",
-    "gaussian_log_prob",
-    "gaussian_nll",
-    "mean_and_variance",
-    "regression_labels",
-    "regression_values",
-    "split_variance_head",
-    "squeezed",
-    "unit_columns",
-]
+__all__ = ["HEAD", "LOG_VARIANCE_RANGE", "NoiseStd", "Regression", "check_noise_std", "gaussian_log_prob",
+           "gaussian_nll", "mean_and_variance", "regression_labels", "regression_values", "split_variance_head",
+           "squeezed", "unit_columns"]  # fmt: skip
 
 LOG_VARIANCE_RANGE = (-20.0, 20.0)
 
@@ -44,10 +33,13 @@ NoiseStd = float | Literal["head"]
 
 
 def check_noise_std(noise_std: Any) -> NoiseStd | None:
-    """``noise_std`` if it is one, or None.
+    """Check a noise.
+
+    Returns:
+        ``noise_std`` as a float, "head" or None.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: it is none of these.
     """
     if noise_std is None or (isinstance(noise_std, str) and noise_std == HEAD):
         return cast("NoiseStd | None", noise_std)
@@ -57,17 +49,16 @@ def check_noise_std(noise_std: Any) -> NoiseStd | None:
 
 
 def gaussian_log_prob(value: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """log N(value; mean, exp(log_scale)^2), in nats, elementwise; the arguments broadcast.
-
-    >>> gaussian_log_prob(torch.tensor(1.0), torch.tensor(1.0), 0.0)  # -log(2 pi) / 2
-    tensor(-0.9189)
-    """
+    """Elementwise log N(value; mean, exp(log_scale)^2) in nats; the arguments broadcast."""
     inverse = math.exp(-log_scale) if isinstance(log_scale, float) else (-log_scale).exp()
     return -(0.5 * ((value - mean) * inverse).square() + log_scale + 0.5 * math.log(2 * math.pi))
 
 
 def split_variance_head(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and clamped log variances, (..., L) each, of ``output`` (..., 2 L), in float32 or wider.
+    """Split the output (..., 2 L) of a variance head.
+
+    Returns:
+        Means and clamped log variances, (..., L) each, in float32 or wider.
 
     Raises:
         TypeError: no floating-point tensor.
@@ -93,10 +84,14 @@ def gaussian_nll(output: Tensor, target: Tensor, reduction: Literal["mean", "sum
     Args:
         output: (B, 2 L): m, then v.
         target: y, (B, L); (B,) for L = 1.
-        reduction: over examples: "mean", "sum" or "none", (B,).
+        reduction: over examples: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or (B,) for "none".
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or range.
+        TypeError: an argument is no tensor.
+        ValueError: an argument of another shape or range.
 
     >>> gaussian_nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1.0]))  # log(2 pi) / 2
     tensor(0.9189)
@@ -119,10 +114,10 @@ def gaussian_nll(output: Tensor, target: Tensor, reduction: Literal["mean", "sum
 
 
 def mean_and_variance(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and noise variances of a variance head's output (..., 2 L): (..., L) each, or (...) for L = 1.
+    """Read the output (..., 2 L) of a variance head; `split_variance_head` says what is refused.
 
-    Raises:
-        ValueError: an odd number of columns.
+    Returns:
+        Means and noise variances, (..., L) each, or (...) for L = 1.
 
     >>> mean_and_variance(torch.tensor([[1.5, 0.0]]))
     (tensor([1.5000]), tensor([1.]))
@@ -137,10 +132,13 @@ def squeezed(values: Tensor) -> Tensor:
 
 
 def regression_values(output: Any, noise_std: NoiseStd | None) -> tuple[Tensor, Tensor]:
-    """Means and noise variances of one draw of a regression, (B,) or (B, L) each, in float32 or wider.
+    """Read one draw of a regression.
+
+    Returns:
+        Means and noise variances, (B,) or (B, L) each, in float32 or wider.
 
     Raises:
-        ValueError: ``output`` has no values, the noise is not known, or a variance head has an odd number of them.
+        ValueError: the noise is not known.
 
     >>> regression_values(torch.tensor([[1.5, 0.0]]), "head")
     (tensor([1.5000]), tensor([1.]))
@@ -155,7 +153,10 @@ def regression_values(output: Any, noise_std: NoiseStd | None) -> tuple[Tensor, 
 
 
 def regression_labels(batch: Batch, mean: Tensor) -> Tensor:
-    """A regression's labels (B, L) in the dtype of its ``mean`` (B,) or (B, L).
+    """Check a regression's labels against its ``mean``, (B,) or (B, L).
+
+    Returns:
+        The labels, (B, L), in the dtype of the mean.
 
     Raises:
         ValueError: labels of another number, or that are not finite.
@@ -183,7 +184,6 @@ class Regression(Likelihood):
     family = "regression"
     fits_sequences = True
     has_noise = True
-    has_float_labels = True
     links = ("auto",)
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
@@ -210,7 +210,7 @@ class Regression(Likelihood):
 
     # -- Laplace -----------------------------------------------------------------------------------------------------
 
-    def check_labels(self, values: Tensor, labels: Tensor) -> Tensor:
+    def _labels(self, values: Tensor, labels: Tensor) -> Tensor:
         """(..., C), or (...) if C = 1; -100 is a value like others."""
         if values.shape[-1] == 1 and labels.shape == values.shape[:-1]:
             labels = labels[..., None]
@@ -223,22 +223,22 @@ class Regression(Likelihood):
             raise ValueError(f"`labels` must be finite, got {labels[~labels.isfinite()][0].item()}.")
         return labels
 
-    def label_mask(self, labels: Tensor) -> Tensor:
+    def _mask(self, labels: Tensor) -> Tensor:
         """Every value counts."""
         return torch.ones_like(labels, dtype=torch.bool)
 
-    def loss_hessian_sqrt(self, values: Tensor) -> Iterator[Tensor]:
+    def _columns(self, values: Tensor) -> Iterator[Tensor]:
         """H = I at noise 1."""
         return unit_columns(values)
 
-    def gradient(self, values: Tensor, labels: Tensor) -> Tensor:
-        """f - y at noise 1."""
+    def _gradient(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Of noise 1: f - y."""
         return values - labels
 
-    def sampled_gradient(self, values: Tensor, generator: Generators) -> Tensor:
-        """z ~ N(0, I)."""
+    def _sampled(self, values: Tensor, generator: Generators) -> Tensor:
+        """Normal numbers z ~ N(0, I)."""
         return made(torch.randn, values.shape, generator, torch.float64).to(values)
 
-    def losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
+    def _losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
         """One per number, the constant included."""
         return -gaussian_log_prob(labels, values, math.log(noise_std))

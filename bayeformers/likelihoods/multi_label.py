@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batch, Generators, ItemNLL, Likelihood, Scores, uniform
+from .base import Batch, ItemNLL, Likelihood, Scores
 from .classes import class_scores
 from .gaussian import unit_columns
+from .loss_hessian import Generators, uniform
 from .outputs import IGNORED, labels_of, logits_of
 
 __all__ = ["MultiLabel"]
@@ -23,7 +24,6 @@ class MultiLabel(Likelihood):
     problem_type = "multi_label_classification"
     family = "multilabel"
     fits_sequences = True
-    has_float_labels = True
     has_item_logits = True
     is_bernoulli = True
     links = ("auto", "probit", "mc")
@@ -36,7 +36,7 @@ class MultiLabel(Likelihood):
         labels = labels.to(logits)
         if not bool(((labels >= 0) & (labels <= 1)).all()):
             raise ValueError("`labels` of a multi-label head must lie in [0, 1]: one indicator per label.")
-        values = self.losses(logits, labels).flatten(1).sum(1)
+        values = self._losses(logits, labels).flatten(1).sum(1)
         return ItemNLL(values, torch.ones_like(values, dtype=torch.bool))
 
     def mean_loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -63,7 +63,7 @@ class MultiLabel(Likelihood):
         return super().class_numbers(labels.long() if is_indicator else labels)
 
     def predictions(self, log_probs: Tensor) -> Any:
-        """log p - log(1 - p), (B, L)."""
+        """The log odds, (B, L)."""
         return log_probs[..., 1] - log_probs[..., 0]
 
     def scores(self, log_probs: Tensor, batch: Batch) -> Scores | None:
@@ -75,12 +75,12 @@ class MultiLabel(Likelihood):
 
     # -- Laplace -----------------------------------------------------------------------------------------------------
 
-    def diverged(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _diverged(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """A logit of -inf is a label that cannot be."""
         extremes = values.amax(-1)
         return extremes, extremes.isnan() | extremes.isposinf()
 
-    def check_labels(self, values: Tensor, labels: Tensor) -> Tensor:
+    def _labels(self, values: Tensor, labels: Tensor) -> Tensor:
         """(..., C) in [0, 1], or -100, which ignores that one label."""
         if labels.shape != values.shape:
             raise ValueError(
@@ -92,23 +92,23 @@ class MultiLabel(Likelihood):
             raise ValueError(f"`labels` must be in [0, 1] or {IGNORED} (ignored), got {labels[wrong][0].item()}.")
         return labels
 
-    def loss_hessian_sqrt(self, values: Tensor) -> Iterator[Tensor]:
+    def _columns(self, values: Tensor) -> Iterator[Tensor]:
         """sqrt(p_k (1 - p_k)) e_k."""
         # sqrt(p (1 - p)) by logarithms: p = 1 - 1e-12 is 1 in float32
         scale = (0.5 * (F.logsigmoid(values) + F.logsigmoid(-values))).exp()
         return (scale * unit for unit in unit_columns(values))
 
-    def gradient(self, values: Tensor, labels: Tensor) -> Tensor:
-        """p - y."""
+    def _gradient(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Probabilities less indicators."""
         return (values.sigmoid() - labels).masked_fill_(labels == IGNORED, 0.0)
 
-    def sampled_gradient(self, values: Tensor, generator: Generators) -> Tensor:
-        """p - yhat, yhat ~ Bernoulli(p)."""
+    def _sampled(self, values: Tensor, generator: Generators) -> Tensor:
+        """Of indicators yhat ~ Bernoulli(p)."""
         probs = values.sigmoid()
         numbers = uniform(probs, generator)
-        return probs - (numbers < probs.to(numbers.dtype)).to(probs)
+        return self._gradient(values, (numbers < probs.to(numbers.dtype)).to(probs))
 
-    def losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
+    def _losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
         """One per label."""
         losses = F.binary_cross_entropy_with_logits(values, labels, reduction="none")
         return losses.masked_fill(labels == IGNORED, 0.0)

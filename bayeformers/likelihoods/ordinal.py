@@ -33,17 +33,13 @@ class OrdinalRegression(Categorical):
     fits_other = True
     has_stock_loss = False  # transformers has no loss of this kind
     links = ("auto", "mc")
-    has_link = True
     remedy = "Ordered classes need `num_labels` >= 2."
+    _diverged = Likelihood._diverged  # every logit must be finite: differences of two of them are taken
 
     def class_logits(self, logits: Tensor) -> Tensor:
-        """log p, (..., C)."""
+        """The logarithms of the classes' probabilities, (..., C)."""
         first, gaps = logits[..., 1:2] - logits[..., :1], logits[..., 2:]
         at_least = torch.cat([first, first - F.softplus(gaps).cumsum(-1)], dim=-1)  # g_1 .. g_{C-1}
         above, below = F.logsigmoid(at_least), F.logsigmoid(-at_least)
         inner = above[..., :-1] + below[..., 1:] + F.logsigmoid(gaps)
         return torch.cat([below[..., :1], inner, above[..., -1:]], dim=-1)
-
-    def diverged(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Every logit must be finite: differences of two of them are taken."""
-        return Likelihood.diverged(self, values)

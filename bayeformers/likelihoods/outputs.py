@@ -33,7 +33,10 @@ def output_field(output: Any, name: str) -> Any:
 
 
 def logits_of(output: Any, name: str = "logits") -> Tensor:
-    """The logits of a model's output, in float32 or wider.
+    """Find the logits in a model's output.
+
+    Returns:
+        The logits, in float32 or wider.
 
     Raises:
         ValueError: it has none.
@@ -47,7 +50,10 @@ def logits_of(output: Any, name: str = "logits") -> Tensor:
 
 
 def labels_of(batch: Mapping[str, Any], name: str = "labels") -> Tensor:
-    """A batch's labels.
+    """Find a batch's labels.
+
+    Returns:
+        The tensor of that name.
 
     Raises:
         ValueError: they are missing or no tensor.

@@ -12,17 +12,8 @@ from .outputs import IGNORED, output_field
 from .registry import ProblemType, get_likelihood, likelihoods
 from .segmentation import IGNORED_PIXEL
 
-__all__ = [
-    "PROBLEM_TYPES",
-    "ignored_label",
-    "infer_problem_type",
-    "is_encoder_decoder_lm",
-    "record_problem_type",
-    "resolve_problem_type",
-    "sequence_problem_type",
-    "unwrapped",
-    "without_ignored",
-]
+__all__ = ["PROBLEM_TYPES", "ignored_label", "infer_problem_type", "is_encoder_decoder_lm", "record_problem_type",
+           "resolve_problem_type", "sequence_problem_type", "unwrapped", "without_ignored"]  # fmt: skip
 
 PROBLEM_TYPES: tuple[ProblemType, ...] = tuple(likelihood.problem_type for likelihood in likelihoods())
 """Those that a head can be told to have, of the package's own."""
@@ -95,7 +86,10 @@ def _class_task(model: nn.Module) -> str | None:
 
 
 def sequence_problem_type(num_labels: int, labels: Tensor | None) -> ProblemType:
-    """transformers' own rule for a sequence head without `config.problem_type`, which it applies in the first forward.
+    """Apply transformers' own rule for a sequence head without `config.problem_type`, as its first forward does.
+
+    Returns:
+        The problem type.
 
     >>> sequence_problem_type(3, torch.tensor([0, 2]))
     'single_label_classification'
@@ -116,10 +110,8 @@ def is_encoder_decoder_lm(model: nn.Module) -> bool:
 
 
 def _unsupported_head(model: nn.Module) -> str | None:
-    """The name of transformers' own class, or of the one with a head that a user's class extends.
-
-    A user's class around a transformers body has a head of its own.
-    """
+    """The name of transformers' own class, or of the one with a head that a user's class extends."""
+    # a user's class around a transformers body has a head of its own
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
         return None
     for cls in type(model).__mro__:
@@ -140,6 +132,9 @@ def resolve_problem_type(model: nn.Module, labels: Any = None, *, or_unknown: bo
             or multi label.
         or_unknown: whether one of transformers' classes whose outputs are of no kind that is known here, such as boxes
             or contrasts, is "unknown" too.
+
+    Returns:
+        The problem type.
 
     Raises:
         ValueError: such a class, and a `config.problem_type` that there is not.
@@ -181,7 +176,9 @@ def record_problem_type(model: nn.Module, labels: Tensor) -> bool:
     """Write what the ``labels`` decide into `config.problem_type`, as a model's own loss does at its first labels.
 
     Without it a multi-label head would be read as a softmax wherever there are no labels, and be saved so.
-    Returns whether the configuration was open.
+
+    Returns:
+        Whether the configuration was open.
     """
     model = unwrapped(model)
     config = getattr(model, "config", None)
@@ -192,7 +189,10 @@ def record_problem_type(model: nn.Module, labels: Tensor) -> bool:
 
 
 def infer_problem_type(output: Any, labels: Any) -> ProblemType:
-    """For a class that transformers does not know: classification if logits and integer labels look like it.
+    """Guess the problem of a class that transformers does not know, from logits and integer labels.
+
+    Returns:
+        A classification, or "unknown".
 
     >>> infer_problem_type({"logits": torch.zeros(4, 3)}, torch.zeros(4, dtype=torch.long))
     'single_label_classification'

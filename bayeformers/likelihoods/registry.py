@@ -54,7 +54,10 @@ for _likelihood in (
 
 
 def get_likelihood(problem_type: ProblemType) -> Likelihood:
-    """The likelihood of a problem type.
+    """Look up the likelihood of a problem type.
+
+    Returns:
+        The one object of that name.
 
     Raises:
         ValueError: there is none of that name.
@@ -73,43 +76,29 @@ def likelihoods() -> tuple[Likelihood, ...]:
 
 
 def families() -> tuple[str, ...]:
-    """What `laplace.fit(likelihood=...)` takes.
-
-    >>> families()
-    ('classification', 'multilabel', 'regression', 'ordinal')
-    """
+    """What `laplace.fit(likelihood=...)` takes: "classification", "multilabel", "regression", "ordinal", ..."""
     return tuple(dict.fromkeys(known.family for known in likelihoods() if known.family is not None))
 
 
 def likelihood_of_family(family: str) -> Likelihood:
-    """The likelihood that stands for a family, whose heads share the formula.
-
-    Raises:
-        ValueError: there is no such family.
-    """
+    """The likelihood that stands for a family, whose heads share the formula; ValueError for another name."""
     check_choice("likelihood", family, families())
     return next(likelihood for likelihood in likelihoods() if likelihood.family == family)
 
 
 def drawn_values(output: Any, problem_type: ProblemType, inputs: Any) -> Tensor:
-    """Log-probabilities (or, for a regression, values) of one draw, in float32 or the wider dtype of the logits.
+    """Read one draw of a model's output.
 
-    | problem type | shape |
-    | --- | --- |
-    | single-label classification, ordinal regression, "unknown" | (B, C) |
-    | multi-label classification | (B, L, 2): a Bernoulli per label, absent and present |
-    | regression | (B,), or (B, L) with several outputs (`mean_and_variance` splits those of a variance head) |
-    | token classification, language models | (B, T, C) |
-    | semantic segmentation | (B, H, W, C) of logits (B, C, H, W), at their resolution |
-    | question answering | (B, 2, T): start and end, over the positions that ``attention_mask`` admits |
+    (B, C) of one class per example, (B, T, C) of tokens, (B, L, 2) of labels (absent and present), (B, H, W, C) of
+    pixels at the logits' resolution, (B, 2, T) of the start and end of an answer, (B,) or (B, L) of a regression.
 
     Args:
         output: the model's output, or its logits.
         problem_type: what the head predicts.
-        inputs: the batch.
+        inputs: the batch, whose attention mask says which positions of an answer there are.
 
-    Raises:
-        ValueError: ``output`` has no logits of that kind.
+    Returns:
+        Log-probabilities, or a regression's values, in float32 or the wider dtype of the logits.
 
     >>> import torch
     >>> drawn_values(torch.zeros(1, 2), "single_label_classification", {}).exp()
@@ -124,11 +113,7 @@ def token_mask(values: Tensor, problem_type: ProblemType, inputs: Any) -> Tensor
 
 
 def check_problem_type(problem_type: Any) -> ProblemType:
-    """What a caller says that a head predicts.
-
-    Raises:
-        ValueError: there is no such problem type.
-    """
+    """What a caller says that a head predicts; ValueError if there is no such problem type."""
     known = tuple(likelihood.problem_type for likelihood in likelihoods())
     check_choice("problem_type", problem_type, known)
     return str(problem_type)

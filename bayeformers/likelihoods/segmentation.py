@@ -68,15 +68,9 @@ class SemanticSegmentation(Categorical):
 
 
 def resized(log_probs: Tensor, size: tuple[int, int]) -> Tensor:
-    """Log-probabilities of one draw at another resolution, (..., H, W, C) -> (..., H', W', C).
-
-    As the models' own losses do it: logits are interpolated bilinearly, then normalised. What distinguishes
-    log-probabilities from logits is the same for all classes of a pixel, so it drops out.
-
-    >>> import torch
-    >>> resized(torch.randn(2, 4, 4, 3).log_softmax(-1), (8, 6)).shape
-    torch.Size([2, 8, 6, 3])
-    """
+    """Log-probabilities of one draw at another resolution, (..., H, W, C) -> (..., H', W', C)."""
+    # As the models' own losses do it: logits are interpolated bilinearly, then normalised. What distinguishes
+    # log-probabilities from logits is the same for all classes of a pixel, so it drops out.
     if tuple(log_probs.shape[-3:-1]) == tuple(size):
         return log_probs
     channel_first = log_probs.movedim(-1, -3)

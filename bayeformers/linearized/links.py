@@ -156,7 +156,7 @@ def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
     if link not in likelihood.links:
         *others, last = map(repr, likelihood.links)
         allowed = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"`link` must be {allowed} for a {problem} head, got {link!r}.")
+        raise ValueError(f"`link` must be {allowed} for {problem}, got {link!r}.")
     if likelihood.is_bernoulli:
         return
     if link == "probit" and num_classes != 2:

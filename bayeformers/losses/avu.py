@@ -53,8 +53,8 @@ def avuc_loss(
         uncertainty: u: "predictive_entropy" of p, or "mutual_information" of the draws (0 for one draw).
         eps: > 0, added to both sums.
 
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or range.
+    Returns:
+        The loss; a TypeError or ValueError names an argument of another type, shape or range.
 
     >>> logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.2, 0.0]])  # two certain, one uncertain
     >>> avuc_loss(logits, torch.tensor([0, 1, 1]), threshold=0.4)   # the uncertain one is wrong: as it should be
@@ -82,6 +82,12 @@ def auavu_loss(
     AvU(t) = (n_AC + n_IU + eps) / (n_AC + n_AU + n_IC + n_IU + 2 eps) at ``num_thresholds`` thresholds t, evenly spaced
     from the batch's smallest to its largest uncertainty and rescaled to [0, 1]. The metric with hard counts is
     :func:`~bayeformers.metrics.accuracy_vs_uncertainty`. Other arguments and errors are those of :func:`avuc_loss`.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: fewer than two thresholds.
 
     >>> logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.2, 0.0]])
     >>> auavu_loss(logits, torch.tensor([0, 1, 1])), auavu_loss(logits, torch.tensor([0, 0, 0]))

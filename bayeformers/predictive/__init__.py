@@ -21,32 +21,13 @@ from ..likelihoods import (
     token_mask,
     unwrapped,
     without_ignored,
-)
+)  # fmt: skip
 from .prediction import Predictive, RunningPredictive
 from .spans import span_scores
 
 __all__ = [
-    "HEAD",
-    "IGNORED",
-    "PROBLEM_TYPES",
-    "NoiseStd",
-    "Predictive",
-    "ProblemType",
-    "RunningPredictive",
-    "check_noise_std",
-    "check_problem_type",
-    "drawn_values",
-    "ignored_label",
-    "is_encoder_decoder_lm",
-    "logits_of",
-    "regression_values",
-    "mean_and_variance",
-    "record_problem_type",
-    "resized",
-    "resolve_problem_type",
-    "sequence_problem_type",
-    "span_scores",
-    "token_mask",
-    "unwrapped",
-    "without_ignored",
-]
+    "HEAD", "IGNORED", "PROBLEM_TYPES", "NoiseStd", "Predictive", "ProblemType", "RunningPredictive",
+    "check_noise_std", "check_problem_type", "drawn_values", "ignored_label", "is_encoder_decoder_lm", "logits_of",
+    "mean_and_variance", "record_problem_type", "regression_values", "resized", "resolve_problem_type",
+    "sequence_problem_type", "span_scores", "token_mask", "unwrapped", "without_ignored",
+]  # fmt: skip

@@ -108,7 +108,7 @@ class Predictive:
 
     @property
     def mean_log_probs(self) -> Tensor:
-        """log p = logsumexp_s log p_s - log S, or the link's, (B, ..., C)."""
+        """The average log p = logsumexp_s log p_s - log S, or the link's, (B, ..., C)."""
         if self.link_log_probs is not None:
             return self.link_log_probs
         return self._classes.logsumexp(dim=0) - math.log(self.num_samples)
@@ -160,18 +160,16 @@ class Predictive:
 
     @property
     def aleatoric_variance(self) -> Tensor:
-        """noise_std^2, or mean_s sigma_s^2 of a variance head: (B,), of several outputs (B, L).
-
-        Raises:
-            ValueError: the noise is not known.
-        """
+        """noise_std^2, or mean_s sigma_s^2 of a variance head: (B,), (B, L); ValueError where it is not known."""
         return self._noise_variance.mean(dim=0).expand(self._values.shape[1:])
 
     # -- pixels -----------------------------------------------------------------------------------------------------
 
     def resized(self, size: tuple[int, int]) -> Predictive:
-        """The same of a segmentation at another resolution (H', W'), such as the image's: every draw's logits are
-        interpolated bilinearly, as in the models' own losses.
+        """Interpolate every draw's logits bilinearly, as the models' own losses do.
+
+        Returns:
+            The predictive of a segmentation at another resolution (H', W'), such as the image's.
 
         Raises:
             ValueError: a predictive of another kind.
@@ -183,7 +181,7 @@ class Predictive:
     # -- both -------------------------------------------------------------------------------------------------------
 
     def log_prob(self, labels: Tensor) -> Tensor:
-        """log p(label), averaged over draws as a probability, of the example's shape; NaN where a label is -100.
+        """Score labels by log p(label), averaged over draws as a probability.
 
         Of a linearised predictive: the link's, or log N(label; mean, epistemic + aleatoric variance) per output.
 
@@ -192,6 +190,9 @@ class Predictive:
                 (position t of a causal language model is scored on label t + 1, the last one on none), classes of
                 pixels (B, H', W') at any resolution, or start and end (B, 2), where a position beyond the sequence has
                 no label.
+
+        Returns:
+            Nats, of the example's shape; NaN where a label is -100.
 
         Raises:
             TypeError: labels are no tensor.
@@ -293,7 +294,7 @@ class RunningPredictive:
 
     @property
     def mean_log_probs(self) -> Tensor:
-        """log p = logsumexp_s log p_s - log S, (B, ..., C)."""
+        """The average log p = logsumexp_s log p_s - log S, (B, ..., C)."""
         return self._mean_log_probs().to(self._dtype)
 
     @property

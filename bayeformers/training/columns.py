@@ -59,7 +59,7 @@ def predict_batch(
     problem_type: ProblemType,
     noise_std: NoiseStd | None = None,
 ) -> BatchPrediction:
-    """The averaged prediction of the S model ``outputs`` for one batch, scored where ``inputs`` has labels.
+    """Average the predictions of the S model ``outputs`` for one batch, and score them where ``inputs`` has labels.
 
     Args:
         outputs: one per draw.
@@ -67,8 +67,8 @@ def predict_batch(
         problem_type: what the head predicts.
         noise_std: a regression's, or "head"; without it there is neither an aleatoric variance nor an NLL.
 
-    Raises:
-        ValueError: labels that do not fit the head.
+    Returns:
+        The batch's columns.
 
     >>> draws = [torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.1, 0.9]]).log()]
     >>> batch = predict_batch(draws, {"labels": torch.tensor([1])}, "single_label_classification")
@@ -97,7 +97,7 @@ def score_predictive(
     problem_type: ProblemType,
     noise_std: NoiseStd | None = None,
 ) -> BatchPrediction:
-    """The same columns of a `Predictive`, linearised or of draws: its averaged prediction is what is scored.
+    """Score the averaged prediction of a `Predictive`, linearised or of draws.
 
     Of a linearised regression everything is in closed form, the NLL that of N(y; mean, covariance + noise) over all
     outputs of an example, with the noise's variances on the diagonal.
@@ -108,8 +108,8 @@ def score_predictive(
         problem_type: what the head predicts.
         noise_std: a regression's, in place of the predictive's own number.
 
-    Raises:
-        ValueError: labels that do not fit the head.
+    Returns:
+        The columns of `predict_batch`.
 
     >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log()
     >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws)
@@ -193,7 +193,7 @@ def _sampled_regression(draws: Iterable[tuple[Tensor, Tensor | None]], inputs: M
 
 
 def _log_density(mean: Tensor, variance: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """log N(y; mean, variance), summed over the outputs of an example, (B,)."""
+    """The density log N(y; mean, variance), summed over the outputs of an example, (B,)."""
     labels = regression_labels(inputs, mean)
     log_scale = 0.5 * variance.reshape(labels.shape).log()
     return gaussian_log_prob(labels, mean.reshape(labels.shape), log_scale).sum(1)

@@ -2,21 +2,8 @@
 
 A model's `loss` is often no log-likelihood: it is a mean over whatever the head averages (labels, positions, tokens of
 this micro-batch), it halves the question-answering sum, and for regression it is a squared error without a variance.
-So the NLL comes from the logits and the labels, one number per *item*:
-
-| problem type | item | NLL of an item |
-| --- | --- | --- |
-| single-label | example | -log softmax(logits)[label] |
-| multi-label | example | sum over labels of the Bernoulli NLL |
-| regression | example | Gaussian: (y - f)^2 / (2 s^2) + log s + log(2 pi) / 2, summed over outputs |
-| ordinal regression | example | -log of a difference of two sigmoids, see `likelihoods.ordinal` |
-| token classification, masked LM, seq2seq LM | label != -100 | -log softmax(logits)[label] |
-| semantic segmentation | pixel with a label | the same, of logits interpolated bilinearly to the labels' resolution |
-| causal LM | label != -100 after the first position | the same; position t predicts label t + 1 |
-| question answering | feature | start NLL + end NLL over attended positions; one outside them adds nothing |
-| unknown | example | the model's own `loss`, taken as a mean over examples |
-
-s is one number, or what a variance head predicts of each example (`losses.gaussian_nll`).
+So the NLL comes from the logits and the labels, one number per *item*: an example, or, where every token or pixel has
+a label, each label other than -100. The classes of `likelihoods` say what it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,20 +17,8 @@ from ..likelihoods.gaussian import regression_labels
 from ..likelihoods.outputs import IGNORED, labels_of, output_field
 from ..posteriors.base import without_labels
 
-__all__ = [
-    "IGNORED",
-    "LABEL_NAMES",
-    "ItemNLL",
-    "align_causal",
-    "as_labels",
-    "check_label_names",
-    "count_items",
-    "item_nll",
-    "labels_of",
-    "model_inputs",
-    "output_field",
-    "regression_labels",
-]
+__all__ = ["IGNORED", "LABEL_NAMES", "ItemNLL", "align_causal", "as_labels", "check_label_names", "count_items",
+           "item_nll", "labels_of", "model_inputs", "output_field", "regression_labels"]  # fmt: skip
 
 LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
 
@@ -74,7 +49,10 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_items(inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """Number of items in a batch, a 0-dimensional int64 tensor on the batch's device.
+    """Count the items of a batch.
+
+    Returns:
+        A 0-dimensional int64 tensor on the batch's device.
 
     >>> import torch
     >>> labels = torch.tensor([[5, 6, 7], [5, 6, -100]])
@@ -87,7 +65,7 @@ def count_items(inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
 def item_nll(
     outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType, noise_std: NoiseStd | None = None
 ) -> ItemNLL:
-    """-log p(y | x, w) of each item of a batch, in nats, float32 or better, with gradient.
+    """Take -log p(y | x, w) of each item of a batch.
 
     Args:
         outputs: the model's output: a ModelOutput, dict, tuple or logits.
@@ -96,8 +74,8 @@ def item_nll(
         noise_std: the Gaussian likelihood's standard deviation, in the labels' unit, or "head" for outputs that are L
             means and then L log variances; regression only.
 
-    Raises:
-        ValueError: missing, misshapen or out-of-range labels, naming them.
+    Returns:
+        Nats, float32 or better, with gradient; a ValueError names labels that are missing or do not fit.
 
     >>> import torch
     >>> logits, labels = torch.zeros(2, 4), torch.tensor([1, 3])

@@ -41,12 +41,15 @@ class ForwardPass(NamedTuple):
 
 
 def own_terms(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """The model's ``loss`` less the mean likelihood that it contains: a scalar with gradient.
+    """Subtract from the model's ``loss`` the mean likelihood that it contains.
 
     Args:
         outputs: the model's output, of a forward with labels.
         inputs: the batch, in which the label that counts for nothing is -100.
         problem_type: what the head predicts.
+
+    Returns:
+        A scalar with gradient.
 
     Raises:
         ValueError: ``outputs`` have no loss.
@@ -61,13 +64,16 @@ def own_terms(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType
 def has_own_terms(
     model: nn.Module, inputs: Mapping[str, Any], labelled: Mapping[str, Any], problem_type: ProblemType
 ) -> bool:
-    """Whether the model's loss is more than its likelihood, tried on one batch at the posterior mean, in `eval()`.
+    """Try on one batch, at the posterior mean in `eval()`, whether the model's loss is more than its likelihood.
 
     Args:
         model: the model, whose mode and random state are left as they were.
         inputs: the batch, its labels under "labels" or as ends of a span.
         labelled: the same as the model takes it.
         problem_type: what the head predicts.
+
+    Returns:
+        Whether it has terms of its own; False where it does not take these labels.
     """
     likelihood = get_likelihood(problem_type)
     if not likelihood.has_stock_loss or not isinstance(inputs.get(likelihood.label_names[0]), Tensor):
@@ -90,7 +96,8 @@ def has_own_terms(
     if any(_is_close(loss, other, 1e-3) for other in likelihood.other_means(outputs, inputs)):
         return False
     # a cross-entropy has the dtype that it is computed in; a squared error of float32 labels hides that of the logits
-    rounding = 2e-5 if (outputs["logits"] if likelihood.has_float_labels else loss).dtype.itemsize > 2 else 2e-2
+    has_float_labels = likelihood.has_noise or likelihood.is_bernoulli
+    rounding = 2e-5 if (outputs["logits"] if has_float_labels else loss).dtype.itemsize > 2 else 2e-2
     return bool(terms.isfinite()) and not _is_close(loss, plain, rounding)
 
 
@@ -99,17 +106,7 @@ def _is_close(loss: Tensor, plain: Tensor, rounding: float) -> bool:
 
 
 def given_loss(function: Callable[..., Any], outputs: Any, labels: Any, num_items: Tensor) -> Tensor:
-    """What the user's own loss gives.
-
-    Args:
-        function: the trainer's `compute_loss_func`.
-        outputs: the model's output.
-        labels: the batch's.
-        num_items: the function's ``num_items_in_batch``.
-
-    Raises:
-        ValueError: it is no tensor, or the function reads the loss of ``outputs`` that have none.
-    """
+    """``function(outputs, labels, num_items)``; ValueError where it is no tensor or reads a loss that is not there."""
     try:
         loss = function(outputs, labels, num_items_in_batch=num_items)
     except (AttributeError, KeyError, TypeError) as error:

@@ -22,12 +22,15 @@ def residual_std(
     batches: Iterable[Mapping[str, Any]],
     gather: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> float:
-    """sqrt(mean (y - f(x; mu))^2) of ``model`` at its posterior mean, in the labels' unit.
+    """Measure sqrt(mean (y - f(x; mu))^2) of ``model`` at its posterior mean.
 
     Args:
         model: the model, whose mode and random state are left as they were.
         batches: the training data, with labels.
         gather: collects a batch's per-example values from all ranks.
+
+    Returns:
+        A standard deviation in the labels' unit.
 
     Raises:
         ValueError: a residual of 0, which is no noise.

@@ -99,6 +99,9 @@ def evaluation_metrics(columns: Columns) -> dict[str, float]:
     """Metrics over the items of an evaluation, unprefixed: means of the columns, and scores of the probabilities.
 
     `nll` is that of the averaged prediction; a regression adds `rmse`. Without labels only the uncertainties.
+
+    Returns:
+        Metrics by name.
     """
     items = columns.items()
     confidence, wrong = items.pop(CONFIDENCE, None), items.pop(WRONG, None)
