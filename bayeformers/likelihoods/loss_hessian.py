@@ -54,7 +54,7 @@ class LossHessian:
         return rank
 
     def hessian_columns(self, logits: Tensor) -> Iterator[Tensor]:
-        """Tensors S_k of the logits' shape, one at a time, whose sum_k S_k S_k^T is H of every item, whatever its label."""
+        """Tensors S_k of the logits' shape, one at a time, whose sum_k S_k S_k^T is H of every item."""
         values = self._checked(logits)
         return (column.to(logits.dtype) for column in self._columns(values))
 
