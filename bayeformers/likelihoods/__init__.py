@@ -1,5 +1,6 @@
 """What a head's outputs mean: its problem type, its likelihood, and the noise of a regression."""
 
+from ..forward import IGNORED, logits_of
 from .base import ItemNLL, Likelihood
 from .classes import Categorical
 from .gaussian import (
@@ -13,18 +14,22 @@ from .gaussian import (
     regression_values,
     split_variance_head,
 )  # fmt: skip
-from .outputs import IGNORED, logits_of
-from .problem import (
+from .registry import (
     PROBLEM_TYPES,
+    ProblemType,
+    check_problem_type,
+    drawn_values,
+    get_likelihood,
     ignored_label,
     is_encoder_decoder_lm,
     record_problem_type,
+    register,
     resolve_problem_type,
     sequence_problem_type,
+    token_mask,
     unwrapped,
     without_ignored,
 )  # fmt: skip
-from .registry import ProblemType, check_problem_type, drawn_values, get_likelihood, register, token_mask
 from .segmentation import resized
 
 __all__ = [

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..forward import IGNORED, attended_positions, labels_of, logits_of, output_field
 from .base import Batch, ItemNLL, Likelihood, Scores
 from .loss_hessian import Generators, uniform
-from .outputs import IGNORED, attended_positions, labels_of, logits_of, output_field
 
 __all__ = ["CausalLM", "Categorical", "Seq2SeqLM", "SingleLabel", "TokenClassification", "Unknown", "align_causal",
            "check_classes", "class_scores", "cross_entropy"]  # fmt: skip

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, is_finite
+from ..forward import labels_of, logits_of, wide
 from .base import Batch, ItemNLL, Likelihood
 from .loss_hessian import Generators, made
-from .outputs import labels_of, logits_of, wide
 
 __all__ = ["HEAD", "LOG_VARIANCE_RANGE", "NoiseStd", "Regression", "check_noise_std", "gaussian_log_prob",
            "gaussian_nll", "mean_and_variance", "regression_labels", "regression_values", "split_variance_head",

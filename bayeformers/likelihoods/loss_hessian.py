@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_finite, is_whole
-from .outputs import IGNORED, wide
+from ..forward import IGNORED, wide
 
 __all__ = ["Fisher", "Generators", "LossHessian", "made", "uniform"]
 

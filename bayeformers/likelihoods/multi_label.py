@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..forward import IGNORED, labels_of, logits_of
 from .base import Batch, ItemNLL, Likelihood, Scores
 from .classes import class_scores
 from .gaussian import unit_columns
 from .loss_hessian import Generators, uniform
-from .outputs import IGNORED, labels_of, logits_of
 
 __all__ = ["MultiLabel"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..forward import attended_positions, labels_of, logits_of
 from .base import Batch, ItemNLL, Likelihood, Scores
 from .classes import cross_entropy
-from .outputs import attended_positions, labels_of, logits_of
 
 __all__ = ["QuestionAnswering"]
 

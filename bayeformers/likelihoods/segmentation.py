@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..forward import labels_of, logits_of
 from .base import Batch, ItemNLL, Scores
 from .classes import Categorical, cross_entropy
-from .outputs import labels_of, logits_of
 
 __all__ = ["CONFIDENCE", "IGNORED_PIXEL", "WRONG", "SemanticSegmentation", "resized"]
 

@@ -32,9 +32,9 @@ from scipy.stats.qmc import MultivariateNormalQMC
 from torch import Tensor
 
 from ..checks import is_whole
+from ..forward import wide
 from ..likelihoods import HEAD, NoiseStd, ProblemType, get_likelihood, split_variance_head
 from ..likelihoods.gaussian import squeezed
-from ..likelihoods.outputs import wide
 from ..predictive import Predictive
 
 __all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "linearized_predictive", "logit_draws"]

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..checks import is_whole
+from ..forward import IGNORED, wide
 from ..likelihoods.classes import check_classes
-from ..likelihoods.outputs import IGNORED, wide
 from ..metrics.uncertainty import mutual_information, predictive_entropy
 from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 

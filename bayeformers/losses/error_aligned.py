@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..likelihoods.outputs import wide
+from ..forward import wide
 from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 
 __all__ = ["eac_loss", "eau_loss"]

@@ -26,7 +26,7 @@ from ..likelihoods import (
     unwrapped,
     without_ignored,
 )
-from ..likelihoods.problem import infer_problem_type
+from ..likelihoods.registry import infer_problem_type
 from ..linearized.links import ignores_shift
 from ..linearized.methods import SAMPLING
 from ..nn.draws import posterior_mean

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..forward import IGNORED, labels_of, output_field
 from ..likelihoods import ItemNLL, NoiseStd, ProblemType, get_likelihood
 from ..likelihoods.classes import align_causal
 from ..likelihoods.gaussian import regression_labels
-from ..likelihoods.outputs import IGNORED, labels_of, output_field
 from ..posteriors.base import without_labels
 
 __all__ = ["IGNORED", "LABEL_NAMES", "ItemNLL", "align_causal", "as_labels", "check_label_names", "count_items",

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..forward import output_field
 from ..likelihoods import ProblemType, get_likelihood, without_ignored
-from ..likelihoods.outputs import output_field
 from ..nn.draws import posterior_mean
 from .elbo import preserved_rng
 

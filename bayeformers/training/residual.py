@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.convert import is_bayesian
+from ..forward import labels_of, logits_of
 from ..likelihoods.gaussian import squeezed
-from ..likelihoods.outputs import labels_of, logits_of
 from ..posteriors import PointPosterior, VariationalPosterior
 from ..sampling.random_state import preserved
 from .items import model_inputs

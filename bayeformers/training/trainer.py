@@ -21,7 +21,7 @@ from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items, kl_warmup
-from .items import as_labels, check_label_names, count_items, item_nll, model_inputs
+from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
 from .objective_check import ObjectiveCheck, OwnObjective, check_bases
 from .optimizer import ScalesApart
@@ -364,7 +364,7 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         noise_std = self.noise_std() if likelihood.has_noise else None
         labelled = without_ignored(inputs, self.model, problem_type)
         own = own_terms(outputs, labelled, problem_type) if self._has_own_terms else 0.0
-        return ForwardPass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
+        return ForwardPass(likelihood.nll(outputs, labelled, noise_std).sum(), own, outputs)
 
     # -- reporting ---------------------------------------------------------------------------------------------------
 
