@@ -145,7 +145,7 @@ class Flipout:
             noise = F.embedding(ids, weight.perturbation)
         else:
             rows, inverse = torch.unique(ids, return_inverse=True)
-            noise = F.embedding(inverse, weight.perturbed_rows(rows))
+            noise = F.embedding(inverse, weight.rows(rows).perturbation)
         by_column = LAST.signs(weight, 1, noise)
         by_row = weight.signs(0, (len(ids), len(weight.loc)), ids.device)
         by_row = by_row.gather(1, ids.flatten(1)).reshape(*ids.shape, 1)

@@ -59,7 +59,7 @@ class GivenNoise(Draw):
         super().__init__(7, keep=False)
         self.given, self.given_signs = noise, signs
 
-    def noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
+    def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
         return self.given[spec.name]
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:

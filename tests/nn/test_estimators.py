@@ -28,16 +28,8 @@ class GivenNoise(Draw):
         super().__init__(7, keep=False)
         self.given, self.given_signs = noise, signs
 
-    def noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        return self.given[spec.name]
-
-    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
-        return loc[rows] + self.perturbed_rows(spec, loc, rho, rows)
-
-    def perturbed_rows(
-        self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None
-    ) -> Tensor:
-        return (sigma(rho).to(loc.dtype) * self.given[spec.name])[rows]
+    def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.given[spec.name] if rows is None else self.given[spec.name][rows]
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
         make = self.given_signs or super().signs
