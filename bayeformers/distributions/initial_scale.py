@@ -46,7 +46,7 @@ class InitialScale:
 
 
 def check_delta(delta: float) -> float:
-    """``delta`` as a float.
+    """Return ``delta`` as a float.
 
     Raises:
         TypeError: not a number.
@@ -63,7 +63,7 @@ def check_delta(delta: float) -> float:
 
 
 def initial_scale(weight: Tensor, delta: float) -> Tensor:
-    """MOPED's initial scale of a whole tensor: delta * max(|w|, 0.1 mean|w|); delta * 0.02 for an all-zero one.
+    """Return MOPED's initial scale of a whole tensor: delta * max(|w|, 0.1 mean|w|), delta * 0.02 for an all-zero one.
 
     Shape: any -> the same, float32 or the wider dtype of ``weight``.
 

@@ -29,6 +29,7 @@ class MergeRefused:
         self.name, self.reason = name, reason
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to merge, whatever the arguments."""
         raise RuntimeError(
             f"The adapter of {self.name!r} cannot be merged: {self.reason}. `to_deterministic(model)` first merges at "
             "the posterior mean; `predict` and `fixed_draw` need no merging."

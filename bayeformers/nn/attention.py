@@ -73,12 +73,11 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend with the mean, the held draw or fresh noise.
+        """Return what the mean, the held draw or fresh noise attend to, and the attention weights if asked for.
 
-        Raises:
-            ValueError: masks of the wrong shape, or a causal hint without a mask; TypeError: masks of another type.
-                Torch's own function, which draws by reparameterization go through, raises RuntimeError or
-                AssertionError.
+        Masks of the wrong shape, or a causal hint without a mask, raise ValueError, masks of another type TypeError;
+        torch's own function, which draws by reparameterization go through, RuntimeError or AssertionError. All
+        arguments are those of `torch.nn.MultiheadAttention`.
         """
         inputs = query, key, value
         options: dict[str, Any] = {
@@ -157,7 +156,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         return (output if self.batch_first else _swap(output)), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v: rows [0, E), [E, 2E), [2E, 3E) of one tensor, with its draw and its signs, or three tensors.
+        """Return random q, k, v, of three tensors or of rows [0, E), [E, 2E), [2E, 3E) of one, under its draw.
 
         Equal inputs are projected together.
         """
@@ -240,7 +239,7 @@ def _as_batch(x: Tensor) -> Tensor:
 def _attend(
     qkv: tuple[Tensor, ...], mask: Tensor | None, num_heads: int, dropout: float, need_weights: bool, is_causal: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(d) + mask) v per head, d = E / num_heads (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+    """Return softmax(q k^T / sqrt(d) + mask) v per head, d = E / num_heads (Vaswani et al. 2017, arXiv 1706.03762).
 
     Shape: ``qkv`` (N, L, E) and twice (N, S, E), ``mask`` broadcastable to (N, H, L, S) -> (N, L, E), and the
     attention weights (N, H, L, S) if they are needed.
@@ -258,7 +257,7 @@ def _attend(
 def _merged_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks as one to add to the scores (N, H, L, S): 0 or -inf for Booleans, floats as they are.
+    """Return both masks as one to add to the scores (N, H, L, S): 0 or -inf for Booleans, floats as they are.
 
     Raises:
         ValueError: a mask of another shape.

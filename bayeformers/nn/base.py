@@ -92,8 +92,13 @@ class BayesianModule(nn.Module):
         A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient. A
         multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one.
 
-        Raises:
-            TypeError, ValueError: an argument is not one of these, before anything changes.
+        A wrong argument raises TypeError or ValueError before anything changes.
+
+        Args:
+            prior: prior of every tensor of the layer.
+            delta: initial scale relative to |weight|.
+            estimator: how the noise enters in training.
+            scale: sigma = softplus(rho), or softplus(rho) * |weight|.
         """
         check_scale(scale)
         check_prior(prior)
@@ -123,7 +128,7 @@ class BayesianModule(nn.Module):
 
     @classmethod
     def names_of(cls, module: nn.Module) -> tuple[str, ...]:
-        """Names of the parameters of ``module``, torch's layer or its Bayesian twin, that are random if it has them.
+        """Return the names of the parameters of ``module``, torch's layer or its Bayesian twin, that may be random.
 
         The first is a weight that every instance has. A layer overrides it whose names depend on the instance.
         """
@@ -148,6 +153,7 @@ class BayesianModule(nn.Module):
 
     @property
     def draw(self) -> Draw | str | None:
+        """What the running code holds of this layer: None, the mean, or a draw."""
         holds = self._holds
         if not holds:
             return None
@@ -171,7 +177,7 @@ class BayesianModule(nn.Module):
         return self.estimator if self.draw is None else REPARAMETERIZATION
 
     def variational(self, name: str) -> Variational:
-        """The tensor ``name`` with its active draw.
+        """Return the tensor ``name`` with its active draw.
 
         Raises:
             RuntimeError: its scale no longer fits (the layer was resized after conversion), or something else computes
@@ -179,7 +185,7 @@ class BayesianModule(nn.Module):
         """
         loc, rho, spec = self._parameters.get(name), getattr(self, f"{name}_rho"), self.specs[name]
         if loc is None:
-            raise replaced(spec.name)
+            raise RuntimeError(replaced(spec.name))
         if loc.shape != rho.shape:
             raise RuntimeError(
                 f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
@@ -225,7 +231,7 @@ class BayesianModule(nn.Module):
         return self._buffers.get(f"{name}{_PRIOR_SCALE}")
 
     def prior_centre(self, name: str) -> Tensor:
-        """The trained weight: the stored copy, or the mean itself while it is frozen.
+        """Return the trained weight: the stored copy, or the mean itself while it is frozen.
 
         Raises:
             RuntimeError: the mean trains and no copy was stored.
@@ -329,12 +335,12 @@ class NamedVariational:
 
     @property
     def loc(self) -> nn.Parameter:
-        """The posterior means."""
+        """The posterior means, the layer's own Parameter."""
         return self.module.get_parameter(self.parameter_name)
 
     @property
     def rho(self) -> nn.Parameter:
-        """scale = max(softplus(rho), 1e-8)."""
+        """The scales before softplus: sigma = max(softplus(rho), 1e-8)."""
         return self.module.get_parameter(f"{self.parameter_name}_rho")
 
     @property

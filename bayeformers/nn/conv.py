@@ -83,7 +83,7 @@ class _ConvolutionTranspose(BayesianModule):
     _output_padding: Callable[..., list[int]]  # of torch's class
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Apply the layer with its mean, its held draw or fresh noise.
+        """Return the layer's output with its mean, its held draw or fresh noise.
 
         ``output_size`` chooses among the sizes that ``stride`` leaves open, as in torch.
         """

@@ -57,9 +57,10 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
     The same pair gives the same weights for every batch and process and after a reload. Seen by this thread and by what
     is started inside, as :func:`posterior_mean` is.
 
-    Raises:
-        TypeError: ``index`` or ``seed`` is no whole number.
-        ValueError: ``index`` or ``seed`` is negative.
+    Args:
+        model: with a Bayesian layer at least.
+        index: of the draw: ValueError if it is negative, TypeError if it is no whole number.
+        seed: of the sequence, in the same way.
     """
     check_draw(index, seed)
     with hold(model, Draw(int(seed), int(index))):
@@ -93,10 +94,10 @@ def training_draw(model: nn.Module) -> Iterator[None]:
 
 
 def one_draw_per_forward(model: nn.Module) -> nn.Module:
-    """Let a hand-built model draw each distinct Parameter once per forward; `to_bayesian` does it by itself.
+    """Return ``model``, which draws each distinct Parameter once per forward from here on, as after `to_bayesian`.
 
     Without it each layer is a model of its own: one that is called twice in a forward draws twice. And where a module
-    has a ``generate``, one draw serves a whole call of it in `train()`. Returns the same object.
+    has a ``generate``, one draw serves a whole call of it in `train()`.
     """
     modules = bayesian_modules(model)
     _name_tensors(modules)
@@ -128,7 +129,7 @@ def release(model: nn.Module) -> None:
 
 
 def say_once(scope: DrawScope, message: str, model: nn.Module) -> None:
-    """Once per model."""
+    """Log a warning, but once per model."""
     if message not in scope.said:
         scope.said.add(message)
         logger.warning(message, type(model).__name__)
@@ -185,6 +186,7 @@ class OneDraw:
         return self._name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, under one draw if layers would draw."""
         modules = {} if torch.compiler.is_compiling() else bayesian_modules(self._module)
         layers = [m for m in modules.values() if m.training and m.draw is None and m.scope.running is None]
         if not layers:

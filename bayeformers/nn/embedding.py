@@ -133,10 +133,16 @@ class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
         )
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Reduce the bags of the mean's, the held draw's or a fresh draw's rows.
+        """Return the bags' sums, means or maxima of the mean's, the held draw's or a fresh draw's rows.
+
+        Ids, offsets or weights that torch refuses, such as a mean with ``per_sample_weights``, raise ValueError.
+
+        Args:
+            input: ids (B, n), or (n,) with ``offsets``.
+            offsets: places (B,) of the bags' first ids.
+            per_sample_weights: weight of each id in its bag, in the shape of ``input``.
 
         Raises:
-            ValueError: ids, offsets or weights that torch refuses too, such as a mean with ``per_sample_weights``.
             TypeError: nested tensors.
         """
         if not self.is_random:
@@ -170,10 +176,7 @@ class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
         )
 
     def _renumbered(self, input: Tensor) -> tuple[Tensor, Tensor, int | None]:
-        """Ids as places among the distinct rows that occur, these rows, and the place of the padding row.
-
-        Shape: ``input`` any -> the same, (u,).
-        """
+        """Ids as places among the distinct rows that occur, these rows (u,), and the place of the padding row."""
         if self.padding_idx is None:
             rows, places = torch.unique(input, return_inverse=True)
             return places, rows, None

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..distributions import DiagonalNormal, EmpiricalNormal
 from ..distributions import kl_divergence as _kl_divergence
+from ..distributions.block_kl import block_size, normal_kl, separable_kl
 from ..distributions.kl import has_closed_form
-from ..distributions.normal_kl import block_size, normal_kl
-from ..distributions.separable_kl import separable_kl
 from . import kl_watch
 from .base import NamedVariational, check_module, record_of, variational_tensors
 from .draws import say_once
@@ -36,12 +35,11 @@ def kl_divergence(model: nn.Module) -> Tensor:
     Equal to `log_variational_posterior(model) - log_prior(model)`. A prior without a closed form (scale mixture) gives
     the one-draw estimate, with the draw of the latest training forward.
 
+    ValueError is raised if ``model`` has no Bayesian layer, RuntimeError if a mean was set to train without its prior's
+    centre being stored (see `unfreeze`).
+
     Returns:
         A float32 scalar (float64 for a float64 model) with gradient in the scales and in the means that train.
-
-    Raises:
-        ValueError: ``model`` has no Bayesian layer.
-        RuntimeError: a mean was set to train without its prior's centre being stored (see `unfreeze`).
 
     >>> from bayeformers.nn import Linear
     >>> bool(kl_divergence(Linear(3, 2)) > 0)
@@ -122,7 +120,7 @@ def _prior_of(tensor: NamedVariational) -> tuple[Tensor, Tensor | None, _Density
 
 @torch.no_grad()
 def _best_scale(tensors: list[NamedVariational]) -> Tensor:
-    """s of the smallest KL to N(m, s^2) over all these tensors: s^2 = mean(sigma^2 + (mu - m)^2)."""
+    """The s of the smallest KL to N(m, s^2) over all these tensors: s^2 = mean(sigma^2 + (mu - m)^2)."""
     total, count = torch.zeros((), dtype=torch.float64, device=tensors[0].rho.device), 0
     for tensor in tensors:
         trained, centre, prior = _prior_of(tensor)

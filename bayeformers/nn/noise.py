@@ -191,7 +191,7 @@ def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def normal_rows(key: int | Tensor, rows: Tensor, width: int) -> Tensor:
-    """N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
+    """Return N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
 
     Two rounds of a 32-bit mixer (Wellons' lowbias32) with 64 bits of state per row, then the inverse normal CDF of the
     upper 24 bits; |values| < 5.3. Element by element, so a row's noise does not depend on the other rows asked for.

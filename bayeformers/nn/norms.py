@@ -57,7 +57,7 @@ class LayerNorm(Normalization, torch.nn.LayerNorm):
     torch_class = torch.nn.LayerNorm
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `torch.nn.functional.layer_norm`."""
+        """Normalise as `torch.nn.functional.layer_norm` does."""
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -73,7 +73,7 @@ class RMSNorm(Normalization, torch.nn.RMSNorm):
     torch_class = torch.nn.RMSNorm
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `torch.nn.functional.rms_norm`."""
+        """Normalise as `torch.nn.functional.rms_norm` does."""
         return F.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
@@ -96,7 +96,9 @@ class AnyRMSNorm(Normalization):
 
 
 def is_rms_norm(module: torch.nn.Module) -> bool:
-    """LlamaRMSNorm, T5LayerNorm, ...: one vector of gains and nothing else. `AnyRMSNorm.refusal` looks at what it does.
+    """Return whether it is one vector of gains and nothing else; `AnyRMSNorm.refusal` looks at what it does.
+
+    Such as LlamaRMSNorm, T5LayerNorm.
 
     >>> is_rms_norm(torch.nn.RMSNorm(4)), is_rms_norm(torch.nn.PReLU(4))
     (True, False)

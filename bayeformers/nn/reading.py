@@ -34,9 +34,9 @@ _GET_PARAMETER = nn.Module.get_parameter.__code__
 _LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")
 
 
-def replaced(name: str) -> RuntimeError:
+def replaced(name: str) -> str:
     """What is wrong with a Bayesian tensor that is no Parameter any more."""
-    return RuntimeError(_REPLACED.format(name))
+    return _REPLACED.format(name)
 
 
 def read(self: Any, name: str) -> Any:
@@ -66,26 +66,26 @@ def write(self: Any, value: object, name: str) -> None:
         RuntimeError: it replaces a random tensor.
     """
     if name in self.__dict__.get("specs", ()):
-        raise replaced(self.specs[name].name)
+        raise RuntimeError(replaced(self.specs[name].name))
     self.__dict__[name] = value
 
 
 def _takes_parameter(reader: types.FrameType, layer: nn.Module, name: str) -> bool:
-    """Whether the code that reads a tensor of ``layer``, called ``name``, is content with the Parameter.
+    """Return whether the code that reads a tensor of ``layer``, called ``name``, is content with the Parameter.
 
     Raises:
         RuntimeError: it would keep the draw in the place of the Parameter, or change the draw instead of the weight.
     """
     code, module = reader.f_code, reader.f_globals.get("__name__", "")
     if module == _PARAMETRIZE and reader.f_locals.get("self") is not layer:
-        raise replaced(name)
+        raise RuntimeError(replaced(name))
     if code.co_name in _MERGES and module.startswith(_TUNERS):
         raise RuntimeError(_DRAWN_MERGE.format(code.co_name, name))
     return code is _GET_PARAMETER or only_describes(reader)
 
 
 def only_describes(frame: types.FrameType) -> bool:
-    """Whether the code that reads an attribute just now asks for its dtype, device or shape, its type, or for None.
+    """Return whether the code that reads an attribute asks for its dtype, device or shape, its type, or for None.
 
     Mean and draw have them in common, and to draw a weight in order to ask for its dtype, as T5 does, costs as much as
     to use it. What is not recognised is drawn.

@@ -29,11 +29,7 @@ class Recurrent(BayesianModule, torch.nn.RNNBase):
         return tuple(names)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        """Run sequences through the layer with its mean, its held draw or fresh noise; the output is as torch's.
-
-        Raises:
-            ValueError, RuntimeError: torch's own, for inputs or states that do not fit.
-        """
+        """Return torch's outputs, and raise its errors, with the layer's mean, its held draw or fresh noise."""
         if isinstance(input, PackedSequence):  # torch's LSTM does not check it, and its kernel reads past the end
             self.check_input(input.data, input.batch_sizes)
             if hx is not None:
@@ -47,7 +43,7 @@ class Recurrent(BayesianModule, torch.nn.RNNBase):
         return self._by_steps(estimator, weights, input, hx)
 
     def _fused(self, weights: list[Tensor], input: Tensor | PackedSequence, hx: Any) -> Any:
-        """torch's forward with other weights, by a view of the layer: nothing is written into the layer itself.
+        """Return torch's forward with other weights, by a view of the layer: nothing is written into the layer itself.
 
         Without names the view takes its flat weights for what they are, and does not look for the layer's Parameters.
         """
@@ -96,7 +92,7 @@ class Recurrent(BayesianModule, torch.nn.RNNBase):
             ]
 
     def _states(self, hx: Any) -> State:
-        """torch's form of the states -> a tuple of them; empty if none are given."""
+        """From torch's form of the states to a tuple of them; empty if none are given."""
         if hx is None:
             return ()
         return (hx,) if CELLS[self.mode].num_states == 1 else tuple(hx)

@@ -110,7 +110,7 @@ class DrawScope:
         return forwards
 
     def enter(self, training: bool, frame: FrameType | None = None) -> bool:
-        """A forward of the model begins; nested ones belong to the outermost. Whether it takes a new draw.
+        """Return whether the forward of the model that begins takes a new draw; nested ones belong to the outermost.
 
         ``frame``: ends when the forward does, in whatever way; None where the caller calls `exit` in any case.
         """

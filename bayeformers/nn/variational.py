@@ -57,7 +57,7 @@ class Variational:
 
     @property
     def perturbation(self) -> Tensor:
-        """scale * noise under the draw: shape and dtype of ``loc``. Made once."""
+        """The product scale * noise under the draw: shape and dtype of ``loc``. Made once."""
         return self._once("perturbation", lambda: perturbation(self.loc, self.rho, self.noise, self.floor))
 
     @property
@@ -90,7 +90,7 @@ class Variational:
         return self._made[name]
 
     def rows(self, rows: Rows) -> Variational:
-        """Some rows as a tensor of their own, under the noise and the signs of the whole, at the cost of those rows.
+        """Return some rows as a tensor of their own, under the noise and signs of the whole, at the cost of those rows.
 
         A padding row takes no noise, as in the whole, but keeps its variance: give it no weight.
         """
@@ -101,7 +101,7 @@ class Variational:
         return Variational(loc, rho, self.spec, self.draw, self.floor, (self, rows))
 
     def sample(self) -> Tensor:
-        """The tensor's value under the draw: shape and dtype of ``loc``.
+        """Return the tensor's value under the draw: shape and dtype of ``loc``.
 
         Under ``no_grad`` it is made once in a held draw, and kept there while mean and scale stand.
         """
@@ -114,7 +114,7 @@ class Variational:
         return kept.value
 
     def sample_rows(self, rows: Tensor) -> Tensor:
-        """Rows of :meth:`sample`, bit for bit, at the cost of those rows: (n,) -> (n, width).
+        """Return rows of :meth:`sample`, bit for bit, at the cost of those rows: (n,) -> (n, width).
 
         Under ``no_grad`` a held draw keeps the rows that were made in it.
         """
@@ -154,7 +154,7 @@ def wide(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
-    """sigma: softplus(rho), or softplus(rho) * max(|loc|, floor) where the scale is multiplicative.
+    """Return sigma: softplus(rho), or softplus(rho) * max(|loc|, floor) where the scale is multiplicative.
 
     Shape: ``loc`` and ``rho`` alike -> the same, float32 or the wider dtype of ``loc``.
     """
@@ -163,7 +163,7 @@ def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
 
 
 def sample(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
-    """w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
+    """Return w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
 
     With a ``floor`` the scale is multiplicative, and the gradient also goes through its |loc|.
 
@@ -173,7 +173,7 @@ def sample(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -
 
 
 def perturbation(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
-    """sigma * eps, which is :func:`sample` without the mean.
+    """Return sigma * eps, which is :func:`sample` without the mean.
 
     Shape: all three alike -> the same, in the dtype of ``loc``.
     """
@@ -184,7 +184,7 @@ def perturbation(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = N
 
 
 def variance(rho: Tensor) -> Tensor:
-    """sigma(rho)^2; saves rho alone for the gradient 2 sigma sigmoid(rho).
+    """Return sigma(rho)^2; saves rho alone for the gradient 2 sigma sigmoid(rho).
 
     Shape: any -> the same.
     """
