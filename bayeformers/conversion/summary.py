@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.base import NamedVariational, is_bayesian, variational_tensors
 from ..nn.kl import tensor_kl
-from .convert import conversion_of, conversion_record
+from .record import conversion_of, conversion_record
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ModelSummary:
 
 
 def summary(model: nn.Module) -> ModelSummary:
-    """Layers converted and skipped (why), coverage, scale / |mean| and KL of each tensor.
+    """Return the layers converted and skipped (why), coverage, scale / |mean| and KL of each tensor.
 
     Raises:
         ValueError: ``model`` is not Bayesian.

@@ -18,12 +18,11 @@ from ..posteriors.predict import as_posterior
 from .calibrate import Inputs, Measured, Probe, as_batches
 from .candidates import Candidates, report_of
 from .codes import Codes, ScaleCodes
-from .install import Weight, install, parameter_names
+from .install import Weight, install, own, parameter_names, twin
 from .laplace_noise import LaplaceNoise
 from .layers import Arithmetic, QuantizedLayer
 from .noise import MeanFieldNoise, Noise, NoNoise
 from .posterior import QuantizedPosterior
-from .twin import own, twin
 
 Choice = Literal["auto", "int8", "float"]
 Source = VariationalPosterior | LaplacePosterior | PointPosterior
@@ -39,7 +38,7 @@ def quantize(
     max_noise: float = MAX_NOISE,
     exclude_modules: Patterns | None = None,
 ) -> QuantizedPosterior:
-    r"""The posterior with INT8 means and scales, around a copy of its model; nothing is trained.
+    r"""Return the posterior with INT8 means and scales, around a copy of its model; nothing is trained.
 
     Linear, transformers' Conv1D, Conv1d to Conv3d, their transposed forms and Embedding hold their weight in INT8,
     random or not; all else (biases, norms, LSTM, GRU, attention's own parameters, bare Parameters) stays float and is
