@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..linearized import LayerRule
 from ..linearized.covariance import Separable
 from ..sampling.generators import NOISE_VERSION
 from .kronecker import KroneckerEigen
@@ -51,6 +52,11 @@ class LaplaceBlock:
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return self.target.parameters
+
+    @property
+    def rule(self) -> LayerRule:
+        """That of the layer's class."""
+        return self.target.rule
 
     @property
     def left(self) -> Tensor | None:

@@ -31,8 +31,8 @@ from ..likelihoods import (
     unwrapped,
 )
 from ..linearized import check_reads, recording_view
-from ..linearized.blocks import GaussianBlock, TensorBlock, mean_field_blocks
-from ..linearized.captured import Statistic, bare_tensors, linearize
+from ..linearized.blocks import GaussianBlock, mean_field_blocks
+from ..linearized.captured import Statistic, bare_tensors, layers_of, linearize
 from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
 from ..predictive import Predictive
@@ -271,10 +271,9 @@ class BasePosterior(ABC):
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         check_filled(inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
-        modules = [m for block in blocks if not isinstance(block, TensorBlock) for m in block.modules]
         of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
         with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, lambda: called(view, inputs)):
-            check_reads(self.model, inputs, modules, self.outputs_of)
+            check_reads(self.model, inputs, layers_of(blocks), self.outputs_of)
             mean, covariance = linearize(
                 view, inputs, blocks, how, self.outputs_of, contrasts=contrasts, of_softmax=of_softmax
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeformers.laplace import fit
-from bayeformers.linearized import LayerRule, gradients, record, register_curvature, rule_of, supported_layers
+from bayeformers.linearized import LayerRule, gradients, record, register_rule, rule_of, supported_layers
 from bayeformers.linearized import rules as module_of_rules
 from bayeformers.linearized.rules import ConvRule, ConvTransposeRule, EmbeddingRule, LinearRule, NormRule
 from tests.laplace.networks import QUIET, classes, reader, text
@@ -169,7 +169,7 @@ def test_forwards_of_their_own() -> None:
     patched = nn.Linear(2, 2)
     patched.forward = lambda x: x
     assert rule_of(patched) is None
-    with pytest.raises(ValueError, match="no rule for the Jacobian of Other; see `register_curvature`"):
+    with pytest.raises(ValueError, match="no rule for the Jacobian of Other; see `register_rule`"):
         record(Other(2, 2), normal(1, 2).float(), [Other(2, 2)], lambda output: output)
 
 
@@ -188,7 +188,7 @@ def test_a_rule_of_ones_own_is_used_by_fit() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 3 * super().forward(x)
 
-    @register_curvature(Tripled)
+    @register_rule(Tripled)
     class TripledRule(LinearRule):
         def gradients(self, module: nn.Linear, gradient: Tensor) -> Tensor:
             return 3 * super().gradients(module, gradient)
