@@ -14,7 +14,7 @@ from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
 from ..likelihoods import IGNORED, ProblemType, resolve_problem_type, unwrapped
 from ..likelihoods.loss_hessian import Likelihood
 from ..linearized import examples
-from ..posteriors.base import without_labels
+from ..posteriors.heads import without_labels
 
 _LIKELIHOODS: dict[str, Likelihood] = {
     "single_label_classification": "classification",

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..linearized.captured import bare_tensors, covariance, linearize
 from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
-from ..posteriors.base import has_many_logits, known_problem_type
+from ..posteriors.heads import has_many_logits, known_problem_type
 from ..processes import process_index, summed
 from .choice import End, end_of
 from .data import Batch

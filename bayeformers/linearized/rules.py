@@ -125,8 +125,8 @@ register_curvature = register_rule
 
 
 def rule_of(module: nn.Module) -> LayerRule | None:
-    """The rule of a module's class, or of the nearest ancestor whose forward it inherits unchanged; None without one."""
-    # a subclass with a forward of its own may use its weight differently, and so does a module whose weight others read
+    """The rule of a module's class, or of the nearest ancestor whose forward it inherits unchanged; or None."""
+    # a subclass with its own forward may use its weight differently; so does a module whose weight others read
     if getattr(module, "is_read", False):
         return None
     # a variational layer computes at its mean what its torch class does

@@ -23,11 +23,7 @@ _HALF = np.uint64(32)
 
 
 def check_noise_version(version: object, name: str = "noise_version") -> int:
-    """``version`` if its draws can be repeated.
-
-    Raises:
-        ValueError: it is of a newer bayeformers, or no version at all.
-    """
+    """``version`` if its draws can be repeated; one of a newer bayeformers, or none at all, is a ValueError."""
     if type(version) is not int or not 1 <= version <= NOISE_VERSION:
         raise ValueError(f"`{name}` is {version!r}, this bayeformers reads up to {NOISE_VERSION}: upgrade bayeformers.")
     return version
@@ -41,8 +37,8 @@ def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION
         device: of the generator.
         version: see `NOISE_VERSION`.
 
-    Raises:
-        RuntimeError: this build of torch keeps the state of its generator otherwise than all known ones.
+    Returns:
+        The generator; RuntimeError where this build of torch keeps its state otherwise than all known ones.
     """
     generator = torch.Generator(device=device)
     if device.type != "cpu" or version == 1:
@@ -76,11 +72,7 @@ def _mixed(key: int) -> int:
 
 @functools.cache
 def _seeded_state() -> np.ndarray:
-    """A freshly seeded state, in 64-bit words.
-
-    Raises:
-        RuntimeError: its form is another one than in all known versions of torch.
-    """
+    """A freshly seeded state, in 64-bit words; RuntimeError where its form is none of a known version of torch."""
     state = torch.Generator().manual_seed(1).get_state().numpy()
     words = state.view(np.uint64) if state.nbytes == _BYTES else state
     seeded = [1]
@@ -93,11 +85,9 @@ def _seeded_state() -> np.ndarray:
 
 @functools.cache
 def _constants() -> tuple[np.ndarray, np.ndarray]:
-    """Fixed random a and b: word i of a key's state is the upper half of a_i k + b_i.
-
-    Multiply-shift hashing (Dietzfelbinger et al. 1996): two keys share a word with probability about 2^-32, and never
-    all of them.
-    """
+    """Fixed random a and b: word i of a key's state is the upper half of a_i k + b_i."""
+    # multiply-shift hashing (Dietzfelbinger et al. 1996): two keys share a word with probability about 2^-32, and
+    # never all of them
     numbers = np.random.RandomState(20261130).bytes(16 * _WORDS)  # a frozen stream: the same in every NumPy
     factors, terms = np.frombuffer(numbers, dtype="<u8").astype(np.uint64).reshape(2, _WORDS)
     return factors, terms

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from bayeformers.forward import Inputs, call
-from bayeformers.sampling.random_state import is_drawing, left_alone
-from bayeformers.sampling.shared_prefix import SharedPrefix, hidden_reference
-from bayeformers.sampling.snapshot import Refused, all_equal, flatten, rng_state, same_tensor, set_rng_state
+from ..forward import Inputs, call
+from .random_state import all_equal, is_drawing, left_alone, rng_state, set_rng_state
+from .shared_prefix import SharedPrefix, hidden_reference
+from .snapshot import Refused, flatten, same_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def monte_carlo(
     known_as: tuple[nn.Module, list[nn.Parameter]] | None = None,
     keeps_random_state: bool = False,
 ) -> Iterator[Any]:
-    """Yields ``model(inputs)`` under ``draw(0, seed)``, ..., ``draw(num_samples - 1, seed)``, without gradients.
+    """The outputs ``model(inputs)`` under ``draw(0, seed)``, ..., ``draw(num_samples - 1, seed)``, without gradients.
 
     Between two yields the model is as the caller left it: no draw, no wrapped method, the caller's gradient mode.
 
@@ -65,6 +65,12 @@ def monte_carlo(
         max_prefix_bytes: cap on the memory of shared outputs, which live for one batch.
         known_as: of a view, the model and its random Parameters: what one batch teaches is remembered of them.
         keeps_random_state: leave the default generators as they are, should the model draw from them.
+
+    Returns:
+        The outputs, one after the other.
+
+    Raises:
+        ValueError: ``num_samples`` is below 1.
 
     >>> model = nn.Linear(2, 1, bias=False).eval().requires_grad_(False)
     >>> from contextlib import contextmanager
@@ -152,11 +158,9 @@ class _Sharing:
             self._prefix.clear()
 
     def _verify(self, prefix: SharedPrefix, call: Callable[[], Any]) -> Any:
-        """One pass; if it reused anything, also in the plain way; from the same random state, if the model draws.
-
-        The first pass only records. Children of a module that was refused record one pass later, so the test goes on
-        until a pass after the first records nothing new.
-        """
+        """One pass; if it reused anything, also in the plain way; from the same random state, if the model draws."""
+        # the first pass only records, and children of a module that was refused record one pass later: the test goes on
+        # until a pass after the first records nothing new
         reused, before = prefix.hits, rng_state()
         with prefix:
             output = call()

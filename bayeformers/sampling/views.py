@@ -9,13 +9,12 @@ functions that hold on to its modules) is used itself, by one prediction at a ti
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,11 +78,11 @@ class View:
 
     def hookable(self, module: nn.Module) -> nn.Module:
         """That counterpart, with lists of forward hooks of its own; until then they are the module's."""
-        found = self.module(module)
+        counterpart = self.module(module)
         if self.is_private:
-            own = vars(found)
+            own = vars(counterpart)
             own.update({name: OrderedDict(own[name]) for name in _FORWARD_HOOKS})
-        return found
+        return counterpart
 
     def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the view has in place of a Parameter of the model."""
@@ -106,20 +105,34 @@ def viewed(
         replaced: by the id of a Parameter what a private view has in its place; the model itself keeps its own.
         training: mode of all modules inside; None: each its own.
         is_private: False for the model itself in any case.
+
+    Yields:
+        The view.
     """
     view = private_view(model, replaced, training=training) if is_private else None
-    if view is not None:
-        yield view
-        return
-    with itself(model, training=training) as view:
-        yield view
+    with itself(model, training=training) if view is None else contextlib.nullcontext(view) as whole:
+        yield whole
 
 
 @contextlib.contextmanager
 def itself(model: nn.Module, *, training: bool | None = False) -> Iterator[View]:
     """The model itself, in this mode, for this caller alone until exit."""
-    with alone(model), _in_mode(model, training), _unwrapped_itself(model):
-        yield View(model, {}, {})
+    own = vars(model)
+    wrapped, original = own.get("forward"), own.get(_ORIGINAL)
+    is_unwrapped = wrapped is not None and original is not None and _is_unwrapped(model)
+    with alone(model):
+        changed = [] if training is None else [module for module in model.modules() if module.training != training]
+        try:
+            for module in changed:
+                module.training = not module.training
+            if is_unwrapped:
+                own["forward"] = original
+            yield View(model, {}, {})
+        finally:
+            if is_unwrapped:
+                own["forward"] = wrapped
+            for module in changed:
+                module.training = not training
 
 
 @contextlib.contextmanager
@@ -143,27 +156,6 @@ def private_view(
     return View(model, modules, tensors)
 
 
-def copy_around(model: nn.Module, own: Iterable[nn.Parameter] = ()) -> nn.Module | None:
-    """A copy, to be changed at will, whose Parameters share the memory of the model's, but for ``own`` ones.
-
-    None where there can be no view. A posterior that the model carries is left out.
-    """
-    if private_view(model) is None:
-        return None
-    apart = {id(parameter) for parameter in own}
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        value = parameter.detach().clone() if id(parameter) in apart else parameter.detach()
-        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    carried = vars(model).get("posterior")
-    if carried is not None:
-        memo[id(carried)] = None
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, ValueError, RuntimeError):  # a lock, or what else has no copy
-        return None
-
-
 @contextlib.contextmanager
 def unwrapped_forward(model: nn.Module) -> Iterator[None]:
     """Views of ``model`` that this caller makes inside are without what accelerate wraps its ``forward`` in."""
@@ -174,33 +166,8 @@ def unwrapped_forward(model: nn.Module) -> Iterator[None]:
         _unwrapped.reset(token)
 
 
-@contextlib.contextmanager
-def _unwrapped_itself(model: nn.Module) -> Iterator[None]:
-    wrapped, original = vars(model).get("forward"), vars(model).get(_ORIGINAL)
-    if wrapped is None or original is None or not _is_unwrapped(model):
-        yield
-        return
-    vars(model)["forward"] = original
-    try:
-        yield
-    finally:
-        vars(model)["forward"] = wrapped
-
-
 def _is_unwrapped(model: nn.Module) -> bool:
     return any(one is model for one in _unwrapped.get())
-
-
-@contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    changed = [] if training is None else [module for module in model.modules() if module.training != training]
-    try:
-        for module in changed:
-            module.training = not module.training
-        yield
-    finally:
-        for module in changed:
-            module.training = not training
 
 
 class _NoView(Exception):
@@ -299,23 +266,15 @@ class _Copying:
 
     def _of_container(self, value: Any, depth: int) -> Any:
         kind = type(value)
-        if isinstance(value, dict):
-            items = {key: self._copied(item, depth) for key, item in value.items()}
-            if all(items[key] is item for key, item in value.items()):
-                return value
-            return self._rebuilt(kind, kind in _CONTAINERS, items)
-        found = [self._copied(item, depth) for item in value]
-        if all(new is old for new, old in zip(found, value, strict=True)):
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        copies = [self._copied(item, depth) for item in items]
+        if all(new is old for new, old in zip(copies, items, strict=True)):
             return value
         if hasattr(kind, "_make"):
-            return kind._make(found)
-        return self._rebuilt(kind, kind in _CONTAINERS, found)
-
-    @staticmethod
-    def _rebuilt(kind: Any, is_known: bool, content: Any) -> Any:
-        if not is_known:
+            return kind._make(copies)
+        if kind not in _CONTAINERS:
             raise _NoView
-        return kind(content)
+        return kind(zip(value, copies, strict=True)) if isinstance(value, dict) else kind(copies)
 
     def _of_partial(self, value: functools.partial[Any], depth: int) -> Any:
         parts = (value.func, value.args, value.keywords, vars(value))
@@ -368,26 +327,18 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+@functools.cache
 def _is_opaque(kind: type) -> bool:
-    if kind not in _known_opaque:
-        _known_opaque[kind] = any(base.__name__ in _OPAQUE for base in kind.__mro__)
-    return _known_opaque[kind]
+    return any(base.__name__ in _OPAQUE for base in kind.__mro__)
 
 
+@functools.cache
 def _is_inert(kind: type) -> bool:
     """Whether what is of this class reaches no module that a forward would use."""
-    if kind not in _known_inert:
-        is_plain = kind in _PLAIN or issubclass(kind, type | types.ModuleType) or kind.__name__.endswith("Config")
-        _known_inert[kind] = (is_plain and not issubclass(kind, Tensor)) or getattr(kind, SHARED, False)
-    return _known_inert[kind]
+    is_plain = kind in _PLAIN or issubclass(kind, type | types.ModuleType) or kind.__name__.endswith("Config")
+    return (is_plain and not issubclass(kind, Tensor)) or getattr(kind, SHARED, False)
 
 
+@functools.cache
 def _inert_names(kind: type) -> frozenset[str]:
-    if kind not in _known_names:
-        _known_names[kind] = _TORCH | getattr(kind, INERT, frozenset())
-    return _known_names[kind]
-
-
-_known_names: dict[type, frozenset[str]] = {}
-_known_opaque: dict[type, bool] = {}
-_known_inert: dict[type, bool] = {}
+    return _TORCH | getattr(kind, INERT, frozenset())

@@ -8,7 +8,7 @@ from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
 from ..likelihoods import IGNORED, ProblemType
-from ..posteriors.base import without_labels
+from ..posteriors.heads import without_labels
 
 __all__ = [
     "IGNORED",
