@@ -100,11 +100,11 @@ class Captured(ABC):
     @classmethod
     def from_parts(cls, block: Gaussian, inputs: Tensor, gradients: Tensor) -> Captured:
         """Of this kind, from a layer's bare inputs (K, B, T, d_in); of a dense covariance where the block has one."""
-        return _in_form(cls, block, inputs, gradients)
+        return DenseCaptured(block, inputs, gradients, cls) if block.is_flat else cls(block, inputs, gradients)
 
     def under(self, block: Gaussian) -> Captured:
         """The same Jacobian under another Gaussian over its layer."""
-        return _in_form(type(self), block, self.inputs, self.gradients)
+        return _under(type(self), block, self.inputs, self.gradients)
 
     @abstractmethod
     def jacobian(self) -> Tensor:
@@ -264,7 +264,7 @@ class DenseCaptured(Captured):
 
     def under(self, block: Gaussian) -> Captured:
         """The same Jacobian under another Gaussian over its layer."""
-        return _in_form(self.kind, block, self.inputs, self.gradients)
+        return _under(self.kind, block, self.inputs, self.gradients)
 
     def jacobian(self) -> Tensor:
         """M of the layer's kind, (K, B, C, d_out, d_in')."""
@@ -280,7 +280,7 @@ class DenseCaptured(Captured):
         return self.kind(self.block, self.inputs, self.gradients).products(deviation)
 
 
-def _in_form(kind: type[Captured], block: Gaussian, inputs: Tensor, gradients: Tensor) -> Captured:
+def _under(kind: type[Captured], block: Gaussian, inputs: Tensor, gradients: Tensor) -> Captured:
     """Of a kind of layer, under the block's covariance."""
     return DenseCaptured(block, inputs, gradients, kind) if block.is_flat else kind(block, inputs, gradients)
 

@@ -186,8 +186,8 @@ class BasePosterior(ABC):
                 distinct draws gives those.
             method: "sample" (or "nn"): average the network's probabilities over draws; "glm": the linearised network's,
                 whose outputs are Gaussian; "mc_glm", "one_glm", "lr_glm", "e_glm": approximations of it, see
-                `posteriors.methods`. By default `default_method`.
-            link: from the linearised network's Gaussian logits to probabilities: see `posteriors.logits`.
+                `linearized.methods`. By default `default_method`.
+            link: from the linearised network's Gaussian logits to probabilities: see `linearized.links`.
             seed: the same seed gives the same draws, for every batch and process.
             problem_type: what the head predicts; by default found from the model's class and configuration, and
                 classification for a model that transformers does not know. "semantic_segmentation" is of logits
@@ -295,7 +295,7 @@ class BasePosterior(ABC):
 
     @contextlib.contextmanager
     def recording_view(self, tensors: Iterable[nn.Parameter] = ()) -> Iterator[View]:
-        """The model at its mean in ``eval()``, for `jacobians.record`: a view where there can be one."""
+        """The model at its mean in ``eval()``, for `linearized.record`: a view where there can be one."""
         with (
             recording_view(self.model, tensors, training=False, is_private=self.draws_in_views) as view,
             self.mean_in(view) if view.is_private else self.mean(),

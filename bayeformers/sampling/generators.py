@@ -43,24 +43,19 @@ def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION
     generator = torch.Generator(device=device)
     if device.type != "cpu" or version == 1:
         return generator.manual_seed(key % 2**63)
-    (factors, terms), (words, state) = _constants(), _state()
-    np.multiply(factors, np.uint64(_mixed(key)), out=words)
-    np.add(words, terms, out=words)
-    np.right_shift(words, _HALF, out=words)
-    return generator.set_state(state)
+    (factors, terms), scratch = _constants(), _scratch()
+    np.multiply(factors, np.uint64(_mixed(key)), out=scratch.words)
+    np.add(scratch.words, terms, out=scratch.words)
+    np.right_shift(scratch.words, _HALF, out=scratch.words)
+    return generator.set_state(scratch.state)
 
 
-_scratch = threading.local()
-
-
-def _state() -> tuple[np.ndarray, torch.Tensor]:
+class _Scratch(threading.local):
     """A generator's state of this thread, which `set_state` copies: its words, and all of it on the same memory."""
-    try:
-        return _scratch.state  # type: ignore[no-any-return]
-    except AttributeError:
+
+    def __init__(self) -> None:
         state = _seeded_state().copy()
-        _scratch.state = state[_OFFSET : _OFFSET + _WORDS], torch.from_numpy(state.view(np.uint8))
-        return _scratch.state  # type: ignore[no-any-return]
+        self.words, self.state = state[_OFFSET : _OFFSET + _WORDS], torch.from_numpy(state.view(np.uint8))
 
 
 def _mixed(key: int) -> int:
@@ -68,6 +63,9 @@ def _mixed(key: int) -> int:
     key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
     return key ^ key >> 31
+
+
+_scratch = functools.cache(_Scratch)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ loop: sharing verifies itself on the first batch, and where it cannot be verifie
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
@@ -85,7 +86,8 @@ def monte_carlo(
     """
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples!r}.")
-    call = _bind(model, inputs)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    run = functools.partial(call, model, inputs, **options)
     random = list(random)
     known, of_known = known_as or (model, random)
     seen = _verdicts.setdefault(known, {}), _signature(known, of_known, inputs)
@@ -94,9 +96,9 @@ def monte_carlo(
     def passes() -> Iterator[Any]:
         try:
             for index in range(num_samples):
-                kept = left_alone(known, call) if keeps_random_state else nullcontext()
+                kept = left_alone(known, run) if keeps_random_state else nullcontext()
                 with torch.no_grad(), draw(index, seed), _fresh_casts(), kept:
-                    output = sharing.run(call) if sharing else call()
+                    output = sharing.run(run) if sharing else run()
                 yield output
         finally:
             if sharing:
@@ -113,11 +115,6 @@ def _fresh_casts() -> Iterator[None]:
         yield
     finally:
         torch.clear_autocast_cache()
-
-
-def _bind(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return lambda: call(model, inputs, **options)
 
 
 class _Sharing:
@@ -187,12 +184,10 @@ class _Sharing:
 
 def _unsupported(model: nn.Module) -> str | None:
     """Why nothing can be shared at this moment."""
-    hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     if torch.is_inference_mode_enabled():
         return "tensors made in inference mode have no version counter"
-    if any(hooks):
-        return "a global forward hook is registered"
-    return None
+    has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return "a global forward hook is registered" if has_hooks else None
 
 
 def _unsafe(model: nn.Module, random: list[nn.Parameter]) -> str | None:
@@ -215,12 +210,9 @@ def _signature(model: nn.Module, random: list[nn.Parameter], inputs: Inputs) -> 
     """What a verdict is valid for: the modules, the random set, and the kind of inputs."""
     kind: Any = type(inputs).__name__, len(inputs) if isinstance(inputs, (list, tuple)) else 0
     if isinstance(inputs, Mapping):
-        kind = tuple((name, _kind(value)) for name, value in inputs.items())
+        kinds = (value if isinstance(value, bool | int | str) else type(value) for value in inputs.values())
+        kind = tuple(zip(inputs, kinds, strict=True))
     return frozenset(map(id, model.modules())), frozenset(map(id, random)), kind
-
-
-def _kind(value: Any) -> Any:
-    return value if isinstance(value, bool | int | str) else type(value)
 
 
 def _same_output(a: Any, b: Any) -> bool:

@@ -278,18 +278,19 @@ class _Copying:
 
     def _of_partial(self, value: functools.partial[Any], depth: int) -> Any:
         parts = (value.func, value.args, value.keywords, vars(value))
-        func, args, keywords, own = (self._copied(part, depth) for part in parts)
-        if all(new is old for new, old in zip((func, args, keywords, own), parts, strict=True)):
+        copies = self._of_container(parts, depth)
+        if copies is parts:
             return value
-        found = functools.partial(func, *args, **keywords)
-        vars(found).update(own)
-        return found
+        func, args, keywords, own = copies
+        partial = functools.partial(func, *args, **keywords)
+        vars(partial).update(own)
+        return partial
 
     def _check_function(self, function: types.FunctionType, depth: int) -> None:
         """Nobody can tell which of its closures' contents a function may change: it stays as it is, or the model."""
         held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         held += [*(function.__defaults__ or ()), *vars(function).values()]
-        if any(self._copied(item, depth) is not item for item in held):
+        if self._of_container(held, depth) is not held:
             raise _NoView
 
     def _of_object(self, value: Any, depth: int) -> Any:
