@@ -96,7 +96,7 @@ class LaplaceBlock:
             return None
         key = (tolerance, self.dtype)
         if key not in self._known:
-            self._known[key] = Separable.of(self._variances()[0, 0].to(self.dtype), tolerance)
+            self._known[key] = Separable.from_variances(self._variances()[0, 0].to(self.dtype), tolerance)
         found = self._known[key]
         return None if found is None else found.to(self.device)
 

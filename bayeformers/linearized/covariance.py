@@ -28,7 +28,7 @@ class Separable:
     columns: Tensor
 
     @classmethod
-    def of(cls, variances: Tensor, tolerance: float) -> Separable | None:
+    def from_variances(cls, variances: Tensor, tolerance: float) -> Separable | None:
         """By adaptive cross approximation (Bebendorf 2000): each step removes the element of largest relative error.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +17,26 @@ from ..sampling.views import View, modules_of, viewed
 from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
 
 
+@dataclass(frozen=True, eq=False)
 class Use:
     """One call of a layer, or whatever a forward does with one parameter whose module has no rule.
 
     Attributes:
+        owner: whose use it is: the layer, or the parameter.
         module: the layer.
         rule: of its class.
-        input: its (first) argument; the parameter itself.
+        input: its (first) argument, detached; the parameter itself.
         output: what it returned, as a point of the graph at which gradients can be asked for; what a view has in the
             parameter's place.
-        owner: whose use it is: the layer, or the parameter.
+        version: of the input at the time of the call.
     """
 
-    def __init__(
-        self, module: nn.Module, rule: LayerRule, input: Tensor, output: Tensor, owner: nn.Parameter | None = None
-    ) -> None:
-        self.module, self.rule, self.input, self.output = module, rule, input.detach(), output
-        self.owner: nn.Module | nn.Parameter = module if owner is None else owner
-        self._version = input._version
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the input was changed in place since the call."""
-        return self.input._version != self._version
+    owner: nn.Module | nn.Parameter
+    module: nn.Module
+    rule: LayerRule
+    input: Tensor
+    output: Tensor
+    version: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,9 +133,10 @@ def record(
                 raise
             expand = False  # a model that repeats its positions for the batch cannot take them repeated
             output, uses = run(copy=False, expand=expand)
-        if any(use.is_stale for use in uses):
+        if any(use.input._version != use.version for use in uses):  # changed in place since the call
             output, uses = run(copy=True, expand=expand)
-        return output, uses + [Use(module, TENSOR, p, view.parameter(p), p) for p, module in tensors.items()]
+        bare = [Use(p, module, TENSOR, p.detach(), view.parameter(p), 0) for p, module in tensors.items()]
+        return output, uses + bare
 
 
 def _forward(
@@ -162,7 +161,8 @@ def _forward(
         if expand and isinstance(rules[module], EmbeddingRule) and len(input) == 1 < batch:
             input, output = input.expand(batch, *input.shape[1:]), output.expand(batch, *output.shape[1:])
         output = output if output.requires_grad else output.detach().requires_grad_()
-        uses.append(Use(module, rules[module], input.clone() if copy else input, output))
+        kept = input.detach().clone() if copy else input.detach()
+        uses.append(Use(module, module, rules[module], kept, output, kept._version))
         return output.clone()  # what follows may edit it in place
 
     handles = [

@@ -16,6 +16,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,24 +58,32 @@ _FORWARD_HOOKS = (
 )  # fmt: skip
 
 
+@dataclass(eq=False)
 class View:
     """What a prediction works on.
 
     Attributes:
         origin: the model.
         model: its view, or itself.
-        is_private: whether it is a view, which nobody else knows.
+        modules: by the id of a module of the model its counterpart in a view.
+        tensors: by the id of a Parameter of the model what a view has in its place.
+        kept: what its user finds out about it once.
     """
 
-    def __init__(self, origin: nn.Module, modules: Mapping[int, nn.Module], tensors: Mapping[int, Tensor]) -> None:
-        self.origin, self.model = origin, modules.get(id(origin), origin)
-        self._modules, self._tensors = modules, tensors
-        self.is_private = bool(modules)
-        self.kept: dict[str, Any] = {}  # what its user finds out about it once
+    origin: nn.Module
+    model: nn.Module
+    modules: Mapping[int, nn.Module] = field(default_factory=dict)
+    tensors: Mapping[int, Tensor] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it is a view, which nobody else knows."""
+        return self.model is not self.origin
 
     def module(self, module: nn.Module) -> nn.Module:
         """The view's counterpart of a module of the model; the module itself where it has none."""
-        return self._modules.get(id(module), module)
+        return self.modules.get(id(module), module)
 
     def hookable(self, module: nn.Module) -> nn.Module:
         """That counterpart, with lists of forward hooks of its own; until then they are the module's."""
@@ -86,8 +95,8 @@ class View:
 
     def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the view has in place of a Parameter of the model."""
-        found: Any = self._tensors.get(id(parameter), parameter)
-        return found  # type: ignore[no-any-return]
+        counterpart: Any = self.tensors.get(id(parameter), parameter)
+        return counterpart  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -127,7 +136,7 @@ def itself(model: nn.Module, *, training: bool | None = False) -> Iterator[View]
                 module.training = not module.training
             if is_unwrapped:
                 own["forward"] = original
-            yield View(model, {}, {})
+            yield View(model, model)
         finally:
             if is_unwrapped:
                 own["forward"] = wrapped
@@ -153,7 +162,7 @@ def private_view(
         modules = _Copying(model, tensors, training).run()
     except _NoView:
         return None
-    return View(model, modules, tensors)
+    return View(model, modules[id(model)], modules, tensors)
 
 
 @contextlib.contextmanager
