@@ -304,7 +304,7 @@ _NORM = NormRule()
 
 
 class TensorRule(NormRule):
-    """One parameter of a module without a rule, flat: its gradient, which autograd gives for a batch of one."""
+    """One parameter of a module without a rule, as a row like a gain: its gradient, of a batch of one."""
 
     kind: ClassVar[type[Captured]] = TensorCaptured
 

@@ -14,14 +14,16 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -337,18 +339,23 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-@functools.cache
+def _once(told: Callable[[type], T]) -> Callable[[type], T]:
+    """Asked once for each class, which mypy takes for unhashable."""
+    return functools.cache(told)
+
+
+@_once
 def _is_opaque(kind: type) -> bool:
     return any(base.__name__ in _OPAQUE for base in kind.__mro__)
 
 
-@functools.cache
+@_once
 def _is_inert(kind: type) -> bool:
     """Whether what is of this class reaches no module that a forward would use."""
     is_plain = kind in _PLAIN or issubclass(kind, type | types.ModuleType) or kind.__name__.endswith("Config")
     return (is_plain and not issubclass(kind, Tensor)) or getattr(kind, SHARED, False)
 
 
-@functools.cache
+@_once
 def _inert_names(kind: type) -> frozenset[str]:
     return _TORCH | getattr(kind, INERT, frozenset())
