@@ -7,6 +7,7 @@ again and again; so they stay where they are when it is seen to train, which is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 import threading
@@ -113,8 +114,16 @@ def _compute_elsewhere() -> bool:
     if threading.active_count() == 1:
         return False
     busy = {threading.get_ident(), *_inside}
-    frames: list[FrameType | None] = [top for thread, top in sys._current_frames().items() if thread not in busy]
-    for frame in frames:
+    with _looking:
+        collects = gc.isenabled()
+        gc.disable()  # a collection inside `sys._current_frames` may wait for itself for ever (CPython issue 106883)
+        try:
+            tops = sys._current_frames()
+        finally:
+            if collects:
+                gc.enable()
+    for thread, top in tops.items():
+        frame: FrameType | None = None if thread in busy else top
         while frame is not None:
             if str(frame.f_globals.get("__name__", "")).startswith(_COMPUTING):
                 return True
@@ -123,6 +132,7 @@ def _compute_elsewhere() -> bool:
 
 
 _lock = threading.Lock()
+_looking = threading.Lock()
 _inside: list[int] = []
 _first: Any = None
 _others = _Others()
