@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 import torch
 
 from ..checks import check_choice, check_count, check_number, plain
-from ..likelihoods.loss_hessian import Fisher, Likelihood
+from ..likelihoods.loss_hessian import Fisher
+from ..likelihoods.registry import families
 from ..linearized.links import Link
 from ..patterns import Patterns
 from .evidence import Precision
@@ -33,7 +34,6 @@ else:  # HfArgumentParser reads one type per option
     PatternsField, PrecisionField, DeviceField, PathField = list[str], str, str, str
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "likelihood": get_args(Likelihood),
     "subset": get_args(Subset),
     "curvature": ("auto", *get_args(CurvatureKind)),
     "fisher": get_args(FisherChoice),
@@ -50,9 +50,9 @@ class LaplaceConfig:
     'ekfac'
     """
 
-    likelihood: Likelihood | None = field(
+    likelihood: str | None = field(
         default=None,
-        metadata={"help": "classification, multilabel or regression; by default that of the model's head."},
+        metadata={"help": "classification, multilabel, regression or ordinal; by default that of the model's head."},
     )
     subset: Subset = field(
         default="all", metadata={"help": "all layers, or the last_layer: the layer that the model calls last."}
@@ -128,8 +128,9 @@ class LaplaceConfig:
         if self.curvature == "full":
             object.__setattr__(self, "curvature", "dense")
         for name, allowed in _CHOICES.items():
-            if name != "likelihood" or self.likelihood is not None:
-                check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
+        if self.likelihood is not None:
+            check_choice("likelihood", self.likelihood, families())
         for name in ("num_batches", "num_data", "num_mc_samples", "checkpoint_steps"):
             if getattr(self, name) is not None or name in ("num_mc_samples", "checkpoint_steps"):
                 check_count(name, getattr(self, name), 1)
@@ -167,7 +168,7 @@ class LaplaceConfig:
 class LaplaceOptions(TypedDict, total=False):
     """`LaplaceConfig`'s fields as keywords: the same names, defaults and meaning."""
 
-    likelihood: Likelihood | None
+    likelihood: str | None
     subset: Subset
     target_modules: Patterns | None
     exclude_modules: Patterns | None
@@ -203,7 +204,7 @@ class CurvatureConfig:
     curvature: CurvatureKind = "kfac"
     fisher: Fisher = "exact"
     weight_sharing: WeightSharing = "expand"
-    likelihood: Likelihood = "classification"
+    likelihood: str = "classification"
     num_mc_samples: int = 1
     seed: int = 0
 

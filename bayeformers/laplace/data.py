@@ -12,21 +12,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.auto import tqdm
 
 from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
-from ..likelihoods import IGNORED, ProblemType, resolve_problem_type, unwrapped
-from ..likelihoods.loss_hessian import Likelihood
+from ..likelihoods import IGNORED, Likelihood, get_likelihood, resolve_problem_type, unwrapped
 from ..linearized import examples
-from ..posteriors.base import without_labels
+from ..posteriors.heads import without_labels
 from ..processes import gathered, process_index
-
-_LIKELIHOODS: dict[str, Likelihood] = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multilabel",
-    "regression": "regression",
-    "token_classification": "classification",
-    "causal_lm": "classification",
-    "seq2seq_lm": "classification",
-    "unknown": "classification",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +52,7 @@ class Batch:
         regression has no ignored label, and without labels every example counts.
         """
         size = len(self)
-        if self.labels is None or likelihood == "regression" or len(self.labels) != size:
+        if self.labels is None or likelihood.has_noise or len(self.labels) != size:
             return self
         counts = (self.labels.reshape(size, -1) != IGNORED).any(1)
         if bool(counts.all()):
@@ -73,7 +62,7 @@ class Batch:
         return Batch(rows(self.inputs, counts, size), self.labels[counts], attended, self.has_padding, numbers)
 
 
-def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
+def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> str:
     """Return the likelihood of the model's head; classification for a model that transformers does not know.
 
     ``labels``: of a batch; they tell single from multi label where the configuration does not.
@@ -82,9 +71,10 @@ def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
         ValueError: a head whose labels are positions.
     """
     problem = resolve_problem_type(model, labels)
-    if problem not in _LIKELIHOODS:
+    family = get_likelihood(problem).family
+    if family is None:
         raise ValueError(f"There is no Laplace posterior for a {problem!r} head yet; `to_bayesian` supports it.")
-    return _LIKELIHOODS[problem]
+    return family
 
 
 def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None = None) -> Batch:
@@ -105,9 +95,11 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
     inputs = without_labels(
         model, {**given, "labels": labels} if isinstance(given, Mapping) and labels is not None else given
     )
-    problem = resolve_problem_type(model, labels, or_unknown=True)
+    likelihood = get_likelihood(resolve_problem_type(model, labels, or_unknown=True))
     is_padded = isinstance(inputs, Mapping) and any("mask" in name for name in inputs)
-    return Batch(inputs, _aligned(labels, problem), _attended(model, inputs), has_padding=is_padded)
+    return Batch(
+        inputs, None if labels is None else likelihood.aligned(labels), _attended(model, inputs), has_padding=is_padded
+    )
 
 
 def real_examples(loader: Iterable[Any], number: int, length: int) -> int | None:
@@ -192,13 +184,6 @@ def _split(batch: Any) -> tuple[Any, Tensor | None]:
         "`dataloader` must give mappings, (inputs, labels) pairs (several inputs: the labels last) or tensors, got "
         f"{type(batch).__name__}."
     )
-
-
-def _aligned(labels: Tensor | None, problem: ProblemType) -> Tensor | None:
-    """Position t of a causal language model is scored on label t + 1."""
-    if labels is None or problem != "causal_lm":
-        return labels
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
 def _attended(model: nn.Module, inputs: Inputs) -> Tensor | None:

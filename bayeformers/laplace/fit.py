@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_number, is_whole
 from ..likelihoods import logits_of
-from ..likelihoods.loss_hessian import Likelihood, num_columns
+from ..likelihoods.registry import likelihood_of_family
 from ..linearized import check_reads, record, recording_view
 from ..linearized.captured import OutputOf
 from ..processes import gathered, num_processes, process_index
@@ -230,7 +230,7 @@ def _called(targets: list[Target], skipped: dict[str, str], sums: Curvature) -> 
 
 
 def _measured(
-    config: LaplaceConfig, targets: list[Target], outputs: Tensor, likelihood: Likelihood, seed: int
+    config: LaplaceConfig, targets: list[Target], outputs: Tensor, likelihood: str, seed: int
 ) -> CurvatureConfig:
     """How curvature is measured, with "auto" decided by the covered layers and the outputs of a batch."""
     curvature, fisher = config.curvature, config.fisher
@@ -239,7 +239,7 @@ def _measured(
         curvature = "dense" if is_small else "kfac"
     if fisher == "auto":
         positions = max(gathered(outputs.shape[1] if outputs.ndim == 3 else 1))
-        is_cheap = num_columns(outputs.shape[-1], likelihood) * positions <= MAX_BACKWARDS
+        is_cheap = likelihood_of_family(likelihood).num_columns(outputs.shape[-1]) * positions <= MAX_BACKWARDS
         fisher = "exact" if is_cheap else "mc"
     return CurvatureConfig(
         curvature="dense" if curvature == "full" else curvature,
@@ -262,9 +262,9 @@ def _check_kinds(model: Any, prior_mean: Any, logits: Any, seed: Any) -> None:
         raise TypeError(f"`prior_mean` must be a model, got {type(prior_mean).__name__}.")
 
 
-def _check_noise(noise_std: float | None, likelihood: Likelihood) -> None:
+def _check_noise(noise_std: float | None, likelihood: str) -> None:
     if noise_std is None:
         return
     check_number("noise_std", noise_std, 0.0, strict=True)
-    if likelihood != "regression":
+    if not likelihood_of_family(likelihood).has_noise:
         raise ValueError(f"`noise_std` is a regression's, got {noise_std!r} for {likelihood!r}; see `temperature`.")

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..likelihoods import get_likelihood
+from ..likelihoods.registry import likelihood_of_family
 from ..linearized.captured import bare_tensors, covariance, linearize
-from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
-from ..posteriors.base import has_many_logits, known_problem_type
+from ..linearized.links import Link, ignores_shift, linearized_predictive
+from ..posteriors.heads import has_many_logits, known_problem_type
 from ..processes import process_index, summed
 from .config import PriorChoice, check_precision_choice
 from .data import Batch, Loader
@@ -61,7 +63,9 @@ def tune(
     posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
     spectra = posterior.spectra
     per_layer = prior_precision == "marglik_per_layer"
-    finds_noise = noise_std is None and record.config.likelihood == "regression" and record.num_outputs > 0
+    finds_noise = (
+        noise_std is None and likelihood_of_family(record.config.likelihood).has_noise and record.num_outputs > 0
+    )
     if finds_noise and record.squared_error > 0:
         best, noise = optimal_precision_and_noise(
             spectra,
@@ -115,7 +119,7 @@ def holdout_nll(
         ValueError: no labels.
     """
     blocks, problem = posterior.blocks_at(list(grid)), posterior.problem_type()
-    contrasts = ignores_shift(problem, link)
+    likelihood, contrasts = get_likelihood(problem), ignores_shift(problem, link)
     totals, count = np.zeros(len(grid)), 0
     for batch in batches:
         if batch.labels is None:
@@ -128,11 +132,11 @@ def holdout_nll(
                 covariance,
                 posterior.outputs_of,
                 contrasts=contrasts,
-                of_softmax=problem in SOFTMAX_PROBLEMS,
+                of_softmax=likelihood.ignores_shift,
             )
         problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
-        values = mean.squeeze(-1) if problem == "regression" and mean.shape[-1] == 1 else mean
-        labels = batch.labels if problem != "regression" else batch.labels.reshape(values.shape)
+        values = mean.squeeze(-1) if likelihood.has_noise and mean.shape[-1] == 1 else mean
+        labels = batch.labels.reshape(values.shape) if likelihood.has_noise else batch.labels
         for number, matrix in enumerate(stacked):
             predictive = linearized_predictive(
                 mean, matrix, problem, link=link, seed=seed, noise_std=posterior.noise_std

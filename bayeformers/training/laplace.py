@@ -20,7 +20,7 @@ from ..laplace import LaplaceConfig, LaplaceOptions, LaplacePosterior, fit
 from ..laplace.config import PriorChoice, settled
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
-from ..likelihoods import HEAD, NoiseStd, resolve_problem_type
+from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
@@ -140,7 +140,8 @@ class LaplaceTrainer(MonteCarloTrainer):
         Raises:
             ValueError: the head predicts the noise.
         """
-        noise_std = parse_noise_std(self.args.noise_std) if resolve_problem_type(self.model) == "regression" else None
+        has_noise = get_likelihood(resolve_problem_type(self.model)).has_noise
+        noise_std = parse_noise_std(self.args.noise_std) if has_noise else None
         if noise_std == HEAD:
             raise ValueError(
                 '`noise_std`="head" has no Laplace posterior, whose likelihood is a Gaussian of one noise: use a '
