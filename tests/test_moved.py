@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bayeformers.compat.moved import MOVED
+from bayeformers.moved import MOVED
 
 
 @pytest.mark.parametrize("old", sorted(MOVED))
