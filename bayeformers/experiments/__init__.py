@@ -1,4 +1,4 @@
-"""What the commands of an experiment share: flags, the record of training rows, trainings, saved models, predictions."""
+"""What the commands of experiments share: flags, the record of training rows, trainings, saved models, predictions."""
 
 from .arguments import (
     BestEpochArguments,
@@ -35,6 +35,7 @@ from .saved import (
     LAPLACE,
     LAPLACE_LAST_LAYER,
     LINEARIZED,
+    chosen_by_fit,
     load_saved,
     posterior_facts,
     saved_models,
@@ -64,6 +65,7 @@ __all__ = [
     "TrainingRows",
     "check_known",
     "check_split_seed",
+    "chosen_by_fit",
     "fingerprint",
     "history_of",
     "keep_unseen",

@@ -122,8 +122,10 @@ class LaplaceArguments:
 
     @property
     def laplace(self) -> dict[str, Any]:
-        """The arguments of `BayesianTrainer.fit_laplace` besides the data."""
+        """The arguments of `BayesianTrainer.fit_laplace` besides the data; the layers too, where a subclass has them."""
+        layers = ("target_modules", "exclude_modules")
         return {
+            **{name: getattr(self, name) for name in layers if hasattr(self, name)},
             "subset": self.laplace_subset,
             "curvature": self.laplace_curvature,
             "fisher": self.laplace_fisher,

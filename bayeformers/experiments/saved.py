@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import bayesian_config, from_pretrained, is_bayesian
+from ..calibration import BOUNDS, delta_end
 from ..laplace import LaplacePosterior
 from ..training import BayesianTrainer
 
@@ -65,6 +66,18 @@ def load_saved(name: str, folder: str | Path, auto_class: Any) -> Any:
         auto_class: transformers' class of deterministic models, such as ``AutoModelForSequenceClassification``.
     """
     return auto_class.from_pretrained(folder) if name == DETERMINISTIC else from_pretrained(folder)
+
+
+def chosen_by_fit(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of a posterior's facts: delta or tau, and as ``beware`` why it should not be believed."""
+    if "delta" in facts:
+        end = delta_end(facts["delta"], *BOUNDS["glm" if name == LINEARIZED else "sample"])
+        beware = [f"delta lies at the {end} end of the range that was searched"] if end else []
+        return {"delta": facts["delta"], "beware": beware}
+    if "prior_precision" not in facts:
+        return {}
+    told = {"tau": facts["prior_precision"], "by": facts["chosen_by"], "gamma": facts["effective_parameters"]}
+    return {**told, "N C": facts["num_outputs"], "beware": facts["beware"]}
 
 
 def posterior_facts(trainer: BayesianTrainer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_TASK = replace(GLUE_TASKS["cola"], name="embedded")
 """Acceptability, as CoLA, of sentences that an experiment generates itself."""
-Generate = Callable[[int], Mapping[str, list[dict[str, Any]]]]
-"""From a seed to rows of "train", "validation", "test" and "shifted", each with "group" and the task's columns."""
+Generate = Callable[[int], Mapping[str, Sequence[Any]]]
+"""From a seed to "train", "validation", "test" and "shifted": dataclasses with ``group`` and the task's columns."""
 
 
 @dataclass
@@ -202,7 +202,7 @@ def _generated(own: Split, history: History, embedded: Generate) -> Found:
 
     record = history.record if history.record is not None and history.record.task == EMBEDDED_TASK.name else None
     split = own if record is None else record.split
-    splits = {name: Dataset.from_list(rows) for name, rows in embedded(split.seed).items()}
+    splits = {name: Dataset.from_list([vars(row) for row in rows]) for name, rows in embedded(split.seed).items()}
     source = fingerprint(hashes_of(splits["train"], EMBEDDED_TASK))
     if record is not None and record.source != source:
         raise ValueError(f"The model was trained on other sentences of seed {split.seed} than this version generates.")

@@ -245,7 +245,7 @@ class Comparison:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def rows(self) -> Iterable[dict[str, Any]]:
-        """A row for each input: its set, its columns and its label; then each method's columns, prefixed by its name."""
+        """A row for each input: its set, columns and label; then each method's columns, prefixed by its name."""
         shared = list(self.sets[self.test].columns)
         for name, part in self.sets.items():
             labels = None if part.labels is None else np.asarray(part.labels).tolist()
