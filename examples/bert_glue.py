@@ -48,7 +48,7 @@ from bayeformers.experiments import (
 )
 from bayeformers.reports import Comparison, recalibrate
 from examples.data.grammar import FLIP_RATE, generate
-from examples.data.tiny_bert import make_model, make_tokenizer
+from examples.data.tiny_bert import load_classifier
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
 EMBEDDED: dict[str, Any] = {
@@ -206,7 +206,8 @@ def train_and_predict(arguments: Arguments, data: GlueData) -> Run:
     """Fit the point estimate and each posterior around it, save them, and predict with all."""
     how, _, args = arguments
     with user_input():
-        tokenizer, model = load_model(how.model_name_or_path, data)
+        texts = (text for name in data.task.columns for text in data.train[name])
+        tokenizer, model = load_classifier(how.model_name_or_path, data.task, texts)
     run = start(arguments, data, tokenizer)
     one = {"variational": BAYESIAN, "linearized": LINEARIZED}
     one["laplace"] = LAPLACE if how.laplace_subset == "all" else LAPLACE_LAST_LAYER
@@ -220,20 +221,6 @@ def train_and_predict(arguments: Arguments, data: GlueData) -> Run:
         say(f"{number}. {STEPS[name]}")
         run.finish(name, fit_posterior(name, run.experiment, trained, how))
     return run
-
-
-def load_model(path: str | None, data: GlueData) -> tuple[Any, Any]:
-    """Tokenizer and model: pretrained, or made from the training sentences."""
-    task = data.task
-    if path is None:
-        tokenizer: Any = make_tokenizer(text for name in task.columns for text in data.train[name])
-        model: Any = make_model(len(tokenizer), task.num_labels)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        options = {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}  # the head of another task
-        model = AutoModelForSequenceClassification.from_pretrained(path, **options)
-    task.configure(model.config)
-    return tokenizer, model
 
 
 def fit_posterior(name: str, experiment: Experiment, trained: BayesianTrainer, how: ModelArguments) -> BayesianTrainer:

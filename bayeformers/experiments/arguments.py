@@ -122,7 +122,7 @@ class LaplaceArguments:
 
     @property
     def laplace(self) -> dict[str, Any]:
-        """The arguments of `BayesianTrainer.fit_laplace` besides the data; the layers too, where a subclass has them."""
+        """The arguments of `BayesianTrainer.fit_laplace` besides the data; a subclass may name layers too."""
         layers = ("target_modules", "exclude_modules")
         return {
             **{name: getattr(self, name) for name in layers if hasattr(self, name)},
