@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from bayeformers.experiments import GlueArguments, GlueData, load_glue_data
+from bayeformers.experiments import GlueArguments, GlueData, load_glue_data, parse_prior, parse_prior_precision
 from examples.bert_glue import EMBEDDED, PRETRAINED, main, parse_arguments
 from examples.data.grammar import generate
 
