@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayeformers import LaplacePosterior
+from ..laplace import LaplacePosterior
 
 
 def linearized_draws(

@@ -20,7 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from .. import calibrate_delta, to_bayesian
+from ..conversion import to_bayesian
+from ..delta import calibrate_delta
 from ..training import BayesianTrainer
 from .arguments import BestEpochArguments, ConversionArguments
 from .evaluation import training_rmse

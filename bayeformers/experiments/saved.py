@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import bayesian_config, from_pretrained, is_bayesian
-from ..calibration import BOUNDS, delta_end
+from ..checkpoint import from_pretrained
+from ..conversion import bayesian_config, is_bayesian
+from ..delta import BOUNDS, delta_end
 from ..laplace import LaplacePosterior
 from ..training import BayesianTrainer
 
