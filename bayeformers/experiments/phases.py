@@ -45,7 +45,7 @@ class OneLineProgress(ProgressCallback):
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Show no bar within a training: one for each epoch's short validation would only flicker."""
         if self.training_bar is None:
-            super().on_prediction_step(*args, **kwargs)
+            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Experiment:
             model_init: as of transformers' Trainer.
             stop_early: whether ``--patience`` epochs without a better NLL end the training.
             changes: flags that differ in this phase.
+
+        Returns:
+            The trainer; nothing is trained yet.
         """
         args = copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / "checkpoints" / name), **changes}.items():
@@ -123,7 +126,7 @@ class Experiment:
 
     def load(self, name: str, folder: str | Path, auto_class: Any) -> BayesianTrainer:
         """A trainer around a saved model, with the posterior that was saved beside it; see `load_saved`."""
-        changes = {"eval_method": "glm"} if name == LINEARIZED else {}
+        changes: dict[str, Any] = {"eval_method": "glm"} if name == LINEARIZED else {}
         return self.trainer(load_saved(name, folder, auto_class), name, **changes)
 
     def best_delta(
@@ -144,6 +147,9 @@ class Experiment:
             label_columns: columns that are stacked as labels (B, K), such as the start and the end of a span; by
                 default the labels are in the batches.
             options: of `calibrate_delta`.
+
+        Returns:
+            delta.
         """
         args = self.args
         batches: list[dict[str, Any]] = [
@@ -174,6 +180,9 @@ class Experiment:
             how: the conversion's flags.
             delta: by default ``how.delta``, and without one that of `best_delta`.
             options: of `best_delta`.
+
+        Returns:
+            The trainer of the Bayesian model; with ``bayesian_epochs`` 0 its noise is the conversion's.
         """
         delta = how.delta if delta is None else delta
         delta = self.best_delta(trained, how.conversion, **options) if delta is None else delta
@@ -192,6 +201,9 @@ class Experiment:
             how: the conversion's flags, but for ``delta``.
             delta: by default that of `best_delta`.
             options: of `best_delta`.
+
+        Returns:
+            The trainer of the converted model, whose predictions are linearised.
         """
         if delta is None:
             delta = self.best_delta(trained, how.conversion, method="glm", **options)
@@ -208,6 +220,9 @@ class Experiment:
             trained: the deterministic model's trainer.
             name: of the phase.
             options: of `BayesianTrainer.fit_laplace`.
+
+        Returns:
+            The trainer, with the posterior.
         """
         trainer = self.trainer(copy.deepcopy(trained.model), name)
         trainer.fit_laplace(validation_dataset=self.validation, **options)

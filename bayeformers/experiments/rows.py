@@ -29,11 +29,7 @@ Hashes = NDArray[np.uint64]
 
 
 def row_hashes(rows: Iterable[str | bytes]) -> Hashes:
-    """A hash of each row's content, (N,); white space in text does not count.
-
-    >>> row_hashes(["a  b", "a b"]).tolist() == 2 * row_hashes([b"a b"]).tolist()
-    True
-    """
+    """A hash of each row's content, (N,); white space in text does not count."""
     found = (row if isinstance(row, bytes) else " ".join(row.split()).encode() for row in rows)
     digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in found)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
@@ -93,11 +89,7 @@ class TrainingRows:
 
     @classmethod
     def load(cls, folder: str | Path) -> TrainingRows | None:
-        """The record in a model's folder; None if there is none.
-
-        Raises:
-            ValueError: it is damaged, or of a newer version.
-        """
+        """The record in a model's folder, None if there is none; one that is damaged or newer is refused."""
         path = Path(folder) / FILE
         if not path.is_file():
             return None
@@ -134,10 +126,8 @@ class History:
         return self.record.split if self.record is not None and self.record.source == source else own
 
     def unseen(self, hashes: Hashes, train: Hashes) -> NDArray[np.bool_]:
-        """Which rows of a held-out set (N,) the model has not seen; ``train``: those it is trained on, split likewise.
-
-        The recorded split's own held-out rows pass as they are: a row may have a twin that was trained on.
-        """
+        """Which rows of a held-out set (N,) the model has not seen; ``train``: those it is trained on, split likewise."""
+        # the recorded split's own held-out rows pass as they are: a row may have a twin that was trained on
         if self.record is None or self.record.train == fingerprint(train):
             return np.ones(len(hashes), dtype=bool)
         return ~np.isin(hashes, self.record.seen)
@@ -164,6 +154,9 @@ def history_of(flag: str, folders: Sequence[str | Path], *, must_know: bool) -> 
         flag: what named them, for messages.
         folders: the models' folders, or a hub name.
         must_know: whether the run fits anything around the models' own weights.
+
+    Returns:
+        The history; without a record it is unknown, or fresh where nothing depends on it.
 
     Raises:
         ValueError: records that differ.
@@ -193,9 +186,8 @@ def past_of(
             to held-out rows any more.
         generated: whether the data are generated from a seed, so that their test rows depend on it too.
 
-    Raises:
-        FileNotFoundError: ``eval_only`` holds no model.
-        ValueError: models that were trained on different rows.
+    Returns:
+        The history; a folder without a model, and models that were trained on different rows, are errors.
     """
     if eval_only is not None:
         saved = saved_models(eval_only)
@@ -214,7 +206,15 @@ def check_known(history: History, remedies: str = REMEDIES) -> None:
 
 
 def keep_unseen(kept: NDArray[np.bool_], what: str, remedies: str = REMEDIES) -> str:
-    """A line to say about a held-out set, empty where all of its rows were unseen.
+    """A line to say about a held-out set.
+
+    Args:
+        kept: (N,), which of its rows were unseen.
+        what: the set's name.
+        remedies: what an error advises.
+
+    Returns:
+        The line, empty where all rows were unseen.
 
     Raises:
         ValueError: more than half of them, or all but one, were trained on.
@@ -234,9 +234,17 @@ def unseen_sets(
     remedies: str = REMEDIES,
     given: Collection[str] = (),
 ) -> dict[str, list[int]]:
-    """Set -> positions of its rows that the model has not seen; what is left out is said.
+    """Which held-out rows the model has not seen; what is left out is said.
 
-    ``given``: the sets that have a file of their own, where the others were drawn from the rows that train.
+    Args:
+        history: the model's.
+        train: hashes of the rows that it is trained on.
+        held_out: by set, hashes of the rows.
+        remedies: what an error advises.
+        given: the sets that have a file of their own, where the others were drawn from the rows that train.
+
+    Returns:
+        Set -> positions of the unseen rows.
 
     Raises:
         ValueError: most rows of a set were trained on, or are about to be.

@@ -26,7 +26,10 @@ _LAPLACE_FILE = "laplace.safetensors"
 
 
 def titles(names: Iterable[str]) -> dict[str, str]:
-    """Folder -> title, in the tables' order; beside another posterior the ELBO's is called by its method.
+    """What tables call the models of an output folder; beside another posterior the ELBO's is called by its method.
+
+    Returns:
+        Folder -> title, in the tables' order.
 
     >>> titles(["bayesian", "deterministic"])
     {'deterministic': 'deterministic', 'bayesian': 'Bayesian'}
@@ -40,7 +43,10 @@ def titles(names: Iterable[str]) -> dict[str, str]:
 
 
 def saved_models(folder: str | Path) -> dict[str, Path]:
-    """Name -> folder of the models that an earlier run saved; a single one where ``folder`` itself is a checkpoint.
+    """The models that an earlier run saved; a single one where ``folder`` itself is a checkpoint.
+
+    Returns:
+        Name -> folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -65,6 +71,9 @@ def load_saved(name: str, folder: str | Path, auto_class: Any) -> Any:
         name: its name.
         folder: its folder.
         auto_class: transformers' class of deterministic models, such as ``AutoModelForSequenceClassification``.
+
+    Returns:
+        The model.
     """
     return auto_class.from_pretrained(folder) if name == DETERMINISTIC else from_pretrained(folder)
 

@@ -169,11 +169,7 @@ def make_space(search: SearchArguments, how: ConversionArguments, args: BestEpoc
 
 
 def name_prior(text: str) -> Setting:
-    """The setting of a prior in one of the forms that ``--prior`` takes.
-
-    >>> name_prior("moped")
-    {'prior': 'moped', 'prior_relative_scale': 1.0}
-    """
+    """The setting of a prior in one of the forms that ``--prior`` takes, such as "moped"."""
     prior = parse_prior(text)
     for name, choice in PRIORS.items():
         value = getattr(prior, choice.field, None)

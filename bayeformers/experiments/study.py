@@ -212,7 +212,7 @@ def make_pruner(trainer: BayesianTrainer, search: SearchArguments, warmup_share:
 
 def _trial_line(trials: list[FrozenTrial], space: Space) -> str:
     """The last trial in a line, beside the best so far."""
-    row = trial_row(trials[-1], space.suggest(trials[-1]))  # type: ignore[arg-type]
+    row = trial_row(trials[-1], space.suggest(trials[-1]))
     complete = [trial.value for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
     best = min(complete, default=math.inf)
     state = "pruned at" if row["state"] == "pruned" else "validation NLL"

@@ -121,7 +121,8 @@ class GlueData:
         def add(split: Dataset | None) -> Dataset | None:
             return None if split is None else split.map(tokenize, batched=True, desc="tokenizing")
 
-        return replace(self, **{name: add(getattr(self, name)) for name in ("train", "validation", "test", "shifted")})
+        sets: dict[str, Any] = {name: add(getattr(self, name)) for name in ("train", "validation", "test", "shifted")}
+        return replace(self, **sets)
 
     def comparison(self) -> Comparison:
         """Of methods on the reported sets, by the standard scores and the task's official ones."""
@@ -165,9 +166,9 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
         history: what is known of the rows which that model was trained on.
         embedded: generates the data where no task is named.
 
-    Raises:
-        FileNotFoundError, ValueError: missing or malformed files; held-out rows that the model has seen, or may have.
-        OSError: the hub cannot be reached; the message says how to use local files.
+    Returns:
+        The sets, not tokenised. Missing or malformed files, held-out rows that the model has seen or may have, and a
+        hub that cannot be reached are errors that say what to do.
     """
     own = Split(seed if args.split_seed is None else args.split_seed, args.settings)
     history = replace(history, unknown="") if args.split_seed is not None else history
@@ -263,4 +264,5 @@ def _limited(data: GlueData, args: GlueArguments) -> GlueData:
         "train": args.max_train_samples,
         **dict.fromkeys(("validation", "test", "shifted"), args.max_eval_samples),
     }
-    return replace(data, **{name: first(getattr(data, name), limit) for name, limit in limits.items()})
+    sets: dict[str, Any] = {name: first(getattr(data, name), limit) for name, limit in limits.items()}
+    return replace(data, **sets)

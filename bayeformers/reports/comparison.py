@@ -65,6 +65,9 @@ def prediction_columns(
         predictions: on N inputs.
         labels: (N,) class numbers; None where there are none.
         label_names: of the classes; without them classes are numbers.
+
+    Returns:
+        Columns by name, N values each.
     """
     columns: dict[str, list[Any]] = {}
     values: dict[str, Any] = {"mean": getattr(predictions, "mean", None), "variance": predictions.total}
@@ -194,6 +197,9 @@ class Comparison:
         Args:
             reports: of `reports`.
             source: by which rows was chosen, such as "200 held-out rows".
+
+        Returns:
+            The tables, one below the other.
         """
         parts = [self._chosen_table(source)] if self.chosen else []
         for group in self.masks():
@@ -267,6 +273,9 @@ class Comparison:
         Args:
             title: heading of the page.
             options: ``caption`` and ``aleatoric_reference`` of `comparison_figure`.
+
+        Returns:
+            The figure, or None.
         """
         test = {name: sets[self.test] for name, sets in self.methods.items()}
         posteriors = [name for name, found in test.items() if getattr(found, "epistemic", None) is not None]
@@ -307,11 +316,7 @@ class Comparison:
 
 
 def csv_prefix(method: str) -> str:
-    """The name of a method in the header of a CSV file.
-
-    >>> csv_prefix("Bayesian, linearised"), csv_prefix("deterministic + temperature")
-    ('Bayesian_linearised', 'deterministic+temperature')
-    """
+    """The name of a method in the header of a CSV file: ``a, b + c`` becomes ``a_b+c``."""
     return method.replace(" + ", "+").replace(", ", "_").replace(" ", "_")
 
 

@@ -50,7 +50,7 @@ def trials_table(rows: Sequence[TrialRow]) -> str:
 def paired_difference(
     first: Sequence[Mapping[str, float | None]], second: Sequence[Mapping[str, float | None]]
 ) -> dict[str, dict[str, float]]:
-    """first - second per metric: mean over the seeds, and its standard error, sample standard deviation / sqrt(n)."""
+    """The difference first - second per metric: mean over the seeds, and its standard error, sample standard deviation / sqrt(n)."""
     differences = {}
     for name in first[0]:
         pairs = [(one[name], other[name]) for one, other in zip(first, second, strict=True)]
@@ -150,7 +150,7 @@ def _history(axes: Axes, rows: Sequence[TrialRow], limits: tuple[float, float]) 
     axes.step(order, best, where="post", color=GREEN, linewidth=2, label=f"best so far ({least:.4f})")
     _points(axes, rows, order, limits)
     axes.set_xlabel("number of the trial")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize=8, loc="upper right")
     panel_title(axes, "Does the search get anywhere?", "NLL of each trial's best epoch, on validation data.")
 
