@@ -12,11 +12,11 @@ Every flag: ``--help``. See docs/glue_example.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer
@@ -113,12 +113,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         parser.set_defaults(delta=None)  # the embedded task's delta is the ELBO's
     parser.add_config(argv)
     model, data, training = parser.parse(argv)
-    if data.task_name is not None and model.model_name_or_path is None and training.eval_only is None:
+    if training.eval_only is None:
         with user_input():
-            raise ValueError(
-                f"`model_name_or_path` is needed for the task {data.task_name}: a folder or a hub name, such as "
-                "bert-base-uncased. Only the embedded task makes its own model."
-            )
+            data.check_model(model.model_name_or_path)
     return model, data, training
 
 
@@ -189,8 +186,7 @@ def start(arguments: Arguments, data: GlueData, tokenizer: Any) -> Run:
     """Tokenise the rows; nothing is fitted yet."""
     _, data_args, args = arguments
     data = data.tokenized(tokenizer, data_args.max_seq_length)
-    collator = DataCollatorWithPadding(tokenizer)
-    return Run(data, Experiment(args, data.train, data.validation, collator, tokenizer, data.rows))
+    return Run(data, data.experiment(args, tokenizer))
 
 
 STEPS = {
@@ -206,8 +202,7 @@ def train_and_predict(arguments: Arguments, data: GlueData) -> Run:
     """Fit the point estimate and each posterior around it, save them, and predict with all."""
     how, _, args = arguments
     with user_input():
-        texts = (text for name in data.task.columns for text in data.train[name])
-        tokenizer, model = load_classifier(how.model_name_or_path, data.task, texts)
+        tokenizer, model = load_classifier(how.model_name_or_path, data)
     run = start(arguments, data, tokenizer)
     one = {"variational": BAYESIAN, "linearized": LINEARIZED}
     one["laplace"] = LAPLACE if how.laplace_subset == "all" else LAPLACE_LAST_LAYER
@@ -228,7 +223,7 @@ def fit_posterior(name: str, experiment: Experiment, trained: BayesianTrainer, h
     if name == BAYESIAN:
         return experiment.fit_variational(trained, how)
     if name == LINEARIZED:
-        return experiment.fit_linearized(trained, how, how.delta if how.method == "linearized" else None)
+        return experiment.fit_linearized(trained, how if how.method == "linearized" else replace(how, delta=None))
     subset = "all" if name == LAPLACE else "last_layer"
     return experiment.fit_laplace(trained, name, **{**how.laplace, "subset": subset})
 

@@ -26,40 +26,14 @@ import optuna
 from accelerate import PartialState
 from optuna.study import Study
 from optuna.trial import BaseTrial
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging
 
-from bayeformers import to_bayesian
-from bayeformers.experiments import (
-    DETERMINISTIC,
-    BestEpochArguments,
-    Clock,
-    ConversionArguments,
-    Experiment,
-    ExperimentParser,
-    GlueArguments,
-    GlueData,
-    load_glue_data,
-    load_saved,
-    look_ahead,
-    past_of,
-    predict_sets,
-    run_command,
-    say,
-    user_input,
-)
+from bayeformers import experiments, reports, to_bayesian
+from bayeformers.experiments import DETERMINISTIC, Experiment, GlueArguments, GlueData, say, user_input
 from bayeformers.experiments import study as studies
 from bayeformers.experiments.space import TRAINING, SearchArguments, Setting, Space, converted_by, make_space
-from bayeformers.reports import recalibrate, save_figure, write_json
-from bayeformers.reports.search import (
-    BEST,
-    DEFAULTS,
-    confirmation_text,
-    paired_difference,
-    search_figure,
-    trials_table,
-    verdict,
-)
+from bayeformers.reports import search
 from examples.data.grammar import generate
 from examples.data.tiny_bert import load_classifier
 
@@ -79,7 +53,7 @@ PRETRAINED: dict[str, Any] = {
 
 
 @dataclass
-class ModelArguments(ConversionArguments):
+class ModelArguments(experiments.ConversionArguments):
     """Which model, and how it becomes Bayesian."""
 
     model_name_or_path: str | None = field(
@@ -96,7 +70,7 @@ class ModelArguments(ConversionArguments):
 
 
 @dataclass
-class TrainingArguments(BestEpochArguments):
+class TrainingArguments(experiments.BestEpochArguments):
     """``num_train_epochs`` of the deterministic training, ``bayesian_epochs`` of every trial."""
 
     output_dir: str | None = field(
@@ -134,13 +108,14 @@ class Arguments:
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """The command line's arguments; what it does not say comes from ``--config``, then from the task's defaults."""
     kinds = {"embedded task": REDUCED, "GLUE tasks": PRETRAINED}
-    chosen = "GLUE tasks" if look_ahead(argv, "task_name", config=True).task_name else "embedded task"
-    parser = ExperimentParser((SearchArguments, ModelArguments, GlueArguments, TrainingArguments), kinds, chosen)
+    chosen = "GLUE tasks" if experiments.look_ahead(argv, "task_name", config=True).task_name else "embedded task"
+    parser = experiments.ExperimentParser(
+        (SearchArguments, ModelArguments, GlueArguments, TrainingArguments), kinds, chosen
+    )
     parser.add_config(argv)
     arguments = Arguments(*parser.parse(argv))
-    if arguments.data.task_name is not None and arguments.model.model_name_or_path is None:
-        with user_input():
-            raise ValueError(f"`model_name_or_path` is needed for the task {arguments.data.task_name}.")
+    with user_input():
+        arguments.data.check_model(arguments.model.model_name_or_path)
     return arguments
 
 
@@ -151,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments.space(delta=arguments.model.delta or 1.0)  # a wrong space is refused before anything is trained
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    args, state, clock = arguments.training, PartialState(), Clock()
+    args, state, clock = arguments.training, PartialState(), experiments.Clock()
     folder = Path(args.output_dir or ".")
     with state.main_process_first():
         study = studies.open_study(folder, arguments.recorded())
@@ -170,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = search_results(study, space, arguments)
     if results["best"] is not None and arguments.search.confirm_seeds:
         results["confirmation"] = confirm(results, arguments)
-        results["verdict"] = verdict(results["confirmation"]["difference"]["nll"])
+        results["verdict"] = search.verdict(results["confirmation"]["difference"]["nll"])
     clock.lap("confirmation")
     results["seconds"] = clock.seconds
     if state.is_main_process:
@@ -194,13 +169,11 @@ def make_start(arguments: Arguments) -> Start:
     how, data_args, args = arguments.model, arguments.data, arguments.training
     set_seed(args.seed)
     with user_input():
-        past = past_of(how.model_name_or_path, trains=args.num_train_epochs > 0)
-        data = replace(load_glue_data(data_args, args.seed, past, embedded=generate), shifted=None)
-    texts = (text for name in data.task.columns for text in data.train[name])
-    tokenizer, model = load_classifier(how.model_name_or_path, data.task, texts)
+        past = experiments.past_of(how.model_name_or_path, trains=args.num_train_epochs > 0)
+        data = replace(experiments.load_glue_data(data_args, args.seed, past, embedded=generate), shifted=None)
+    tokenizer, model = load_classifier(how.model_name_or_path, data)
     data = data.tokenized(tokenizer, data_args.max_seq_length)
-    collator = DataCollatorWithPadding(tokenizer)
-    experiment = Experiment(args, data.train, data.validation, collator, tokenizer, data.rows)
+    experiment = data.experiment(args, tokenizer)
     return Start(arguments, data, model, experiment)
 
 
@@ -223,7 +196,9 @@ def run_trials(study: Study, space: Space, start: Start) -> None:
 
     def model_init(trial: BaseTrial | None = None) -> Any:
         setting = space.defaults if trial is None else space.suggest(trial)
-        model = load_saved(DETERMINISTIC, experiment.folder / DETERMINISTIC, AutoModelForSequenceClassification)
+        model = experiments.load_saved(
+            DETERMINISTIC, experiment.folder / DETERMINISTIC, AutoModelForSequenceClassification
+        )
         return to_bayesian(model, setting["delta"], **converted_by(setting, arguments.model).conversion)
 
     first = {name: space.defaults[name] for name in TRAINING}
@@ -237,11 +212,12 @@ def run_trials(study: Study, space: Space, start: Start) -> None:
 # Fresh seeds bring other sentences (embedded task) or another held-out share (GLUE), another initialisation and noise.
 def confirm(results: Mapping[str, Any], arguments: Arguments) -> dict[str, Any]:
     """Best setting and defaults, trained again on fresh seeds: reports by method, and the paired difference."""
-    rows = {DEFAULTS: results["defaults"], BEST: results["best"]}
+    rows = {search.DEFAULTS: results["defaults"], search.BEST: results["best"]}
     seeds = [arguments.training.seed + 1000 + index for index in range(arguments.search.confirm_seeds)]
     runs = [confirm_seed(seed, rows, arguments) for seed in seeds]
     methods = {name: [run[name] for run in runs] for name in runs[0]}
-    return {"seeds": seeds, "methods": methods, "difference": paired_difference(methods[BEST], methods[DEFAULTS])}
+    difference = search.paired_difference(methods[search.BEST], methods[search.DEFAULTS])
+    return {"seeds": seeds, "methods": methods, "difference": difference}
 
 
 def fresh_start(seed: int, arguments: Arguments) -> Start:
@@ -254,15 +230,14 @@ def fresh_start(seed: int, arguments: Arguments) -> Start:
 def confirm_seed(seed: int, rows: Mapping[str, Any], arguments: Arguments) -> dict[str, Any]:
     """A deterministic model of this seed, and one posterior around it for each setting."""
     start = fresh_start(seed, arguments)
-    reports: dict[str, Any] = studies.kept(
-        start.experiment.folder / f"{DETERMINISTIC}.json", lambda: point_reports(start)
-    )
+    folder = start.experiment.folder
+    made: dict[str, Any] = studies.kept(folder / f"{DETERMINISTIC}.json", lambda: point_reports(start))
     for name, row in rows.items():
-        file = start.experiment.folder / f"trial-{row['number']}.json"
+        file = folder / f"trial-{row['number']}.json"
         if not file.is_file():
             say(f"Confirmation, seed {seed}: {name} (trial {row['number']})")
-        reports[name] = studies.kept(file, partial(setting_report, start, row["setting"]))
-    return reports
+        made[name] = studies.kept(file, partial(setting_report, start, row["setting"]))
+    return made
 
 
 def point_reports(start: Start) -> dict[str, Any]:
@@ -270,12 +245,10 @@ def point_reports(start: Start) -> dict[str, Any]:
     say(f"Confirmation, seed {start.arguments.training.seed}: the deterministic model")
     trained = start.experiment.fit(start.model)
     start.experiment.save(trained, DETERMINISTIC)
-    predictions = predict_sets(trained, start.data.predicted)
-    tempered = recalibrate(predictions, start.data.validation["label"]).predictions
-    return {name: test_report(of, start.data) for name, of in zip(POINTS, (predictions, tempered), strict=True)}
-
-
-POINTS = (DETERMINISTIC, f"{DETERMINISTIC} + temperature")
+    point = experiments.predict_sets(trained, start.data.predicted)
+    tempered = reports.recalibrate(point, start.data.validation["label"]).predictions
+    both = {DETERMINISTIC: point, f"{DETERMINISTIC} + temperature": tempered}
+    return {name: test_report(predictions, start.data) for name, predictions in both.items()}
 
 
 def setting_report(start: Start, setting: Setting) -> dict[str, Any]:
@@ -286,7 +259,7 @@ def setting_report(start: Start, setting: Setting) -> dict[str, Any]:
     experiment = replace(start.experiment, args=args)
     trained = experiment.load(DETERMINISTIC, experiment.folder / DETERMINISTIC, AutoModelForSequenceClassification)
     trainer = experiment.fit_variational(trained, converted_by(setting, start.arguments.model))
-    report = test_report(predict_sets(trainer, start.data.predicted), start.data)
+    report = test_report(experiments.predict_sets(trainer, start.data.predicted), start.data)
     if args.process_index == 0:
         shutil.rmtree(experiment.folder / "checkpoints", ignore_errors=True)
     return report
@@ -294,8 +267,9 @@ def setting_report(start: Start, setting: Setting) -> dict[str, Any]:
 
 def test_report(predictions: Mapping[str, Any], data: GlueData) -> dict[str, Any]:
     """Scores on the test set, and the NLL on the validation set that the search judges by."""
-    nll = data.report(predictions["validation"], np.asarray(data.validation["label"]))["nll"]
-    return {**data.report(predictions["test"], np.asarray(data.test["label"])), "validation_nll": nll}
+    sets = {"validation": data.validation, "test": data.test}
+    of = {name: data.report(predictions[name], np.asarray(rows["label"])) for name, rows in sets.items()}
+    return {**of["test"], "validation_nll": of["validation"]["nll"]}
 
 
 # --- Results ---------------------------------------------------------------------------------------------------------
@@ -318,15 +292,15 @@ def search_results(study: Study, space: Space, arguments: Arguments) -> dict[str
 
 def report(folder: Path, results: dict[str, Any]) -> None:
     """Print the tables and write the two files."""
-    write_json(folder / "results.json", results)
-    print(f"\n{trials_table(results['trials'])}")
+    reports.write_json(folder / "results.json", results)
+    print(f"\n{search.trials_table(results['trials'])}")
     if results["best"] is None:
         print("\nEvery trial but the defaults was pruned: nothing to confirm.")
     if "confirmation" in results:
-        print(f"\n{confirmation_text(results)}")
-    save_figure(search_figure(results), folder / "search.png", dpi=85)
+        print(f"\n{search.confirmation_text(results)}")
+    reports.save_figure(search.search_figure(results), folder / "search.png", dpi=85)
     print(f"\nWritten to {folder}: results.json, search.png, study.db")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    experiments.run_command(main)

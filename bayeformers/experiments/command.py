@@ -25,7 +25,7 @@ _USERS = "is_about_input"
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Errors in here are about what the user gave: `run_command` prints them in one line, others get them as they are."""
+    """Errors in here are about what the user gave: `run_command` prints them in one line, other callers get them."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -148,7 +148,7 @@ class ExperimentParser(HfArgumentParser):
         self.set_defaults(**stored)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """One object of each dataclass; an unknown flag, or a value of the wrong type, ends the process with status 2."""
+        """One object of each dataclass; an unknown flag, or a value of a wrong type, ends the process with status 2."""
         _, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import DataCollatorWithPadding
 
 from ..reports import (
     ClassPredictions,
@@ -17,8 +18,9 @@ from ..reports import (
     standard_report,
 )
 from ..tasks import GLUE_TASKS, GlueTask, load_glue, load_tsv
-from .arguments import HoldOutArguments
+from .arguments import BestEpochArguments, HoldOutArguments
 from .command import say
+from .phases import Experiment
 from .rows import (
     FRESH,
     Hashes,
@@ -79,6 +81,14 @@ class GlueArguments(HoldOutArguments):
             raise ValueError(f"`data_dir` {self.data_dir!r} needs a `task_name`: {', '.join(GLUE_TASKS)}.")
         super().__post_init__()
 
+    def check_model(self, name_or_path: str | None) -> None:
+        """Refuse a GLUE task without a model."""
+        if self.task_name is not None and name_or_path is None:
+            raise ValueError(
+                f"`model_name_or_path` is needed for the task {self.task_name}: a folder or a hub name, such as "
+                "bert-base-uncased. Only the embedded task makes its own model."
+            )
+
     @property
     def settings(self) -> dict[str, Any]:
         """What decides, with the seed, which rows are held out."""
@@ -123,6 +133,11 @@ class GlueData:
 
         sets: dict[str, Any] = {name: add(getattr(self, name)) for name in ("train", "validation", "test", "shifted")}
         return replace(self, **sets)
+
+    def experiment(self, args: BestEpochArguments, tokenizer: Any) -> Experiment:
+        """The trainings on tokenised rows."""
+        collator = DataCollatorWithPadding(tokenizer)
+        return Experiment(args, self.train, self.validation, collator, tokenizer, self.rows)
 
     def comparison(self) -> Comparison:
         """Of methods on the reported sets, by the standard scores and the task's official ones."""

@@ -50,7 +50,7 @@ def trials_table(rows: Sequence[TrialRow]) -> str:
 def paired_difference(
     first: Sequence[Mapping[str, float | None]], second: Sequence[Mapping[str, float | None]]
 ) -> dict[str, dict[str, float]]:
-    """The difference first - second per metric: mean over the seeds, and its standard error, sample standard deviation / sqrt(n)."""
+    """The difference first - second per metric: its mean over the seeds, and that mean's standard error."""
     differences = {}
     for name in first[0]:
         pairs = [(one[name], other[name]) for one, other in zip(first, second, strict=True)]

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bayeformers.tasks import GlueTask
+from bayeformers.experiments import GlueData
 
 MAX_LENGTH = 96
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -54,10 +54,11 @@ def make_model(vocab_size: int, num_labels: int = 2) -> BertForSequenceClassific
     return BertForSequenceClassification(config)
 
 
-def load_classifier(path: str | None, task: GlueTask, texts: Iterable[str]) -> tuple[Any, Any]:
-    """Tokenizer and classifier for a task: pretrained, or without a path tiny ones that know the words of the texts."""
+def load_classifier(path: str | None, data: GlueData) -> tuple[Any, Any]:
+    """Tokenizer and classifier for a task: pretrained, or without a path tiny ones that know the training words."""
+    task = data.task
     if path is None:
-        tokenizer: Any = make_tokenizer(texts)
+        tokenizer: Any = make_tokenizer(text for name in task.columns for text in data.train[name])
         model: Any = make_model(len(tokenizer), task.num_labels)
     else:
         tokenizer = AutoTokenizer.from_pretrained(path)

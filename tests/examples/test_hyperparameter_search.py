@@ -56,7 +56,7 @@ def weights_of(folder: Path) -> bytes:
 @pytest.fixture
 def without_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a trial does here."""
-    monkeypatch.setattr("examples.hyperparameter_search.save_figure", lambda *_, **__: None)
+    monkeypatch.setattr("bayeformers.reports.save_figure", lambda *_, **__: None)
 
 
 # --- Trials ----------------------------------------------------------------------------------------------------------
