@@ -20,17 +20,16 @@ from ..likelihoods import (
     ProblemType,
     check_noise_std,
     check_problem_type,
-    drawn_values,
+    get_likelihood,
     ignored_label,
     logits_of,
     mean_and_variance,
-    token_mask,
     unwrapped,
 )
 from ..linearized import check_reads, recording_view
 from ..linearized.blocks import GaussianBlock, mean_field_blocks
 from ..linearized.captured import Statistic, bare_tensors, layers_of, linearize
-from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
+from ..linearized.links import Link, ignores_shift, linearized_predictive
 from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
 from ..predictive import Predictive
 from ..sampling.passes import monte_carlo
@@ -211,17 +210,18 @@ class BasePosterior(ABC):
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
         problem = self.problem_type() if problem_type is None else check_problem_type(problem_type)
-        if problem == "regression":
+        likelihood = get_likelihood(problem)
+        if likelihood.has_noise:
             noise_std = self.recorded_noise_std() if noise_std is None else check_noise_std(noise_std)
         if method in SAMPLING:
             outputs = self.passes(inputs, num_samples=num_samples, seed=seed)
-            values = torch.stack([drawn_values(output, problem, inputs) for output in outputs])
-            if problem == "regression":
+            values = torch.stack([likelihood.values(output, inputs) for output in outputs])
+            if likelihood.has_noise:
                 return _regressed(values, noise_std)
             return Predictive(
                 problem_type=problem,
                 log_probs=values,
-                mask=token_mask(values[0], problem, inputs),
+                mask=likelihood.attended(values[0], inputs),
                 ignored_label=ignored_label(self.model, problem),
             )
         if has_many_logits(self.model, problem):
@@ -241,7 +241,7 @@ class BasePosterior(ABC):
             contrasts=contrasts,
             problem_type=problem,
         )
-        mask = token_mask(mean, problem, inputs)
+        mask = likelihood.attended(mean, inputs)
         return linearized_predictive(mean, covariance, problem, link=link, seed=seed, noise_std=noise_std, mask=mask)
 
     def linearize(
@@ -280,7 +280,7 @@ class BasePosterior(ABC):
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         check_filled(inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
-        of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
+        of_softmax = get_likelihood(problem_type or self.problem_type()).ignores_shift
 
         def again() -> Any:
             with torch.no_grad():

@@ -15,6 +15,7 @@ from ..likelihoods import (
     IGNORED,
     NoiseStd,
     ProblemType,
+    get_likelihood,
     is_encoder_decoder_lm,
     resolve_problem_type,
     unwrapped,
@@ -58,7 +59,7 @@ def known_problem_type(model: nn.Module) -> ProblemType:
 
 def has_many_logits(model: nn.Module, problem_type: ProblemType) -> bool:
     """Whether the head has too many logits per prediction for a covariance of them: over a vocabulary or positions."""
-    if problem_type in ("question_answering", "causal_lm", "seq2seq_lm", "semantic_segmentation"):
+    if not get_likelihood(problem_type).is_linearizable:
         return True
     output_embeddings = getattr(unwrapped(model), "get_output_embeddings", None)  # a masked language model's too
     return callable(output_embeddings) and output_embeddings() is not None
