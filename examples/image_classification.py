@@ -31,7 +31,7 @@ from bayeformers.experiments.phases import OneLineProgress
 from bayeformers.models.catalogue import IMAGE_CLASSIFIERS
 from bayeformers.reports import ClassPredictions, format_table, recalibrate
 from bayeformers.reports.conversion import Sizes, size_figure, size_table, start_figure
-from bayeformers.reports.shift import ShiftCurve, shift_figure
+from bayeformers.reports.shift import ShiftCurve, shift_figure, shift_tables
 from bayeformers.reports.writing import write_results
 from bayeformers.tasks.images import ImageDataset
 
@@ -270,9 +270,6 @@ def turn(run: Run) -> Outcome:
 
     labels = data.test.labels.numpy()
     curves = {name: ShiftCurve.from_predictions(predictions, labels) for name, predictions in found.items()}
-    rows = {f"{name}: {score}": of for name, curve in curves.items() for score, of in curve.agreement.items()}
-    tables = [format_table(curve.rows(degrees), corner=f"{name}: degrees") for name, curve in curves.items()]
-    tables.append(format_table(rows, corner="rank correlation with the error, between"))
     shown = next(name for name in found if name != POINT)
     probs = np.stack([one.probs[image] for one in found[shown]])
     results = {
@@ -288,7 +285,7 @@ def turn(run: Run) -> Outcome:
         title=f"Does it know that it errs? {run.described()}, rotated",
         strip_title=f"{shown}: one test image (label {label}) at each angle",
     )  # fmt: skip
-    return results, tables, figure
+    return results, shift_tables(degrees, curves), figure
 
 
 TASKS: dict[str, Callable[[Run], Outcome]] = {"acc": compare, "init": start, "uncert": turn}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
-from .. import posterior_mean
 from ..models.catalogue import IMAGE_CLASSIFIERS
+from ..nn import posterior_mean
 from ..reports import ClassPredictions, classification_report
 from ..tasks.images import ImageDataset, ImageSource, Resize, load_images
 from ..training import BayesianTrainer

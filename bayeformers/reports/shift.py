@@ -11,13 +11,13 @@ from scipy.stats import spearmanr
 
 from ..metrics import UndefinedMetricError, error_auroc
 from .plots import GREY, METHOD_COLOURS, panel_title
-from .report import ClassPredictions
+from .report import ClassPredictions, format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ShiftCurve", "rank_agreement", "shift_figure"]
+__all__ = ["ShiftCurve", "rank_agreement", "shift_figure", "shift_tables"]
 
 _EPISTEMIC, _ALEATORIC, _ERROR = METHOD_COLOURS[4], METHOD_COLOURS[0], METHOD_COLOURS[5]
 
@@ -61,10 +61,18 @@ class ShiftCurve:
         agreement = {name: rank_agreement(values, error) for name, values in told.items()}
         return cls(error.mean(1), agreement=agreement, **means)
 
-    def rows(self, sizes: Sequence[float]) -> dict[str, dict[str, float]]:
-        """A table's rows by size of the shift, (A,); a point estimate has no epistemic part."""
-        names = ["error", "entropy", *(["epistemic", "aleatoric"] if "epistemic" in self.agreement else [])]
-        return {f"{size:g}": {name: float(getattr(self, name)[i]) for name in names} for i, size in enumerate(sizes)}
+
+def shift_tables(degrees: Sequence[float], curves: Mapping[str, ShiftCurve]) -> list[str]:
+    """A table for each method by angle, without an epistemic part of a point estimate; one of all rank correlations."""
+    tables = []
+    for method, curve in curves.items():
+        names = ["error", "entropy", *(["epistemic", "aleatoric"] if "epistemic" in curve.agreement else [])]
+        rows = {
+            f"{angle:g}": {name: float(getattr(curve, name)[i]) for name in names} for i, angle in enumerate(degrees)
+        }
+        tables.append(format_table(rows, corner=f"{method}: degrees"))
+    scores = {f"{method}: {score}": of for method, curve in curves.items() for score, of in curve.agreement.items()}
+    return [*tables, format_table(scores, corner="rank correlation with the error, between")]
 
 
 def rank_agreement(uncertainty: NDArray[Any], error: NDArray[Any]) -> dict[str, float]:
