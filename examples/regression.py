@@ -41,7 +41,7 @@ GRID_POINTS, NUM_FUNCTIONS = 241, 12
 
 Noise = float | Literal["head"]
 """A standard deviation, or that of the network's second output."""
-single = partial(torch.as_tensor, dtype=torch.float32)
+float_tensor = partial(torch.as_tensor, dtype=torch.float32)
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -152,8 +152,7 @@ class Methods:
 
         The quadratic is torch's coupled weight decay, a part of the gradient; AdamW's decoupled one is no prior.
         """
-        heads = 2 if noise == "head" else 1
-        network = TanhMLP(self.curve.hidden_sizes, heads)
+        network = TanhMLP(self.curve.hidden_sizes, num_labels=2 if noise == "head" else 1)
         decay = 1 / (len(self.x) * self.curve.prior_std**2)
         adam = torch.optim.Adam(network.parameters(), self.args.learning_rate, weight_decay=decay)
 
@@ -174,7 +173,8 @@ class Methods:
     def variational(self, network: TanhMLP, noise: Noise) -> Fitted:
         """A mean-field Gaussian by the ELBO, under the prior of the reference, from the deterministic weights on."""
         prior, network = NormalPrior(std=self.curve.prior_std, centre=0.0), copy.deepcopy(network)
-        model = to_bayesian(network, self.curve.delta, False, prior=prior, estimator="local_reparameterization")
+        how = {"freeze": False, "prior": prior, "estimator": "local_reparameterization"}
+        model = to_bayesian(network, self.curve.delta, **how)
         self.train(model, noise, self.curve.variational_steps)
         return self.sampled(partial(predict, model), {"noise_std": noise})
 
@@ -247,8 +247,8 @@ def fit_all(
 ) -> dict[str, Fitted]:
     """Every method, by its name in the tables, in the order of the picture's panels."""
     x, y = data.scaled_x(data.train.x), data.scaled_y(data.train.y)
-    validation = single(data.scaled_x(data.validation.x)), data.scaled_y(data.validation.y)
-    methods, found = Methods({"x": single(x), "labels": single(y)}, curve, args), {}
+    validation = float_tensor(data.scaled_x(data.validation.x)), data.scaled_y(data.validation.y)
+    methods, found = Methods({"x": float_tensor(x), "labels": float_tensor(y)}, curve, args), {}
 
     def fit(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         experiments.say(name)
@@ -278,7 +278,7 @@ def fit_all(
 
 def bands(fitted: Fitted, data: CurveData, x: np.ndarray, y: np.ndarray | None = None) -> Bands:
     """What a method says at some x, in the data's units; without y, for the picture, with drawn functions."""
-    inputs, targets = single(data.scaled_x(x)), None if y is None else single(data.scaled_y(y))
+    inputs, targets = float_tensor(data.scaled_x(x)), None if y is None else float_tensor(data.scaled_y(y))
     functions = fitted.functions(inputs) if y is None else None
     units = {"centre": float(data.train.y.mean()), "scale": float(data.train.y.std())}
     return Bands.from_predictive(fitted.predict(inputs), targets=targets, functions=functions, **units)
@@ -323,7 +323,7 @@ def write(folder: Path, data: CurveData, grid: np.ndarray, shown: dict[str, Band
         format_table({name: found[region] for name, found in regions.items()}, corner=f"{region} points")
         for region in next(iter(regions.values()))
     ]
-    write_results(folder, results, {"bands.png": figure}, *tables, dpi=90)
+    write_results(folder, results, {"bands.png": figure}, *tables, also=["predictions.csv"], dpi=90)
     write_bands(folder / "predictions.csv", grid, shown)
 
 

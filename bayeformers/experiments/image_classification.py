@@ -259,7 +259,7 @@ def further(experiment: Experiment, model: nn.Module, name: str) -> BayesianTrai
     """A trainer of weights, or means, that are trained already: for ``--bayesian_epochs``, without an early end."""
     args = experiment.args
     rate = 0.3 * args.learning_rate if args.bayesian_learning_rate is None else args.bayesian_learning_rate
-    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": rate}
+    changes: dict[str, Any] = {"num_train_epochs": args.bayesian_epochs, "learning_rate": rate}
     return experiment.trainer(model, name, stop_early=False, **changes)
 
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: tables on the screen, numbers as JSON, pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ def write_results(
     figures: Mapping[str, "Figure"],
     *tables: str,
     name: str = "results.json",
+    also: Sequence[str] = (),
     dpi: int = 130,
 ) -> None:
     """Print tables, seconds and file names; write the files.
@@ -30,6 +31,7 @@ def write_results(
         figures: by file name.
         *tables: text to print, with an empty line between.
         name: of the JSON file.
+        also: names of the folder's other files, to be printed with these.
         dpi: dots of an inch in pictures.
     """
     folder = Path(folder)
@@ -40,4 +42,4 @@ def write_results(
     text = "\n\n".join(tables)
     print(f"\n{text}\n")
     print("seconds: " + "  ".join(f"{part} {value}" for part, value in results["seconds"].items()))
-    print(f"Written to {folder}: {', '.join([name, *figures])}")
+    print(f"Written to {folder}: {', '.join([name, *also, *figures])}")
