@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     test, truth, reports = data.test, data.truth(data.test.x), {}
     found = {name: bands(fitted, data, test.x, test.y) for name, fitted in methods.items()}
-    score = partial(Bands.report_by, groups=test.region, y=test.y, noise_std=truth and truth[1])
+    score = partial(Bands.report, y=test.y, groups=test.region, noise_std=truth and truth[1])
     for name, of in found.items():
         reference = found.get(HMC_HEAD if name.endswith("head") else HMC)
         reports[name] = {"regions": score(of, reference=reference), **methods[name].facts}

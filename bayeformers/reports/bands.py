@@ -95,60 +95,36 @@ class Bands:
         """1 where y lies in the 95 % band mean -+ 1.96 total, else 0; (N,)."""
         return (np.abs(y - self.mean) <= BAND * self.total).astype(np.float64)
 
-    def report(self, y: Array, *, noise_std: Array | None = None, reference: "Bands | None" = None) -> dict[str, float]:
-        """Scores on observations.
+    def report(
+        self, y: Array, groups: NDArray[Any], *, noise_std: Array | None = None, reference: "Bands | None" = None
+    ) -> dict[str, dict[str, float]]:
+        """Scores on each group of observations, in order of appearance.
 
         Args:
             y: the observations, (N,).
+            groups: the name of the group that each belongs to, (N,).
             noise_std: the true noise, (N,), for ``noise_error``: the mean of |aleatoric / true noise - 1|.
             reference: bands of the right posterior at the same inputs, for ``epistemic_ratio`` (of root mean epistemic
                 variances) and ``mean_gap`` (root mean square difference of the means).
 
         Returns:
-            ``nll`` (where ``log_prob`` is known), ``coverage`` of the 95 % band, ``rmse``, and root mean variances.
+            By group ``nll`` (where ``log_prob`` is known), ``coverage`` of the 95 % band, ``rmse``, and root mean
+            variances.
         """
-        report = {} if self.log_prob is None else {"nll": -float(self.log_prob.mean())}
-        report |= {
-            "coverage": float(self.covers(y).mean()),
-            "rmse": _rms(self.mean - y),
-            "epistemic_std": _rms(self.epistemic),
-            "aleatoric_std": _rms(self.aleatoric),
-        }
-        if noise_std is not None:
-            report["noise_error"] = float(np.mean(np.abs(self.aleatoric / noise_std - 1)))
-        if reference is not None:
-            report["epistemic_ratio"] = report["epistemic_std"] / _rms(reference.epistemic)
-            report["mean_gap"] = _rms(self.mean - reference.mean)
-        return report
-
-    def report_by(
-        self,
-        groups: NDArray[Any],
-        y: Array,
-        *,
-        noise_std: Array | None = None,
-        reference: "Bands | None" = None,
-    ) -> dict[str, dict[str, float]]:
-        """`report` on each group of observations, in order of appearance.
-
-        Args:
-            groups: the name of the group that each observation belongs to, (N,).
-            y: as of `report`.
-            noise_std: as of `report`.
-            reference: as of `report`.
-
-        Returns:
-            By group its report.
-        """
-        masks = {name: groups == name for name in dict.fromkeys(groups.tolist())}
-        return {
-            name: self[mask].report(
-                y[mask],
-                noise_std=None if noise_std is None else noise_std[mask],
-                reference=None if reference is None else reference[mask],
-            )
-            for name, mask in masks.items()
-        }
+        reports = {}
+        for name in dict.fromkeys(groups.tolist()):
+            mask = groups == name
+            bands = self[mask]
+            report = {} if bands.log_prob is None else {"nll": -float(bands.log_prob.mean())}
+            report |= {"coverage": float(bands.covers(y[mask]).mean()), "rmse": _rms(bands.mean - y[mask])}
+            report |= {"epistemic_std": _rms(bands.epistemic), "aleatoric_std": _rms(bands.aleatoric)}
+            if noise_std is not None:
+                report["noise_error"] = float(np.mean(np.abs(bands.aleatoric / noise_std[mask] - 1)))
+            if reference is not None:
+                report["epistemic_ratio"] = report["epistemic_std"] / _rms(reference.epistemic[mask])
+                report["mean_gap"] = _rms(bands.mean - reference.mean[mask])
+            reports[name] = report
+        return reports
 
 
 def _array(values: Tensor) -> Array:
@@ -188,7 +164,7 @@ def bands_figure(
         methods: each method's bands there.
         points: inputs and observations of the training set.
         title: heading of the page.
-        reports: by method `Bands.report_by` groups of test points, whose coverage stands above the panel.
+        reports: by method `Bands.report` on groups of test points, whose coverage stands above the panel.
         truth: the true mean and noise at x, (N,) each.
         observations: what the vertical axis must show, with a margin, by default those of the training set; bands that
             leave it are cut.

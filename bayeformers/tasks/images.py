@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .idx import find_idx, read_idx_pair
+from .idx import read_idx_pair
 from .loading import load_hub
 
 __all__ = ["ImageDataset", "ImageSource", "ImageSplits", "Preprocessing", "Resize", "load_images", "resized", "rotate"]
@@ -305,24 +305,13 @@ def _idx_images(folder: str | PathLike[str]) -> ImageSource:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"`data_dir` {folder} is not a folder.")
     test = _tensors(*read_idx_pair(folder, "t10k"))
-    if _has_training_files(folder):
+    if any(Path(folder).glob("train-*-ubyte*")):  # one of the two is enough: the other's absence is then an error
         train = _tensors(*read_idx_pair(folder, "train"))
     else:
         cut = int(_T10K_TRAIN_SHARE * len(test[1]))
         train, test = (test[0][:cut], test[1][:cut]), (test[0][cut:], test[1][cut:])
     classes = int(max(labels.max() for _, labels in (train, test))) + 1
     return ImageSource(Path(folder).resolve().name, train, test, _numbers(classes))
-
-
-def _has_training_files(folder: str | PathLike[str]) -> bool:
-    """One of the two is enough: the other's absence is then an error."""
-    for kind in ("images", "labels"):
-        try:
-            find_idx(folder, "train", kind)
-        except FileNotFoundError:
-            continue
-        return True
-    return False
 
 
 def _tensors(images: Any, labels: Any) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def test_scores_of_the_truth() -> None:
     moments = data.truth(data.test.x)
     assert moments is not None
     truth = Bands.of_truth(*moments, data.test.y)
-    report = truth.report(data.test.y, noise_std=moments[1])
+    report = truth.report(data.test.y, np.full(3000, "all"), noise_std=moments[1])["all"]
     assert report["noise_error"] == 0 == report["epistemic_std"]
     assert report["coverage"] == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 3000))
     expected = torch.distributions.Normal(torch.tensor(truth.mean), torch.tensor(truth.aleatoric))
