@@ -1,10 +1,9 @@
-"""The examples of spans, words and images split as the model was split, whatever the seed, or refuse."""
+"""The examples of spans and words split as the model was split, whatever the seed, or refuse."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("datasets")
@@ -13,8 +12,6 @@ pytest.importorskip("sklearn")
 from examples.conll import data as words
 from examples.conll.arguments import TokenDataArguments
 from examples.held_out import FRESH, History, TrainingRows, history_of
-from examples.images import data as images
-from examples.images.arguments import DataArguments as ImageArguments
 from examples.squad import data as spans
 from examples.squad.arguments import DataArguments as SpanArguments
 from examples.squad.articles import write_articles
@@ -87,31 +84,3 @@ def test_sentences_of_a_file_are_held_out_as_they_were(tmp_path: Path) -> None:
     held_out = TokenDataArguments(**files, validation_file=files["train_file"])
     with pytest.raises(ValueError, match="45 of the 60 validation rows were trained on"):
         words.load_data(held_out, 1, history)
-
-
-def pixels(data: images.ImageData) -> list[np.ndarray]:
-    return [part.pixels.numpy() for part in (data.train, data.validation, data.test)]
-
-
-def test_images_are_held_out_as_they_were(tmp_path: Path) -> None:
-    """The digits' test images too, which the seed deals; and the pixels are normalised by the same training images."""
-    first = images.load_images(ImageArguments(validation_share=0.5), 0)
-    history = reloaded(first.rows, tmp_path)
-    again = images.load_images(ImageArguments(validation_share=0.2), 1, history=history)
-    for one, other in zip(pixels(first), pixels(again), strict=True):
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(first.train.preprocessing.mean, again.train.preprocessing.mean)
-    with pytest.raises(ValueError, match=r"has no record .* --split_seed, .* --held_out_of test"):
-        images.load_images(ImageArguments(), 1, history=UNKNOWN)
-
-
-def test_images_can_be_held_out_of_the_test_images(tmp_path: Path) -> None:
-    """Of a model that was trained on all training images elsewhere."""
-    bunch = images.digits(0)
-    arguments = ImageArguments(held_out_of="test", validation_share=0.25)
-    split = images.Split(0, {"validation_share": 0.25, "held_out_of": "test", "max_train_samples": None})
-    data = images.split_images(bunch, arguments, split, None)
-    assert (len(data.train), len(data.validation), len(data.test)) == (1438, 90, 269)
-    both = np.concatenate([data.validation.pixels.numpy(), data.test.pixels.numpy()])
-    assert sorted(map(bytes, both)) == sorted(map(bytes, bunch.test[0].numpy()))
-    assert images.load_images(ImageArguments(), 0, history=FRESH).rows is not None
