@@ -46,87 +46,11 @@ def random_draws(num_draws: int, num_words: int) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-# --- Entities from draws ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("entity", [Entity(0, 1, "PER"), Entity(1, 3, "LOC"), Entity(2, 4, "PER"), Entity(0, 4, "LOC")])
-def test_span_probability_is_a_sum_over_all_label_sequences(entity: Entity) -> None:
-    """Of those that have the entity, with a B at its first word: by enumeration, draw by draw."""
-    drawn, expected = np.exp(random_draws(3, 4)), 0.0
-    for numbers in itertools.product(range(len(NAMES)), repeat=4):
-        labels = [NAMES[number] for number in numbers]
-        if entity in find_entities(labels) and labels[entity.start][0] == "B":
-            expected += drawn[:, range(4), numbers].prod(1).mean()
-    assert evaluation.span_probability(drawn, entity, NAMES) == pytest.approx(expected)
-    weakest = evaluation.weakest_word(drawn.mean(0), entity, NAMES)
-    assert weakest >= expected
-
-
-def test_weakest_word_is_reached_by_words_that_vary_together() -> None:
-    """Two draws that are sure of opposite types: the span is as probable as each of its words."""
-    sure = np.full((2, 2, len(NAMES)), 1e-12)
-    sure[0, 0, 3] = sure[0, 1, 4] = sure[1, 0, 1] = sure[1, 1, 2] = 1.0
-    entity = Entity(0, 2, "PER")
-    assert evaluation.span_probability(sure, entity, NAMES) == pytest.approx(0.5)
-    assert evaluation.weakest_word(sure.mean(0), entity, NAMES) == pytest.approx(0.5)
-    alone = sure.mean(0, keepdims=True)  # without the draws: independent words
-    assert evaluation.span_probability(alone, entity, NAMES) == pytest.approx(0.25)
-
-
-def test_predictions_average_probabilities_and_divide_entropy() -> None:
-    log_probs = random_draws(5, 6)
-    gold = Sentence(tuple("abcdef"), ("B-PER", "I-PER", "O", "O", "B-LOC", "O"))
-    (found,) = evaluation.read_draws([log_probs], [gold], NAMES)
-    probs = np.exp(log_probs).mean(0)
-    np.testing.assert_allclose(found.probs, probs)
-    assert found.labels == [NAMES[index] for index in probs.argmax(-1)]
-    entropy = -(probs * np.log(probs)).sum(-1)
-    expected = -(np.exp(log_probs) * log_probs).sum(-1).mean(0)
-    np.testing.assert_allclose(found.entropy, entropy)
-    np.testing.assert_allclose(found.epistemic, entropy - expected)
-    assert [item.entity for item in found.entities] == find_entities(found.labels)
-    for item in found.entities:
-        words = slice(item.entity.start, item.entity.end)
-        assert item.entropy == pytest.approx(entropy[words].sum())
-        assert item.is_right == (item.entity in {Entity(0, 2, "PER"), Entity(4, 5, "LOC")})
-
-
 def test_words_without_a_piece_are_outside_for_certain() -> None:
     pieces = random_draws(2, 5).astype(np.float32)
     words = at_words(pieces, [1, -1, 3])
     np.testing.assert_array_equal(words[:, [0, 2]], pieces[:, [1, 3]])
     np.testing.assert_allclose(np.exp(words[:, 1]), [[1, 0, 0, 0, 0]] * 2, atol=1e-20)
-
-
-# --- Scores ----------------------------------------------------------------------------------------------------------
-def test_calibration_error_by_hand() -> None:
-    probability, right = np.array([0.9, 0.1, 0.3, 0.7]), np.array([1.0, 0.0, 1.0, 0.0])
-    np.testing.assert_allclose(evaluation.calibration_bins(probability, right, 2), [[0.2, 0.5, 2], [0.8, 0.5, 2]])
-    assert evaluation.calibration_error(probability, right, 2) == pytest.approx(0.3)
-
-
-def test_calibrated_probabilities_have_a_small_error() -> None:
-    rng, size = np.random.default_rng(0), 20_000
-    probability = rng.random(size)
-    right = (rng.random(size) < probability).astype(float)
-    # in each of ten bins the error has a standard deviation of at most 0.5 / sqrt(2000); a mean of |normal|
-    assert evaluation.calibration_error(probability, right) < 2 * 0.5 / np.sqrt(size / 10)
-    assert evaluation.calibration_error(probability**2, right) > 0.1
-
-
-def prediction(labels: list[str], probability: float, is_right: bool) -> SentencePrediction:
-    found = [FoundEntity(entity, is_right, probability, probability, 0.1, 0.2) for entity in find_entities(labels)]
-    return SentencePrediction(np.full((len(labels), 5), 0.2), np.zeros(len(labels)), labels, found)
-
-
-def test_entity_report_by_hand() -> None:
-    gold = [Sentence(("a",), ("B-PER",)), Sentence(("b",), ("B-PER",)), Sentence(("c",), ("O",))]
-    found = [prediction(["B-PER"], 0.8, True), prediction(["B-LOC"], 0.6, False), prediction(["O"], 0.0, False)]
-    report = evaluation.entity_report(found, gold)
-    assert (report["precision"], report["recall"], report["f1"]) == (0.5, 0.5, 0.5)
-    assert report["brier"] == pytest.approx((0.2**2 + 0.6**2) / 2)
-    assert report["ece"] == pytest.approx((0.2 + 0.6) / 2)
-    assert report["auroc_probability"] == 1.0 and report["auroc_epistemic"] is None  # all are equally sure
-    assert report["aurc"] == pytest.approx((0 + 0.5) / 2)
-    assert set(evaluation.entity_report([found[2]], [gold[2]])) == {"precision", "recall", "f1"}
 
 
 def test_temperature_of_a_point_estimate() -> None:
