@@ -110,8 +110,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": ("metrics",),
     "models": (),
     "training": EVERYTHING_ABOVE,
-    "report": ("metrics",),
-    "plots": ("metrics", "report"),
+    "reports": ("metrics",),
+    "experiments": EVERYTHING_ABOVE,
     "compat": EVERYTHING_ABOVE,
     "quantization": EVERYTHING_ABOVE,
 }

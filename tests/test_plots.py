@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bayeformers.plots import comparison_figure, save_figure, uncertainty_figure, wilson_interval
-from bayeformers.report import ClassPredictions
+from bayeformers.reports import comparison_figure, save_figure, uncertainty_figure, wilson_interval
+from bayeformers.reports import ClassPredictions
 
 pytest.importorskip("matplotlib")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bayeformers import metrics
-from bayeformers.report import (
+from bayeformers.reports import (
     ClassPredictions,
     RegressionPredictions,
     bootstrap_intervals,

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from examples.running import say
+from .command import say
+from .saved import DETERMINISTIC, saved_models
 
 FILE = "training_rows.json"
 VERSION = 1
@@ -178,6 +179,28 @@ def history_of(flag: str, folders: Sequence[str | Path], *, must_know: bool) -> 
         missing = next(name for name, record in records.items() if record is None)
         return History(unknown=f"`{flag}` {missing}") if must_know else FRESH
     return History(next(iter(known.values()), None))
+
+
+def past_of(
+    name_or_path: str | None, *, trains: bool, eval_only: str | None = None, generated: bool = False
+) -> History:
+    """What is known of the rows that the models which a run starts from were trained on.
+
+    Args:
+        name_or_path: the model that is named; None where the run makes its own.
+        trains: whether that model is trained further before anything is fitted to held-out rows.
+        eval_only: the folder of an earlier run whose models are evaluated instead. A posterior alone has nothing fitted
+            to held-out rows any more.
+        generated: whether the data are generated from a seed, so that their test rows depend on it too.
+
+    Raises:
+        FileNotFoundError: ``eval_only`` holds no model.
+        ValueError: models that were trained on different rows.
+    """
+    if eval_only is not None:
+        saved = saved_models(eval_only)
+        return history_of("eval_only", list(saved.values()), must_know=DETERMINISTIC in saved or generated)
+    return FRESH if name_or_path is None else history_of("model_name_or_path", [name_or_path], must_know=not trains)
 
 
 def check_known(history: History, remedies: str = REMEDIES) -> None:
