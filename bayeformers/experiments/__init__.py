@@ -10,9 +10,12 @@ from .arguments import (
     parse_prior_precision,
 )
 from .command import Clock, ExperimentParser, look_ahead, run_command, say, user_input
+from .draws import drawn_logits
 from .evaluation import predict_sets, training_rmse
 from .linearized import linearized_draws
 from .phases import Experiment
+from .question_answering import SOURCES as SQUAD_SOURCES
+from .question_answering import SquadArguments, SquadData, load_squad_data
 from .rows import (
     FRESH,
     History,
@@ -40,7 +43,9 @@ from .saved import (
     saved_models,
     titles,
 )
+from .splits import hold_out
 from .text_classification import GlueArguments, GlueData, load_glue_data
+from .token_classification import ConllArguments, ConllData, load_conll_data
 
 __all__ = [
     "BAYESIAN",
@@ -49,8 +54,11 @@ __all__ = [
     "LAPLACE",
     "LAPLACE_LAST_LAYER",
     "LINEARIZED",
+    "SQUAD_SOURCES",
     "BestEpochArguments",
     "Clock",
+    "ConllArguments",
+    "ConllData",
     "ConversionArguments",
     "Experiment",
     "ExperimentArguments",
@@ -61,15 +69,21 @@ __all__ = [
     "HoldOutArguments",
     "LaplaceArguments",
     "Split",
+    "SquadArguments",
+    "SquadData",
     "TrainingRows",
     "check_known",
     "check_split_seed",
+    "drawn_logits",
     "fingerprint",
     "history_of",
+    "hold_out",
     "keep_unseen",
     "linearized_draws",
+    "load_conll_data",
     "load_glue_data",
     "load_saved",
+    "load_squad_data",
     "look_ahead",
     "parse_prior",
     "parse_prior_precision",

@@ -1,5 +1,6 @@
 """What predictions are worth: reports in numbers, tables, JSON, and figures."""
 
+from .answers import AnswerComparison
 from .comparison import Comparison, ReportedSet, csv_prefix, prediction_columns, standard_report, write_rows
 from .plots import (
     GREY,
@@ -33,6 +34,8 @@ from .report import (
     regression_report,
     write_json,
 )
+from .tagging import TaggingComparison
+from .words import event_reliability, word_strip
 
 __all__ = [
     "GREY",
@@ -41,6 +44,7 @@ __all__ = [
     "METHOD_COLOURS",
     "METHOD_LINES",
     "WARNING_COLOUR",
+    "AnswerComparison",
     "ClassPredictions",
     "Comparison",
     "Interval",
@@ -49,10 +53,12 @@ __all__ = [
     "RegressionPredictions",
     "ReportedSet",
     "Row",
+    "TaggingComparison",
     "bootstrap_intervals",
     "classification_report",
     "comparison_figure",
     "csv_prefix",
+    "event_reliability",
     "format_table",
     "group_histograms",
     "legend_below",
@@ -69,6 +75,7 @@ __all__ = [
     "tempered",
     "uncertainty_figure",
     "wilson_interval",
+    "word_strip",
     "write_json",
     "write_rows",
 ]

@@ -140,6 +140,11 @@ class Answers:
         epistemic = {"mutual information": self.epistemic} if self.epistemic.any() else {}
         return {"span entropy": self.total, "1 - p(answer)": 1 - self.confidence, **epistemic}
 
+    def columns(self) -> dict[str, list[str]]:
+        """The answers and their numbers, as columns of a CSV file."""
+        numbers = {name: values for name, values in vars(self).items() if name != "texts"}
+        return {"answer": self.texts, **{name: [f"{x:.6g}" for x in values] for name, values in numbers.items()}}
+
     def report(self) -> dict[str, float]:
         """Means over the questions; of the NLL over those whose truth is in reach, whose share stands beside it."""
         reachable = np.isfinite(self.nll)

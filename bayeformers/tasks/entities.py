@@ -44,7 +44,7 @@ class TaggedSentence:
     Attributes:
         probs: averaged over the draws, (n, C).
         entropy: predictive, in nats, (n,).
-        epistemic: mutual information, (n,).
+        epistemic: mutual information, (n,); 0 of a point estimate, which is one draw.
         labels: the most probable of each word.
         entities: those that the labels make.
     """
@@ -73,7 +73,7 @@ def tag_sentence(log_probs: Array, gold: Sequence[str], names: Sequence[str]) ->
     probs = drawn.mean(0)
     with np.errstate(divide="ignore"):
         entropy = metrics.predictive_entropy(np.log(probs)[None])
-    epistemic = metrics.mutual_information(log_probs)
+    epistemic = metrics.mutual_information(log_probs) if len(log_probs) > 1 else np.zeros_like(entropy)
     labels, right = [names[index] for index in probs.argmax(-1)], set(find_entities(gold))
     entities = []
     for entity in find_entities(labels):
@@ -135,16 +135,8 @@ def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     }
 
 
-def entity_report(
-    predictions: Sequence[TaggedSentence], gold: Sequence[Sequence[str]], *, is_point: bool = False
-) -> dict[str, float | None]:
-    """Return F1 of the predicted entities, the calibration of their probabilities, and how well these tell wrong ones.
-
-    Args:
-        predictions: one method's.
-        gold: the right labels of each sentence.
-        is_point: of a point estimate, whose epistemic part tells nothing.
-    """
+def entity_report(predictions: Sequence[TaggedSentence], gold: Sequence[Sequence[str]]) -> dict[str, float | None]:
+    """F1 of the entities, the calibration of their probabilities, and how well uncertainties tell the wrong ones."""
     scores = entity_scores(gold, [one.labels for one in predictions])
     entities = [entity for one in predictions for entity in one.entities]
     if not entities:
@@ -162,7 +154,7 @@ def entity_report(
         "aurc": metrics.aurc(probability, 1 - right),
         "auroc_probability": _auroc(probability, right),
         "auroc_entropy": _auroc(-entropy, right),
-        "auroc_epistemic": None if is_point else _auroc(-epistemic, right),
+        "auroc_epistemic": _auroc(-epistemic, right),
     }
 
 

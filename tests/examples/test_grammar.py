@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from examples.glue.grammar import (
     CLEAN,
     FLIP_RATE,

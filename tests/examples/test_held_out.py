@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("datasets")
 
+from examples.held_out import FILE, FRESH, Split, TrainingRows, check_known, fingerprint, history_of, row_hashes
+
 from examples import commands
 from examples.bert_glue import main
 from examples.glue.arguments import DataArguments
 from examples.glue.data import hashes_of, load_data
-from examples.held_out import FILE, FRESH, Split, TrainingRows, check_known, fingerprint, history_of, row_hashes
 
 SMALL = [
     "--num_train_epochs", "2", "--num_eval_samples", "3", "--method", "laplace", "--laplace_subset", "last_layer",

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("datasets")
 
 from examples.commands import run
-from examples.glue.arguments import parse_arguments
 from examples.training_flags import BestEpochArguments
+
+from examples.glue.arguments import parse_arguments
 
 TWO_TRAININGS = ("bert_glue", "token_classification", "bert_squad", "image_classification", "mlp_mnist")
 ALL = (*TWO_TRAININGS, "hyperparameter_search", "regression")
