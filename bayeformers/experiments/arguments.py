@@ -22,6 +22,9 @@ _MAX_SEED = 2**32 - 1  # of NumPy's generator
 def parse_prior(text: str) -> Prior:
     """A prior by its name, with default settings, or by the JSON that describes it.
 
+    Returns:
+        The prior.
+
     Raises:
         ValueError: an unknown name, or malformed JSON.
 
@@ -37,7 +40,10 @@ def parse_prior(text: str) -> Prior:
 
 
 def parse_prior_precision(text: str) -> str | float:
-    """How to find the Laplace prior's precision tau, by name, or tau itself.
+    """How to find the Laplace prior's precision tau.
+
+    Returns:
+        A method's name, or tau itself.
 
     Raises:
         ValueError: neither a known name nor a finite number > 0.
@@ -122,8 +128,10 @@ class LaplaceArguments:
 
     @property
     def laplace(self) -> dict[str, Any]:
-        """The arguments of `BayesianTrainer.fit_laplace` besides the data."""
+        """The arguments of `BayesianTrainer.fit_laplace` besides the data; a subclass may name layers too."""
+        layers = ("target_modules", "exclude_modules")
         return {
+            **{name: getattr(self, name) for name in layers if hasattr(self, name)},
             "subset": self.laplace_subset,
             "curvature": self.laplace_curvature,
             "fisher": self.laplace_fisher,

@@ -25,14 +25,7 @@ _USERS = "is_about_input"
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Errors in here are about what the user gave: `run_command` prints them in one line, others get them as they are.
-
-    >>> with user_input():
-    ...     raise ValueError("`delta` must be > 0, got -1.")
-    Traceback (most recent call last):
-    ...
-    ValueError: `delta` must be > 0, got -1.
-    """
+    """Errors in here are about what the user gave: `run_command` prints them in one line, other callers get them."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -41,11 +34,7 @@ def user_input() -> Iterator[None]:
 
 
 def run_command(main: Callable[[Sequence[str]], Any]) -> None:
-    """Run ``main`` on the command line's arguments; an error about these is a line on stderr and exit status 2.
-
-    Raises:
-        ValueError, TypeError, OSError: an error of the run itself, which is not about the user's input.
-    """
+    """Run ``main`` on the command line's arguments; an error about these is a line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
     except (ValueError, TypeError, OSError) as error:
@@ -79,6 +68,9 @@ def look_ahead(argv: Sequence[str] | None, *flags: str, config: bool = False) ->
         argv: the command line; None for that of the process.
         flags: the names, without dashes. None is the value of those that are not given.
         config: whether ``--config`` names a JSON file of arguments, which then serve where the command line is silent.
+
+    Returns:
+        The flags' values.
 
     >>> look_ahead(["--task_name", "cola", "--seed", "3"], "task_name", "method")
     Namespace(task_name='cola', method=None)
@@ -146,12 +138,7 @@ class ExperimentParser(HfArgumentParser):
         self.exit(2, f"{_program()}: error: {message}\n")
 
     def add_config(self, argv: Sequence[str] | None) -> None:
-        """Take defaults from the JSON file of ``--config``; the command line wins over it.
-
-        Raises:
-            FileNotFoundError: the file is missing.
-            ValueError: it is not a JSON object, or has a key that is no flag.
-        """
+        """Take defaults from the JSON file of ``--config``, whose keys must be flags; the command line wins over it."""
         self.add_argument("--config", help="JSON file of arguments; the command line wins over it.")
         path = look_ahead(argv, "config").config
         stored = _read_config(path)
@@ -161,11 +148,7 @@ class ExperimentParser(HfArgumentParser):
         self.set_defaults(**stored)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """One object of each dataclass; an unknown flag, or a value of the wrong type, ends the process with status 2.
-
-        Raises:
-            ValueError: a value out of range, or one that the experiment cannot honour.
-        """
+        """One object of each dataclass; an unknown flag, or a value of a wrong type, ends the process with status 2."""
         _, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
@@ -196,13 +179,7 @@ def _read_config(path: str | None) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds of each part of a run.
-
-    >>> clock = Clock()
-    >>> clock.lap("training")
-    >>> list(clock.seconds)
-    ['training']
-    """
+    """Seconds of each part of a run, in ``seconds`` by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -26,7 +26,7 @@ def predict_sets(
     """
     outputs = {name: trainer.predict(rows) for name, rows in sets.items()}
     has_posterior = trainer.posterior is not None
-    if getattr(trainer.model.config, "problem_type", None) != "regression":
+    if not is_regression(trainer.model):
         return {name: _classes(output, has_posterior) for name, output in outputs.items()}
     if not has_posterior and noise_std is None:
         noise_std = training_rmse(trainer)
@@ -45,6 +45,11 @@ def _numbers(output: BayesianPredictionOutput, noise_std: float | None) -> Regre
         return RegressionPredictions(mean, np.full(mean.shape, noise_std**2))
     aleatoric, epistemic = (output.uncertainty[f"{name}_variance"] for name in ("aleatoric", "epistemic"))
     return RegressionPredictions(mean, aleatoric.astype(np.float64), epistemic.astype(np.float64))
+
+
+def is_regression(model: Any) -> bool:
+    """Whether the model's configuration says so."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "regression"
 
 
 def training_rmse(trainer: BayesianTrainer) -> float:

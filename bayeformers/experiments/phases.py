@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -20,10 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from .. import calibrate_delta, to_bayesian
+from ..conversion import to_bayesian
+from ..delta import calibrate_delta
 from ..training import BayesianTrainer
 from .arguments import BestEpochArguments, ConversionArguments
-from .evaluation import training_rmse
+from .evaluation import is_regression, training_rmse
 from .rows import RecordRows, TrainingRows, save_rows
 from .saved import BAYESIAN, DETERMINISTIC, LINEARIZED, load_saved
 
@@ -44,7 +45,7 @@ class OneLineProgress(ProgressCallback):
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Show no bar within a training: one for each epoch's short validation would only flicker."""
         if self.training_bar is None:
-            super().on_prediction_step(*args, **kwargs)
+            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,14 @@ class Experiment:
         """A trainer that reports on the validation rows after each epoch and keeps the epoch of their least NLL.
 
         Args:
-            model: to train; None with a ``model_init``, of which each training makes its own.
+            model: to train; None with a ``model_init``.
             name: of the phase, and of its folder of checkpoints.
-            model_init: as of transformers' Trainer.
+            model_init: makes the model of each training, as of transformers' Trainer.
             stop_early: whether ``--patience`` epochs without a better NLL end the training.
             changes: flags that differ in this phase.
+
+        Returns:
+            The trainer; nothing is trained yet.
         """
         args = copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / "checkpoints" / name), **changes}.items():
@@ -122,7 +126,7 @@ class Experiment:
 
     def load(self, name: str, folder: str | Path, auto_class: Any) -> BayesianTrainer:
         """A trainer around a saved model, with the posterior that was saved beside it; see `load_saved`."""
-        changes = {"eval_method": "glm"} if name == LINEARIZED else {}
+        changes: dict[str, Any] = {"eval_method": "glm"} if name == LINEARIZED else {}
         return self.trainer(load_saved(name, folder, auto_class), name, **changes)
 
     def best_delta(
@@ -143,76 +147,61 @@ class Experiment:
             label_columns: columns that are stacked as labels (B, K), such as the start and the end of a span; by
                 default the labels are in the batches.
             options: of `calibrate_delta`.
+
+        Returns:
+            delta.
         """
-        args = self.args
-        batches: list[dict[str, Any]] = [
-            {name: value.to(args.device) for name, value in batch.items()} for batch in self._validation(trained)
-        ]
-        labels = [_stacked(batch, label_columns) for batch in batches] if label_columns else None
-        settings = {"num_samples": args.num_eval_samples, "seed": args.eval_seed, **options}
-        if getattr(trained.model.config, "problem_type", None) == "regression":
-            settings = {"noise_std": training_rmse(trained), **settings}
-        progress = args.process_index == 0 and not args.disable_tqdm
-        model = trained.model.to(args.device)
-        return calibrate_delta(model, batches, labels, method=method, progress=progress, **settings, **conversion)
-
-    def _validation(self, trained: BayesianTrainer) -> Iterable[Any]:
-        """Batches of the validation rows, without columns that the model does not take, not dealt out to processes."""
-        rows = self.validation
-        if hasattr(rows, "column_names"):
+        args, rows = self.args, self.validation
+        if hasattr(rows, "column_names"):  # as the Trainer does; its own loader would deal the rows out to processes
             rows = trained._remove_unused_columns(rows, description="evaluation")
-        return DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=trained.data_collator)
+        loader = DataLoader(rows, args.per_device_eval_batch_size, collate_fn=trained.data_collator)
+        batches = [{name: value.to(args.device) for name, value in batch.items()} for batch in loader]
+        labels = None
+        if label_columns:
+            labels = [torch.stack([batch.pop(name) for name in label_columns], dim=1) for batch in batches]
+        settings = {"num_samples": args.num_eval_samples, "seed": args.eval_seed, **options}
+        if is_regression(trained.model):
+            settings = {"noise_std": training_rmse(trained), **settings}
+        settings["progress"] = args.process_index == 0 and not args.disable_tqdm
+        return calibrate_delta(trained.model.to(args.device), batches, labels, method=method, **settings, **conversion)
 
-    def fit_variational(
-        self, trained: BayesianTrainer, how: ConversionArguments, delta: float | None = None, **options: Any
-    ) -> BayesianTrainer:
-        """`to_bayesian` around a copy of the trained weights, then the ELBO.
+    def fit_variational(self, trained: BayesianTrainer, how: ConversionArguments, **search: Any) -> BayesianTrainer:
+        """`to_bayesian` around a copy of the trained weights, then the ELBO; without ``how.delta`` by `best_delta`.
 
         Args:
             trained: the deterministic model's trainer.
             how: the conversion's flags.
-            delta: by default ``how.delta``, and without one that of `best_delta`.
-            options: of `best_delta`.
+            search: options of `best_delta`.
+
+        Returns:
+            The trainer of the Bayesian model; with ``bayesian_epochs`` 0 its noise is the conversion's.
         """
-        delta = how.delta if delta is None else delta
-        delta = self.best_delta(trained, how.conversion, **options) if delta is None else delta
+        delta = self.best_delta(trained, how.conversion, **search) if how.delta is None else how.delta
         model = to_bayesian(copy.deepcopy(trained.model), delta, **how.conversion)
         rate = self.args.bayesian_learning_rate
         rate = self.args.learning_rate / 10 if rate is None else rate
         return self.fit(model, BAYESIAN, num_train_epochs=self.args.bayesian_epochs, learning_rate=rate)
 
-    def fit_linearized(
-        self, trained: BayesianTrainer, how: ConversionArguments, delta: float | None = None, **options: Any
-    ) -> BayesianTrainer:
-        """Noise around the trained weights, of the delta that suits the linearised network best; nothing is trained.
+    def fit_linearized(self, trained: BayesianTrainer, how: ConversionArguments, **search: Any) -> BayesianTrainer:
+        """Noise around the trained weights; without ``how.delta`` that which suits the linearised network best.
 
         Args:
             trained: the deterministic model's trainer.
-            how: the conversion's flags, but for ``delta``.
-            delta: by default that of `best_delta`.
-            options: of `best_delta`.
+            how: the conversion's flags.
+            search: options of `best_delta`.
+
+        Returns:
+            The trainer of the converted model, whose predictions are linearised; nothing is trained.
         """
-        if delta is None:
-            delta = self.best_delta(trained, how.conversion, method="glm", **options)
+        delta = self.best_delta(trained, how.conversion, method="glm", **search) if how.delta is None else how.delta
         model = to_bayesian(copy.deepcopy(trained.model), delta, **how.conversion)
         trainer = self.trainer(model, LINEARIZED, eval_method="glm")
-        if getattr(model.config, "problem_type", None) == "regression":
+        if is_regression(model):
             trainer.noise_std()  # the residual, which is saved with the model
         return trainer
 
     def fit_laplace(self, trained: BayesianTrainer, name: str, **options: Any) -> BayesianTrainer:
-        """A Gaussian around the trained weights, from the curvature of the training rows; the weights stay as they are.
-
-        Args:
-            trained: the deterministic model's trainer.
-            name: of the phase.
-            options: of `BayesianTrainer.fit_laplace`.
-        """
+        """A Gaussian around a copy of the trained weights, from the curvature there; options: of `fit_laplace`."""
         trainer = self.trainer(copy.deepcopy(trained.model), name)
         trainer.fit_laplace(validation_dataset=self.validation, **options)
         return trainer
-
-
-def _stacked(batch: dict[str, Any], columns: Sequence[str]) -> Tensor:
-    """The columns (B,), taken out of the batch, side by side: (B, K)."""
-    return torch.stack([batch.pop(name) for name in columns], dim=1)

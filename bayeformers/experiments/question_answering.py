@@ -124,7 +124,7 @@ class SquadData:
 def load_squad_data(
     args: SquadArguments, seed: int, history: History = FRESH, *, written: Callable[[int], Mapping[str, Any]]
 ) -> SquadData:
-    """The sets that the arguments name, split by ``seed``, or as the model that the run starts from was.
+    """Return the sets that the arguments name, split by ``seed``, or as the model that the run starts from was.
 
     Args:
         args: the arguments.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import bayesian_config, from_pretrained, is_bayesian
+from ..checkpoint import from_pretrained
+from ..conversion import bayesian_config, is_bayesian
+from ..delta import BOUNDS, delta_end
 from ..laplace import LaplacePosterior
 from ..training import BayesianTrainer
 
@@ -24,7 +26,10 @@ _LAPLACE_FILE = "laplace.safetensors"
 
 
 def titles(names: Iterable[str]) -> dict[str, str]:
-    """Folder -> title, in the tables' order; beside another posterior the ELBO's is called by its method.
+    """What tables call the models of an output folder; beside another posterior the ELBO's is called by its method.
+
+    Returns:
+        Folder -> title, in the tables' order.
 
     >>> titles(["bayesian", "deterministic"])
     {'deterministic': 'deterministic', 'bayesian': 'Bayesian'}
@@ -38,7 +43,10 @@ def titles(names: Iterable[str]) -> dict[str, str]:
 
 
 def saved_models(folder: str | Path) -> dict[str, Path]:
-    """Name -> folder of the models that an earlier run saved; a single one where ``folder`` itself is a checkpoint.
+    """The models that an earlier run saved; a single one where ``folder`` itself is a checkpoint.
+
+    Returns:
+        Name -> folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -63,8 +71,23 @@ def load_saved(name: str, folder: str | Path, auto_class: Any) -> Any:
         name: its name.
         folder: its folder.
         auto_class: transformers' class of deterministic models, such as ``AutoModelForSequenceClassification``.
+
+    Returns:
+        The model.
     """
     return auto_class.from_pretrained(folder) if name == DETERMINISTIC else from_pretrained(folder)
+
+
+def chosen_by_fit(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of a posterior's facts: delta or tau, and as ``beware`` why it should not be believed."""
+    if "delta" in facts:
+        end = delta_end(facts["delta"], *BOUNDS["glm" if name == LINEARIZED else "sample"])
+        beware = [f"delta lies at the {end} end of the range that was searched"] if end else []
+        return {"delta": facts["delta"], "beware": beware}
+    if "prior_precision" not in facts:
+        return {}
+    told = {"tau": facts["prior_precision"], "by": facts["chosen_by"], "gamma": facts["effective_parameters"]}
+    return {**told, "N C": facts["num_outputs"], "beware": facts["beware"]}
 
 
 def posterior_facts(trainer: BayesianTrainer) -> dict[str, Any]:

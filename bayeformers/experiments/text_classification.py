@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import DataCollatorWithPadding
 
 from ..reports import (
     ClassPredictions,
@@ -17,8 +18,9 @@ from ..reports import (
     standard_report,
 )
 from ..tasks import GLUE_TASKS, GlueTask, load_glue, load_tsv
-from .arguments import HoldOutArguments
+from .arguments import BestEpochArguments, HoldOutArguments
 from .command import say
+from .phases import Experiment
 from .rows import (
     FRESH,
     Hashes,
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_TASK = replace(GLUE_TASKS["cola"], name="embedded")
 """Acceptability, as CoLA, of sentences that an experiment generates itself."""
-Generate = Callable[[int], Mapping[str, list[dict[str, Any]]]]
-"""From a seed to rows of "train", "validation", "test" and "shifted", each with "group" and the task's columns."""
+Generate = Callable[[int], Mapping[str, Sequence[Any]]]
+"""From a seed to "train", "validation", "test" and "shifted": dataclasses with ``group`` and the task's columns."""
 
 
 @dataclass
@@ -78,6 +80,14 @@ class GlueArguments(HoldOutArguments):
         elif self.data_dir is not None:
             raise ValueError(f"`data_dir` {self.data_dir!r} needs a `task_name`: {', '.join(GLUE_TASKS)}.")
         super().__post_init__()
+
+    def check_model(self, name_or_path: str | None) -> None:
+        """Refuse a GLUE task without a model."""
+        if self.task_name is not None and name_or_path is None:
+            raise ValueError(
+                f"`model_name_or_path` is needed for the task {self.task_name}: a folder or a hub name, such as "
+                "bert-base-uncased. Only the embedded task makes its own model."
+            )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,7 +131,13 @@ class GlueData:
         def add(split: Dataset | None) -> Dataset | None:
             return None if split is None else split.map(tokenize, batched=True, desc="tokenizing")
 
-        return replace(self, **{name: add(getattr(self, name)) for name in ("train", "validation", "test", "shifted")})
+        sets: dict[str, Any] = {name: add(getattr(self, name)) for name in ("train", "validation", "test", "shifted")}
+        return replace(self, **sets)
+
+    def experiment(self, args: BestEpochArguments, tokenizer: Any) -> Experiment:
+        """The trainings on tokenised rows."""
+        collator = DataCollatorWithPadding(tokenizer)
+        return Experiment(args, self.train, self.validation, collator, tokenizer, self.rows)
 
     def comparison(self) -> Comparison:
         """Of methods on the reported sets, by the standard scores and the task's official ones."""
@@ -165,9 +181,9 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
         history: what is known of the rows which that model was trained on.
         embedded: generates the data where no task is named.
 
-    Raises:
-        FileNotFoundError, ValueError: missing or malformed files; held-out rows that the model has seen, or may have.
-        OSError: the hub cannot be reached; the message says how to use local files.
+    Returns:
+        The sets, not tokenised. Missing or malformed files, held-out rows that the model has seen or may have, and a
+        hub that cannot be reached are errors that say what to do.
     """
     own = Split(seed if args.split_seed is None else args.split_seed, args.settings)
     history = replace(history, unknown="") if args.split_seed is not None else history
@@ -202,7 +218,7 @@ def _generated(own: Split, history: History, embedded: Generate) -> Found:
 
     record = history.record if history.record is not None and history.record.task == EMBEDDED_TASK.name else None
     split = own if record is None else record.split
-    splits = {name: Dataset.from_list(rows) for name, rows in embedded(split.seed).items()}
+    splits = {name: Dataset.from_list([vars(row) for row in rows]) for name, rows in embedded(split.seed).items()}
     source = fingerprint(hashes_of(splits["train"], EMBEDDED_TASK))
     if record is not None and record.source != source:
         raise ValueError(f"The model was trained on other sentences of seed {split.seed} than this version generates.")
@@ -263,4 +279,5 @@ def _limited(data: GlueData, args: GlueArguments) -> GlueData:
         "train": args.max_train_samples,
         **dict.fromkeys(("validation", "test", "shifted"), args.max_eval_samples),
     }
-    return replace(data, **{name: first(getattr(data, name), limit) for name, limit in limits.items()})
+    sets: dict[str, Any] = {name: first(getattr(data, name), limit) for name, limit in limits.items()}
+    return replace(data, **sets)

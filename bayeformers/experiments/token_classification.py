@@ -88,7 +88,7 @@ def load_conll_data(
     *,
     generate: Callable[[int], Mapping[str, list[Sentence]]],
 ) -> ConllData:
-    """The sets that the arguments name, split by ``seed``, or as the model that the run starts from was.
+    """Return the sets that the arguments name, split by ``seed``, or as the model that the run starts from was.
 
     Args:
         args: the arguments.

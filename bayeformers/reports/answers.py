@@ -66,12 +66,7 @@ class AnswerComparison(Comparison):
         return {f"{last} less {other}": _difference(test[last], test[other]) for other in others}
 
     def tables(self, reports: Mapping[str, Any], *, source: str = "") -> str:
-        """The tables of `Comparison.tables`, then what doubts can tell, and what is better.
-
-        Args:
-            reports: of `reports`.
-            source: as in `Comparison.tables`.
-        """
+        """The tables of `Comparison.tables`, then what doubts can tell, and what is better."""
         parts, methods = [super().tables(reports, source=source)], list(reports)
         told = {
             key: {name: reports[name]["detection"].get(key, {}).get("auroc") for name in methods}
@@ -87,14 +82,7 @@ class AnswerComparison(Comparison):
     def figure(
         self, *, title: str, caption: str = "", aleatoric_reference: tuple[float, str] | None = None, **options: Any
     ) -> Figure:
-        """Two panels of refusing, by exact match and by F1; two of the last method's uncertainty by group.
-
-        Args:
-            title: heading of the page.
-            caption: foot of the page.
-            aleatoric_reference: a value to mark in the aleatoric panel, and its description.
-            options: of matplotlib's ``Figure``.
-        """
+        """Two panels of refusing, by exact match and by F1; two of the last method's uncertainty by group."""
         from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 
         figure = Figure(**{"figsize": (12, 10.7), "layout": "constrained", **options})

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SPREADS = ("entropy", "aleatoric", "epistemic", "total_std", "aleatoric_std", "epistemic_std")
 """What a table of uncertainties holds; all other numbers of a report are scores."""
 STANDARD = (ClassPredictions, RegressionPredictions)
-INTERVALS = "95 % intervals (bootstrap over inputs)"
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,9 @@ def prediction_columns(
         predictions: on N inputs.
         labels: (N,) class numbers; None where there are none.
         label_names: of the classes; without them classes are numbers.
+
+    Returns:
+        Columns by name, N values each.
     """
     columns: dict[str, list[Any]] = {}
     values: dict[str, Any] = {"mean": getattr(predictions, "mean", None), "variance": predictions.total}
@@ -84,13 +86,7 @@ class Comparison:
     """Methods are added one by one; reports, tables and files then hold all of them.
 
     Predictions are `ClassPredictions`, `RegressionPredictions`, or anything that is taken apart by a mask and that
-    ``report`` and ``columns`` understand.
-
-    >>> point = ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7]]))
-    >>> comparison = Comparison({"test": ReportedSet(2, labels=[0, 1])})
-    >>> comparison.add("point", {"test": point})
-    >>> comparison.reports()["point"]["groups"]["in-domain"]["accuracy"]
-    1.0
+    ``report`` and ``columns`` understand; only the first two have intervals and scores that tell sets apart.
     """
 
     def __init__(
@@ -166,13 +162,7 @@ class Comparison:
         return {name: self.report_of(predictions) for name, predictions in self.predictions.items()}
 
     def report_of(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """Numbers of one method.
-
-        Returns:
-            ``groups``, a report for each group; ``intervals``, of the main scores on whole sets; and with a second set
-            ``ood_auroc``, of telling its inputs from those of the first, by each score. The last two are those of
-            `ClassPredictions` and `RegressionPredictions`; others have intervals and scores of their own, or none.
-        """
+        """A report for each group, ``intervals`` on whole sets, and ``ood_auroc`` of telling the second set apart."""
         groups: dict[str, Any] = {}
         intervals: dict[str, Any] = {}
         for group, (name, mask) in self.masks().items():
@@ -189,22 +179,17 @@ class Comparison:
     # -- text ---------------------------------------------------------------------------------------------------------
 
     def tables(self, reports: Mapping[str, Any], *, source: str = "") -> str:
-        """What was chosen; scores by group; what the uncertainty is made of; telling the second set's inputs.
-
-        Args:
-            reports: of `reports`.
-            source: by which rows was chosen, such as "200 held-out rows".
-        """
+        """What was chosen, and by which rows (``source``); scores by group; uncertainties; telling the second set."""
         parts = [self._chosen_table(source)] if self.chosen else []
         for group in self.masks():
-            rows = {name: without_spreads(report["groups"][group]) for name, report in reports.items()}
+            rows = {name: _scores(report["groups"][group]) for name, report in reports.items()}
             if any(rows.values()):
                 kind = "test set" if group == self.whole else self.noun
                 heading = group if group.endswith(self.noun) else f"{group} {kind}"
                 parts.append(format_table(rows, corner=heading))
             ends = {name: _ends(report["intervals"].get(group) or {}) for name, report in reports.items()}
             if any(ends.values()):
-                parts.append(format_table(ends, corner=INTERVALS))
+                parts.append(format_table(ends, corner="95 % intervals (bootstrap over inputs)"))
         split = {name: report for name, report in reports.items() if name not in self.baselines}
         parts.append(format_table(self._spread_rows(split), corner="uncertainty (means per group)"))
         told = {name: report["ood_auroc"] for name, report in split.items() if "ood_auroc" in report}
@@ -221,22 +206,17 @@ class Comparison:
 
     def warnings(self) -> list[str]:
         """A line for each method whose uncertainties should not be believed."""
-        return [
-            f"{name}: {'; '.join(reasons)}.\n  Its aleatoric and epistemic parts below mean nothing."
-            for name, reasons in self.caveats.items()
-        ]
+        below = "Its aleatoric and epistemic parts below mean nothing."
+        return [f"{name}: {'; '.join(reasons)}.\n  {below}" for name, reasons in self.caveats.items()]
 
     @property
     def caveats(self) -> dict[str, Sequence[str]]:
-        """By method, why its uncertainties should not be believed; only methods of which there is something to say."""
+        """By method, why its uncertainties should not be believed, where there is something to say."""
         return {name: chosen["beware"] for name, chosen in self.chosen.items() if chosen.get("beware")}
 
     def _spread_rows(self, reports: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-        return {
-            f"{method}: {group}": {name: value for name, value in report["groups"][group].items() if name in SPREADS}
-            for method, report in reports.items()
-            for group in self._disjoint()
-        }
+        apart = {f"{name}: {of}": report["groups"][of] for name, report in reports.items() for of in self._disjoint()}
+        return {heading: {key: row[key] for key in row if key in SPREADS} for heading, row in apart.items()}
 
     def _disjoint(self) -> list[str]:
         """The groups without the whole, where it has several."""
@@ -246,7 +226,7 @@ class Comparison:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def rows(self) -> Iterable[dict[str, Any]]:
-        """A row for each input: its set, its columns and its label; then each method's columns, prefixed by its name."""
+        """A row for each input: its set, columns and label; then each method's columns, prefixed by its name."""
         shared = list(self.sets[self.test].columns)
         for name, part in self.sets.items():
             labels = None if part.labels is None else np.asarray(part.labels).tolist()
@@ -264,23 +244,17 @@ class Comparison:
         return self.label_names[label] if self.label_names and label != "" else label
 
     def figure(self, *, title: str, **options: Any) -> Figure | None:
-        """All methods compared, each posterior taken apart; None where nothing is a posterior of a classification.
-
-        Args:
-            title: heading of the page.
-            options: ``caption`` and ``aleatoric_reference`` of `comparison_figure`.
-        """
+        """All methods, each posterior taken apart, by `comparison_figure`; None without a posterior of classes."""
         test = {name: sets[self.test] for name, sets in self.methods.items()}
         posteriors = [name for name, found in test.items() if getattr(found, "epistemic", None) is not None]
         if not posteriors or not all(isinstance(found, ClassPredictions) for found in test.values()):
             return None
         masks = self.masks()
+        parts = {group: masks[group] for group in self._disjoint()}
         apart = {
-            name: {
-                group: self.methods[name][masks[group][0]][masks[group][1]] for group in self._disjoint()
-            }
-            for name in posteriors
-        }  # fmt: skip
+            method: {group: self.methods[method][name][mask] for group, (name, mask) in parts.items()}
+            for method in posteriors
+        }
         labels = np.asarray(self.sets[self.test].labels)
         return comparison_figure(test, labels, apart, title=title, caveats=self.caveats, **options)
 
@@ -309,11 +283,7 @@ class Comparison:
 
 
 def csv_prefix(method: str) -> str:
-    """The name of a method in the header of a CSV file.
-
-    >>> csv_prefix("Bayesian, linearised"), csv_prefix("deterministic + temperature")
-    ('Bayesian_linearised', 'deterministic+temperature')
-    """
+    """The name of a method in the header of a CSV file: ``a, b + c`` becomes ``a_b+c``."""
     return method.replace(" + ", "+").replace(", ", "_").replace(" ", "_")
 
 
@@ -328,7 +298,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             writer.writerow(row)
 
 
-def without_spreads(report: Mapping[str, float | None]) -> dict[str, float | None]:
+def _scores(report: Mapping[str, float | None]) -> dict[str, float | None]:
     """The scores of a report, without the mean uncertainties."""
     return {name: value for name, value in report.items() if name not in SPREADS}
 

@@ -36,6 +36,9 @@ def recalibrate(predictions: Mapping[str, Any], labels: ArrayLike, *, by: str = 
         labels: of the set that chooses, (N,).
         by: that set's name.
 
+    Returns:
+        What was fitted, and the predictions by it.
+
     >>> point = {"validation": ClassPredictions(np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.9, 0.1]]))}
     >>> found = recalibrate(point, [0, 1, 0, 1])
     >>> print(found.name, found.predictions["validation"].probs[0].round(2))
@@ -55,11 +58,7 @@ def recalibrate(predictions: Mapping[str, Any], labels: ArrayLike, *, by: str = 
 
 
 def tempered(probs: NDArray[Any], temperature: float) -> NDArray[Any]:
-    """softmax(log p / T) over the last axis: log-probabilities are logits up to a shift.
-
-    >>> tempered(np.array([0.8, 0.2]), 0.5).round(3)
-    array([0.941, 0.059])
-    """
+    """softmax(log p / T) over the last axis: log-probabilities are logits up to a shift."""
     scaled = np.log(probs.clip(1e-300)) / temperature
     powers = np.exp(scaled - scaled.max(-1, keepdims=True))
     divided: NDArray[Any] = powers / powers.sum(-1, keepdims=True)

@@ -84,8 +84,10 @@ class TaggingComparison(Comparison):
         return {"words": words, "entities": entity_report(tagged, gold)}
 
     def report_of(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``groups``, with words and entities; perhaps ``ambiguous``, the words whose label is drawn at random,
-        next to the truth; with a second set ``shift_auroc``, of telling its sentences by their most uncertain word.
+        """Return numbers of words and entities by group, and of what is known of them.
+
+        ``ambiguous`` are those of the words whose label is drawn at random, next to the truth. ``shift_auroc`` is of
+        telling the second set's sentences by their most uncertain word.
         """
         report: dict[str, Any] = {"groups": super().report_of(predictions)["groups"]}
         pairs = list(zip(predictions[self.test], self.sentences[self.test], strict=True))
@@ -102,10 +104,8 @@ class TaggingComparison(Comparison):
         return report
 
     def _ambiguous(self, picked: Sequence[tuple[TaggedSentence, list[int]]]) -> dict[str, float]:
-        entropy, epistemic, largest = (
-            np.concatenate([values(one)[words] for one, words in picked]).mean()
-            for values in (lambda one: one.entropy, lambda one: one.epistemic, lambda one: one.probs.max(-1))
-        )
+        parts = [np.stack([one.entropy, one.epistemic, one.probs.max(-1)])[:, words] for one, words in picked]
+        entropy, epistemic, largest = np.concatenate(parts, axis=1).mean(1)
         share = self.ambiguous_share or 0.0
         return {
             "probability": float(largest),
@@ -117,12 +117,7 @@ class TaggingComparison(Comparison):
         }
 
     def tables(self, reports: Mapping[str, Any], *, source: str = "") -> str:
-        """Words and entities by group, the ambiguous words next to the truth, and telling shifted sentences.
-
-        Args:
-            reports: of `reports`.
-            source: of what was chosen, as in `Comparison.tables`.
-        """
+        """Words and entities by group, the ambiguous words next to the truth, and telling shifted sentences."""
         parts = [self._chosen_table(source)] if source and self.chosen else self.warnings()
         for kind in ("words", "entities"):
             for group, (name, _) in self.masks().items():
@@ -164,20 +159,14 @@ class TaggingComparison(Comparison):
                         yield row | {key: f"{getattr(one, key):.6g}" for key in keys}
 
     def figure(self, *, title: str, shown: str | None = None, **options: Any) -> Figure:
-        """Sentences with each word's uncertainties as one method tells them; calibration and refusal of entities.
-
-        Args:
-            title: heading of the page.
-            shown: that method; by default the first one with an epistemic part.
-            options: of matplotlib's ``Figure``.
-        """
+        """Sentences as the method ``shown`` tells them, by default the first posterior; calibration of entities."""
         from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 
         methods = self.methods
         posteriors = [name for name, sets in methods.items() if any(one.epistemic.any() for one in sets[self.test])]
         shown = shown or (posteriors or list(methods))[0]
         figure = Figure(**{"figsize": (13, 11.5), "layout": "constrained", **options})
-        strip, panels = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+        strip, panels = np.asarray(figure.subfigures(2, 1, height_ratios=(1.15, 1)))
         word_strip(strip.subplots(), self._shown(methods[shown]), shown)
         reliability, risk = panels.subplots(1, 2)
         test = {name: [item for one in sets[self.test] for item in one.entities] for name, sets in methods.items()}
@@ -186,7 +175,7 @@ class TaggingComparison(Comparison):
         }
         if right:
             probability = {name: np.array([item.probability for item in test[name]]) for name in right}
-            event_reliability(reliability, probability, right)
+            event_reliability(reliability, probability, right, question="Is an entity right as often as it says?")
             reliability.set(xlabel="probability of span and type", ylabel="share of entities right")
             risk_coverage(risk, probability, {name: 1 - value for name, value in right.items()})
             risk.set(xlabel="% of predicted entities kept, most probable first", ylabel="% of these wrong")

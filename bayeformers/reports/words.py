@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,8 +20,17 @@ LINE = 100
 """Characters of a strip's line."""
 
 
-def event_reliability(axes: Axes, probability: Mapping[str, ArrayLike], happened: Mapping[str, ArrayLike]) -> None:
-    """How often events happen, against the probability (N,) that each method gave them, in bins of equal numbers."""
+def event_reliability(
+    axes: Axes, probability: Mapping[str, ArrayLike], happened: Mapping[str, ArrayLike], *, question: str
+) -> None:
+    """How often events happen, against the probability (N,) that each method gave them, in bins of equal numbers.
+
+    Args:
+        axes: the panel.
+        probability: by method, of its events.
+        happened: by method, 1 or 0 of each event.
+        question: the panel's title.
+    """
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="ideal: right as often as it says")
     for index, (name, values) in enumerate(probability.items()):
         bins = calibration_bins(np.asarray(values), np.asarray(happened[name], dtype=np.float64))
@@ -30,7 +39,7 @@ def event_reliability(axes: Axes, probability: Mapping[str, ArrayLike], happened
         axes.vlines(bins[:, 0], *wilson_interval(bins[:, 1], bins[:, 2]), color=colour, linewidth=1, alpha=0.5)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.01))
     caption = "Test set; below the diagonal: too sure of itself. Bars: 95 % intervals."
-    panel_title(axes, "Is it right as often as it says?", caption)
+    panel_title(axes, question, caption)
     legend_below(axes)
 
 
@@ -71,7 +80,12 @@ def _draw_sentence(axes: Axes, sentence: Sentence, tagged: TaggedSentence, heigh
         centre = left + wide / 2
         bars, bottom = (aleatoric[place], epistemic[place]), height + 0.42
         axes.bar([centre] * 2, bars, width=wide - 1, bottom=[bottom, bottom + bars[0]], color=METHOD_COLOURS[1::-1])
-        text = {"fontsize": 7, "ha": "center", "va": "baseline", "color": "black" if label == gold else WRONG}
+        text: dict[str, Any] = {
+            "fontsize": 7,
+            "ha": "center",
+            "va": "baseline",
+            "color": "black" if label == gold else WRONG,
+        }
         axes.text(centre, height, word, fontsize=10, ha="center", va="baseline")
         if label != OUTSIDE or label != gold:
             axes.text(centre, height - 0.4, f"{label} {float(tagged.probs[place].max()):.2f}", **text)

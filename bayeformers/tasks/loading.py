@@ -25,6 +25,9 @@ def load_hub(name: str, config: str | None = None, *, what: str = "", remedy: st
         what: what to call it in an error; by default its name.
         remedy: what an error says to do without network.
 
+    Returns:
+        Split -> rows.
+
     Raises:
         OSError: it cannot be loaded, for whatever reason.
     """
@@ -50,10 +53,11 @@ def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None,
         data_dir: a folder of the official TSV files, such as ``glue/CoLA``; without one the hub's copy is loaded.
         remedy: what the error of a hub that cannot be reached adds to its advice.
 
+    Returns:
+        Split -> rows.
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is malformed.
-        OSError: the hub cannot be reached.
     """
     from datasets import Dataset
 
@@ -83,9 +87,8 @@ def load_tsv(task: GlueTask, path: str | PathLike[str], *, labelled: bool | None
         path: the file.
         labelled: whether it must have labels; None: where there are any.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a malformed row, named by file and line.
+    Returns:
+        The rows; a missing file, or a malformed row, is an error that names it.
     """
     from datasets import Dataset
 

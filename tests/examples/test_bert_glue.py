@@ -12,16 +12,9 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from examples.bert_glue import main
-from examples.glue.arguments import (
-    EMBEDDED,
-    PRETRAINED,
-    DataArguments,
-    parse_arguments,
-    parse_prior,
-    parse_prior_precision,
-)
-from examples.glue.data import load_data
+from bayeformers.experiments import GlueArguments, GlueData, load_glue_data, parse_prior, parse_prior_precision
+from examples.bert_glue import EMBEDDED, PRETRAINED, main, parse_arguments
+from examples.data.grammar import generate
 
 SMALL = [
     "--max_train_samples", "64", "--max_eval_samples", "40", "--num_train_epochs", "1", "--bayesian_epochs", "1",
@@ -173,6 +166,10 @@ def encoder(run: tuple[dict[str, Any], Path], tmp_path: Path) -> str:
     return str(run[1] / "deterministic")
 
 
+def load_data(**arguments: Any) -> GlueData:
+    return load_glue_data(GlueArguments(**arguments), seed=0, embedded=generate)
+
+
 def write(path: Path, *lines: str) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -223,7 +220,7 @@ def test_validation_is_held_out_of_train_and_shift_out_of_dev(tmp_path: Path) ->
     write(tmp_path / "train.tsv", *(f"a\t{i % 2}\t\tsentence {i}" for i in range(50)))
     write(tmp_path / "dev.tsv", *(f"a\t1\t\tdev {i}" for i in range(6)))
     write(tmp_path / "out_of_domain_dev.tsv", *(f"a\t1\t\tdev {i}" for i in range(2)))
-    data = load_data(DataArguments(task_name="cola", data_dir=str(tmp_path), validation_share=0.2), seed=0)
+    data = load_data(task_name="cola", data_dir=str(tmp_path), validation_share=0.2)
     assert (len(data.train), len(data.validation), len(data.test)) == (40, 10, 4)
     assert data.shifted is not None and data.shifted["sentence"][:] == ["dev 0", "dev 1"]
     assert not set(data.train["sentence"]) & set(data.validation["sentence"])
@@ -233,16 +230,16 @@ def test_validation_is_held_out_of_train_and_shift_out_of_dev(tmp_path: Path) ->
 def test_missing_train_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "dev.tsv", "index\tquestion\tsentence\tlabel", "0\ta\tb\tentailment")
     with pytest.raises(FileNotFoundError, match=r"lacks train.tsv of qnli"):
-        load_data(DataArguments(task_name="qnli", data_dir=str(tmp_path)), seed=0)
+        load_data(task_name="qnli", data_dir=str(tmp_path))
 
 
 def test_offline_hub_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("examples.glue.data.load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(OSError, match=r"no network\nWithout network, give --data_dir a folder .*train.tsv, dev.tsv"):
-        load_data(DataArguments(task_name="rte"), seed=0)
+        load_data(task_name="rte")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +253,7 @@ def test_offline_hub_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_wrong_data_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataArguments(**changes)
+        GlueArguments(**changes)
 
 
 def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
