@@ -43,7 +43,7 @@ prior's, as in the embedded task of the GLUE example.
 """
 FILES: dict[str, Any] = {
     "learning_rate": 3e-5, "num_train_epochs": 2, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32,
-    "warmup_steps": 0.1, "patience": 2,
+    "warmup_steps": 0.1, "patience": 2, "bayesian_epochs": 1,
 }  # fmt: skip
 """Defaults of real data: fine-tuning of a pretrained model, with the lengths that SQuAD is usually run with."""
 WRITTEN_GROUPS = (
@@ -140,9 +140,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         lengths = {"max_length": data_args.max_seq_length, "stride": data_args.doc_stride}
         read = {name: read_windows(questions, tokenizer, **lengths) for name, questions in data.sets.items()}
     train, validation = (Dataset.from_dict(read[name][1]) for name in ("train", "validation"))
-    experiment = experiments.Experiment(
-        args, train, validation, DataCollatorWithPadding(tokenizer), tokenizer, data.rows
-    )
+    collator = DataCollatorWithPadding(tokenizer)
+    experiment = experiments.Experiment(args, train, validation, collator, tokenizer, data.rows)
     clock.lap("data")
 
     def logits_of(trainer: BayesianTrainer) -> dict[str, list[torch.Tensor]]:
@@ -200,16 +199,14 @@ def report(
 ) -> None:
     """Print the tables and write the three files."""
     sizes = ", ".join(f"{part.size} {name} questions" for name, part in comparison.sets.items())
-    figure = comparison.figure(
-        title=f"When is an answer worth giving? {results['data']}: {sizes}",
-        caption="Surest first: by the probability of the answer given, which may be that there is none."
-        + (WRITTEN_GROUPS if is_written else ""),
-        aleatoric_reference=(math.log(2), f"truth for ambiguous questions (ln 2 = {math.log(2):.3f})")
-        if is_written
-        else None,
-    )
+    title = f"When is an answer worth giving? {results['data']}: {sizes}"
+    caption = "Surest first: by the probability of the answer given, which may be that there is none."
+    caption += WRITTEN_GROUPS if is_written else ""
+    truth = (math.log(2), f"truth for ambiguous questions (ln 2 = {math.log(2):.3f})") if is_written else None
+    figure = comparison.figure(title=title, caption=caption, aleatoric_reference=truth)
     files = comparison.write(experiment.folder, results, figure, figure_name="answers.png")
-    print(f"\n{comparison.tables(results['methods'])}\n\nWritten to {experiment.folder}: {', '.join(files)}")
+    tables = comparison.tables(results["methods"], differences=results["differences"])
+    print(f"\n{tables}\n\nWritten to {experiment.folder}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -55,10 +55,13 @@ HELD_OUT = 256
 """Validation sentences that choose the Laplace posterior's prior precision."""
 LOG_PRECISIONS = (-1.0, 6.0)
 """Between which decimal logarithms it is sought."""
-TEMPERED = " + temperature"
+ON_BYTES = ("bloom", "gpt2", "roberta", "deberta", "longformer")
+"""Models whose tokenizer works on bytes and wants a blank before each word."""
 
 Draws = list[NDArray[Any]]
 """Of each sentence, log-probabilities (S draws, words, labels)."""
+Encoded = tuple[Dataset, list[list[int]]]
+"""A set as the model sees it, and the position of each word's first piece, see `encode_words`."""
 
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
@@ -94,8 +97,8 @@ Arguments = tuple[ModelArguments, ConllArguments, TokenTrainingArguments]
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """The command line; what it does not say is the default of the generated set, or of other data."""
     named = any(vars(experiments.look_ahead(argv, "train_file", "dataset_name")).values())
-    groups, kinds = (ModelArguments, ConllArguments, TokenTrainingArguments), {"generated set": GENERATED}
-    kinds["other data"] = PRETRAINED
+    groups = (ModelArguments, ConllArguments, TokenTrainingArguments)
+    kinds = {"generated set": GENERATED, "other data": PRETRAINED}
     model, data, training = experiments.ExperimentParser(groups, kinds, list(kinds)[named]).parse(argv)
     if named and model.model_name_or_path is None and training.eval_only is None:
         with experiments.user_input():
@@ -110,31 +113,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 def load_model(name_or_path: str | None, data: ConllData) -> tuple[Any, Any]:
     """A pretrained encoder with a head per word, or a tiny BERT; and its tokenizer."""
     labels = data.labels
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    names: dict[str, Any] = {"id2label": dict(enumerate(labels))}
+    names["label2id"] = {label: index for index, label in names["id2label"].items()}
     if name_or_path is None:
         tokenizer = make_tokenizer(" ".join(sentence.words) for sentence in data.sets["train"])
         config = make_model(len(tokenizer), len(labels)).config
         config.update(names)
         return BertForTokenClassification(config), tokenizer
-    on_bytes = AutoConfig.from_pretrained(name_or_path).model_type in (
-        "bloom",
-        "gpt2",
-        "roberta",
-        "deberta",
-        "longformer",
-    )
+    on_bytes = AutoConfig.from_pretrained(name_or_path).model_type in ON_BYTES
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"add_prefix_space": True} if on_bytes else {}))
-    model = AutoModelForTokenClassification.from_pretrained(
-        name_or_path,
-        num_labels=len(labels),
-        ignore_mismatched_sizes=True,  # the head of another task
-        **names,
-    )
-    return model, tokenizer
-
-
-Encoded = tuple[Dataset, list[list[int]]]
-"""A set as the model sees it, and the position of each word's first piece, see `encode_words`."""
+    names |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}  # the head may be another task's
+    return AutoModelForTokenClassification.from_pretrained(name_or_path, **names), tokenizer
 
 
 # --- Draws of words --------------------------------------------------------------------------------------------------
@@ -206,7 +195,7 @@ def prepare(arguments: Arguments, data: ConllData, tokenizer: Any) -> Run:
 
 def train_and_predict(arguments: Arguments, data: ConllData) -> Run:
     """Fit the point estimate and each posterior around it, save them, and predict with all."""
-    how, _, _ = arguments
+    how = arguments[0]
     with experiments.user_input():
         model, tokenizer = load_model(how.model_name_or_path, data)
         run = prepare(arguments, data, tokenizer)
@@ -219,7 +208,8 @@ def train_and_predict(arguments: Arguments, data: ConllData) -> Run:
     if how.method != "variational":
         experiments.say("2. Laplace: a Gaussian around the trained weights, from the curvature there")
         name = LAPLACE if how.laplace_subset == "all" else LAPLACE_LAST_LAYER
-        run.finish(name, fit_laplace(run, trained, name, {**how.laplace, "prior_mean": initial}))
+        layers = {"target_modules": how.target_modules, "exclude_modules": how.exclude_modules}
+        run.finish(name, fit_laplace(run, trained, name, {**how.laplace, **layers, "prior_mean": initial}))
     if how.method != "laplace":
         experiments.say("3. Making it Bayesian: weights become distributions around the trained ones")
         run.finish(BAYESIAN, run.experiment.fit_variational(trained, how))
@@ -267,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     set_seed(args.seed)
     with experiments.user_input():
-        starts = {"trains": args.num_train_epochs > 0, "eval_only": args.eval_only, "generated": data_args.is_generated}
-        past = experiments.past_of(model_args.model_name_or_path, **starts)
+        name, trains, saved = model_args.model_name_or_path, args.num_train_epochs > 0, args.eval_only
+        past = experiments.past_of(name, trains=trains, eval_only=saved, generated=data_args.is_generated)
         data = experiments.load_conll_data(data_args, args.seed, past, generate=generate)
     run = (evaluate_saved if args.eval_only else train_and_predict)(arguments, data)
 
@@ -279,13 +269,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if point := titles.get(DETERMINISTIC):
         temperature = fitted_temperature(draws[point]["validation"], data.sets["validation"], data.labels)
         scaled = {name: tempered(part, temperature) for name, part in draws[point].items()}
-        draws, results["temperature"] = {point: draws[point], point + TEMPERED: scaled, **draws}, temperature
-    comparison = reports.TaggingComparison(
-        data.reported, data.labels, ambiguous_share=PERSON_SHARE if data_args.is_generated else None
-    )
+        draws = {point: draws[point], f"{point} + temperature": scaled, **draws}
+        results["temperature"] = temperature
+    share = PERSON_SHARE if data_args.is_generated else None
+    comparison = reports.TaggingComparison(data.reported, data.labels, ambiguous_share=share)
     for title, sets in draws.items():
-        beware = results["facts"].get(title, {}).get("beware")
-        comparison.add_draws(title, sets, chosen={"beware": beware})
+        comparison.add_draws(title, sets, chosen={"beware": results["facts"].get(title, {}).get("beware")})
     results["methods"] = comparison.reports()
     run.clock.lap("scores")
     results |= {"seconds": run.clock.seconds, "arguments": {**asdict(model_args), **asdict(data_args)}}

@@ -65,8 +65,10 @@ class AnswerComparison(Comparison):
         test = {name: sets[self.test] for name, sets in self.methods.items()}
         return {f"{last} less {other}": _difference(test[last], test[other]) for other in others}
 
-    def tables(self, reports: Mapping[str, Any], *, source: str = "") -> str:
-        """The tables of `Comparison.tables`, then what doubts can tell, and what is better."""
+    def tables(
+        self, reports: Mapping[str, Any], *, source: str = "", differences: Mapping[str, Any] | None = None
+    ) -> str:
+        """The tables of `Comparison.tables`, then what doubts can tell, and the ``differences``, if they are known."""
         parts, methods = [super().tables(reports, source=source)], list(reports)
         told = {
             key: {name: reports[name]["detection"].get(key, {}).get("auroc") for name in methods}
@@ -75,7 +77,7 @@ class AnswerComparison(Comparison):
         }
         if told:
             parts.append(format_table(told, corner="AUROC of telling (last method's 95 % interval)"))
-        for pair, rows in self.differences().items():
+        for pair, rows in (self.differences() if differences is None else differences).items():
             parts.append(format_table(rows, corner=f"{pair} (95 % interval)"))
         return "\n\n".join(parts)
 
