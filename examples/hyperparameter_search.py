@@ -21,11 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from accelerate import PartialState
-from optuna.study import Study
-from optuna.trial import BaseTrial
 from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging
 
@@ -45,7 +42,6 @@ REDUCED: dict[str, Any] = {
     "num_eval_samples_during_training": 4, "num_eval_samples": 8,
 }  # fmt: skip
 """Defaults of the embedded task: those of bert_glue with shorter trainings and fewer test sentences."""
-
 PRETRAINED: dict[str, Any] = {
     "num_train_epochs": 4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64,
     "warmup_steps": 0.1, "patience": 2, "bayesian_epochs": 2,
@@ -177,7 +173,7 @@ def make_start(arguments: Arguments) -> Start:
     return Start(arguments, data, model, experiment)
 
 
-def train_start(study: Study, start: Start) -> None:
+def train_start(study: optuna.Study, start: Start) -> None:
     """Train the deterministic model that all trials start from; without ``--delta``, calibrate that of the first."""
     experiment, state, how = start.experiment, PartialState(), start.arguments.model
     say(f"The deterministic model that every trial starts from: {len(start.data.train)} training examples")
@@ -190,19 +186,19 @@ def train_start(study: Study, start: Start) -> None:
     state.wait_for_everyone()
 
 
-def run_trials(study: Study, space: Space, start: Start) -> None:
+def run_trials(study: optuna.Study, space: Space, start: Start) -> None:
     """Trials until the study has ``n_trials``: conversions of the same trained model, as each trial says."""
     arguments, experiment = start.arguments, start.experiment
 
-    def model_init(trial: BaseTrial | None = None) -> Any:
+    def model_init(trial: optuna.trial.BaseTrial | None = None) -> Any:
         setting = space.defaults if trial is None else space.suggest(trial)
         model = experiments.load_saved(
             DETERMINISTIC, experiment.folder / DETERMINISTIC, AutoModelForSequenceClassification
         )
         return to_bayesian(model, setting["delta"], **converted_by(setting, arguments.model).conversion)
 
-    first = {name: space.defaults[name] for name in TRAINING}
-    changes = {"num_train_epochs": arguments.training.bayesian_epochs, **first}
+    changes: dict[str, Any] = {name: space.defaults[name] for name in TRAINING}
+    changes["num_train_epochs"] = arguments.training.bayesian_epochs
     trainer = experiment.trainer(None, "search", model_init=model_init, **changes)
     studies.run_trials(study, trainer, space, arguments.search, experiment.folder)
 
@@ -268,12 +264,12 @@ def setting_report(start: Start, setting: Setting) -> dict[str, Any]:
 def test_report(predictions: Mapping[str, Any], data: GlueData) -> dict[str, Any]:
     """Scores on the test set, and the NLL on the validation set that the search judges by."""
     sets = {"validation": data.validation, "test": data.test}
-    of = {name: data.report(predictions[name], np.asarray(rows["label"])) for name, rows in sets.items()}
+    of = {name: data.report(predictions[name], list(rows["label"])) for name, rows in sets.items()}
     return {**of["test"], "validation_nll": of["validation"]["nll"]}
 
 
 # --- Results ---------------------------------------------------------------------------------------------------------
-def search_results(study: Study, space: Space, arguments: Arguments) -> dict[str, Any]:
+def search_results(study: optuna.Study, space: Space, arguments: Arguments) -> dict[str, Any]:
     """Every number of the search."""
     trials = studies.done(study)
     rows = {trial.number: studies.trial_row(trial, space.suggest(trial)) for trial in trials}

@@ -1,6 +1,5 @@
 """What is fitted to held-out rows never sees rows that the model was trained on, whatever the seed and the flags."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ from bayeformers.experiments import (
     GlueArguments,
     GlueData,
     History,
-    Split,
-    TrainingRows,
-    check_known,
-    fingerprint,
     history_of,
     load_glue_data,
-    row_hashes,
     run_command,
 )
 from bayeformers.experiments.rows import FILE
@@ -232,26 +226,6 @@ def test_contradictions_are_refused(run: tuple[dict[str, Any], Path], glue: Path
 
 
 # --- The record ------------------------------------------------------------------------------------------------------
-def test_a_record_comes_back(tmp_path: Path) -> None:
-    hashes = row_hashes(["a", "b", b"c"])
-    record = TrainingRows("cola", fingerprint(hashes), Split(3, {"validation_share": 0.1}), "x", np.sort(hashes))
-    record.save(tmp_path)
-    found = TrainingRows.load(tmp_path)
-    assert found is not None and found.split == record.split and (found.seen == record.seen).all()
-    assert (found.task, found.source, found.train) == (record.task, record.source, record.train)
-    assert (
-        TrainingRows.load(tmp_path / "none") is None and history_of("x", [tmp_path / "none"], must_know=False) == FRESH
-    )
-    check_known(FRESH)
-
-
-@pytest.mark.parametrize("damage", [{"seen": "?"}, {"num_seen": 2}, {"version": 9}, {"seed": None}])
-def test_a_damaged_record_is_refused(damage: dict[str, Any], tmp_path: Path) -> None:
-    TrainingRows("cola", "s", Split(3), "x", row_hashes(["a"])).save(tmp_path)
-    content = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps({**content, **damage}))
-    with pytest.raises(ValueError, match=r"training_rows.json is damaged"):
-        TrainingRows.load(tmp_path)
 
 
 # --- The command line ------------------------------------------------------------------------------------------------

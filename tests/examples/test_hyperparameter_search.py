@@ -18,7 +18,7 @@ from bayeformers.distributions import MopedPrior, NormalPrior
 from bayeformers.experiments import parse_prior, study
 from bayeformers.experiments.space import Space, converted_by
 from bayeformers.experiments.study import NAME, best_found, done, storage_of, trial_seed
-from bayeformers.reports.search import BEST, DEFAULTS, paired_difference
+from bayeformers.reports.search import BEST, DEFAULTS
 from examples.hyperparameter_search import fresh_start, main, parse_arguments, setting_report
 
 SMALL = [
@@ -146,12 +146,6 @@ def test_confirmation_is_paired_on_fresh_seeds(resumed: Outcome) -> None:
         number = results["best"]["number"]
         kept = json.loads((folder / "confirm" / f"seed-{seed}" / f"trial-{number}.json").read_text())
         assert kept == confirmed["methods"][BEST][seed - 1042]
-
-
-def test_paired_difference_leaves_out_what_a_report_lacks() -> None:
-    first = [{"nll": 1.0, "ece": None}, {"nll": 3.0, "ece": 0.5}]
-    second = [{"nll": 0.5, "ece": 0.25}, {"nll": 1.5, "ece": 0.25}]
-    assert paired_difference(first, second) == {"nll": {"mean": 1.0, "standard_error": 0.5}}
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
