@@ -13,43 +13,37 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianConfig, BayesianTrainer, LaplacePosterior, experiments, to_bayesian
 from bayeformers.experiments import Experiment, image_classification, predict_sets, say
 from bayeformers.experiments.image_classification import ImageArguments, ImageData, ImageTrainingArguments
-from bayeformers.experiments.phases import OneLineProgress
 from bayeformers.models.catalogue import IMAGE_CLASSIFIERS
-from bayeformers.reports import ClassPredictions, format_table, recalibrate
+from bayeformers.reports import format_table, recalibrate
 from bayeformers.reports.conversion import Sizes, size_figure, size_table, start_figure
 from bayeformers.reports.shift import ShiftCurve, shift_figure, shift_tables
 from bayeformers.reports.writing import write_results
-from bayeformers.tasks.images import ImageDataset
 
+OUTPUT_DIR = "outputs/image_classification"  # the models, and the numbers and the picture as TASK.json and TASK.png
 POINT, TRAINED_ON = "deterministic", "deterministic, trained on"
 TITLES = {"variational": "Bayesian (ELBO)", "laplace": "Laplace"}
 FOLDERS = {POINT: "deterministic", TRAINED_ON: "trained_on", **{title: name for name, title in TITLES.items()}}
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
-OUTPUT_DIR = "outputs/image_classification"  # the models, and the numbers and the picture as TASK.json and TASK.png
 DEFAULTS: dict[str, dict[str, Any]] = {
     "scikit-learn's digits": {  # few images, hence more epochs; easy ones, hence many held out to choose by
         "num_train_epochs": 40, "per_device_train_batch_size": 32, "bayesian_epochs": 10, "validation_share": 0.5,
-        "output_dir": OUTPUT_DIR,
     },
-    "other images": {
-        "num_train_epochs": 15, "per_device_train_batch_size": 64, "bayesian_epochs": 4, "output_dir": OUTPUT_DIR,
-    },
+    "other images": {"num_train_epochs": 15, "per_device_train_batch_size": 64, "bayesian_epochs": 4},
 }  # fmt: skip
 
 
@@ -60,10 +54,7 @@ class ClassifierArguments(experiments.ConversionArguments, experiments.LaplaceAr
     model: str = field(default="lenet5", metadata={"help": f"One of {', '.join(IMAGE_CLASSIFIERS)}."})
     task: Literal["acc", "init", "uncert"] = field(
         default="acc",
-        metadata={
-            "help": "acc: the methods' scores and sizes; init: a pretrained net converted, then trained with its means "
-            "frozen or not; uncert: uncertainty and error of rotated images."
-        },
+        metadata={"help": "acc: scores and sizes; init: where a converted net starts; uncert: rotated images."},
     )
     width: float = field(default=1.0, metadata={"help": "Factor of every layer's width."})
     model_name_or_path: str | None = field(
@@ -94,22 +85,15 @@ class ClassifierArguments(experiments.ConversionArguments, experiments.LaplaceAr
         super().__post_init__()
 
 
-Arguments = tuple[ClassifierArguments, ImageArguments, ImageTrainingArguments]
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ClassifierArguments, ImageArguments, Any]:
     """The command line's arguments; what it does not say comes from the model's defaults, then from the images'."""
     known = experiments.look_ahead(argv, "data_dir", "dataset_name", "model")
     kind = list(DEFAULTS)[bool(known.data_dir or known.dataset_name)]
-    groups = (ClassifierArguments, ImageArguments, ImageTrainingArguments)
-    parser = experiments.ExperimentParser(groups, DEFAULTS, kind)
+    parser = experiments.ExperimentParser((ClassifierArguments, ImageArguments, ImageTrainingArguments), DEFAULTS, kind)
     rates = {f"--model {name}": {"learning_rate": of.learning_rate} for name, of in IMAGE_CLASSIFIERS.items()}
     parser.show_defaults(rates)
-    parser.set_defaults(**rates.get(f"--model {known.model or 'lenet5'}", {}))
+    parser.set_defaults(output_dir=OUTPUT_DIR, **rates.get(f"--model {known.model or 'lenet5'}", {}))
     return parser.parse(argv)
-
-
-# --------------------------------------------------------------------------------------------------------------- model
 
 
 @dataclass
@@ -160,14 +144,9 @@ class Run:
         return self.data.described(kind if self.how.model_name_or_path else self.how.model) + warning
 
 
-def predicted(trainer: BayesianTrainer, images: ImageDataset) -> ClassPredictions:
-    return predict_sets(trainer, {"images": images})["images"]
-
-
 # --------------------------------------------------------------------------------------------------------------- tasks
 
-Outcome = tuple[dict[str, Any], list[str], Figure]
-"""A task's numbers, its tables, and its picture."""
+Outcome = tuple[dict[str, Any], list[str], Figure]  # a task's numbers, its tables, and its picture
 
 
 def compare(run: Run) -> Outcome:
@@ -178,13 +157,12 @@ def compare(run: Run) -> Outcome:
     longer.train()
     run.clock.lap("trained_on_training")
     trainers = {POINT: run.trained, TRAINED_ON: longer, **run.posteriors()}
-    found, seconds = {}, {}
+    found, seconds, sizes = {}, {}, {}
     for name, trainer in trainers.items():
-        validation, start = predicted(trainer, data.validation), time.perf_counter()
-        found[name] = {"validation": validation, "test": predicted(trainer, data.test)}
+        validation, start = image_classification.predict_images(trainer, data.validation), time.perf_counter()
+        found[name] = {"validation": validation, "test": image_classification.predict_images(trainer, data.test)}
         seconds[name] = time.perf_counter() - start
     run.clock.lap("prediction")
-    sizes = {}
     for name, trainer in trainers.items():
         experiment.save(trainer, FOLDERS[name])
         trainer.accelerator.wait_for_everyone()
@@ -201,13 +179,8 @@ def compare(run: Run) -> Outcome:
         "validation": {name: data.scores(of["validation"], "validation") for name, of in found.items()},
         "costs": {name: {**asdict(of), "ms_per_image": costs[name]} for name, of in sizes.items()},
     }
-    figure = size_figure(
-        {name: of["test"] for name, of in found.items()},
-        data.test.labels.numpy(),
-        {name: of.bytes / 1000 for name, of in sizes.items()},
-        {name: float(report["nll"] or 0.0) for name, report in reports.items()},
-        title=f"What does a posterior add? {run.described()}",
-    )
+    tests, labels = {name: of["test"] for name, of in found.items()}, data.test.labels.numpy()
+    figure = size_figure(tests, labels, sizes, title=f"What does a posterior add? {run.described()}")
     return results, [format_table(reports, corner="test images", digits=4), size_table(sizes, costs)], figure
 
 
@@ -225,7 +198,7 @@ def start(run: Run) -> Outcome:
         trainer = run.converted(folder, freeze=freeze)
         if mean not in tests:
             tests[mean] = image_classification.predict_by_mean(trainer, data.test)
-            tests[draws] = predicted(trainer, data.test)
+            tests[draws] = image_classification.predict_images(trainer, data.test)
         say(f"{name}: from the converted network on")
         args, all_draws = trainer.args, trainer.args.num_eval_samples
         args.num_eval_samples = args.num_eval_samples_during_training or all_draws  # as after each epoch
@@ -233,7 +206,7 @@ def start(run: Run) -> Outcome:
         args.num_eval_samples = all_draws
         trainer.train()
         curves[name] = [first, *image_classification.learning_curve(trainer)]
-        tests[name] = predicted(trainer, data.test)
+        tests[name] = image_classification.predict_images(trainer, data.test)
         run.clock.lap(f"{folder}_training")
 
     reports = {name: data.scores(predictions) for name, predictions in tests.items()}
@@ -260,35 +233,27 @@ def turn(run: Run) -> Outcome:
     """``--task uncert``: error and uncertainties of every method on test images rotated further and further."""
     data, degrees, image = run.data, angles(run.how.angle_step), run.how.strip_image
     trainers = {POINT: run.trained, **run.posteriors()}
-    found: dict[str, list[ClassPredictions]] = {name: [] for name in trainers}
-    for trainer in trainers.values():
-        trainer.pop_callback(OneLineProgress)  # one bar for all predictions, not one for each
-    for angle in tqdm(degrees, desc="angles", disable=run.experiment.args.disable_tqdm):
-        for name, trainer in trainers.items():
-            found[name].append(predicted(trainer, data.test.rotated(angle)))
+    show = not run.experiment.args.disable_tqdm
+    found = image_classification.predict_rotated(trainers, data.test, degrees, progress=show)
     run.clock.lap("prediction")
 
     labels = data.test.labels.numpy()
     curves = {name: ShiftCurve.from_predictions(predictions, labels) for name, predictions in found.items()}
     shown = next(name for name in found if name != POINT)
     probs = np.stack([one.probs[image] for one in found[shown]])
-    results = {
-        "degrees": degrees,
-        "methods": {name: asdict(curve) for name, curve in curves.items()},
-        "strip": {"method": shown, "image": image, "probabilities": probs},
-    }
+    results = {"degrees": degrees, "methods": {name: asdict(curve) for name, curve in curves.items()}}
+    results["strip"] = {"method": shown, "image": image, "probabilities": probs}
     chosen = data.test.select([image])
     strip = torch.cat([chosen.rotated(angle).images for angle in degrees]).movedim(1, -1).squeeze(-1).clamp(0, 1)
-    label = data.class_names[int(chosen.labels)]
     figure = shift_figure(
         degrees, curves, strip.numpy(), probs, data.class_names,
         title=f"Does it know that it errs? {run.described()}, rotated",
-        strip_title=f"{shown}: one test image (label {label}) at each angle",
+        strip_title=f"{shown}: one test image (label {data.class_names[int(chosen.labels)]}) at each angle",
     )  # fmt: skip
     return results, shift_tables(degrees, curves), figure
 
 
-TASKS: dict[str, Callable[[Run], Outcome]] = {"acc": compare, "init": start, "uncert": turn}
+TASKS = {"acc": compare, "init": start, "uncert": turn}
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
@@ -304,30 +269,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         size = image_classification.image_size_of(how.model, path)
         data = image_classification.load_image_data(image_args, args.seed, size, history=past)
         if how.task == "uncert" and how.strip_image >= len(data.test):
-            raise ValueError(
-                f"`strip_image` must be below {len(data.test)}, the number of test images, got {how.strip_image}."
-            )
+            count = f"{len(data.test)}, the number of test images"
+            raise ValueError(f"`strip_image` must be below {count}, got {how.strip_image}.")
         model = image_classification.load_classifier(how.model, path, how.width, data)
     clock.lap("loading")
     experiment = Experiment(args, data.train, data.validation, default_data_collator, rows=data.rows)
     say(f"Deterministic: {type(model).__name__}, {len(data.train):,} training images of {data.name}")
+    trained = experiment.fit(model) if path is None else experiment.trainer(model, FOLDERS[POINT])
     if path is None:
-        trained = experiment.fit(model)
         experiment.save(trained, FOLDERS[POINT])
-    else:
-        trained = experiment.trainer(model, FOLDERS[POINT])
     clock.lap("deterministic_training")
     run = Run(how, data, experiment, trained, clock)
     results, tables, figure = TASKS[how.task](run)
-    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     results = {
         "task": how.task, "model": path or how.model, "images": data.facts, "seed": args.seed,
-        "processes": args.world_size, "parameters": parameters, "seconds": clock.seconds, **run.facts, **results,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "processes": args.world_size, "seconds": clock.seconds, **run.facts, **results,
         "arguments": {**asdict(how), **asdict(image_args), "training": args.to_sanitized_dict()},
     }  # fmt: skip
     if args.process_index == 0:
-        if results.get("beware"):
-            beware = "; ".join(results["beware"])
+        if beware := "; ".join(results.get("beware", ())):
             tables.append(f"Laplace: {beware}.\n  Its aleatoric and epistemic parts mean nothing.")
         write_results(experiment.folder, results, {f"{how.task}.png": figure}, *tables, name=f"{how.task}.json")
     return results

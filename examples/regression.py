@@ -39,8 +39,7 @@ from examples.data.curves import CurveData
 HMC, HMC_HEAD = "HMC, the reference", "HMC, noise head"
 GRID_POINTS, NUM_FUNCTIONS = 241, 12
 
-Noise = float | Literal["head"]
-"""A standard deviation, or that of the network's second output."""
+Noise = float | Literal["head"]  # a standard deviation, or that of the network's second output
 float_tensor = partial(torch.as_tensor, dtype=torch.float32)
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -53,8 +52,7 @@ class CurveArguments:
     """Which data, which network, which prior, and how long the reference samples."""
 
     data_file: str | None = field(
-        default=None,
-        metadata={"help": "CSV file with a header and the columns x,y. Left out: data with a known truth."},
+        default=None, metadata={"help": "CSV file with the columns x,y. Left out: data with a known truth."}
     )
     num_points: int = field(default=160, metadata={"help": "Training points of the generated data."})
     hidden_sizes: list[int] = field(default_factory=lambda: [50], metadata={"help": "Widths of the tanh layers."})
@@ -92,10 +90,6 @@ class CurveArguments:
 class CurveTrainingArguments(experiments.ExperimentArguments):
     """Every TrainingArguments flag; draws enough for smooth bands. Batches are full, and counted by ``--map_steps``."""
 
-    output_dir: str | None = field(
-        default="outputs/regression", metadata={"help": "Where results.json, predictions.csv and the PNG go."}
-    )
-
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
         **experiments.ExperimentArguments.fixed,
         "eval_strategy": ("no", _WHOLE),
@@ -103,16 +97,17 @@ class CurveTrainingArguments(experiments.ExperimentArguments):
     }
 
 
+# the output folder is where results.json, predictions.csv and the PNG go
 DEFAULTS = {
     "learning_rate": 1e-2, "rho_learning_rate": 2e-2, "num_eval_samples": 256, "logging_strategy": "no",
-    "save_strategy": "no",
+    "save_strategy": "no", "output_dir": "outputs/regression",
 }  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[CurveArguments, CurveTrainingArguments]:
     """The command line's arguments: SystemExit for an unknown flag, ValueError for a value out of range."""
-    groups = (CurveArguments, CurveTrainingArguments)
-    return experiments.ExperimentParser(groups, {"curves": DEFAULTS}, "curves").parse(argv)
+    kinds = {"curves": DEFAULTS}
+    return experiments.ExperimentParser((CurveArguments, CurveTrainingArguments), kinds, "curves").parse(argv)
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -128,10 +123,7 @@ class Fitted:
 
 
 class Methods:
-    """Every method's fit to the same training batch, in the network's units.
-
-    Training runs where the Trainer runs it; all else, on networks this small, on the CPU.
-    """
+    """Every method's fit to one batch, in the network's units. Only training runs where the Trainer runs it."""
 
     def __init__(self, batch: dict[str, Tensor], curve: CurveArguments, args: CurveTrainingArguments) -> None:
         self.batch, self.curve, self.args = batch, curve, args
@@ -165,11 +157,6 @@ class Methods:
         self.train(network, noise, self.curve.map_steps, compute_loss_func=mean_nll, optimizers=(adam, None))
         return network
 
-    @torch.no_grad()
-    def residual(self, network: TanhMLP, points: tuple[Tensor, np.ndarray]) -> float:
-        """The deterministic network's noise: its root mean square error on held-out points."""
-        return float(np.sqrt(np.mean((network(points[0]).logits[:, 0].double().numpy() - points[1]) ** 2)))
-
     def variational(self, network: TanhMLP, noise: Noise) -> Fitted:
         """A mean-field Gaussian by the ELBO, under the prior of the reference, from the deterministic weights on."""
         prior, network = NormalPrior(std=self.curve.prior_std, centre=0.0), copy.deepcopy(network)
@@ -187,10 +174,7 @@ class Methods:
         )
 
     def linearized(self, network: TanhMLP, **options: Any) -> tuple[LaplacePosterior, Fitted]:
-        """Laplace: a Gaussian around the deterministic weights, and the network's tangent: exact mean and variance.
-
-        Prior precision and noise are those of largest evidence unless ``options`` say.
-        """
+        """Laplace, prior and noise by the evidence unless ``options`` say; the network's tangent: exact moments."""
         chosen = {"curvature": self.curve.laplace_curvature, "prior_precision": "marglik", **options}
         posterior = laplace.fit(network, [self.batch], likelihood="regression", progress=False, **chosen)
         facts = {name: getattr(posterior, name) for name in ("prior_precision", "noise_std", "log_marginal_likelihood")}
@@ -206,21 +190,10 @@ class Methods:
         At the closed form's tau, s and mean the two are one posterior: ``difference_from_closed_form`` is rounding.
         """
         network = copy.deepcopy(network)
-        with torch.no_grad():
-            features = network.features(self.x).double()
-            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)  # the bias's
-            exact = LinearRegression.tuned(features, self.y.double())
-            network.layers[-1].weight.copy_(exact.mean[None, :-1])
-            network.layers[-1].bias.copy_(exact.mean[-1:])
-            mean, variance = exact.predict(features)
+        exact = LinearRegression.of_last_layer(network, self.x, self.y)
         known = {"prior_precision": exact.prior_precision, "noise_std": exact.noise_std}
         posterior, fitted = self.linearized(network, subset="last_layer", curvature="full", **known)
-        predictive = posterior.predict({"x": self.x})
-        fitted.facts["difference_from_closed_form"] = {
-            "mean": float((predictive.mean - mean).abs().max()),
-            "epistemic_std": float((predictive.epistemic_variance.sqrt() - variance.sqrt()).abs().max()),
-            "log_marginal_likelihood": posterior.log_marginal_likelihood - exact.log_evidence,
-        }
+        fitted.facts["difference_from_closed_form"] = exact.difference_from(posterior, network, self.x)
         return fitted
 
     def reference(self, network: TanhMLP, noise: Noise) -> Fitted:
@@ -235,11 +208,8 @@ class Methods:
         flat = chains.draws[:: max(1, len(chains.draws) * curve.hmc_chains // 1024)].flatten(0, 1)
         shown = flat[torch.linspace(0, len(flat) - 1, NUM_FUNCTIONS).long()]
         facts = {"acceptance": chains.acceptance, "step_size": chains.step_size, "r_hat": target.r_hat(chains)}
-        return Fitted(
-            lambda x: target.predict(flat, x),
-            lambda x: target.logits(shown, x)[..., 0],
-            {**facts, "noise_std": noise},
-        )
+        facts["noise_std"] = noise
+        return Fitted(lambda x: target.predict(flat, x), lambda x: target.logits(shown, x)[..., 0], facts)
 
 
 def fit_all(
@@ -247,7 +217,7 @@ def fit_all(
 ) -> dict[str, Fitted]:
     """Every method, by its name in the tables, in the order of the picture's panels."""
     x, y = data.scaled_x(data.train.x), data.scaled_y(data.train.y)
-    validation = float_tensor(data.scaled_x(data.validation.x)), data.scaled_y(data.validation.y)
+    held_x, held_y = data.scaled_x(data.validation.x), data.scaled_y(data.validation.y)
     methods, found = Methods({"x": float_tensor(x), "labels": float_tensor(y)}, curve, args), {}
 
     def fit(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -258,7 +228,10 @@ def fit_all(
 
     for noise, tail in ((curves.noise_of_neighbours(x, y), ""), ("head", ", noise head")):
         network = fit(f"deterministic{tail}", methods.map_network, noise)
-        own = noise if noise == "head" else methods.residual(network, validation)
+        own = noise
+        if noise != "head":  # its root mean square error on held-out points
+            predicted = network(float_tensor(held_x)).logits[:, 0].detach().double().numpy()
+            own = float(np.sqrt(np.mean((predicted - held_y) ** 2)))
         says = partial(predict, network, noise_std=own)
         found[f"deterministic{tail}"] = Fitted(lambda x, says=says: says({"x": x}), facts={"noise_std": own})
         if curve.hmc_samples:
@@ -308,23 +281,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = {"seed": args.seed, "points": len(data.train.x), "methods": reports}
     results |= {"seconds": clock.seconds, "arguments": asdict(curve)}
     if args.process_index == 0:
-        write(Path(args.output_dir or "."), data, grid, shown, results)
+        regions = {name: report["regions"] for name, report in reports.items()}
+        figure = bands_figure(
+            grid, shown, (data.train.x, data.train.y), title=data.question, reports=regions, truth=data.truth(grid),
+            observations=np.concatenate([data.train.y, test.y]),
+        )  # fmt: skip
+        tables = [
+            format_table({name: found[region] for name, found in regions.items()}, corner=f"{region} points")
+            for region in dict.fromkeys(test.region.tolist())
+        ]
+        folder = Path(args.output_dir or ".")
+        write_results(folder, results, {"bands.png": figure}, *tables, also=["predictions.csv"], dpi=90)
+        write_bands(folder / "predictions.csv", grid, shown)
     return results
-
-
-def write(folder: Path, data: CurveData, grid: np.ndarray, shown: dict[str, Bands], results: dict[str, Any]) -> None:
-    """Print a table for each region and write the three files; the picture has a panel for each method."""
-    regions = {name: report["regions"] for name, report in results["methods"].items()}
-    figure = bands_figure(
-        grid, shown, (data.train.x, data.train.y), title=data.question, reports=regions, truth=data.truth(grid),
-        observations=np.concatenate([data.train.y, data.test.y]),
-    )  # fmt: skip
-    tables = [
-        format_table({name: found[region] for name, found in regions.items()}, corner=f"{region} points")
-        for region in next(iter(regions.values()))
-    ]
-    write_results(folder, results, {"bands.png": figure}, *tables, also=["predictions.csv"], dpi=90)
-    write_bands(folder / "predictions.csv", grid, shown)
 
 
 if __name__ == "__main__":

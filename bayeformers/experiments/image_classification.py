@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from ..models.catalogue import IMAGE_CLASSIFIERS
@@ -18,7 +19,8 @@ from ..reports import ClassPredictions, classification_report
 from ..tasks.images import ImageDataset, ImageSource, Resize, load_images
 from ..training import BayesianTrainer
 from .arguments import BestEpochArguments, HoldOutArguments
-from .phases import Experiment
+from .evaluation import predict_sets
+from .phases import Experiment, OneLineProgress
 from .rows import (
     FRESH,
     SPLIT_AGAIN,
@@ -44,6 +46,8 @@ __all__ = [
     "load_classifier",
     "load_image_data",
     "predict_by_mean",
+    "predict_images",
+    "predict_rotated",
 ]
 
 SCORES = ("accuracy", "nll", "ece", "brier", "aurc", "entropy", "aleatoric", "epistemic")
@@ -266,6 +270,25 @@ def further(experiment: Experiment, model: nn.Module, name: str) -> BayesianTrai
 def learning_curve(trainer: BayesianTrainer) -> list[float]:
     """Validation NLL after each epoch of the trainer's training."""
     return [float(logs["eval_nll"]) for logs in trainer.state.log_history if "eval_nll" in logs and "epoch" in logs]
+
+
+def predict_images(trainer: BayesianTrainer, images: ImageDataset) -> ClassPredictions:
+    """Predictions of the trainer's posterior, or of its point estimate."""
+    predictions: ClassPredictions = predict_sets(trainer, {"images": images})["images"]
+    return predictions
+
+
+def predict_rotated(
+    trainers: Mapping[str, BayesianTrainer], images: ImageDataset, degrees: Sequence[float], *, progress: bool
+) -> dict[str, list[ClassPredictions]]:
+    """By trainer, its predictions on images turned by each angle, with one progress bar for all."""
+    for trainer in trainers.values():
+        trainer.pop_callback(OneLineProgress)
+    found: dict[str, list[ClassPredictions]] = {name: [] for name in trainers}
+    for angle in tqdm(degrees, desc="angles", disable=not progress):
+        for name, trainer in trainers.items():
+            found[name].append(predict_images(trainer, images.rotated(angle)))
+    return found
 
 
 @torch.no_grad()

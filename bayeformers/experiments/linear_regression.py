@@ -14,6 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..laplace import LaplacePosterior
+from .mlp_regression import TanhMLP
+
 __all__ = ["LinearRegression"]
 
 
@@ -25,6 +28,27 @@ class LinearRegression:
     targets: Tensor
     prior_precision: float
     noise_std: float
+
+    @classmethod
+    @torch.no_grad()
+    def of_last_layer(cls, network: TanhMLP, x: Tensor, y: Tensor) -> "LinearRegression":
+        """The exact posterior, in float64, of a network's last layer, whose weights become its mean."""
+        exact = cls.tuned(_with_bias(network.features(x)), y.double())
+        last = network.linear_layers[-1]
+        last.weight.copy_(exact.mean[None, :-1])
+        last.bias.copy_(exact.mean[-1:])
+        return exact
+
+    @torch.no_grad()
+    def difference_from(self, posterior: LaplacePosterior, network: TanhMLP, x: Tensor) -> dict[str, float]:
+        """What a last-layer Laplace posterior at this tau, s and mean says otherwise at x (N,): rounding."""
+        mean, variance = self.predict(_with_bias(network.features(x)))
+        predictive = posterior.predict({"x": x})
+        return {
+            "mean": float((predictive.mean - mean).abs().max()),
+            "epistemic_std": float((predictive.epistemic_variance.sqrt() - variance.sqrt()).abs().max()),
+            "log_marginal_likelihood": posterior.log_marginal_likelihood - self.log_evidence,
+        }
 
     @cached_property
     def precision(self) -> Tensor:
@@ -76,3 +100,9 @@ class LinearRegression:
             tau = gamma / float(found.mean.square().sum())
             noise_std = float(((targets - features @ found.mean).square().sum() / (len(targets) - gamma)).sqrt())
         return cls(features, targets, tau, noise_std)
+
+
+def _with_bias(features: Tensor) -> Tensor:
+    """A last column of ones, in float64: (N, D) -> (N, D + 1)."""
+    wide = features.double()
+    return torch.cat([wide, wide.new_ones(len(wide), 1)], dim=1)

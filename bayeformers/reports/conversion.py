@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
+from ..metrics import negative_log_likelihood
 from .plots import METHOD_COLOURS, METHOD_LINES, legend_below, panel_title, reliability_diagram, risk_coverage
 from .report import ClassPredictions, format_table
 
@@ -71,8 +72,7 @@ def size_table(sizes: Mapping[str, Sizes], milliseconds: Mapping[str, float]) ->
 def size_figure(
     methods: Mapping[str, ClassPredictions],
     labels: NDArray[Any],
-    kilobytes: Mapping[str, float],
-    nll: Mapping[str, float],
+    sizes: Mapping[str, Sizes],
     *,
     title: str,
 ) -> "Figure":
@@ -81,8 +81,7 @@ def size_figure(
     Args:
         methods: predictions of each on one test set.
         labels: of that set, (N,).
-        kilobytes: by method, of its files.
-        nll: by method, of the test set in nats.
+        sizes: by method.
         title: heading of the page.
 
     Returns:
@@ -100,9 +99,10 @@ def size_figure(
     second.set_xlim(left=min(_errorless(confidence[name], errors[name]) for name in methods) - 5)
     for index, (name, marker) in enumerate(zip(methods, "oDs^v", strict=False)):  # hollow: two may coincide
         style: dict[str, Any] = {"fillstyle": "none", "markersize": 10, "markeredgewidth": 2, "linestyle": "none"}
-        third.plot(kilobytes[name], nll[name], marker=marker, color=METHOD_COLOURS[index], label=name, **style)
+        nll = negative_log_likelihood(methods[name].probs, labels)
+        third.plot(sizes[name].bytes / 1000, nll, marker=marker, color=METHOD_COLOURS[index], label=name, **style)
     third.set(xscale="log", xlabel="kB of the files", ylabel="NLL of the test images, in nats")
-    ticks = sorted(set(kilobytes.values()))
+    ticks = sorted({of.bytes / 1000 for of in sizes.values()})
     third.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     third.xaxis.set_minor_locator(NullLocator())
     third.margins(x=0.3, y=0.3)
