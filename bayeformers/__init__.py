@@ -1,11 +1,15 @@
 """bayeformers: any transformers model says how sure it is."""
 
 from . import laplace, losses, models
-from .calibration import calibrate_delta
-from .checkpoint import from_pretrained
-from .config import BayesianConfig
-from .continual import posterior_as_prior
-from .conversion import bayesian_config, is_bayesian, to_bayesian, to_deterministic, unfreeze
+from .checkpoint.load import from_pretrained
+from .compat.moved import keep_old_paths
+from .conversion.config import BayesianConfig
+from .conversion.continual import posterior_as_prior
+from .conversion.convert import bayesian_config, is_bayesian, to_bayesian, to_deterministic, unfreeze
+from .conversion.pruning import prune, signal_to_noise
+from .conversion.registry import register_layer
+from .conversion.summary import summary
+from .delta import calibrate_delta
 from .distributions import (
     ARDPrior,
     DoubleExponentialPrior,
@@ -18,15 +22,14 @@ from .distributions import (
 )
 from .laplace import LaplacePosterior
 from .nn import fixed_draw, posterior_mean
-from .objective import kl_divergence, log_prior, log_variational_posterior
+from .nn.kl import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict
 from .predictive import Predictive
-from .pruning import prune, signal_to_noise
-from .registry import register_layer
-from .summary import summary
 from .training import BayesianTrainer, BayesianTrainingArguments
 
 __version__ = "0.1.0"
+
+keep_old_paths()
 
 __all__ = [
     "ARDPrior",

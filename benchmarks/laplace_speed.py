@@ -64,7 +64,7 @@ def ours_sums(model: PreTrainedModel, loader: Loader, fisher: Fisher) -> Callabl
     from bayeformers.laplace.accumulate import Accumulator
     from bayeformers.laplace.data import prepare
     from bayeformers.laplace.targets import choose_targets
-    from bayeformers.predictive import logits_of
+    from bayeformers.likelihoods import logits_of
 
     targets, device = choose_targets(model)[0], torch.device("cpu")
 

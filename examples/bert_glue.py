@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer
-from bayeformers.calibration import BOUNDS, delta_end
-from bayeformers.report import write_json
+from bayeformers.delta import BOUNDS, delta_end
+from bayeformers.reports import write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.glue.arguments import Arguments, DataArguments, ExampleTrainingArguments, parse_arguments

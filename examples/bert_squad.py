@@ -23,7 +23,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer, bayesian_config
-from bayeformers.report import write_json
+from bayeformers.reports import write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.held_out import FRESH, history_of

@@ -24,7 +24,7 @@ from optuna.study import Study
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from bayeformers.report import write_json
+from bayeformers.reports import write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.glue.data import GlueData, load_data

@@ -18,8 +18,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.utils import logging
 
-from bayeformers.plots import save_figure
-from bayeformers.report import write_json
+from bayeformers.reports import save_figure, write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.held_out import FRESH, history_of

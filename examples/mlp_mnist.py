@@ -23,8 +23,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer
-from bayeformers.plots import save_figure
-from bayeformers.report import write_json
+from bayeformers.reports import save_figure, write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.images.classifier_evaluation import BySet, predict_sets, scores, tempered

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from bayeformers.report import write_json
+from bayeformers.reports import write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.curves import fitting

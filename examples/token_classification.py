@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer
-from bayeformers.report import write_json
+from bayeformers.reports import write_json
 from examples.commands import run as run_command
 from examples.commands import user_input
 from examples.conll import evaluation, fitting

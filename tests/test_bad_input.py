@@ -28,7 +28,7 @@ from bayeformers import (
 )
 from bayeformers import nn as bnn
 from tests.cases import case
-from tests.test_conversion_matrix import assert_same_state, state_of
+from tests.conversion.test_conversion_matrix import assert_same_state, state_of
 
 NAN, INF = float("nan"), float("inf")
 

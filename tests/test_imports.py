@@ -17,103 +17,32 @@ PACKAGE = Path(bayeformers.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 
 EVERYTHING_ABOVE = ("*",)
-EVERYWHERE = ("scalars", "forward")  # what a number is, and what a forward takes: every room may ask
+# numbers and choices, what a forward takes, PEFT's patterns, files of tensors, the processes of a launch
+FOUNDATION = ("checks", "forward", "patterns", "storage", "processes")
 
-# room -> the rooms that it may import from, besides itself. A module belongs to its most specific room;
-# a row names only rooms of earlier rows, so imports run one way.
+# room -> the rooms that it may import from, besides itself and the foundation. A room is a folder or a file of the
+# package's root; a row names only rooms of earlier rows, so imports run one way.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "scalars": (),
-    "forward": (),
     "distributions": (),
-    "digests": (),
-    "patterns": (),
-    "generators": (),
-    "snapshot": (),
-    "random_state": ("snapshot",),
-    "nn": ("distributions", "generators", "random_state"),
-    "config": ("distributions", "generators"),
-    "registry": ("nn",),
-    "ties": (),
-    "selection": ("nn", "config", "registry", "patterns", "ties"),
-    "dropout": (),
-    "rollback": (),
-    "continual": ("nn", "distributions"),
-    "surgery": ("nn", "ties"),
-    "plain_weights": (),
-    "wrappers": ("nn",),
-    "renaming": ("nn",),
-    "conversion": (
-        "nn",
-        "distributions",
-        "config",
-        "continual",
-        "selection",
-        "surgery",
-        "ties",
-        "dropout",
-        "patterns",
-        "plain_weights",
-        "renaming",
-        "rollback",
-        "wrappers",
-    ),  # fmt: skip
-    "objective": ("nn", "distributions"),
-    "summary": ("nn", "conversion", "objective"),
-    "pruning": ("nn", "distributions", "rollback"),
     "metrics": (),
-    "losses": ("metrics",),
-    "predictive": ("metrics", "losses.gaussian"),
-    "views": (),
-    "shared_prefix": ("snapshot",),
-    "monte_carlo": ("predictive", "shared_prefix", "snapshot", "random_state"),
-    "jacobians": ("views",),
-    "posteriors.covariance": (),
-    "posteriors.blocks": ("generators", "jacobians", "posteriors.covariance"),
-    "posteriors.linearized": ("jacobians", "posteriors.blocks", "posteriors.covariance", "predictive", "views"),
-    "posteriors.logits": ("predictive", "losses.gaussian"),
-    "posteriors.methods": ("posteriors.blocks", "posteriors.linearized"),
-    "posteriors.base": (
-        "jacobians",
-        "monte_carlo",
-        "predictive",
-        "snapshot",
-        "posteriors.blocks",
-        "posteriors.linearized",
-        "posteriors.logits",
-        "posteriors.methods",
-        "random_state",
-        "views",
-    ),  # fmt: skip
-    "posteriors": ("predictive", "views"),
-    "posteriors.variational": ("posteriors.base", "nn", "views"),
-    "laplace": (
-        "digests",
-        "generators",
-        "jacobians",
-        "patterns",
-        "predictive",
-        "posteriors.base",
-        "posteriors.blocks",
-        "posteriors.covariance",
-        "posteriors.linearized",
-        "posteriors.logits",
-        "posteriors.methods",
-        "random_state",
-        "views",
-    ),  # fmt: skip
-    "saving": ("conversion", "digests", "laplace", "nn", "wrappers"),
-    "architectures": (),
-    "accounting": ("digests", "nn", "plain_weights", "saving"),
-    "fresh": ("conversion", "nn", "surgery"),
-    "checkpoint": ("accounting", "architectures", "conversion", "config", "fresh", "laplace", "nn", "saving"),
-    "calibration": ("posteriors", "predictive", "views", "conversion", "nn", "distributions"),
-    "tasks": ("metrics",),
+    "sampling": (),
+    "nn": ("distributions", "sampling"),
+    "conversion": ("nn", "distributions", "sampling"),
+    "likelihoods": (),
+    "losses": ("likelihoods", "metrics"),
+    "predictive": ("likelihoods", "metrics"),
+    "linearized": ("likelihoods", "predictive", "sampling"),
+    "posteriors": ("linearized", "likelihoods", "predictive", "sampling"),
+    "posteriors.variational": ("posteriors", "nn", "sampling"),
+    "laplace": ("posteriors", "linearized", "likelihoods", "sampling"),
+    "checkpoint": ("conversion", "nn", "laplace"),
+    "delta": ("conversion", "distributions", "likelihoods", "linearized", "nn", "posteriors", "predictive", "sampling"),
     "models": (),
+    "tasks": ("metrics",),
+    "reports": ("metrics",),
     "training": EVERYTHING_ABOVE,
-    "report": ("metrics",),
-    "plots": ("metrics", "report"),
-    "compat": EVERYTHING_ABOVE,
     "quantization": EVERYTHING_ABOVE,
+    "compat": EVERYTHING_ABOVE,
 }
 
 OPTIONAL = ("datasets", "evaluate", "matplotlib", "peft")
@@ -180,13 +109,43 @@ def test_rooms_name_only_earlier_rooms() -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if name])
 def test_module_imports_only_what_its_room_allows(name: str) -> None:
     room = room_of(name)
-    assert room is not None, f"{name}.py lies in no room of the table"
-    allowed = (room, *EVERYWHERE, *allowed_rooms(room))
+    if room is None:
+        assert name in FOUNDATION, f"{name}.py lies in no room of the table"
+        outside = [target for target in imported(name, MODULES[name]) if target not in FOUNDATION]
+        assert not outside, f"{name} imports {outside}; the foundation imports nothing of the package"
+        return
+    allowed = (room, *FOUNDATION, *allowed_rooms(room))
     # a folder's `__init__.py` collects the folder's names, those of its inner rooms included
     if MODULES[name].name == "__init__.py":
         allowed = (*allowed, name)
     wrong = [target for target in imported(name, MODULES[name]) if not any(within(target, other) for other in allowed)]
     assert not wrong, f"{name} imports {wrong}; it may import {allowed}"
+
+
+@pytest.mark.xfail(strict=True, reason="three circles within rooms are still to be opened")
+def test_no_circles_of_imports() -> None:
+    """Those inside a room and those within functions count too."""
+    later = {name: set(imported(name, path)) - {name} for name, path in MODULES.items()}
+    while free := [name for name, others in later.items() if not others & later.keys()]:
+        for name in free:
+            del later[name]
+    on_a_path = {name: sorted(others & later.keys()) for name, others in later.items()}
+    circles = {name: others for name, others in on_a_path.items() if any(name in _reached(later, o) for o in others)}
+    assert not circles, f"these import each other: {circles}"
+
+
+def _reached(later: dict[str, set[str]], start: str) -> set[str]:
+    seen, ahead = set(), [start]
+    while ahead:
+        name = ahead.pop()
+        if name not in seen:
+            seen.add(name)
+            ahead += later.get(name, ())
+    return seen
+
+
+def test_few_files_beside_the_rooms() -> None:
+    assert len([name for name in MODULES if name and "." not in name and MODULES[name].name != "__init__.py"]) <= 7
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

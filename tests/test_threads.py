@@ -16,12 +16,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 from bayeformers import fixed_draw, predict, to_bayesian
-from bayeformers.calibration import calibrate_delta
+from bayeformers.delta import calibrate_delta
 from bayeformers.laplace import example_gradients, fit
 from bayeformers.posteriors import BasePosterior, PointPosterior, VariationalPosterior
 from bayeformers.quantization import quantize
-from bayeformers.random_state import is_drawing, left_alone, preserved
-from bayeformers.views import private_view
+from bayeformers.sampling.random_state import is_drawing, left_alone, preserved
+from bayeformers.sampling.views import private_view
 from tests.cases import case
 
 COUNT = 2

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import conversion, objective
+from .. import conversion
 from ..distributions import NormalPrior, Prior, ScaleMixturePrior
-from ..nn import variational_tensors
+from ..nn import kl, variational_tensors
 from ..nn.base import RECORD
 from .deprecation import deprecated
 from .sampling import draw_in_eval
@@ -44,7 +44,7 @@ class Model(nn.Module):
     def log_prior(self) -> Tensor:
         """E_q[log p(w)] in nats, with gradient. Now: `bayeformers.log_prior(model)`."""
         deprecated("bayeformers.compat.bayeformers.Model.log_prior", "`bayeformers.log_prior(model)`")
-        return objective.log_prior(self.model)
+        return kl.log_prior(self.model)
 
     def log_variational_posterior(self) -> Tensor:
         """E_q[log q(w)] in nats, with gradient. Now: `bayeformers.log_variational_posterior(model)`."""
@@ -52,7 +52,7 @@ class Model(nn.Module):
             "bayeformers.compat.bayeformers.Model.log_variational_posterior",
             "`bayeformers.log_variational_posterior(model)`",
         )
-        return objective.log_variational_posterior(self.model)
+        return kl.log_variational_posterior(self.model)
 
     def __getattr__(self, name: str) -> Any:
         """`.config`, `.generate`, `.save_pretrained`: the inner model's; but not the record of its conversion."""
@@ -89,8 +89,8 @@ def to_bayesian(
             do nothing.
 
     >>> model = to_bayesian(nn.Linear(3, 2), delta=0.05)
-    >>> kl = model.log_variational_posterior() - model.log_prior()
-    >>> bool(torch.isclose(kl, objective.kl_divergence(model)))
+    >>> divergence = model.log_variational_posterior() - model.log_prior()
+    >>> bool(torch.isclose(divergence, kl.kl_divergence(model)))
     True
     """
     deprecated(

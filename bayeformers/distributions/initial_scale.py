@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..scalars import is_real
+from ..checks import is_real
 from .diagonal_normal import MIN_SCALE
 
 _INITIALIZER_RANGE = 0.02  # the usual initial standard deviation of a transformer's weights

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..scalars import is_finite, plain
+from ..checks import is_finite, plain
 from .initial_scale import InitialScale
 
 _PRIORS: dict[str, type[Prior]] = {}

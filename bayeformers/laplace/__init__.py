@@ -1,16 +1,16 @@
 """KFAC Laplace: a Gaussian posterior for any trained network, from the curvature of its likelihood."""
 
-from ..jacobians import register_curvature
+from ..linearized import register_curvature
+from .analysis.directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
+from .analysis.gradients import ExampleGradients, example_gradients
+from .analysis.influence import influence, inner_products, natural_gradient, novelty, similarity
 from .choice import PrecisionChoice
 from .curvature import Curvature, CurvatureConfig
-from .directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
 from .fit import fit
 from .from_sums import posterior_of
-from .gradients import ExampleGradients, example_gradients
-from .inf_posterior import InfPosterior, inf_posterior
-from .influence import influence, inner_products, natural_gradient, novelty, similarity
 from .kronecker import KroneckerEigen
 from .posterior import LaplacePosterior
+from .sparse.inf_posterior import InfPosterior, inf_posterior
 from .tuning import tune
 
 __all__ = [

@@ -11,16 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import Use, examples_first, gradients, record, separation
-from ..jacobians.rules import EmbeddingRule, LinearRule
-from ..posteriors.blocks import GaussianBlock
-from ..posteriors.linearized import Captured, captured_block, in_block
-from ..views import View
+from ..likelihoods.loss_hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
+from ..linearized import Use, examples_first, gradients, record, separation
+from ..linearized.blocks import GaussianBlock
+from ..linearized.captured import Captured, captured_block, in_block
+from ..linearized.rules import EmbeddingRule, LinearRule
+from ..processes import process_index
+from ..sampling.views import View
 from .curvature import Curvature
 from .data import Batch
-from .hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
 from .kronecker import KroneckerEigen
-from .processes import process_index
 from .targets import Target
 
 OutputsOf = Callable[[Any], Tensor]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..generators import NOISE_VERSION
-from ..posteriors.covariance import Separable
+from ..linearized.covariance import Separable
+from ..sampling.generators import NOISE_VERSION
 from .kronecker import KroneckerEigen
 from .targets import Target
 
@@ -29,7 +29,7 @@ class LaplaceBlock:
         prior_precisions: tau of each of the n posteriors.
         scale: 1 / (temperature noise_std^2).
         is_flat: whether the block is dense.
-        noise_version: which draws, see `bayeformers.generators`.
+        noise_version: which draws, see `bayeformers.sampling.generators`.
     """
 
     target: Target

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .hessian import Fisher, Likelihood
+from ..likelihoods.loss_hessian import Fisher, Likelihood
+from ..processes import gathered, num_processes, summed
+from ..storage import check_whole, read, write
 from .kronecker import KroneckerEigen, add_second_moment, symmetric, symmetric_eigen
-from .processes import gathered, num_processes, summed
-from .storage import check_whole, read, write
 
 CurvatureKind = Literal["kfac", "ekfac", "diagonal", "full"]
 WeightSharing = Literal["expand", "reduce"]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
-from ..jacobians import examples
+from ..likelihoods import IGNORED, ProblemType, resolve_problem_type, unwrapped
+from ..likelihoods.loss_hessian import Likelihood
+from ..linearized import examples
 from ..posteriors.base import without_labels
-from ..predictive import IGNORED, ProblemType, resolve_problem_type, unwrapped
-from .hessian import Likelihood
 
 _LIKELIHOODS: dict[str, Likelihood] = {
     "single_label_classification": "classification",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from .spectrum import Spectrum, determined_weights, log_determinant_ratio, trace
+from .analysis.spectrum import Spectrum, determined_weights, log_determinant_ratio, trace
 
 __all__ = [
     "Precision",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..digests import digest
+from ..storage import digest
 from .targets import Target
 
 _NARROWER = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,25 +13,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..jacobians import check_reads, record, recording_view
+from ..checks import is_whole
+from ..likelihoods import logits_of
+from ..likelihoods.loss_hessian import Fisher, Likelihood, num_columns
+from ..linearized import check_reads, record, recording_view
+from ..linearized.captured import OutputOf
+from ..linearized.links import Link
 from ..patterns import Patterns
-from ..posteriors.linearized import OutputOf
-from ..posteriors.logits import Link
-from ..predictive import logits_of
-from ..random_state import preserved
-from ..scalars import is_whole
-from ..views import View
+from ..processes import gathered, num_processes, process_index
+from ..sampling.random_state import preserved
+from ..sampling.views import View
 from .accumulate import Accumulator
 from .curvature import Curvature, CurvatureConfig, CurvatureKind, WeightSharing, check_finite
 from .data import likelihood_of
 from .evidence import Precision
-from .hessian import Fisher, Likelihood, num_columns
 from .holdout import checked_validation
 from .kronecker import KroneckerEigen
 from .loading import Loader
 from .moved import in_columns
 from .posterior import FitRecord, LaplacePosterior, check_positive, checked_precision
-from .processes import gathered, num_processes, process_index
 from .targets import Subset, Target, choose_targets, squared_distances
 from .tuning import PriorChoice, default_choice, tune
 

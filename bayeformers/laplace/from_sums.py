@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..posteriors.linearized import OutputOf
-from ..predictive import logits_of
+from ..likelihoods import logits_of
+from ..linearized.captured import OutputOf
 from .curvature import Curvature
 from .evidence import Precision
 from .fit import decompose, record_of

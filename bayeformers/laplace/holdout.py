@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..linearized.captured import bare_tensors, covariance, linearize
+from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
 from ..posteriors.base import has_many_logits, known_problem_type
-from ..posteriors.linearized import bare_tensors, covariance, linearize
-from ..posteriors.logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
+from ..processes import process_index, summed
 from .choice import End, end_of
 from .data import Batch
 from .posterior import LaplacePosterior
-from .processes import process_index, summed
 
 T = TypeVar("T")
 

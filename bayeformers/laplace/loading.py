@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..processes import gathered, process_index
 from .data import prepare, real_examples
-from .processes import gathered, process_index
 
 
 class Loader:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_draw
+from ..linearized.captured import OutputOf
 from ..posteriors.base import BasePosterior
-from ..posteriors.linearized import OutputOf
-from ..scalars import check_draw
-from ..views import View, alone
+from ..sampling.views import View, alone
 from .fingerprint import Fingerprint, is_of
 from .targets import Target
 from .weights import holding

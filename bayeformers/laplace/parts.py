@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..storage import check_whole
 from .kronecker import KroneckerEigen
-from .storage import check_whole
 from .targets import Target
 
 PARTS = ("left", "right", "eigenvalues")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..generators import NOISE_VERSION, check_noise_version
-from ..posteriors.blocks import GaussianBlock, block_draw
-from ..posteriors.linearized import OutputOf, Statistic
-from ..predictive import ProblemType, logits_of, resolve_problem_type
-from ..scalars import is_finite
+from ..checks import is_finite
+from ..likelihoods import ProblemType, logits_of, resolve_problem_type
+from ..linearized.blocks import GaussianBlock, block_draw
+from ..linearized.captured import OutputOf, Statistic
+from ..sampling.generators import NOISE_VERSION, check_noise_version
+from ..storage import folder, read, write
 from .blocks import LaplaceBlock
 from .choice import PrecisionChoice
 from .curvature import CurvatureConfig
@@ -24,7 +25,6 @@ from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_l
 from .kronecker import KroneckerEigen
 from .moved import MovedPosterior
 from .parts import PARTS, check_parts, packed, unpacked
-from .storage import folder, read, write
 from .targets import Target, targets_named
 from .weights import by_parameter
 
@@ -50,7 +50,7 @@ class FitRecord:
             0 where it is unknown.
         skipped: layer name -> why it stays deterministic.
         squared_distances: layer name -> |theta* - mu0|^2, where the prior's mean mu0 is not 0.
-        noise_version: which draws, see `bayeformers.generators`.
+        noise_version: which draws, see `bayeformers.sampling.generators`.
     """
 
     config: CurvatureConfig

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..digests import digest
-from ..jacobians import LayerRule, rule_of, supported_layers
+from ..linearized import LayerRule, rule_of, supported_layers
+from ..linearized.blocks import to_matrix
 from ..patterns import Patterns, matching, subtrees
-from ..posteriors.blocks import to_matrix
+from ..storage import digest
 
 Subset = Literal["all", "last_layer"]
 

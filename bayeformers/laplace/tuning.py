@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-from ..posteriors.logits import Link
+from ..linearized.links import Link
 from .choice import PrecisionChoice, by_evidence
 from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
 from .holdout import checked_validation, grid_end, holdout_nll, holdout_precision

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..posteriors.blocks import from_matrix, to_matrix
+from ..linearized.blocks import from_matrix, to_matrix
 from .targets import Target
 
 

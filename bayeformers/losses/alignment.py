@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..scalars import is_finite, is_real
+from ..checks import is_finite, is_real
 
 __all__: list[str] = []
 
@@ -60,8 +60,3 @@ def check_threshold(name: str, value: float | Tensor) -> None:
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value!r}.")
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, or the wider dtype that it has."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -20,9 +20,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
+from ..likelihoods.gaussian import wide
 from ..metrics.uncertainty import mutual_information, predictive_entropy
-from ..scalars import is_whole
-from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold, wide
+from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 
 __all__ = ["UNCERTAINTIES", "Uncertainty", "auavu_loss", "avuc_loss", "confidence_and_uncertainty"]
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold, wide
+from ..likelihoods.gaussian import wide
+from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 
 __all__ = ["eac_loss", "eau_loss"]
 

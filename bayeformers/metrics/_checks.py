@@ -12,7 +12,7 @@ import numpy as np
 from array_api_compat import is_torch_array
 from numpy.typing import ArrayLike, NDArray
 
-from ..scalars import is_real
+from ..checks import is_real
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from ..scalars import is_real, is_whole
+from ..checks import is_real, is_whole
 
 __all__ = ["ImageClassifier", "ImageClassifierConfig", "check_positive", "check_rate", "check_sizes"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..scalars import is_whole
+from ..checks import is_whole
 from .base import ImageClassifier, ImageClassifierConfig, check_sizes
 
 __all__ = ["LeNetConfig", "LeNetForImageClassification"]

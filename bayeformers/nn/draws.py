@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..scalars import check_draw
+from ..checks import check_draw
 from .adapters import LATE, allow_merges, late_adapters, note_adapters, refuse_merges
 from .holds import holding
 from .reading import MEAN

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..generators import NOISE_VERSION, keyed_generator
+from ..sampling.generators import NOISE_VERSION, keyed_generator
 
 _INT32 = 0xFFFFFFFF
 

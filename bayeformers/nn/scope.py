@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..random_state import note_draw
+from ..sampling.random_state import note_draw
 from .forwards import Forwards
 from .noise import noise_key
 from .variational import Draw, TracedDraw

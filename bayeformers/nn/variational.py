@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..distributions import scale_from_rho, unit_of
 from ..distributions.diagonal_normal import scale_slope
-from ..generators import NOISE_VERSION
+from ..sampling.generators import NOISE_VERSION
 from . import noise
 
 
@@ -29,7 +29,7 @@ class TensorSpec:
         untrained_idx: where there is no such row, one whose lookups give no gradient: torch's padding row, of a table
             whose tied head predicts that token.
         named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
-        noise_version: which draws, see `bayeformers.generators`.
+        noise_version: which draws, see `bayeformers.sampling.generators`.
     """
 
     is_shared_by_views: ClassVar[bool] = True

@@ -12,14 +12,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_draw, is_real, is_whole
 from ..forward import Inputs, call, check_filled, check_inputs
-from ..jacobians import check_reads, recording_view
-from ..monte_carlo import monte_carlo
-from ..predictive import (
+from ..likelihoods import (
     HEAD,
     IGNORED,
     NoiseStd,
-    Predictive,
     ProblemType,
     check_noise_std,
     check_problem_type,
@@ -32,13 +30,15 @@ from ..predictive import (
     token_mask,
     unwrapped,
 )
-from ..random_state import left_alone
-from ..scalars import check_draw, is_real, is_whole
-from ..views import View, itself, private_view
-from .blocks import GaussianBlock, TensorBlock, mean_field_blocks
-from .linearized import Statistic, bare_tensors, linearize
-from .logits import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
-from .methods import METHODS, SAMPLING, Bound, statistic
+from ..linearized import check_reads, recording_view
+from ..linearized.blocks import GaussianBlock, TensorBlock, mean_field_blocks
+from ..linearized.captured import Statistic, bare_tensors, linearize
+from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
+from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
+from ..predictive import Predictive
+from ..sampling.passes import monte_carlo
+from ..sampling.random_state import left_alone
+from ..sampling.views import View, itself, private_view
 
 _SPANS = ("start_positions", "end_positions")
 _CACHES = ("past_key_values", "cache_params")
@@ -68,8 +68,9 @@ class BasePosterior(ABC):
     """Prediction from draws; a posterior adds what its draws are.
 
     A draw is exception-safe and leaves the model bit-identical. Predictions do not touch the model, so that several
-    threads may ask it at once: see :mod:`~bayeformers.views`. A draw computes weights inside the layers, or copies them
-    in place under ``torch.no_grad()``, never through ``.data``: see :func:`~bayeformers.monte_carlo.monte_carlo`.
+    threads may ask it at once: see :mod:`~bayeformers.sampling.views`. A draw computes weights inside the layers, or
+    copies them in place under ``torch.no_grad()``, never through ``.data``: see
+    :func:`~bayeformers.sampling.passes.monte_carlo`.
 
     Attributes:
         model: whose weights are drawn; used in ``eval()`` mode, restored afterwards.

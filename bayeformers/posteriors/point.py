@@ -9,8 +9,8 @@ from os import PathLike
 
 from torch import nn
 
-from ..scalars import check_draw
-from ..views import View
+from ..checks import check_draw
+from ..sampling.views import View
 from .base import BasePosterior
 
 

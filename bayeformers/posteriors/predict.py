@@ -7,9 +7,10 @@ import logging
 from torch import nn
 
 from ..forward import Inputs
-from ..predictive import NoiseStd, Predictive, ProblemType
+from ..likelihoods import NoiseStd, ProblemType
+from ..linearized.links import Link
+from ..predictive import Predictive
 from .base import Posterior
-from .logits import Link
 from .point import PointPosterior
 from .variational import VariationalPosterior, is_bayesian
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_draw
 from ..nn import BayesianModule, posterior_mean, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..nn.draws import check_names, hold
 from ..nn.reading import MEAN
 from ..nn.variational import Draw
-from ..scalars import check_draw
-from ..views import View, modules_of
+from ..sampling.views import View, modules_of
 from .base import BasePosterior
 
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30

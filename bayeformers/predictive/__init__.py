@@ -1,10 +1,9 @@
 """What a prediction is: from draws of a model's output to probabilities and uncertainties."""
 
-from .noise import HEAD, NoiseStd, check_noise_std, mean_and_variance
-from .outputs import drawn_values, logits_of, regression_values, token_mask
-from .pixels import IGNORED, ignored_label, resized, without_ignored
-from .prediction import Predictive
-from .problem import (
+from ..likelihoods.noise import HEAD, NoiseStd, check_noise_std, mean_and_variance
+from ..likelihoods.outputs import drawn_values, logits_of, regression_values, token_mask
+from ..likelihoods.pixels import IGNORED, ignored_label, resized, without_ignored
+from ..likelihoods.problem import (
     PROBLEM_TYPES,
     ProblemType,
     check_problem_type,
@@ -14,6 +13,7 @@ from .problem import (
     sequence_problem_type,
     unwrapped,
 )
+from .prediction import Predictive
 from .running import RunningPredictive
 from .spans import span_scores
 

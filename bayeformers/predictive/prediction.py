@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..likelihoods.noise import HEAD, NoiseStd, check_noise_std
+from ..likelihoods.pixels import IGNORED, resized
+from ..likelihoods.problem import ProblemType
 from ..metrics import uncertainty
-from .noise import HEAD, NoiseStd, check_noise_std
-from .pixels import IGNORED, resized
-from .problem import ProblemType
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

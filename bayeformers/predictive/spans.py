@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scalars import is_whole
+from ..checks import is_whole
 
 __all__ = ["span_scores"]
 

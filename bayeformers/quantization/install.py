@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..conversion.surgery import swap_class
 from ..patterns import Patterns, matching, subtrees
-from ..surgery import swap_class
 from .codes import Codes
 from .layers import Arithmetic, QuantizedLayer, quantized_kind
 

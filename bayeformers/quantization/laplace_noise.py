@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..generators import NOISE_VERSION, check_noise_version
 from ..laplace import LaplacePosterior
 from ..laplace.blocks import LaplaceBlock
-from ..posteriors.blocks import block_noise, from_matrix, to_matrix
+from ..linearized.blocks import block_noise, from_matrix, to_matrix
+from ..sampling.generators import NOISE_VERSION, check_noise_version
 from .basis import Basis
 from .codes import ScaleCodes
 from .noise import Noise
@@ -30,7 +30,7 @@ class LayerNoise:
         std: coded square roots of the variances along the eigen-directions, (K d_out, d_in').
         shape: (K, d_out, d_in').
         left, right: the eigenvectors; None: the identity.
-        noise_version: which draws, see `bayeformers.generators`.
+        noise_version: which draws, see `bayeformers.sampling.generators`.
     """
 
     name: str

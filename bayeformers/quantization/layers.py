@@ -14,8 +14,8 @@ import torch
 import transformers.pytorch_utils
 from torch import Tensor, nn
 
+from ..conversion.registry import bayesian_class
 from ..nn import BayesianModule
-from ..registry import bayesian_class
 from .backend import int8_product
 from .codes import Codes
 from .drawn import Drawn

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_draw
 from ..laplace.weights import holding
+from ..likelihoods import NoiseStd, ProblemType
 from ..posteriors.base import BasePosterior
-from ..predictive import NoiseStd, ProblemType
-from ..scalars import check_draw
-from ..views import View, alone
+from ..sampling.views import View, alone
 from .drawn import Drawn
 from .install import Weight
 from .layers import QuantizedLayer

@@ -9,12 +9,12 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from ..checks import is_finite
 from ..laplace import LaplacePosterior
 from ..nn import variational_tensors
 from ..patterns import Patterns
 from ..posteriors import PointPosterior, Posterior, VariationalPosterior
 from ..posteriors.predict import as_posterior
-from ..scalars import is_finite
 from .calibrate import Inputs, Measured, Probe, as_batches
 from .candidates import Candidates, report_of
 from .codes import Codes, ScaleCodes

@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..architectures import architecture
-from ..laplace.storage import check_whole, folder, read, write
-from ..random_state import preserved
-from ..surgery import padding_rows, set_padding_rows
+from ..checkpoint.architectures import architecture
+from ..conversion.surgery import padding_rows, set_padding_rows
+from ..sampling.random_state import preserved
+from ..storage import check_whole, folder, read, write
 from .codes import Codes
 from .install import Weight, install, kinds, parameter_names
 from .laplace_noise import LaplaceNoise

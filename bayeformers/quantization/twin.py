@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..conversion import is_bayesian, to_deterministic
+from ..conversion.convert import is_bayesian, to_deterministic
 from ..nn.draws import bayesian_modules
 
 

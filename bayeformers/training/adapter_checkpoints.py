@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..conversion.wrappers import peft_state, saved_by_peft
 from ..nn.base import is_bayesian, variational_tensors
-from ..wrappers import peft_state, saved_by_peft
 from .checkpoints import ADDED, RESUMED, RHO, misfit, read, same, unconverted
 
 __all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "save_beside"]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from ..posteriors.logits import LINKS, Link
-from ..posteriors.methods import METHODS, SAMPLING, Method
-from ..predictive import HEAD, NoiseStd
-from .calibration_arguments import CalibrationArguments, check_calibration
+from ..checks import check_choice, check_count, check_number
+from ..likelihoods import HEAD, NoiseStd
+from ..linearized.links import LINKS, Link
+from ..linearized.methods import METHODS, SAMPLING, Method
+from .alignment_arguments import CalibrationArguments, check_calibration
 from .direction import CONTRADICTED, is_lower_better
-from .number_checks import check_choice, check_count, check_number
 
 __all__ = ["BayesianTrainingArguments", "parse_noise_std"]
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from ..predictive import HEAD, ProblemType, unwrapped
-from ..predictive.outputs import ONE_CLASS
+from ..likelihoods import HEAD, ProblemType, unwrapped
+from ..likelihoods.outputs import ONE_CLASS
 from .arguments import BayesianTrainingArguments
 
 __all__ = [

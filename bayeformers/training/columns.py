@@ -11,18 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..predictive import (
-    HEAD,
-    NoiseStd,
-    Predictive,
-    ProblemType,
-    RunningPredictive,
-    drawn_values,
-    regression_values,
-    resized,
-    token_mask,
-)
-from ..predictive.outputs import TOKEN_PROBLEMS
+from ..likelihoods import HEAD, NoiseStd, ProblemType, drawn_values, regression_values, resized, token_mask
+from ..likelihoods.outputs import TOKEN_PROBLEMS
+from ..predictive import Predictive, RunningPredictive
 from .likelihood import item_nll, output_field, regression_labels
 from .scores import CONFIDENCE, WRONG
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
-from ..predictive import ProblemType
-from ..random_state import preserved as preserved_rng
+from ..likelihoods import ProblemType
+from ..sampling.random_state import preserved as preserved_rng
 from .items import IGNORED, count_items
 
 __all__ = [

@@ -13,13 +13,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
 
-from ..conversion import conversion_record, is_bayesian, update_config
-from ..nn.draws import posterior_mean
-from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
-from ..posteriors.base import has_many_logits
-from ..posteriors.logits import ignores_shift
-from ..posteriors.methods import SAMPLING
-from ..predictive import (
+from ..checkpoint.saving import carry
+from ..conversion.convert import conversion_record, is_bayesian, update_config
+from ..likelihoods import (
     NoiseStd,
     ProblemType,
     check_noise_std,
@@ -28,7 +24,11 @@ from ..predictive import (
     unwrapped,
     without_ignored,
 )
-from ..saving import carry
+from ..linearized.links import ignores_shift
+from ..linearized.methods import SAMPLING
+from ..nn.draws import posterior_mean
+from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
+from ..posteriors.base import has_many_logits
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_test_dataset, check_variance_head
 from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive

@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
+from ..likelihoods import IGNORED, ProblemType
 from ..posteriors.base import without_labels
-from ..predictive import IGNORED, ProblemType
 
 __all__ = [
     "IGNORED",

@@ -14,24 +14,24 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import has_length
 
-from ..conversion import is_bayesian
+from ..checkpoint.saving import carry
+from ..checks import check_count
+from ..conversion.convert import is_bayesian
 from ..laplace import LaplacePosterior, fit
 from ..laplace.curvature import CurvatureKind, WeightSharing
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
-from ..laplace.hessian import Fisher
 from ..laplace.targets import Subset
 from ..laplace.tuning import PriorChoice
+from ..likelihoods import HEAD, NoiseStd, resolve_problem_type
+from ..likelihoods.loss_hessian import Fisher
 from ..patterns import Patterns
-from ..predictive import HEAD, NoiseStd, resolve_problem_type
-from ..saving import carry
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
 from .evaluation import MonteCarloTrainer
 from .held_out import COLLATED, choose_rows, said_choice
 from .items import LABEL_NAMES, as_labels
-from .number_checks import check_count
 from .precision import own_precision
 from .sharding import sharded_batches
 

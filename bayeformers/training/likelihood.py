@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..likelihoods import HEAD, NoiseStd, ProblemType, drawn_values, resized
 from ..losses import gaussian_nll, split_variance_head
-from ..predictive import HEAD, NoiseStd, ProblemType, drawn_values, resized
 from .items import IGNORED, attended_positions, item_mask, labels_of, span_end
 
 __all__ = ["ItemNLL", "align_causal", "item_nll", "output_field", "regression_labels"]

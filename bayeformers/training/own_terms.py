@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..likelihoods import ProblemType, without_ignored
 from ..nn.draws import posterior_mean
-from ..predictive import ProblemType, without_ignored
 from .elbo import preserved_rng
 from .items import labels_of
 from .likelihood import item_nll, output_field

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import variational_tensors
-from ..views import unwrapped_forward
+from ..sampling.views import unwrapped_forward
 
 __all__ = ["lost_steps", "lost_steps_warning", "own_precision"]
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import is_bayesian
+from ..conversion.convert import is_bayesian
+from ..likelihoods import drawn_values
 from ..posteriors import PointPosterior, VariationalPosterior
-from ..predictive import drawn_values
-from ..random_state import preserved
+from ..sampling.random_state import preserved
 from .items import labels_of, model_inputs
 
 __all__ = ["residual_std"]

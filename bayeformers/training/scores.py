@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.trainer_utils import PredictionOutput
 
+from ..likelihoods import ProblemType
 from ..metrics import aurc, brier_score, expected_calibration_error
 from ..metrics.calibration import DEFAULT_BINS, bins_of
-from ..predictive import ProblemType
 
 __all__ = ["CONFIDENCE", "WRONG", "BayesianPredictionOutput", "Columns", "evaluation_metrics"]
 

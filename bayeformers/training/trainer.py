@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..conversion import conversion_record, is_bayesian, update_config, without_stale_record
+from ..checkpoint.saving import saved_along
+from ..conversion.convert import conversion_record, is_bayesian, update_config, without_stale_record
+from ..likelihoods import HEAD, ProblemType, resolve_problem_type, without_ignored
 from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
-from ..objective import kl_divergence, log_variational_posterior
-from ..predictive import HEAD, ProblemType, resolve_problem_type, without_ignored
-from ..saving import saved_along
+from ..nn.kl import kl_divergence, log_variational_posterior
 from . import adapter_checkpoints, checkpoints, checks
+from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
-from .calibration_term import CalibrationTerm
 from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items, kl_warmup
 from .given_loss import given_loss
 from .items import as_labels, check_label_names, count_items, model_inputs

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bayeformers import metrics
-from bayeformers.report import ClassPredictions, classification_report
+from bayeformers.reports import ClassPredictions, classification_report
 from examples.conll.entities import Entity, entity_scores, find_entities
 from examples.conll.fitting import Draws
 from examples.conll.reader import Sentence

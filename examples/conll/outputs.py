@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeformers.plots import (
+from bayeformers.reports import (
     GREY,
     METHOD_COLOURS,
     METHOD_LINES,
+    format_table,
     legend_below,
     risk_coverage,
     save_figure,
     wilson_interval,
 )
-from bayeformers.report import format_table
 from examples.conll.data import TokenData
 from examples.conll.entities import split_label
 from examples.conll.evaluation import ALL, SentencePrediction, calibration_bins

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeformers.plots import GREY, METHOD_COLOURS, save_figure
-from bayeformers.report import format_table
+from bayeformers.reports import GREY, METHOD_COLOURS, format_table, save_figure
 from examples.curves.data import Array, CurveData, Truth
 from examples.curves.evaluation import BAND, Bands
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from bayeformers import BayesianTrainer
 from bayeformers.metrics import fit_temperature
-from bayeformers.report import (
+from bayeformers.reports import (
     ClassPredictions,
     RegressionPredictions,
     bootstrap_intervals,

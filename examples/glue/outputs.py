@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeformers.plots import comparison_figure, save_figure
-from bayeformers.report import ClassPredictions, format_table
+from bayeformers.reports import ClassPredictions, comparison_figure, format_table, save_figure
 from examples.glue.data import GlueData
 from examples.glue.evaluation import ALL, BASELINE, BySet, group_masks
 

@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from bayeformers import BayesianTrainer, posterior_mean
 from bayeformers.metrics import fit_temperature
-from bayeformers.report import ClassPredictions, classification_report
+from bayeformers.reports import ClassPredictions, classification_report
 from examples.images.data import ImageData, Images
 
 SCORES = ("accuracy", "nll", "ece", "brier", "aurc", "entropy", "aleatoric", "epistemic")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bayeformers import BayesianTrainer
-from bayeformers.report import format_table
+from bayeformers.reports import format_table
 from examples.images.classifier_evaluation import BySet, Sizes, predict_sets, scores, sizes, tempered
 from examples.images.classifier_training import fit_further, save
 from examples.images.pictures import accuracy_figure

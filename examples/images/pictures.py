@@ -10,8 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from bayeformers.plots import GREY, METHOD_COLOURS, METHOD_LINES, legend_below, reliability_diagram, risk_coverage
-from bayeformers.report import ClassPredictions
+from bayeformers.reports import (
+    GREY,
+    METHOD_COLOURS,
+    METHOD_LINES,
+    ClassPredictions,
+    legend_below,
+    reliability_diagram,
+    risk_coverage,
+)
 from examples.images.rotation import RotationCurve
 
 EPISTEMIC, ALEATORIC, ERROR = METHOD_COLOURS[4], METHOD_COLOURS[0], METHOD_COLOURS[5]

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from bayeformers.metrics import UndefinedMetricError, error_auroc
-from bayeformers.report import ClassPredictions
+from bayeformers.reports import ClassPredictions
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:

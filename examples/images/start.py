@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bayeformers import BayesianTrainer
-from bayeformers.report import ClassPredictions, format_table
+from bayeformers.reports import ClassPredictions, format_table
 from examples.images.classifier_evaluation import predict_sets, predicted, predicted_by_mean, scores, tempered
 from examples.images.classifier_training import learning_curve
 from examples.images.pictures import start_figure

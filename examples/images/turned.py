@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from bayeformers.report import ClassPredictions, format_table
+from bayeformers.reports import ClassPredictions, format_table
 from examples.glue.training import OneLineProgress
 from examples.images.classifier_evaluation import predicted
 from examples.images.data import ImageData, Images

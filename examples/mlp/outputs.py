@@ -9,8 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bayeformers.plots import GREY, METHOD_COLOURS, METHOD_LINES, reliability_diagram, risk_coverage
-from bayeformers.report import ClassPredictions, Row, format_table
+from bayeformers.reports import (
+    GREY,
+    METHOD_COLOURS,
+    METHOD_LINES,
+    ClassPredictions,
+    Row,
+    format_table,
+    reliability_diagram,
+    risk_coverage,
+)
 from examples.images.pictures import heading
 from examples.mlp.removal import Curve
 

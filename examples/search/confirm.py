@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from bayeformers.report import write_json
+from bayeformers.reports import write_json
 from examples.glue.data import GlueData, load_data
 from examples.glue.evaluation import ALL, BySet, method_report, predict_sets, recalibrate
 from examples.glue.models import DETERMINISTIC, load_model, load_tokenizer

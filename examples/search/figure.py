@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeformers.plots import GREY, METHOD_COLOURS, save_figure
+from bayeformers.reports import GREY, METHOD_COLOURS, save_figure
 from examples.search.confirm import BEST, DEFAULTS
 from examples.search.outputs import COLUMNS, Row
 

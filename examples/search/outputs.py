@@ -9,7 +9,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from bayeformers.report import format_table
+from bayeformers.reports import format_table
 from examples.search.space import Space
 from examples.search.study import is_default
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bayeformers.plots import GREY, group_histograms, risk_coverage, save_figure
-from bayeformers.report import format_table
+from bayeformers.reports import GREY, format_table, group_histograms, risk_coverage, save_figure
 from examples.squad.articles import GROUPS, SHIFTED
 from examples.squad.data import SquadData
 from examples.squad.reports import ALL, BySet

@@ -14,7 +14,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
 import bayeformers
-from bayeformers.report import ClassPredictions
+from bayeformers.reports import ClassPredictions
 from examples.image_classification import main
 from examples.images.classifier_arguments import parse_arguments
 from examples.images.data import ImageData, load_images

@@ -13,7 +13,7 @@ from bayeformers.laplace import Curvature, CurvatureConfig, fit
 from bayeformers.laplace.accumulate import Accumulator
 from bayeformers.laplace.data import prepare
 from bayeformers.laplace.targets import choose_targets
-from bayeformers.predictive import logits_of
+from bayeformers.likelihoods import logits_of
 from tests.laplace.networks import QUIET, Twice, batches, built, classes, mlp, reader, text
 from tests.laplace.reference import close, dense, kronecker, normal
 

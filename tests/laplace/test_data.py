@@ -14,7 +14,7 @@ from bayeformers.laplace import Curvature, CurvatureConfig, fit
 from bayeformers.laplace.accumulate import Accumulator
 from bayeformers.laplace.data import Batch, likelihood_of, prepare, real_examples
 from bayeformers.laplace.targets import choose_targets
-from bayeformers.predictive import logits_of
+from bayeformers.likelihoods import logits_of
 from tests.laplace.networks import QUIET, batches, classes, fitted, mlp, reader, text
 from tests.laplace.reference import close, dense, normal
 from tests.training.tiny import plain

@@ -23,7 +23,7 @@ from bayeformers.laplace.evidence import (
     optimal_precision_and_noise,
     optimal_prior_precision,
 )
-from bayeformers.laplace.hessian import log_likelihood
+from bayeformers.likelihoods.loss_hessian import log_likelihood
 
 
 def generator(seed: int) -> torch.Generator:

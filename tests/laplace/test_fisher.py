@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeformers.laplace import fit
-from bayeformers.laplace.hessian import Likelihood
+from bayeformers.likelihoods.loss_hessian import Likelihood
 from tests.laplace.networks import QUIET, batches, classes, fitted, mlp, reader, text
 from tests.laplace.reference import (
     Inputs,

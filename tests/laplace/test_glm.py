@@ -14,9 +14,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from bayeformers.laplace import LaplacePosterior, fit
-from bayeformers.posteriors.linearized import covariance, linearize
+from bayeformers.linearized.captured import covariance, linearize
 from tests.cases import CLASSES, case, classes, text
-from tests.posteriors.dense import jacobians
+from tests.linearized.dense import jacobians
 
 TEXT = ("bert", "roberta", "gpt2", "albert", "mpnet", "deberta-v2")
 IMAGES = ("vit", "swin", "convnext")

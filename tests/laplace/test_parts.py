@@ -12,7 +12,7 @@ from torch import nn
 
 from bayeformers.laplace import LaplacePosterior
 from bayeformers.laplace.posterior import FILE
-from bayeformers.laplace.storage import read, write
+from bayeformers.storage import read, write
 from tests.laplace.networks import classes, fitted, reader, text
 
 NAMES = ["query", "key", "value", "head", "table", "norm"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bayeformers.laplace import LaplacePosterior, example_gradients, fit, inner_products
 from bayeformers.laplace.posterior import FILE
-from bayeformers.posteriors.blocks import block_draw
-from bayeformers.posteriors.methods import METHODS, SAMPLING, num_directions
+from bayeformers.linearized.blocks import block_draw
+from bayeformers.linearized.methods import METHODS, SAMPLING, num_directions
 from tests.laplace.networks import QUIET, batches, built, classes, fitted, mlp, reader, regression_data, text
 from tests.laplace.reference import close, dense, jacobian, normal
 

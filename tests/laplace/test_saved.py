@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bayeformers.laplace import Curvature, InfPosterior, LaplacePosterior, fit, inf_posterior
 from bayeformers.laplace.from_sums import posterior_of
-from bayeformers.laplace.inf_posterior import FILE as INF_FILE
 from bayeformers.laplace.posterior import FILE
+from bayeformers.laplace.sparse.inf_posterior import FILE as INF_FILE
 from tests.laplace.networks import batches, classes, mlp, normal
 
 QUIET: dict[str, Any] = {"progress": False, "prior_precision": 2.0}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from bayeformers import VariationalPosterior, to_bayesian
 from bayeformers.laplace import fit
+from bayeformers.linearized.captured import covariance, linearize
 from bayeformers.posteriors import BasePosterior
-from bayeformers.posteriors.linearized import covariance, linearize
 from tests.cases import case
-from tests.posteriors.dense import directions
+from tests.linearized.dense import directions
 
 X, LABELS = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1)).double(), torch.tensor([0, 2, 1, 1])
 METHODS = ("glm", "mc_glm", "one_glm", "lr_glm", "e_glm")

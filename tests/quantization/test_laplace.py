@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers import laplace, predict
-from bayeformers.posteriors.blocks import block_draw
+from bayeformers.linearized.blocks import block_draw
 from bayeformers.quantization import quantize
 from tests.quantization.networks import bert, images, mlp, probs, sentences, spread
 

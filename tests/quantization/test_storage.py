@@ -232,7 +232,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*args: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("bayeformers.laplace.storage.save_file", fail)
+    monkeypatch.setattr("bayeformers.storage.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         small.save(tmp_path)
     assert (tmp_path / FILE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1

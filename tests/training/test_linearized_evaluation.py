@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bayeformers import metrics
+from bayeformers.linearized.links import ignores_shift, linearized_predictive
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
-from bayeformers.posteriors.logits import ignores_shift, linearized_predictive
 from bayeformers.predictive import Predictive
 from bayeformers.training.columns import predict_batch, score_predictive
 from tests.training import tiny

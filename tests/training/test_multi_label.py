@@ -14,7 +14,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 import bayeformers
 from bayeformers import to_bayesian
-from bayeformers.predictive import record_problem_type
+from bayeformers.likelihoods import record_problem_type
 from tests.training import tiny
 
 

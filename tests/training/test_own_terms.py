@@ -197,7 +197,7 @@ def test_ordinary_heads_have_none(kind: str) -> None:
     """Their own loss is the plain mean, of which nothing is left; otherwise every step would compute it again."""
     model = tiny.plain(kind)
     batch = tiny.dataset("causal" if kind == "llama" else kind, 6).columns
-    from bayeformers.predictive import resolve_problem_type
+    from bayeformers.likelihoods import resolve_problem_type
 
     problem = resolve_problem_type(model, batch["labels"])
     assert not has_own_terms(model, batch, batch, problem)

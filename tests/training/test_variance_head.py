@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 import bayeformers
 from bayeformers import VariationalPosterior, calibrate_delta, fixed_draw, kl_divergence
-from bayeformers.posteriors.logits import linearized_predictive
+from bayeformers.linearized.links import linearized_predictive
 from bayeformers.predictive import Predictive
 from bayeformers.training import BayesianTrainer, item_nll
 from bayeformers.training.columns import predict_batch, score_predictive

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ... import nn as bnn
-from ... import objective
 from ...distributions import ARDPrior, scale_from_rho
 from ...distributions.diagonal_normal import ScaleName
+from ...nn import kl
 from ..deprecation import deprecated
 from ..sampling import AlwaysRandom
 
@@ -46,7 +46,7 @@ class BayesianLayer(AlwaysRandom):
     @property
     def kl_divergence(self) -> Tensor:
         """KL(q || p) = 1/2 sum log(1 + mu^2 / sigma^2), a scalar with gradient."""
-        return objective.kl_divergence(self)
+        return kl.kl_divergence(self)
 
     @property
     def W(self) -> nn.Parameter:

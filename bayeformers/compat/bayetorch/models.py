@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from ... import objective
+from ...nn import kl
 from ..deprecation import deprecated
 from .convert import copy_weights
 
@@ -18,7 +18,7 @@ class BayesianModel(nn.Module):
     def kl_divergence(self) -> Tensor:
         """KL(q || p), summed over all Bayesian layers at any depth: a scalar with gradient."""
         deprecated("bayetorch.models.BayesianModel.kl_divergence", "`bayeformers.kl_divergence(model)`")
-        return objective.kl_divergence(self)
+        return kl.kl_divergence(self)
 
     def init_with_frequentist(self, frequentist: nn.Module, freeze: bool = True) -> Self:
         """`init_bayesian_with_frequentist` as a method."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....distributions import NormalPrior
-from ....objective import kl_divergence
+from ....nn.kl import kl_divergence
 from ...checks import check_bool, check_number, check_positive
 from ...deprecation import deprecated
 from ...sampling import AlwaysRandom

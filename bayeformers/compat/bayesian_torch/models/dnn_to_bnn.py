@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ....conversion import to_bayesian
+from ....conversion.convert import to_bayesian
 from ....distributions import NormalPrior
 from ....nn import variational_tensors
 from ....nn.draws import bayesian_modules
-from ....objective import kl_divergence, tensor_kl
+from ....nn.kl import kl_divergence, tensor_kl
 from ...checks import check_bool, check_number, check_positive
 from ...deprecation import deprecated
 from ...sampling import draw_in_eval

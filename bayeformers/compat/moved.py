@@ -1,0 +1,101 @@
+"""Import paths of the layout before 0.2: each still works for one version, with a `DeprecationWarning`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MOVED", "keep_old_paths"]
+
+# old module -> where its names are now, within the package
+MOVED = {
+    "accounting": "checkpoint.accounting",
+    "architectures": "checkpoint.architectures",
+    "calibration": "delta",
+    "config": "conversion.config",
+    "continual": "conversion.continual",
+    "digests": "storage",
+    "dropout": "conversion.dropout",
+    "fresh": "checkpoint.fresh",
+    "generators": "sampling.generators",
+    "jacobians": "linearized",
+    "jacobians.reads": "linearized.reads",
+    "jacobians.recording": "linearized.recording",
+    "jacobians.rules": "linearized.rules",
+    "jacobians.separation": "linearized.separation",
+    "laplace.directions": "laplace.analysis.directions",
+    "laplace.gradients": "laplace.analysis.gradients",
+    "laplace.hessian": "likelihoods.loss_hessian",
+    "laplace.inf": "laplace.sparse.inf",
+    "laplace.inf_posterior": "laplace.sparse.inf_posterior",
+    "laplace.influence": "laplace.analysis.influence",
+    "laplace.inner": "laplace.analysis.inner",
+    "laplace.processes": "processes",
+    "laplace.spectrum": "laplace.analysis.spectrum",
+    "laplace.storage": "storage",
+    "losses.gaussian": "likelihoods.gaussian",
+    "monte_carlo": "sampling.passes",
+    "objective": "nn.kl",
+    "plain_weights": "conversion.plain_weights",
+    "plots": "reports",
+    "posteriors.blocks": "linearized.blocks",
+    "posteriors.covariance": "linearized.covariance",
+    "posteriors.linearized": "linearized.captured",
+    "posteriors.logits": "linearized.links",
+    "posteriors.methods": "linearized.methods",
+    "predictive.noise": "likelihoods.noise",
+    "predictive.outputs": "likelihoods.outputs",
+    "predictive.pixels": "likelihoods.pixels",
+    "predictive.problem": "likelihoods.problem",
+    "pruning": "conversion.pruning",
+    "random_state": "sampling.random_state",
+    "registry": "conversion.registry",
+    "renaming": "conversion.renaming",
+    "report": "reports",
+    "rollback": "conversion.rollback",
+    "saving": "checkpoint.saving",
+    "scalars": "checks",
+    "selection": "conversion.selection",
+    "shared_prefix": "sampling.shared_prefix",
+    "snapshot": "sampling.snapshot",
+    "summary": "conversion.summary",
+    "surgery": "conversion.surgery",
+    "ties": "conversion.ties",
+    "training.calibration_arguments": "training.alignment_arguments",
+    "training.calibration_term": "training.alignment",
+    "training.number_checks": "checks",
+    "views": "sampling.views",
+    "wrappers": "conversion.wrappers",
+}
+
+_PACKAGE = "bayeformers"
+
+
+class _OldPaths(MetaPathFinder, Loader):
+    """Finds a module under its old path; what is imported is the new module itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == _PACKAGE and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """A blank module, as Python makes it: `exec_module` puts the new one in its place."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import the new module, and leave it where the import system looks for the old one."""
+        old, new = module.__name__, f"{_PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
+        warnings.warn(f"`{old}` has moved: import from `{new}`.", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)
+
+
+def keep_old_paths() -> None:
+    """Let `import` find modules under old paths: asked first, or `jacobians.reads` would be loaded twice."""
+    if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OldPaths())

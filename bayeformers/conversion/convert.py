@@ -1,0 +1,427 @@
+"""`to_bayesian` and its inverse: layers change class in place, nothing else of the model changes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..distributions import MopedPrior, PosteriorPrior, Prior
+from ..distributions.diagonal_normal import ScaleName
+from ..distributions.initial_scale import check_delta
+from ..nn import draws
+from ..nn.adapters import merged_adapter
+from ..nn.base import RECORD, BayesianModule, record_of, variational_tensors
+from ..nn.base import is_bayesian as is_bayesian
+from ..patterns import Patterns
+from .config import BayesianConfig
+from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
+from .dropout import dropout_rates, set_dropout
+from .plain_weights import check_plain_weights
+from .renaming import without_lost
+from .rollback import all_or_nothing
+from .selection import (
+    Chosen,
+    check_ties,
+    check_weights,
+    choose,
+    estimators_of,
+    matching_subtrees,
+    meant,
+    owner_shapes,
+    owners_of,
+    random_names,
+    recorded,
+)
+from .surgery import padding_rows, predicted_padding, refuse_resize, set_padding_rows, swap_class, switch_fused_off, tie
+from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_of
+from .wrappers import told_of_adapters, told_of_own_save
+
+logger = logging.getLogger(__name__)
+
+_RESIZE = "resize_token_embeddings"
+_MOPED_PRIOR = MopedPrior()
+
+
+@dataclass
+class Conversion:
+    """What :func:`to_deterministic` needs to restore, and what :func:`summary` tells; kept on the model."""
+
+    is_shared_by_views: ClassVar[bool] = True
+
+    config: BayesianConfig
+    requires_grad: dict[str, bool]
+    skipped: dict[str, str] = field(default_factory=dict)
+    declared_ties: dict[str, str] = field(default_factory=dict)
+    fused: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+
+def to_bayesian(
+    model: nn.Module,
+    delta: float = 0.05,
+    freeze: bool = True,
+    *,
+    prior: Prior | nn.Module | HasModel = _MOPED_PRIOR,
+    scale: ScaleName = "additive",
+    estimator: str | Mapping[str, str] = "reparameterization",
+    target_modules: Patterns = "all",
+    exclude_modules: Patterns | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    norms: bool = False,
+    keep_dropout: bool = False,
+) -> nn.Module:
+    """Make a trained model Bayesian, in place: each weight becomes N(weight, (delta |weight|)^2) (MOPED).
+
+    A layer takes the Bayesian subclass of its own class and keeps its Parameters as posterior means, so ties, hooks,
+    `.generate`, `.config` and checkpoints go on working. Everything is checked before the first change.
+    Krishnan et al. 2020 (arXiv 1906.05323).
+
+    Args:
+        model: any `torch.nn.Module`; usually a fine-tuned transformers model.
+        delta: initial posterior scale relative to |weight|, > 0; with the default prior also the prior's noise level.
+        freeze: keep means and all other parameters fixed and train only the scales (``rho``); False leaves the
+            `requires_grad` flags of the means as they are.
+        prior: prior of every converted weight; default `MopedPrior()`. Or a model of the last task that was converted
+            and trained, or its `VariationalPosterior`: each tensor that it has too, by name, takes its posterior as
+            the prior and starts at its scale, the others take `MopedPrior()` (see `posterior_as_prior`).
+        scale: "additive", sigma = softplus(rho), or "multiplicative", sigma = softplus(rho) max(|mean|, floor), which
+            keeps its share of a mean that trains (sigma^2 = alpha mean^2); the floor is 0.1 mean|weight| of the tensor.
+        estimator: how noise enters in training: "reparameterization" (one draw per batch), "flipout" (one per example)
+            or "local_reparameterization" (one per output element), for the whole model; or a mapping from module
+            pattern (a name suffix, or a regular expression matched in full) to one of them, where the first
+            pattern that matches a layer decides and other layers keep "reparameterization".
+        target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
+        exclude_modules: names to leave out with all inside them, in the same forms.
+        modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
+            fresh head.
+        norms: convert the gains and biases of normalisations too: LayerNorm, RMSNorm and the models' own RMSNorm
+            classes.
+        keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, a pattern that matches nothing convertible, a model that is Bayesian
+            already, weights that are not finite, quantised, offloaded, sharded or on the meta device, or a tied weight
+            of which only one owner is targeted.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
+    torch.Size([8, 4])
+    """
+    _check_flags(freeze=freeze, norms=norms, keep_dropout=keep_dropout)
+    config = BayesianConfig(delta=check_delta(delta), freeze=freeze, prior=as_prior(prior), scale=scale)
+    _check_convertible(model)
+    saved = matching_subtrees(model, modules_to_save)
+    chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms)
+    estimators_of(chosen, estimator)
+    is_whole = target_modules == "all" and exclude_modules is None and not saved
+    chosen, lost = without_lost(model, chosen, is_multiplicative=scale == "multiplicative", is_whole=is_whole)
+    skipped |= lost
+    check_ties(model, chosen, skipped)
+    check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
+    check_weights(model, chosen)
+    _check_unmerged(model, chosen)
+    config = replace(
+        config,
+        prior=fitted_prior(config.prior, owner_shapes(model, chosen)),
+        estimator=dict(estimator) if isinstance(estimator, Mapping) else estimator,
+        modules={name: kind.__name__ for name, kind in chosen.items()},
+        modules_to_save=list(modules_to_save or []),
+        norms=norms,
+        dropout={} if keep_dropout else dropout_rates(model),
+        padding=padding_rows(model, chosen),
+        predicted_padding=predicted_padding(model, owners_of(model, chosen).values()),
+    )
+    told = told_of_own_save(model)
+    convert(model, config, chosen, skipped)
+    if (told := told or told_of_adapters(model)) is not None:
+        logger.warning(told)
+    return model
+
+
+def convert(
+    model: nn.Module,
+    config: BayesianConfig,
+    chosen: Chosen | None = None,
+    skipped: dict[str, str] | None = None,
+) -> nn.Module:
+    """Apply a checked conversion, or repeat the one that ``config`` records (a checkpoint being loaded).
+
+    Raises:
+        ValueError: ``config`` names modules that ``model`` has not, or of another class.
+    """
+    with all_or_nothing(model):
+        _convert(model, config, recorded(model, config) if chosen is None else chosen, dict(skipped or {}))
+    return model
+
+
+def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: dict[str, str]) -> None:
+    prior, posterior = without_posterior(config.prior)
+    config = replace(config, prior=prior)
+    state = Conversion(config, {name: p.requires_grad for name, p in _parameters(model)}, skipped)
+    for key in config.dropout:
+        set_dropout(model, key, 0.0)
+    if config.freeze:
+        freeze_means(model, config)
+    if config.padding is not None:
+        set_padding_rows(model, chosen, config.padding)
+    if config.ties is not None:  # of a model that is being loaded, whose ties are a list until then
+        declare_ties(model, config.ties, random_names(model, chosen))
+    state.declared_ties = dict(vars(model).get(TIES) or {})
+    owners = list(owners_of(model, chosen).values())
+    config = replace(config, ties=ties_of(model, owners))
+    estimators = estimators_of(chosen, config.estimator)
+    for name, kind in chosen.items():
+        _become(model.get_submodule(name), kind, config, estimators[name])
+    for tied in owners:
+        name = full_name(tied[0])
+        layers = [(model.get_submodule(owner), key) for owner, key in tied]
+        tie(layers, name, config.noise_version, predicts_padding=name in config.predicted_padding)
+    if isinstance(config.prior, PosteriorPrior):
+        store_posterior(model, config.prior, posterior, [tied[0] for tied in owners])
+    declare_ties(model, config.ties or {}, random_names(model, chosen))
+    hold_ties(model)
+    state.fused = switch_fused_off(model)
+    state.config = config
+    setattr(model, RECORD, state)
+    draws.one_draw_per_forward(model)
+    if hasattr(model, _RESIZE):
+        model.__dict__[_RESIZE] = refuse_resize
+    _publish(model, config)
+
+
+def freeze_means(model: nn.Module, config: BayesianConfig) -> None:
+    """``freeze=True``: of all Parameters only scales, and what is in ``modules_to_save``, require a gradient."""
+    saved = matching_subtrees(model, config.modules_to_save)
+    scales = {id(tensor.rho) for tensor in variational_tensors(model)}
+    for name, parameter in _parameters(model):
+        parameter.requires_grad_(id(parameter) in scales or any(name.startswith(f"{s}.") for s in saved))
+
+
+def freeze_as_saved(model: nn.Module, missing: set[str]) -> None:
+    """Restore the flags of a loaded model, whose Parameters the stock loader has made anew, all of them training.
+
+    A mean whose prior's centre is ``missing`` in the checkpoint was frozen, and is that centre itself.
+    """
+    for tensor in variational_tensors(model):
+        centre = f"{tensor.parameter_name}_prior_centre"
+        if f"{tensor.name.removesuffix(tensor.parameter_name)}{centre}" in missing:
+            tensor.module.drop_centre(tensor.parameter_name)
+        if tensor.module.prior.needs_centre and not hasattr(tensor.module, centre):
+            tensor.loc.requires_grad_(False)
+    if bayesian_config(model).freeze:
+        freeze_means(model, bayesian_config(model))
+
+
+def settle_ties(model: nn.Module) -> dict[str, str]:
+    """After a model was loaded, its ties: which names stand for one tensor now, whatever its configuration says."""
+    hold_ties(model)
+    chosen = {name: type(layer) for name, layer in draws.bayesian_modules(model).items()}
+    return ties_of(model, owners_of(model, chosen).values())
+
+
+def to_deterministic(model: nn.Module) -> nn.Module:
+    """Undo :func:`to_bayesian` in place, at the posterior mean: classes, `requires_grad` flags, dropout, config.
+
+    Layers that were built by hand become torch's own; of those there are no flags to restore.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
+    if not is_bayesian(model):
+        raise ValueError(_not_bayesian(model))
+    with all_or_nothing(model):
+        for part in [module for module in model.modules() if hasattr(module, RECORD)]:
+            _undo(part)
+        _become_deterministic(model)  # what was built by hand
+        draws.release(model)
+    return model
+
+
+def _undo(model: nn.Module) -> None:
+    """What :func:`convert` did to ``model`` itself."""
+    state: Conversion = getattr(model, RECORD)
+    _become_deterministic(model)
+    for name, parameter in _parameters(model):
+        parameter.requires_grad_(state.requires_grad.get(name, True))
+    for key, rate in state.config.dropout.items():
+        set_dropout(model, key, rate)
+    for encoder, attribute, value in state.fused:
+        setattr(encoder, attribute, value)
+    release_ties(model)
+    if TIES in vars(model):
+        model.all_tied_weights_keys = state.declared_ties  # type: ignore[assignment]
+    draws.release(model)
+    delattr(model, RECORD)
+    model.__dict__.pop(_RESIZE, None)
+    if hasattr(getattr(model, "config", None), "bayesian"):
+        del model.config.bayesian  # type: ignore[union-attr]
+
+
+def _become_deterministic(model: nn.Module) -> None:
+    for module in draws.bayesian_modules(model).values():
+        module.become_deterministic()
+        swap_class(module, type(module).torch_class)
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Let the means train too: stores the prior's centres and restores the flags from before `to_bayesian`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian.
+    """
+    if not is_bayesian(model):
+        raise ValueError(_not_bayesian(model))
+    state = conversion_record(model)
+    converted = model if state is None else converted_module(model)
+    flags = {} if state is None else state.requires_grad
+    with all_or_nothing(model):
+        for tensor in variational_tensors(converted):
+            tensor.module.store_centre(tensor.parameter_name)
+        for name, parameter in _parameters(converted):
+            if not name.endswith("_rho"):
+                parameter.requires_grad_(flags.get(name, True))
+        update_config(model, freeze=False)
+    return model
+
+
+def conversion_record(model: nn.Module) -> Conversion | None:
+    """The record of a model's conversion, found through wrappers; None for a network that was built by hand."""
+    record: Conversion | None = record_of(model)
+    return record
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The record of a model's conversion, found through wrappers.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian, or was built by hand.
+    """
+    state: Conversion = getattr(converted_module(model), RECORD)
+    return state
+
+
+def converted_module(model: nn.Module) -> nn.Module:
+    """The module that :func:`to_bayesian` was called with: ``model`` or one inside it.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian, or was built by hand.
+    """
+    draws.check_module(model)
+    for module in model.modules():
+        if hasattr(module, RECORD):
+            return module
+    if is_bayesian(model):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) was built by hand from `bayeformers.nn` layers: it has no record of a "
+            "conversion by `to_bayesian`."
+        )
+    raise ValueError(_not_bayesian(model))
+
+
+def _not_bayesian(model: nn.Module) -> str:
+    return f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first."
+
+
+def bayesian_config(model: nn.Module) -> BayesianConfig:
+    """The configuration of a converted model; the same that its `config.json` records.
+
+    Raises:
+        ValueError: ``model`` is not Bayesian, or was built by hand.
+    """
+    return conversion_of(model).config
+
+
+def update_config(model: nn.Module, **changes: Any) -> BayesianConfig | None:
+    """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config.
+
+    None, and nothing done, for a network that was built by hand: it has no record.
+    """
+    if conversion_record(model) is None:
+        return None
+    module = converted_module(model)
+    state = conversion_of(module)
+    state.config = replace(state.config, **changes)
+    _publish(module, state.config)
+    return state.config
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def _check_unmerged(model: nn.Module, chosen: Chosen) -> None:
+    merged = merged_adapter(model, chosen)
+    if merged is not None:
+        raise ValueError(
+            f"`model` has the adapter of {merged!r} merged into the weights beside it, where its draws would have no "
+            "effect: call `model.unmerge_adapter()` first, or leave the adapter out by `target_modules`."
+        )
+
+
+def _check_convertible(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if torch.is_inference_mode_enabled() or any(
+        parameter.is_inference() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)
+    ):
+        raise ValueError(
+            "`model` cannot be converted under `torch.inference_mode()`, nor if it was made there: scales made there "
+            "can never be trained. Use `torch.no_grad()`, or convert outside."
+        )
+    if is_bayesian(model):
+        by_hand = conversion_record(model) is None
+        raise ValueError(
+            "`model` is Bayesian already: "
+            + ("it has `bayeformers.nn` layers" if by_hand else "`to_bayesian` was called twice")
+            + ". Call `to_deterministic(model)` first, or name the layers to convert in one call."
+        )
+
+
+def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfig, estimator: str) -> None:
+    swap_class(module, kind)
+    assert isinstance(module, BayesianModule)
+    module.become_bayesian(prior=config.prior, delta=config.delta, estimator=estimator, scale=config.scale)
+
+
+def _publish(model: nn.Module, config: BayesianConfig) -> None:
+    if hasattr(model, "config") and not isinstance(model.config, dict):
+        model.config.bayesian = config.to_dict()  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def without_stale_record(model: nn.Module) -> Iterator[None]:
+    """While an unconverted model is saved: its config without the record of a conversion.
+
+    Models that were made from one config object share it, so another one's conversion may stand there; and the mean of
+    a converted checkpoint, loaded by transformers alone, brings the record along.
+    """
+    config = getattr(model, "config", None)
+    stale = None if conversion_record(model) is not None else getattr(config, "bayesian", None)
+    if config is None or stale is None:
+        yield
+        return
+    del config.bayesian
+    try:
+        yield
+    finally:
+        config.bayesian = stale
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())

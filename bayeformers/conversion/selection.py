@@ -1,0 +1,189 @@
+"""Which modules a conversion takes: PEFT's name patterns, ties, and what a configuration recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..nn.base import BayesianModule
+from ..nn.estimators import REPARAMETERIZATION, get_estimator
+from ..nn.norms import Normalization
+from ..patterns import Patterns, matches, matching, subtrees
+from .config import BayesianConfig
+from .registry import Found, bayesian_class, is_layer, supported_layers
+from .ties import full_name
+
+Chosen = dict[str, type[BayesianModule]]
+
+
+def choose(
+    model: nn.Module, target: Patterns, exclude: Patterns | None, saved: list[str], norms: bool = False
+) -> tuple[Chosen, dict[str, str]]:
+    names = [name for name, _ in model.named_modules()]
+    targeted = set(names) if target == "all" else matching(names, target, "target_modules")
+    excluded = set() if exclude is None else subtrees(names, matching(names, exclude, "exclude_modules"))
+    chosen: Chosen = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not module._parameters or all(p is None for p in module._parameters.values()):
+            continue
+        kind, reason = _bayesian_class(model, name, module)
+        if kind is not None and issubclass(kind, Normalization) and not norms:
+            kind, reason = None, "a normalisation: `norms=True` converts it"
+        if any(name == s or name.startswith(f"{s}.") for s in saved):
+            skipped[name] = "in modules_to_save"
+        elif kind is None:
+            skipped[name] = reason
+        elif name not in targeted:
+            skipped[name] = "not in target_modules"
+        elif name in excluded:
+            skipped[name] = "in exclude_modules"
+        else:
+            chosen[name] = kind
+            skipped |= dict.fromkeys(_left_alone(name, module, kind), "not a matrix, of a module without a rule for it")
+    if not chosen:
+        raise ValueError(_nothing_to_convert(target, targeted, skipped))
+    if not isinstance(target, str):
+        _check_each_convertible(target, chosen, skipped)
+    check_ties(model, chosen, skipped)
+    return chosen, skipped
+
+
+def meant(
+    model: nn.Module, chosen: Chosen, target: Patterns, exclude: Patterns | None, saved: list[str]
+) -> frozenset[str]:
+    """Modules that a conversion is meant for, whether or not they can be converted: of "all" all but those left out."""
+    if not isinstance(target, str) or target != "all":
+        return frozenset(chosen)
+    names = [name for name, _ in model.named_modules()]
+    left = subtrees(names, {*saved, *(() if exclude is None else matching(names, exclude, "exclude_modules"))})
+    return frozenset(names) - left
+
+
+def _bayesian_class(model: nn.Module, name: str, module: nn.Module) -> Found:
+    """`bayesian_class` of a module by its place in the model."""
+    above, _, attribute = name.rpartition(".")
+    return bayesian_class(module, model.get_submodule(above) if name else None, attribute)
+
+
+def _left_alone(name: str, module: nn.Module, kind: type[BayesianModule]) -> list[str]:
+    """Names of a converted module's own Parameters that stay deterministic."""
+    rest = [key for key, p in module._parameters.items() if p is not None and key not in kind.names_of(module)]
+    return [f"{name}.{key}".lstrip(".") for key in rest]
+
+
+def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+    if isinstance(patterns, str):
+        raise TypeError(f"`modules_to_save` must be a list of module names, got the string {patterns!r}.")
+    names = [name for name, _ in model.named_modules()]
+    return sorted(matching(names, patterns, "modules_to_save")) if patterns else []
+
+
+def _check_each_convertible(target: Sequence[str], chosen: Iterable[str], skipped: dict[str, str]) -> None:
+    for pattern in target:
+        if not any(name == pattern or name.endswith(f".{pattern}") for name in chosen):
+            reasons = {r for name, r in skipped.items() if name == pattern or name.endswith(f".{pattern}")}
+            raise ValueError(
+                f"`target_modules` names {pattern!r}, of which nothing can be converted: "
+                f"{', '.join(sorted(reasons)) or 'it holds no weights of its own'}. Supported: {supported_layers()}."
+            )
+
+
+def _nothing_to_convert(target: Patterns, targeted: Iterable[str], skipped: dict[str, str]) -> str:
+    reasons = sorted({skipped[name] for name in targeted if name in skipped})[:5]
+    return (
+        f"`target_modules`={target!r} leaves nothing to convert ({'; '.join(reasons) or 'no layer with weights'}). "
+        f"Supported layers: {supported_layers()}."
+    )
+
+
+def owners_of(model: nn.Module, chosen: Chosen) -> dict[int, list[tuple[str, str]]]:
+    """Owners (module, parameter) of each distinct Parameter that becomes random, in the order of ``chosen``.
+
+    A model that transformers is still loading declares its ties before it has made them.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    same = {
+        id(parameters[t]): id(parameters[s])
+        for t, s in declared.items()
+        if t in parameters and s in parameters and parameters[t].is_meta
+    }
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for name, kind in chosen.items():
+        module = model.get_submodule(name)
+        random = kind.names_of(module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and key in random:
+                owners.setdefault(same.get(id(parameter), id(parameter)), []).append((name, key))
+    return owners
+
+
+def random_names(model: nn.Module, chosen: Chosen) -> list[str]:
+    """Every name of every tensor that becomes random."""
+    return [full_name(owner) for shared in owners_of(model, chosen).values() for owner in shared]
+
+
+def owner_shapes(model: nn.Module, chosen: Chosen) -> dict[str, tuple[int, ...]]:
+    """Shape of each distinct tensor that becomes random, by the name of its first owner."""
+    names = [".".join(filter(None, owners[0])) for owners in owners_of(model, chosen).values()]
+    return {name: tuple(model.get_parameter(name).shape) for name in names}
+
+
+def check_ties(model: nn.Module, chosen: Chosen, skipped: dict[str, str]) -> None:
+    """A tied weight is one random tensor: all layers that use it convert, or none."""
+    owners = owners_of(model, chosen)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if name in chosen or parameter is None or id(parameter) not in owners:
+                continue
+            if parameter.dim() > 1 or is_layer(module):  # a vector may only have a second name, as a head's bias
+                raise ValueError(
+                    f"{name!r} shares its {key} with {owners[id(parameter)][0][0]!r} but stays deterministic "
+                    f"({skipped[name]}): a tied weight is Bayesian in all its uses or in none. Name both in "
+                    "`target_modules` or in `exclude_modules`."
+                )
+
+
+def estimators_of(names: Iterable[str], estimator: str | Mapping[str, str]) -> dict[str, str]:
+    """Each layer's estimator: the one for all, or that of the first pattern that matches the layer."""
+    names = list(names)
+    if not isinstance(estimator, Mapping):
+        return dict.fromkeys(names, get_estimator(estimator).name)
+    if not estimator:
+        raise ValueError("`estimator` is an empty mapping; give one of the estimators, or patterns of modules.")
+    found = dict.fromkeys(names, "")
+    for pattern, value in estimator.items():
+        matched = [name for name in names if matches(name, pattern, "estimator")]
+        if not matched:
+            raise ValueError(f"`estimator` has the pattern {pattern!r}, which matches no converted layer.")
+        for name in matched:
+            found[name] = found[name] or get_estimator(value).name
+    return {name: value or REPARAMETERIZATION.name for name, value in found.items()}
+
+
+def check_weights(model: nn.Module, chosen: Iterable[str]) -> None:
+    for name in chosen:
+        for parameter_name, parameter in model.get_submodule(name)._parameters.items():
+            if parameter is not None and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(
+                    f"`model` has NaN or infinite values in {name}.{parameter_name}: no scale can be derived from "
+                    "them. Repair the checkpoint, or name the layer in `exclude_modules`."
+                )
+
+
+def recorded(model: nn.Module, config: BayesianConfig) -> Chosen:
+    modules = dict(model.named_modules())
+    chosen = {}
+    position = {name: number for number, name in enumerate(modules)}  # JSON has sorted the names
+    for name in sorted(config.modules, key=lambda name: position.get(name, -1)):
+        kind = _bayesian_class(model, name, modules[name])[0] if name in modules else None
+        if kind is None or kind.__name__ != config.modules[name]:
+            found = type(modules[name]).__name__ if name in modules else "no such module"
+            raise ValueError(
+                f"`config.bayesian` records {name!r} as {config.modules[name]}, the model has {found} there."
+            )
+        chosen[name] = kind
+    return chosen

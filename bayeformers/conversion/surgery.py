@@ -1,0 +1,110 @@
+"""What a conversion does to the modules of a model in place: their class, what tied tensors share, fused kernels."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..nn import draws
+from ..nn.base import BayesianModule
+from ..nn.variational import TensorSpec
+from .ties import full_name
+
+
+def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class; accelerate's hooks keep, and leave, the old `forward` on the instance, bound: bind it anew."""
+    own = type(module).forward
+    module.__class__ = kind
+    for name in ("forward", "_old_forward"):
+        bound = module.__dict__.get(name)
+        if isinstance(bound, types.MethodType) and bound.__func__ is own:
+            module.__dict__[name] = types.MethodType(kind.forward, module)
+
+
+def tie(owners: list[tuple[nn.Module, str]], name: str, noise_version: int, *, predicts_padding: bool = False) -> None:
+    """Tied means share rho, noise key and padding row; the prior's centre stays with the first owner.
+
+    ``predicts_padding``: the padding row stands for a token that a head predicts, so it is a row as any other; only
+    its lookups give no gradient, as in torch.
+    """
+    bayesian = [(m, p) for m, p in owners if isinstance(m, BayesianModule) and p in m.specs]
+    specs = [module.specs[parameter] for module, parameter in bayesian]
+    row = next((spec.padding_idx for spec in specs if spec.padding_idx is not None), None)
+    by_row = any(spec.by_row for spec in specs)
+    rows = {"untrained_idx": row} if predicts_padding else {"padding_idx": row}
+    spec = TensorSpec(name, by_row=by_row, named=True, noise_version=noise_version, **rows)
+    for number, (module, parameter) in enumerate(bayesian):
+        module.specs[parameter] = spec
+        if number == 0:
+            if specs[0].padding_idx != spec.padding_idx:
+                module.reset_rho(parameter)  # whether the padding row has a part in the floor, another owner told
+        else:
+            module.copy_scale(parameter, *bayesian[0])
+            module.drop_centre(parameter)
+
+
+def predicted_padding(model: nn.Module, owners: Iterable[Sequence[tuple[str, str]]]) -> list[str]:
+    """Tied tensors whose padding row is the row of a token that is predicted, by their first owner.
+
+    With `pad_token_id` = `eos_token_id`, as decoders without a padding token are trained, the row of a table that is
+    also the head's is the end of text: the head multiplies by it and trains it.
+    """
+    found = []
+    for shared in owners:
+        rows = padding_rows(model, [name for name, key in shared if key == "weight"])
+        heads = [name for name, _ in shared if not isinstance(model.get_submodule(name), _TABLES)]
+        if rows and heads and set(rows.values()) & _special_tokens(model, heads):
+            found.append(full_name(shared[0]))
+    return found
+
+
+def _special_tokens(model: nn.Module, names: Iterable[str]) -> set[int]:
+    """Ids of the ends and beginnings of texts, by the configurations of the models that hold the modules ``names``."""
+    ids: set[int] = set()
+    for above, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is not None and any(not above or name.startswith(f"{above}.") for name in names):
+            for kind in ("eos_token_id", "bos_token_id"):
+                value = getattr(config, kind, None)
+                ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ids
+
+
+def padding_rows(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The row of padding of each lookup table that has one, of the modules ``names``."""
+    tables = {name: model.get_submodule(name) for name in names}
+    return {name: m.padding_idx for name, m in tables.items() if isinstance(m, _TABLES) and m.padding_idx is not None}
+
+
+def set_padding_rows(model: nn.Module, names: Iterable[str], rows: Mapping[str, int]) -> None:
+    """Give the tables the recorded rows: they were built anew from a configuration whose padding id may be another."""
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, _TABLES):
+            module.padding_idx = rows.get(name)
+
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+
+
+def switch_fused_off(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """In `eval()` torch's own encoder hands its weights to one kernel that knows no draw: make it call its layers."""
+    switched: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        for kind, attribute in _FUSED:
+            if isinstance(module, kind) and getattr(module, attribute, None) and draws.bayesian_modules(module):
+                switched.append((module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, type(getattr(module, attribute))(0))
+    return switched
+
+
+def refuse_resize(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `resize_token_embeddings` on a converted model."""
+    raise RuntimeError(
+        "`resize_token_embeddings` on a Bayesian model would leave the new rows without a scale: call "
+        "`to_deterministic(model)`, resize, then `to_bayesian` again."
+    )

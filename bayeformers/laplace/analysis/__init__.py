@@ -1,0 +1,1 @@
+"""What a fitted curvature tells about examples and directions: influence, similarity, novelty, spectra."""

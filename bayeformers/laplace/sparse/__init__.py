@@ -1,0 +1,1 @@
+"""Posteriors of lower memory: the low rank of an information-form posterior and its diagonal."""

@@ -1,0 +1,191 @@
+r"""The calibration loss of a `train()`: its thresholds, estimated during warm-up, and its value per micro-batch.
+
+Until step ceil(calibration_warmup_ratio * max_steps) there is no term; the items seen estimate the threshold, as
+Krishnan & Tickoo 2020 (arXiv 2012.07923) do:
+
+    threshold = (mean uncertainty of the right + mean uncertainty of the wrong) / 2
+
+over all steps and ranks; where all were right, or all wrong, it is their mean uncertainty. A regression's item is
+right if its error abs(y - mean) is at most tau, the mean error so far; after the warm-up tau is that over all
+of it. Errors and uncertainties then enter the loss divided by tau, so that it does not depend on the labels' unit.
+
+| loss | c or e | u, or the confidence |
+| --- | --- | --- |
+| "avuc", "auavu" | c: the averaged prediction's largest probability | its entropy, or the mutual information |
+| "eau" | e = abs(y - mean) / tau | sqrt(epistemic + aleatoric variance) / tau |
+| "eac" | e = abs(y - mean) / tau | erf(tau / sqrt(2 variance)), the predictive's own chance of an error up to tau |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import NoiseStd, ProblemType, logits_of
+from ..likelihoods.outputs import regression_values
+from ..losses import auavu_loss, avuc_loss, eac_loss, eau_loss
+from ..losses.avu import confidence_and_uncertainty
+from .alignment_arguments import CalibrationArguments, check_calibration_head
+from .items import labels_of
+from .likelihood import align_causal
+
+__all__ = ["CALIBRATION_NAME", "CalibrationTerm", "labelled_logits"]
+
+CALIBRATION_NAME = "calibration_loss.json"
+_TINY = 1e-12  # a warm-up without any error: tau divides
+
+
+def labelled_logits(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType) -> tuple[Tensor, Tensor]:
+    """A classifier's logits (..., C) with the labels (...) that they predict, -100 where there is none.
+
+    Labels of a multi-label head are two-class items of their own, with logits (0, z).
+    """
+    logits = logits_of(outputs)
+    if problem_type == "causal_lm" and inputs.get("shift_labels") is not None:
+        return logits, labels_of(inputs, "shift_labels")
+    labels = labels_of(inputs)
+    if problem_type == "causal_lm":
+        return align_causal(logits, labels)
+    if problem_type == "multi_label_classification":
+        return torch.stack([torch.zeros_like(logits), logits], dim=-1), (labels > 0.5).long()
+    return logits, labels.reshape(logits.shape[:-1])
+
+
+class CalibrationTerm:
+    """See the module's docstring. ``warmup_steps`` is the first step with a term.
+
+    Errors: ValueError for a head that the loss is not for.
+    """
+
+    def __init__(self, args: CalibrationArguments, problem_type: ProblemType, warmup_steps: int) -> None:
+        assert args.calibration_loss is not None
+        check_calibration_head(args.calibration_loss, problem_type)
+        self._args, self._problem_type, self._warmup_steps = args, problem_type, warmup_steps
+        self._sums: list[float] | None = None  # of the warm-up's finished steps, all ranks: see `_observe`
+        self._pending: Tensor | None = None  # of the present step, this rank
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, outputs: Sequence[Any], inputs: Mapping[str, Any], noise_std: NoiseStd | None, step: int
+    ) -> Tensor | None:
+        """The loss of one micro-batch, with gradient, of the ``outputs`` of its draws; None during the warm-up."""
+        if self._problem_type == "regression":
+            return self._regression(outputs, inputs, noise_std, step)
+        found = [labelled_logits(output, inputs, self._problem_type) for output in outputs]
+        logits, labels = torch.stack([logits for logits, _ in found]), found[0][1]
+        kind = self._args.calibration_uncertainty
+        if step < self._warmup_steps or not self._knows_threshold:
+            if self._args.estimates_threshold:
+                with torch.no_grad():
+                    is_right, _, spread = confidence_and_uncertainty(logits, labels, kind)
+                    self._observe(is_right, spread, spread)
+            return None
+        if self._args.calibration_loss == "auavu":
+            return auavu_loss(logits, labels, uncertainty=kind)
+        return avuc_loss(logits, labels, self._threshold, uncertainty=kind)
+
+    def _regression(
+        self, outputs: Sequence[Any], inputs: Mapping[str, Any], noise_std: NoiseStd | None, step: int
+    ) -> Tensor | None:
+        drawn = [regression_values(output, noise_std) for output in outputs]
+        values, noise = torch.stack([mean for mean, _ in drawn]), torch.stack([variance for _, variance in drawn])
+        mean, variance = values.mean(0), values.var(0, correction=0) + noise.mean(0)
+        error = (labels_of(inputs).to(mean).reshape(mean.shape) - mean).abs()
+        if step < self._warmup_steps or not self._knows_threshold:
+            if self._args.estimates_threshold:
+                with torch.no_grad():
+                    self._observe_regression(error.flatten(), variance.sqrt().flatten())
+            return None
+        tau, limit = self._error_threshold, self._threshold
+        scale = variance.sqrt()
+        if self._args.calibration_loss == "eau":
+            return eau_loss(error / tau, scale / tau, 1.0, limit / tau)
+        # the predictive's own P(abs(error) <= tau), a falling function of its scale
+        confidence = torch.erf(tau / (math.sqrt(2) * scale))
+        return eac_loss(error / tau, confidence, 1.0, math.erf(tau / (math.sqrt(2) * limit)))
+
+    # -- thresholds --------------------------------------------------------------------------------------------------
+
+    @property
+    def _knows_threshold(self) -> bool:
+        return not self._args.estimates_threshold or self._sums is not None
+
+    @property
+    def _threshold(self) -> float:
+        if self._args.calibration_threshold is not None:
+            return self._args.calibration_threshold
+        assert self._sums is not None  # `_knows_threshold`
+        num_right, right, num_wrong, wrong, _ = self._sums
+        means = [total / count for total, count in ((right, num_right), (wrong, num_wrong)) if count]
+        return sum(means) / len(means)
+
+    @property
+    def _error_threshold(self) -> float:
+        if self._args.calibration_error_threshold is not None:
+            return self._args.calibration_error_threshold
+        assert self._sums is not None
+        return max(self._sums[4] / (self._sums[0] + self._sums[2]), _TINY)
+
+    def _observe(self, is_right: Tensor, spread: Tensor, error: Tensor) -> None:
+        """Adds this micro-batch's (n, sum u) of the right, the same of the wrong, and sum e."""
+        wrong = ~is_right
+        parts = [is_right.sum(), spread[is_right].sum(), wrong.sum(), spread[wrong].sum(), error.sum()]
+        sums = torch.stack([part.float() for part in parts])
+        self._pending = sums if self._pending is None else self._pending + sums
+
+    def _observe_regression(self, error: Tensor, spread: Tensor) -> None:
+        seen = torch.zeros(5, device=error.device) if self._pending is None else self._pending
+        if self._sums is not None:
+            seen = seen + torch.tensor(self._sums, device=error.device)
+        mean = (seen[4] + error.sum()) / (seen[0] + seen[2] + error.numel())
+        self._observe(error <= mean, spread, error)
+
+    def fold(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device, step: int) -> None:
+        """Adds the finished step's items of all ranks; called by every rank, before the next step and before a save."""
+        if not self._args.estimates_threshold or (step > self._warmup_steps and self._sums is not None):
+            return
+        own = torch.zeros(5, device=device) if self._pending is None else self._pending
+        total, self._pending = sum_over_ranks(own).tolist(), None
+        if total[0] + total[2] > 0:
+            before = [0.0] * 5 if self._sums is None else self._sums
+            self._sums = [old + new for old, new in zip(before, total, strict=True)]
+
+    def report(self) -> dict[str, float]:
+        """The log's entries: the thresholds in use, or as estimated so far."""
+        if self._args.calibration_loss == "auavu" or not self._knows_threshold:
+            return {}
+        found = {"calibration_threshold": self._threshold}
+        if self._problem_type == "regression":
+            found["calibration_error_threshold"] = self._error_threshold
+        return found
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write what the warm-up has seen so far."""
+        if self._sums is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CALIBRATION_NAME).write_text(json.dumps({"sums": self._sums}))
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from `save`.
+
+        Errors: ValueError where the warm-up is over and the checkpoint has no threshold.
+        """
+        path = folder / CALIBRATION_NAME
+        if not self._args.estimates_threshold:
+            return
+        if path.is_file():
+            self._sums = json.loads(path.read_text())["sums"]
+        elif step >= self._warmup_steps:
+            raise ValueError(
+                f"`resume_from_checkpoint` {str(folder)!r} is past the warm-up and holds no threshold, as it was made "
+                "without `calibration_loss`: give `calibration_threshold`."
+            )
