@@ -1,19 +1,37 @@
-"""What mkdocs does beside its plugins: formulas become MathML, which browsers render without a script."""
+"""Parts of the site's builder: a hook of mkdocs, and an extension of griffe, which reads the docstrings."""
 
 import html
 import re
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 
 # what `pymdownx.arithmatex` makes of $...$ and $$...$$
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', flags=re.DOTALL)
 DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', flags=re.DOTALL)
-# docstrings speak Sphinx's dialect of cross-references as well; here the code that follows says it all
-ROLE = re.compile(r":(?:attr|class|func|meth|mod):(?=<code>)")
+# "no-run" speaks to the tests
+NOT_RUN = re.compile(r"^```python no-run$", flags=re.MULTILINE)
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`")
+DOCTEST = re.compile(r"^(?P<indent> *)>>> .*?(?=\n\s*\n|\Z)", flags=re.DOTALL | re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return NOT_RUN.sub("```python", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    content = DISPLAY.sub(lambda found: convert(html.unescape(found[1]), display="block"), content)
-    content = INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
-    return ROLE.sub("", content)
+    """Formulas become MathML, which browsers render without a script."""
+    content = DISPLAY.sub(lambda formula: convert(html.unescape(formula[1]), display="block"), content)
+    return INLINE.sub(lambda formula: convert(html.unescape(formula[1])), content)
+
+
+class Docstrings(griffe.Extension):
+    """Sphinx's roles become code, and doctests outside an Examples section become blocks."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            text = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = DOCTEST.sub(
+                lambda test: f"{test['indent']}```pycon\n{test[0]}\n{test['indent']}```", text
+            )

@@ -172,8 +172,8 @@ class ConvTranspose2d(_ConvolutionTranspose, torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with weights N(weight, scale^2): random in `train()`, the mean in `eval()`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
-            device, dtype: as in `torch.nn.ConvTranspose2d`.
+        in_channels, out_channels, kernel_size, stride, padding: as in `torch.nn.ConvTranspose2d`.
+        output_padding, groups, bias, dilation, padding_mode, device, dtype: likewise.
         prior: prior of every weight.
         delta: initial scale relative to |weight|.
         estimator: how the noise enters.
