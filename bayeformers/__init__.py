@@ -5,8 +5,9 @@ from .checkpoint.load import from_pretrained
 from .compat.moved import keep_old_paths
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
-from .conversion.convert import bayesian_config, is_bayesian, to_bayesian, to_deterministic, unfreeze
+from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
 from .conversion.pruning import prune, signal_to_noise
+from .conversion.record import bayesian_config
 from .conversion.registry import register_layer
 from .conversion.summary import summary
 from .delta import calibrate_delta

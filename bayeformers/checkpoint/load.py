@@ -1,27 +1,36 @@
 """`bayeformers.from_pretrained`: a converted model, by the stock loader around a class that converts as it is built, or
-a trained model with its Laplace posterior. What was saved is accounted for, tensor by tensor (see `accounting`)."""
+a trained model with its Laplace posterior. What was saved is accounted for, tensor by tensor (see `accounting`).
+"""
 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto import modeling_auto
 
 from ..conversion.config import BayesianConfig
-from ..conversion.convert import bayesian_config, convert, freeze_as_saved, settle_ties
+from ..conversion.convert import convert, freeze_as_saved, settle_ties
+from ..conversion.record import bayesian_config, update_config
+from ..conversion.surgery import swap_class
 from ..laplace import InfPosterior, LaplacePosterior
 from ..laplace.posterior import FILE
 from ..laplace.sparse.inf_posterior import FILE as INF_FILE
 from ..nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
+from ..nn.draws import bayesian_modules
 from ..nn.parameters import of_source
 from .accounting import Files, check_arguments, check_values, posterior_like, told_missing
-from .architectures import architecture
-from .fresh import become_fresh
+
+logger = logging.getLogger(__name__)
 
 _OWN = "posterior"
 _DTYPES = ("dtype", "torch_dtype")
@@ -193,3 +202,89 @@ def _converting(original: type[PreTrainedModel], recorded: BayesianConfig) -> ty
     Converting.__name__, Converting.__qualname__ = original.__name__, original.__qualname__
     Converting.__module__ = original.__module__
     return Converting
+
+
+def architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:
+    """The class that a configuration names: of transformers, of an Auto class's table, or of the checkpoint's own code.
+
+    Errors: ValueError if there is none.
+    """
+    name = (config.architectures or [None])[0]
+    if name is not None and hasattr(transformers, name):
+        known: type[PreTrainedModel] = getattr(transformers, name)
+        return known
+    registered = _registered(type(config), name)
+    if registered is not None:
+        return registered
+    remote = [ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith(f".{name}")]
+    if remote and hub.get("trust_remote_code"):
+        loaded: type[PreTrainedModel] = get_class_from_dynamic_module(remote[0], str(Path(directory)))
+        return loaded
+    raise ValueError(
+        f"`config.architectures` names {name!r}, which transformers does not have"
+        + (": pass `trust_remote_code=True` to run the code that came with it." if remote else ".")
+    )
+
+
+def _registered(config_class: type[Any], name: str | None) -> type[PreTrainedModel] | None:
+    """A class of another library, or the user's, that was registered with one of transformers' Auto classes."""
+    for auto in vars(modeling_auto).values():
+        table = getattr(auto, "_model_mapping", None)
+        found = table[config_class] if table is not None and config_class in table else ()
+        for model_class in found if isinstance(found, tuple) else (found,):
+            if model_class.__name__ == name:
+                return cast(type[PreTrainedModel], model_class)
+    return None
+
+
+def become_fresh(model: nn.Module, mismatched: set[str]) -> None:
+    """Make the layers that own tensors of ``mismatched`` deterministic and trainable, and record them so.
+
+    A fresh weight has no posterior: the scale delta |weight| of `to_bayesian` says how well training knows a weight,
+    and a frozen random head could learn nothing. So it is what ``modules_to_save`` says of a fresh head.
+
+    Raises:
+        ValueError: a scale alone has another size than its weight.
+    """
+    if not mismatched:
+        return
+    sizes = {name: model.get_parameter(name) for name in mismatched if _is_parameter(model, name)}
+    means = {id(parameter) for name, parameter in sizes.items() if not name.endswith("_rho")}
+    layers = bayesian_modules(model)
+    fresh = {
+        name: layer
+        for name, layer in layers.items()
+        if any(id(layer.get_parameter(key)) in means for key in layer.specs)
+    }
+    alone = sorted(name for name in mismatched if name.endswith("_rho") and name.rpartition(".")[0] not in fresh)
+    if alone:
+        raise ValueError(f"The checkpoint has scales of another size than their weights: {alone[:3]} ({len(alone)}).")
+    for layer in fresh.values():
+        _start(layer)
+    if fresh:
+        config = bayesian_config(model)
+        update_config(
+            model,
+            modules={name: kind for name, kind in config.modules.items() if name not in fresh},
+            modules_to_save=[*config.modules_to_save, *fresh],
+        )
+        logger.warning(
+            "%s (%d) have another size in the checkpoint: they start afresh, deterministic and trainable, without a "
+            "posterior. Train them; `to_deterministic(model)` and `to_bayesian` then make them Bayesian.",
+            sorted(fresh)[:3],
+            len(fresh),
+        )
+
+
+def _start(layer: BayesianModule) -> None:
+    kind = type(layer).torch_class
+    names = list(layer.specs)
+    layer.become_deterministic()
+    swap_class(layer, kind)
+    for name in names:
+        layer.get_parameter(name).requires_grad_(True)
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    module, _, key = name.rpartition(".")
+    return key in model.get_submodule(module)._parameters

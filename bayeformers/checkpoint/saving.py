@@ -18,14 +18,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..conversion.convert import (
+from ..conversion.persistence import told_of_adapters
+from ..conversion.record import (
     bayesian_config,
     conversion_record,
     converted_module,
     update_config,
     without_stale_record,
 )
-from ..conversion.wrappers import told_of_adapters
 from ..laplace.moved import MovedPosterior
 from ..nn.draws import bayesian_modules
 from ..storage import file_digests, write_digests

@@ -15,13 +15,13 @@ __all__ = ["MOVED", "keep_old_paths"]
 # old module -> where its names are now, within the package
 MOVED = {
     "accounting": "checkpoint.accounting",
-    "architectures": "checkpoint.architectures",
+    "architectures": "checkpoint.load",
     "calibration": "delta",
     "config": "conversion.config",
     "continual": "conversion.continual",
     "digests": "storage",
-    "dropout": "conversion.dropout",
-    "fresh": "checkpoint.fresh",
+    "dropout": "conversion.surgery",
+    "fresh": "checkpoint.load",
     "generators": "sampling.generators",
     "jacobians": "linearized",
     "jacobians.reads": "linearized.reads",
@@ -55,7 +55,7 @@ MOVED = {
     "pruning": "conversion.pruning",
     "random_state": "sampling.random_state",
     "registry": "conversion.registry",
-    "renaming": "conversion.renaming",
+    "renaming": "conversion.persistence",
     "report": "reports",
     "rollback": "conversion.rollback",
     "saving": "checkpoint.saving",
@@ -70,7 +70,7 @@ MOVED = {
     "training.calibration_term": "training.alignment",
     "training.number_checks": "checks",
     "views": "sampling.views",
-    "wrappers": "conversion.wrappers",
+    "wrappers": "conversion.persistence",
 }
 
 _PACKAGE = "bayeformers"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conversion.convert import Conversion, conversion_of, conversion_record
+from ..conversion.record import Conversion, conversion_of, conversion_record
 from ..nn import BayesianModule, fixed_draw
 from ..nn.draws import bayesian_modules
 from ..nn.estimators import REPARAMETERIZATION, Estimator

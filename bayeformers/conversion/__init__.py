@@ -2,17 +2,9 @@
 
 from .config import BayesianConfig
 from .continual import posterior_as_prior
-from .convert import (
-    Conversion,
-    bayesian_config,
-    conversion_record,
-    is_bayesian,
-    to_bayesian,
-    to_deterministic,
-    unfreeze,
-    update_config,
-)
+from .convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
 from .pruning import prune, signal_to_noise
+from .record import Conversion, bayesian_config, conversion_record, update_config
 from .registry import register_layer
 
 __all__ = [

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,14 +14,22 @@ from ..distributions.diagonal_normal import ScaleName
 from ..distributions.initial_scale import check_delta
 from ..nn import draws
 from ..nn.adapters import merged_adapter
-from ..nn.base import RECORD, BayesianModule, record_of, variational_tensors
+from ..nn.base import RECORD, BayesianModule, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..patterns import Patterns
 from .config import BayesianConfig
 from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
-from .dropout import dropout_rates, set_dropout
+from .persistence import told_of_adapters, told_of_own_save, without_lost
 from .plain_weights import check_plain_weights
-from .renaming import without_lost
+from .record import (
+    Conversion,
+    bayesian_config,
+    conversion_record,
+    converted_module,
+    not_bayesian,
+    publish,
+    update_config,
+)
 from .rollback import all_or_nothing
 from .selection import (
     Chosen,
@@ -38,27 +44,23 @@ from .selection import (
     random_names,
     recorded,
 )
-from .surgery import padding_rows, predicted_padding, refuse_resize, set_padding_rows, swap_class, switch_fused_off, tie
+from .surgery import (
+    dropout_rates,
+    padding_rows,
+    predicted_padding,
+    refuse_resize,
+    set_dropout,
+    set_padding_rows,
+    swap_class,
+    switch_fused_off,
+    tie,
+)
 from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_of
-from .wrappers import told_of_adapters, told_of_own_save
 
 logger = logging.getLogger(__name__)
 
 _RESIZE = "resize_token_embeddings"
 _MOPED_PRIOR = MopedPrior()
-
-
-@dataclass
-class Conversion:
-    """What :func:`to_deterministic` needs to restore, and what :func:`summary` tells; kept on the model."""
-
-    is_shared_by_views: ClassVar[bool] = True
-
-    config: BayesianConfig
-    requires_grad: dict[str, bool]
-    skipped: dict[str, str] = field(default_factory=dict)
-    declared_ties: dict[str, str] = field(default_factory=dict)
-    fused: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
 def to_bayesian(
@@ -194,7 +196,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     draws.one_draw_per_forward(model)
     if hasattr(model, _RESIZE):
         model.__dict__[_RESIZE] = refuse_resize
-    _publish(model, config)
+    publish(model, config)
 
 
 def freeze_means(model: nn.Module, config: BayesianConfig) -> None:
@@ -239,7 +241,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
         ValueError: ``model`` is not Bayesian.
     """
     if not is_bayesian(model):
-        raise ValueError(_not_bayesian(model))
+        raise ValueError(not_bayesian(model))
     with all_or_nothing(model):
         for part in [module for module in model.modules() if hasattr(module, RECORD)]:
             _undo(part)
@@ -284,7 +286,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
         ValueError: ``model`` is not Bayesian.
     """
     if not is_bayesian(model):
-        raise ValueError(_not_bayesian(model))
+        raise ValueError(not_bayesian(model))
     state = conversion_record(model)
     converted = model if state is None else converted_module(model)
     flags = {} if state is None else state.requires_grad
@@ -296,67 +298,6 @@ def unfreeze(model: nn.Module) -> nn.Module:
                 parameter.requires_grad_(flags.get(name, True))
         update_config(model, freeze=False)
     return model
-
-
-def conversion_record(model: nn.Module) -> Conversion | None:
-    """The record of a model's conversion, found through wrappers; None for a network that was built by hand."""
-    record: Conversion | None = record_of(model)
-    return record
-
-
-def conversion_of(model: nn.Module) -> Conversion:
-    """The record of a model's conversion, found through wrappers.
-
-    Raises:
-        ValueError: ``model`` is not Bayesian, or was built by hand.
-    """
-    state: Conversion = getattr(converted_module(model), RECORD)
-    return state
-
-
-def converted_module(model: nn.Module) -> nn.Module:
-    """The module that :func:`to_bayesian` was called with: ``model`` or one inside it.
-
-    Raises:
-        ValueError: ``model`` is not Bayesian, or was built by hand.
-    """
-    draws.check_module(model)
-    for module in model.modules():
-        if hasattr(module, RECORD):
-            return module
-    if is_bayesian(model):
-        raise ValueError(
-            f"`model` ({type(model).__name__}) was built by hand from `bayeformers.nn` layers: it has no record of a "
-            "conversion by `to_bayesian`."
-        )
-    raise ValueError(_not_bayesian(model))
-
-
-def _not_bayesian(model: nn.Module) -> str:
-    return f"`model` ({type(model).__name__}) is not Bayesian; call `to_bayesian(model)` first."
-
-
-def bayesian_config(model: nn.Module) -> BayesianConfig:
-    """The configuration of a converted model; the same that its `config.json` records.
-
-    Raises:
-        ValueError: ``model`` is not Bayesian, or was built by hand.
-    """
-    return conversion_of(model).config
-
-
-def update_config(model: nn.Module, **changes: Any) -> BayesianConfig | None:
-    """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config.
-
-    None, and nothing done, for a network that was built by hand: it has no record.
-    """
-    if conversion_record(model) is None:
-        return None
-    module = converted_module(model)
-    state = conversion_of(module)
-    state.config = replace(state.config, **changes)
-    _publish(module, state.config)
-    return state.config
 
 
 def _check_flags(**flags: object) -> None:
@@ -397,30 +338,6 @@ def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfi
     swap_class(module, kind)
     assert isinstance(module, BayesianModule)
     module.become_bayesian(prior=config.prior, delta=config.delta, estimator=estimator, scale=config.scale)
-
-
-def _publish(model: nn.Module, config: BayesianConfig) -> None:
-    if hasattr(model, "config") and not isinstance(model.config, dict):
-        model.config.bayesian = config.to_dict()  # type: ignore[union-attr]
-
-
-@contextlib.contextmanager
-def without_stale_record(model: nn.Module) -> Iterator[None]:
-    """While an unconverted model is saved: its config without the record of a conversion.
-
-    Models that were made from one config object share it, so another one's conversion may stand there; and the mean of
-    a converted checkpoint, loaded by transformers alone, brings the record along.
-    """
-    config = getattr(model, "config", None)
-    stale = None if conversion_record(model) is not None else getattr(config, "bayesian", None)
-    if config is None or stale is None:
-        yield
-        return
-    del config.bayesian
-    try:
-        yield
-    finally:
-        config.bayesian = stale
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

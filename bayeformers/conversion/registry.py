@@ -1,4 +1,4 @@
-"""Which torch layer becomes which Bayesian layer: by exact class, never by a class's name."""
+"""Which torch layer becomes which Bayesian layer: by exact class; what reads a weight in its own way, by its code."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.base import NamedVariational, is_bayesian, variational_tensors
 from ..nn.kl import tensor_kl
-from .convert import conversion_of, conversion_record
+from .record import conversion_of, conversion_record
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..conversion.registry import bayesian_class
 from ..nn import BayesianModule
-from .backend import int8_product
-from .codes import Codes
+from .codes import Codes, int8_product
 from .drawn import Drawn
 
 Arithmetic = Literal["int8", "float"]

@@ -23,6 +23,7 @@ from .install import Weight
 from .layers import QuantizedLayer
 from .noise import Noise
 from .report import Report
+from .saving import save
 
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
 
@@ -151,9 +152,8 @@ class QuantizedPosterior(BasePosterior):
         Raises:
             OSError: the folder cannot be written.
         """
-        from .storage import save  # which makes posteriors
-
-        save(self, directory)
+        head = {"problem_type": self.problem_type(), "noise_std": self.recorded_noise_std()}
+        save(directory, self.model, self.weights, self.noise, self.report, **head)
 
     def clear_cache(self) -> None:
         """Free the kept draws."""

@@ -18,12 +18,11 @@ from ..posteriors.predict import as_posterior
 from .calibrate import Inputs, Measured, Probe, as_batches
 from .candidates import Candidates, report_of
 from .codes import Codes, ScaleCodes
-from .install import Weight, install, parameter_names
+from .install import Weight, install, own, parameter_names, twin
 from .laplace_noise import LaplaceNoise
 from .layers import Arithmetic, QuantizedLayer
 from .noise import MeanFieldNoise, Noise, NoNoise
 from .posterior import QuantizedPosterior
-from .twin import own, twin
 
 Choice = Literal["auto", "int8", "float"]
 Source = VariationalPosterior | LaplacePosterior | PointPosterior

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +12,24 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..checkpoint.architectures import architecture
-from ..conversion.surgery import padding_rows, set_padding_rows
+from ..checkpoint.load import architecture
+from ..conversion.surgery import set_padding_rows
 from ..sampling.random_state import preserved
-from ..storage import check_whole, folder, read, write
+from ..storage import check_whole, folder, read
 from .codes import Codes
-from .install import Weight, install, kinds, parameter_names
+from .install import Weight, install, kinds, parameter_names, twin
 from .laplace_noise import LaplaceNoise
 from .noise import MeanFieldNoise, Noise, NoNoise
 from .posterior import QuantizedPosterior
 from .report import LayerReport, Report
-from .twin import twin
+from .saving import FILE, KIND, all_tensors, buffers, floats
 
-FILE, KIND = "quantized.safetensors", "quantized"
 _SCALES = ("/scale", "/top", "/step")
 _LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], nn.Module], Noise]] = {
     MeanFieldNoise.kind: MeanFieldNoise.from_saved,
     LaplaceNoise.kind: LaplaceNoise.from_saved,
     NoNoise.kind: lambda tensors, meta, model: NoNoise(),
 }
-
-
-def save(posterior: QuantizedPosterior, directory: str | os.PathLike[str]) -> None:
-    """Write ``quantized.safetensors``, whole or not at all, and the model's ``config.json``."""
-    model, path = posterior.model, folder(directory)
-    meta = {
-        "model": type(model).__name__,
-        "weights": [
-            {
-                "name": w.name,
-                "owners": w.owners,
-                "arithmetic": w.arithmetic,
-                "dtype": str(w.dtype).removeprefix("torch."),
-            }
-            for w in posterior.weights
-        ],
-        "noise": {"kind": posterior.noise.kind, "meta": posterior.noise.meta()},
-        "padding": padding_rows(model, [name for name, _ in model.named_modules()]),
-        "report": [asdict(row) for row in posterior.report],
-        "problem_type": posterior.problem_type(),
-        "noise_std": posterior.recorded_noise_std(),
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PreTrainedModel):
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(path)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(path)
-    write(path / FILE, _tensors(posterior), meta, kind=KIND)
-
-
-def _tensors(posterior: QuantizedPosterior) -> dict[str, Tensor]:
-    """All that the file holds."""
-    tensors = {f"noise:{name}": value for name, value in posterior.noise.tensors().items()}
-    for weight in posterior.weights:
-        tensors |= {f"codes:{weight.name}": weight.codes.codes, f"step:{weight.name}": weight.codes.step}
-    tensors |= {f"float:{name}": value for name, value in _floats(posterior.model).items()}
-    return tensors | {f"buffer:{name}": value for name, value in _buffers(posterior.model).items()}
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> QuantizedPosterior:
@@ -104,7 +62,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Q
         posterior = _restored(tensors, meta, twin(skeleton)[0].eval())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path / FILE)!r} is damaged: it lacks {error}.") from error
-    used, what = _tensors(posterior), f"{str(path / FILE)!r}"
+    used, what = all_tensors(posterior.model, posterior.weights, posterior.noise), f"{str(path / FILE)!r}"
     if tensors.keys() - used.keys():
         surplus = sorted(tensors.keys() - used.keys())
         raise ValueError(f"{what} is damaged: its header does not know {surplus[:3]} ({len(surplus)}).")
@@ -138,8 +96,8 @@ def _restored(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.
         set_padding_rows(model, [name for name, _ in model.named_modules()], meta["padding"])
     _check_weights(model, weights)
     install(model, weights)
-    _fill(_floats(model), _part(tensors, "float"), "Parameters")
-    _fill(_buffers(model), _part(tensors, "buffer"), "buffers")
+    _fill(floats(model), _part(tensors, "float"), "Parameters")
+    _fill(buffers(model), _part(tensors, "buffer"), "buffers")
     noise = _LOADERS[meta["noise"]["kind"]](_part(tensors, "noise"), meta["noise"]["meta"], model)
     report = Report([LayerReport(**row) for row in meta["report"]])
     return QuantizedPosterior(
@@ -191,16 +149,6 @@ def _check_weights(model: nn.Module, weights: list[Weight]) -> None:
                 f"`model` ({type(model).__name__}) has {weight.name!r} of shape {shape}, the file "
                 f"{tuple(weight.codes.codes.shape)}."
             )
-
-
-def _floats(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that stay float, each once."""
-    return {name: value for name, value in model.named_parameters() if not name.endswith("weight_step")}
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """All but codes, also those that a state dict leaves out: a model in 16 bits may have them in 32."""
-    return {name: value for name, value in model.named_buffers() if not name.endswith("weight_codes")}
 
 
 def _fill(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..conversion.wrappers import peft_state, saved_by_peft
+from ..conversion.persistence import peft_state, saved_by_peft
 from ..nn.base import is_bayesian, variational_tensors
 from .checkpoints import ADDED, RESUMED, RHO, misfit, read, same, unconverted
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..conversion.convert import conversion_record
+from ..conversion.record import conversion_record
 from ..nn.base import WIDE_BUFFERS, variational_tensors
 from .checks import recorded_config
 

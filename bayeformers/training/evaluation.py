@@ -14,7 +14,8 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
 
 from ..checkpoint.saving import carry
-from ..conversion.convert import conversion_record, is_bayesian, update_config
+from ..conversion.convert import is_bayesian
+from ..conversion.record import conversion_record, update_config
 from ..likelihoods import (
     NoiseStd,
     ProblemType,

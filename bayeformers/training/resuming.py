@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..conversion.convert import update_config
+from ..conversion.record import update_config
 from . import adapter_checkpoints, checkpoints, checks
 from .evaluation import MonteCarloTrainer
 

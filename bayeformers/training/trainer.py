@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..checkpoint.saving import saved_along
-from ..conversion.convert import conversion_record, is_bayesian, update_config, without_stale_record
+from ..conversion.convert import is_bayesian
+from ..conversion.record import conversion_record, update_config, without_stale_record
 from ..likelihoods import HEAD, ProblemType, resolve_problem_type, without_ignored
 from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
 from ..nn.kl import kl_divergence, log_variational_posterior

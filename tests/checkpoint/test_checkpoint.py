@@ -70,6 +70,7 @@ def reload(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
     return bayeformers.from_pretrained(folder, **options)
 
 
+@pytest.mark.protects("prior_is_saved")
 @pytest.mark.parametrize("prior", PRIORS, ids=repr)
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("name", ["bert", "bart-lm"])

@@ -56,6 +56,7 @@ def test_scales_are_relative_to_the_weights() -> None:
         )
 
 
+@pytest.mark.protects("zero_weights")
 def test_zero_weights() -> None:
     """zero_weights: a zero bias gets delta * 0.02, pruned weights delta * 0.1 mean|w|."""
     layer = nn.Linear(4, 2)
@@ -148,6 +149,7 @@ def test_freeze(freeze: bool) -> None:
     assert {n: p.requires_grad for n, p in to_deterministic(model).named_parameters()} == before
 
 
+@pytest.mark.protects("memory")
 def test_memory() -> None:
     """memory: one more tensor per weight while means are frozen, two more when they train; noise is not stored."""
     for freeze, copies in ((True, 2), (False, 3)):
@@ -251,6 +253,7 @@ def test_untied_by_hand() -> None:
 # --------------------------------------------------------------------------------------------- what would bypass a draw
 
 
+@pytest.mark.protects("subclass_layers")
 def test_subclass_layers() -> None:
     """subclass_layers: one that adds to `super().forward` draws in its layer's way, one that reads its weight by it."""
 

@@ -137,6 +137,7 @@ def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
+@pytest.mark.protects("conversion_by_class")
 @each_case
 def test_converts_exactly_the_expected_layers(case: Case) -> None:
     """conversion_by_class, subclass_layers: every layer that is listed, and no other."""
@@ -192,6 +193,7 @@ def test_every_bare_tensor_moves_the_output(case: Case) -> None:
             scales[name].fill_(-200.0)
 
 
+@pytest.mark.protects("wrapper_loses_api")
 @each_case
 def test_wrapper_loses_api(case: Case) -> None:
     """wrapper_loses_api: the same object, class and configuration; the old Parameters are the means."""
@@ -204,6 +206,7 @@ def test_wrapper_loses_api(case: Case) -> None:
     assert {name for name in after if name not in before} == {f"{name}_rho" for name in random}
 
 
+@pytest.mark.protects("tied_weights")
 @each_case
 def test_tied_weights(case: Case) -> None:
     """tied_weights, kl_counted_once: tied means share one rho and one entry of the KL."""
@@ -228,6 +231,7 @@ def assert_ties(model: nn.Module, item: Case) -> None:
 # ----------------------------------------------------------------------------------------------------------- exactness
 
 
+@pytest.mark.protects("mean_mode")
 @each_case
 def test_mean_mode(case: Case) -> None:
     """mean_mode: `eval()` and `posterior_mean` in `train()` give the original's outputs, bit for bit."""
@@ -242,6 +246,7 @@ def test_mean_mode(case: Case) -> None:
         assert_equal(tensors_of(model.train()(**case.inputs())), expected)
 
 
+@pytest.mark.protects("same_activations")
 @each_case
 def test_no_noise_equals_deterministic(case: Case) -> None:
     """Scale -> 0: a draw gives the deterministic logits."""
@@ -299,6 +304,7 @@ def test_rho_gradient_of_the_nll(case: Case, freeze: bool) -> None:
             torch.testing.assert_close(found, by_weight[name], **close)
 
 
+@pytest.mark.protects("kl_has_gradient")
 @each_case
 def test_kl_has_gradient(case: Case) -> None:
     """kl_has_gradient: away from its minimum every rho is pulled, each by its own tensor's KL alone."""
@@ -314,6 +320,7 @@ def test_kl_has_gradient(case: Case) -> None:
         assert pulled.mean() > 0.99, tensor.name
 
 
+@pytest.mark.protects("noise_is_fresh")
 @each_case
 def test_noise_is_fresh(case: Case) -> None:
     """noise_is_fresh: training forwards differ, draws differ from each other, `fixed_draw` repeats bit for bit."""
@@ -462,6 +469,7 @@ def save(model: nn.Module, item: Case, folder: Path, arguments: dict[str, Any] |
     (folder / "arguments.json").write_text(json.dumps(arguments or {}))
 
 
+@pytest.mark.protects("from_pretrained_restores")
 @each_case
 def test_from_pretrained_restores(case: Case, saved: Any) -> None:
     """from_pretrained_restores: a fresh process has the same class, ties, flags, KL and draws, bit for bit."""

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 
 import bayeformers
 from bayeformers import is_bayesian, summary, to_bayesian
-from bayeformers.conversion.renaming import lost_names
+from bayeformers.conversion.persistence import lost_names
 from tests.cases import case
 
 SMALL: dict[str, Any] = {

@@ -106,7 +106,7 @@ def test_any_exception(error: type[BaseException], monkeypatch: pytest.MonkeyPat
     def fails(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("bayeformers.conversion.switch_fused_off", fails)
+    monkeypatch.setattr("bayeformers.conversion.convert.switch_fused_off", fails)
     with pytest.raises(error):
         to_bayesian(model)
     assert state(model) == before

@@ -9,6 +9,7 @@ from bayeformers import NormalPrior, kl_divergence, summary, to_bayesian
 from tests.cases import CASES, Case, case
 
 
+@pytest.mark.protects("sizes_count_weights")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_counts(case: Case) -> None:
     """Distinct weights of the expected layers over all distinct weights of the original."""

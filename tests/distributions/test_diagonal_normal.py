@@ -17,6 +17,7 @@ from tests.reference import sigma, sigma_slope
 RHO = torch.linspace(-200, 200, 4001)
 
 
+@pytest.mark.protects("softplus_is_stable")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softplus_is_stable(dtype: torch.dtype) -> None:
     """softplus_is_stable: sigma, log sigma and both gradients finite for rho in [-200, 200], and right."""

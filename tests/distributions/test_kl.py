@@ -51,6 +51,7 @@ def test_normal_matches_quadrature(loc: float, scale: float, centre: float, std:
     assert float(kl) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.protects("kl_is_a_sum")
 def test_kl_is_a_sum() -> None:
     """kl_is_a_sum: over elements of any shape, never a mean; torch.distributions says the same."""
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +66,7 @@ def test_kl_is_a_sum() -> None:
         )
 
 
+@pytest.mark.protects("prior_scale_is_not_variance")
 def test_prior_scale_is_not_variance() -> None:
     """prior_scale_is_not_variance: a scale of 2 has density 1 / (2 sqrt(2 pi)) at its centre."""
     p = DiagonalNormal(scalar(0.0), scalar(2.0))
@@ -241,6 +243,7 @@ def test_new_forms_are_finite_at_extremes(dtype: torch.dtype) -> None:
             assert torch.isfinite(kl) and torch.isfinite(loc.grad).all() and torch.isfinite(scale.grad).all()
 
 
+@pytest.mark.protects("kl_has_gradient")
 def test_kl_has_gradient() -> None:
     """kl_has_gradient: in loc and scale, against finite differences, for every density."""
     densities = (

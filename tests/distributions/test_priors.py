@@ -49,6 +49,7 @@ PRIORS: list[Prior] = [
 ]
 
 
+@pytest.mark.protects("prior_is_saved")
 @pytest.mark.parametrize("prior", PRIORS, ids=repr)
 def test_prior_is_saved(prior: Prior) -> None:
     """prior_is_saved: JSON and back is the same prior; keys of newer versions are ignored."""
@@ -68,6 +69,7 @@ def test_initial_scale_matches_reference(shape: tuple[int, ...], delta: float) -
     )
 
 
+@pytest.mark.protects("zero_weights")
 def test_zero_weights() -> None:
     """zero_weights: pruned zeros get delta * 0.1 mean|w|, an all-zero tensor delta * 0.02; never 0.69, never 1e-20."""
     pruned = torch.tensor([0.0, 3.0, 0.0, -1.0])

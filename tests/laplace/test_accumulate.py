@@ -155,6 +155,7 @@ def test_factors_of_a_convolution_are_those_of_its_patches(sharing: str) -> None
     close(dense(eigen), torch.kron(*expected), 1e-12)
 
 
+@pytest.mark.protects("padding_adds_no_curvature")
 def test_padding_adds_nothing() -> None:
     """Two more columns of padding change no factor; nor does what stands in the padding."""
     model, inputs, y = reader(), text(), classes(6)
@@ -200,6 +201,7 @@ def test_conv1d_is_a_transposed_linear_and_embedding_a_one_hot_linear() -> None:
 # -------------------------------------------------------------------------------------------------------- shared layers
 
 
+@pytest.mark.protects("tied_curvature")
 @pytest.mark.parametrize("shape", [(5, 4), (5, 1, 4)])
 def test_reused_and_shared_layers(shape: tuple[int, ...]) -> None:
     """One random tensor with one block, whose Jacobian is the sum over all uses."""

@@ -67,6 +67,7 @@ def test_any_module_with_an_accessor(kind: str, likelihood: Any, outputs: int, t
     assert torch.equal(found.predict(X).log_prob(labels), again.predict(X).log_prob(labels))
 
 
+@pytest.mark.protects("eval_mode")
 def test_dropout_is_off_and_training_flags_come_back() -> None:
     noisy = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double()
     noisy.load_state_dict({k.replace("2.", "3."): v for k, v in mlp().state_dict().items()})

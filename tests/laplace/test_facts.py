@@ -79,6 +79,7 @@ def test_linear_regression_has_its_exact_posterior(curvature: str) -> None:
     assert found.noise_std == NOISE
 
 
+@pytest.mark.protects("evidence_sign")
 def test_the_evidence_is_exact_at_the_map() -> None:
     """Laplace's method is exact for a Gaussian: the MAP of any tau and noise gives the evidence of that pair."""
     for tau, noise in ((2.0, 0.5), (0.1, 0.5), (30.0, 1.7)):
@@ -173,6 +174,7 @@ def test_ekfac_is_the_best_diagonal_in_its_basis() -> None:
 # ------------------------------------------------------------------------------------------------------ one Gaussian
 
 
+@pytest.mark.protects("damping_split")
 def test_determinant_marginals_and_the_damping_split() -> None:
     """The split (G + sqrt(tau)/pi)(x)(A + pi sqrt(tau)) has the cross terms too: P' > P understates the variance."""
     posterior, *_ = softmax_regression(normal(3, 4, seed=2), prior_precision=0.7)
@@ -193,6 +195,7 @@ def test_determinant_marginals_and_the_damping_split() -> None:
     assert float(torch.linalg.inv(damped).trace() / covariance.trace()) < 0.9
 
 
+@pytest.mark.protects("draw_covariance")
 def test_draws_have_the_posterior_covariance() -> None:
     """n = 2e5 draws: an entry of the empirical covariance has variance (S_ii S_jj + S_ij^2) / n; within 5 of its sd.
 
@@ -257,6 +260,7 @@ def test_a_first_token_head_is_neither() -> None:
     assert min(block_errors("first", (4,) * 6, "reduce")) > 0.1
 
 
+@pytest.mark.protects("no_n")
 def test_fit_takes_the_whole_dataset_as_the_sum() -> None:
     """G is a sum over data: twice the data is twice the curvature."""
     model, x, y = linear_regression()

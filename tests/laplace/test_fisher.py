@@ -40,6 +40,7 @@ def token_task() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     return reader(pooled=False), inputs, labels
 
 
+@pytest.mark.protects("exact_fisher")
 @each_likelihood
 @pytest.mark.parametrize("labelled", [True, False])
 def test_exact_needs_no_labels(likelihood: Likelihood, labelled: bool) -> None:

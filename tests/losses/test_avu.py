@@ -76,6 +76,7 @@ def random_case(seed: int, size: int, draws: int, classes: int) -> tuple[Tensor,
 CASES = [(0, 1, 1, 2), (1, 2, 3, 3), (2, 7, 1, 5), (3, 40, 4, 3), (4, 200, 8, 2), (5, 64, 2, 30)]
 
 
+@pytest.mark.protects("avuc_runs")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_avuc_equals_a_loop(case: tuple[int, int, int, int], kind: Any) -> None:

@@ -39,6 +39,7 @@ def test_without_ties_the_risks_are_those_of_a_loop(known: tuple[np.ndarray, np.
     assert metrics.augrc(*known) == pytest.approx(np.mean([r * k / 1000 for k, r in enumerate(risks, 1)]))
 
 
+@pytest.mark.protects("ties_in_any_order")
 def test_ties_are_the_mean_over_their_orders() -> None:
     rng = np.random.default_rng(1)
     confidence, error = rng.integers(4, size=30) / 4, rng.integers(2, size=30)

@@ -81,6 +81,7 @@ def drawn_weights(layer: Any, index: int, seed: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.protects("groups")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @each_class
 def test_like_torch(name: str) -> None:
@@ -160,6 +161,7 @@ def test_wrong_arguments(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- in use
 
 
+@pytest.mark.protects("noise_is_fresh")
 @each_class
 def test_noise_is_fresh(name: str) -> None:
     """noise_is_fresh: two forwards before one backward have noise of their own, and both gradients are right."""

@@ -121,6 +121,7 @@ def test_reparameterization_is_one_network_for_the_batch(case: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.protects("flipout_signs_per_example")
 @each_case
 def test_flipout_signs_per_example(case: str) -> None:
     """Whatever the signs: each image's mean and covariance over its positions are those of a weight sample."""

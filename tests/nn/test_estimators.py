@@ -119,6 +119,7 @@ def test_reparameterization_is_one_network_for_the_batch(kind: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.protects("flipout_signs_per_example")
 @each_kind
 def test_flipout_signs_per_example(kind: str) -> None:
     """Whatever the signs: each example's mean and covariance over its positions are those of a weight sample."""
@@ -171,6 +172,7 @@ def test_local_reparameterization_of_each_element(kind: str, monkeypatch: pytest
     torch.testing.assert_close(variance, expected.diagonal(), rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.protects("local_noise_per_position")
 def test_local_noise_per_position() -> None:
     """Fresh noise at every output element: 4,000 outputs of equal inputs, correlation within 5 / sqrt(4000) of 0."""
     torch.manual_seed(1)
@@ -308,6 +310,7 @@ def test_compiles_in_one_graph(estimator: str) -> None:
     assert y.shape == (2, 5, 3) and layer.weight_rho.grad is not None
 
 
+@pytest.mark.protects("noise_is_fresh")
 def test_noise_is_fresh() -> None:
     """Two forwards before one backward: each call's gradient has its own noise (a refilled buffer would not)."""
     for estimator in ESTIMATORS:

@@ -127,6 +127,7 @@ def reference_kl(prior: Any, mu: Tensor, scale: Tensor, w0: Tensor) -> float:
     return float(torch.distributions.kl_divergence(q, torch.distributions.Normal(centre, std)).sum())
 
 
+@pytest.mark.protects("kl_counted_once")
 @pytest.mark.parametrize("prior", PRIORS, ids=repr)
 def test_kl_matches_reference(prior: Any) -> None:
     """kl_counted_once, moped_sets_prior: every prior on a tied model, the padding row left out; 4 se where sampled."""
@@ -163,6 +164,7 @@ def test_parts_differ_by_the_kl(prior: Any) -> None:
     torch.testing.assert_close(log_variational_posterior(model), -torch.stack(entropies).sum())
 
 
+@pytest.mark.protects("kl_has_gradient")
 @pytest.mark.parametrize("prior", PRIORS, ids=repr)
 def test_kl_has_gradient(prior: Any) -> None:
     """kl_has_gradient: in every mean and rho, by finite differences; none for the padding row, its mean included."""
@@ -306,6 +308,7 @@ def test_users_prior_is_estimated_without_bias() -> None:
     assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / math.sqrt(2000)
 
 
+@pytest.mark.protects("moped_sets_prior")
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("name", ["bert", "gpt2-lm", "bart-lm", "t5"])
 def test_kl_is_zero_before_training(name: str, freeze: bool) -> None:
@@ -317,6 +320,7 @@ def test_kl_is_zero_before_training(name: str, freeze: bool) -> None:
     assert abs(float(kl_divergence(model))) < 2e-7 * size
 
 
+@pytest.mark.protects("moped_copies")
 def test_moped_copies() -> None:
     """moped_copies: training the means moves them away from the prior's centre, which is a copy."""
     for unfrozen_later in (False, True):
@@ -347,6 +351,7 @@ def test_no_bayesian_layer() -> None:
             function(Tied())
 
 
+@pytest.mark.protects("nested_kl")
 def test_hand_built_layers() -> None:
     """Layers used like torch's: N(0, 1) prior, the KL of each counted once."""
     model = nn.Sequential(bnn.Linear(3, 4), nn.Tanh(), bnn.Linear(4, 2, prior=NormalPrior(0.5, 0.0)))
@@ -404,6 +409,7 @@ def normal_log_density_with_gradient(y: Tensor, mean: Tensor, std: float) -> Ten
     return (-0.5 * ((y - mean) / std).square() - math.log(std * math.sqrt(2 * math.pi))).sum()
 
 
+@pytest.mark.protects("noise_is_fresh")
 @pytest.mark.parametrize("name", ["bert", "albert", "gpt2-lm"])
 def test_noise_is_fresh(name: str) -> None:
     """noise_is_fresh: two training forwards before one backward give the sum of the two forwards' own gradients."""
@@ -426,6 +432,7 @@ def test_noise_is_fresh(name: str) -> None:
             assert not torch.equal(a, b) or a.abs().max() == 0
 
 
+@pytest.mark.protects("one_draw_per_forward")
 def test_layer_used_twice_has_one_draw() -> None:
     """w^2 through one shared layer: d/d sigma of E[(w^2 x - y)^2] needs one draw; two draws give another number."""
 

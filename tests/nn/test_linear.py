@@ -17,6 +17,7 @@ from bayeformers.nn.variational import Draw, sample
 from tests.reference import dense_noise, key_of, moped_sigma, sigma, sigma_slope
 
 
+@pytest.mark.protects("fan_in_init")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_like_torch(bias: bool, dtype: torch.dtype) -> None:

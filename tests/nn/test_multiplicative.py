@@ -99,6 +99,7 @@ def test_starts_at_the_scale_of_the_additive_rule() -> None:
         torch.testing.assert_close(tensor.scale()[keep], moped_sigma(weight[keep], 0.2), rtol=1e-6, atol=0)
 
 
+@pytest.mark.protects("multiplicative_zero")
 def test_multiplicative_zero() -> None:
     """multiplicative_zero: weights at 0, and whole tensors of them, are uncertain, and their scale can be trained."""
     layer = nn.Linear(4, 3)

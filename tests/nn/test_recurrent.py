@@ -133,6 +133,7 @@ def stepwise(plain: Any, x: Tensor, weights: Callable[[], dict[str, Tensor]]) ->
     return torch.cat(outputs)
 
 
+@pytest.mark.protects("one_draw_per_sequence")
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_draw_per_sequence(kind: str) -> None:
     """Outputs of all steps are those of one network; weights that are redrawn at every step are not."""
@@ -152,6 +153,7 @@ def test_one_draw_per_sequence(kind: str) -> None:
     assert not is_one_network(stepwise(plain, x, lambda: next(redrawn)))
 
 
+@pytest.mark.protects("kl_counted_once")
 def test_kl_counted_once() -> None:
     """The KL is that of the distinct weights, whatever the number of modules around them, steps and forwards."""
     model = Tagger(num_layers=2)
@@ -186,6 +188,7 @@ def test_kl_of_a_weight_by_quadrature() -> None:
     torch.testing.assert_close(float(kl_divergence(layer).detach()), sum(parts), rtol=1e-5, atol=0)
 
 
+@pytest.mark.protects("noise_is_fresh")
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_fresh(kind: str) -> None:
     """Two forwards before one backward: each is differentiated with its own noise, not with the last one's."""
@@ -237,6 +240,7 @@ class Cells(nn.Module):
         return output, (h[-1], c[-1])
 
 
+@pytest.mark.protects("lstm_is_a_lstm")
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
 def test_lstm_is_a_lstm(arguments: dict[str, Any], estimator: str) -> None:

@@ -47,6 +47,7 @@ def reference(draws: list[list[float]]) -> dict[str, float]:
     }
 
 
+@pytest.mark.protects("average_probabilities")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_uncertainties_match_a_loop(shape: tuple[int, ...]) -> None:
     draws = log_probs(*shape)

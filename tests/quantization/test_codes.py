@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bayeformers.quantization import backend
-from bayeformers.quantization.backend import LIMIT, int8_product, quantize_rows
-from bayeformers.quantization.codes import Codes, ScaleCodes
+from bayeformers.quantization import codes as backend
+from bayeformers.quantization.codes import LIMIT, Codes, ScaleCodes, int8_product, quantize_rows
 from bayeformers.quantization.layers import product
 
 pytestmark = pytest.mark.filterwarnings("error")

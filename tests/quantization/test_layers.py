@@ -24,6 +24,7 @@ def test_every_kind_is_tried() -> None:
     assert {type(make(True)) for make, _ in CASES.values()} | {nn.Embedding} == set(KINDS)
 
 
+@pytest.mark.protects("int8_bias")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_mean_is_the_layer_with_rounded_weights(name: str, bias: bool) -> None:

@@ -50,6 +50,7 @@ def expectation() -> steps.Expectation:
 
 
 # More draws per step need fewer steps for the same error.
+@pytest.mark.protects("kl_not_multiplied_by_samples")
 @pytest.mark.parametrize(
     ("repeats", "batch", "accumulation", "samples"),
     [(120, 32, 1, 1), (30, 8, 4, 1), (40, 32, 1, 3)],

@@ -18,6 +18,7 @@ class Optimizers(TrainerCallback):
         self.groups = [dict(group) for group in kwargs["optimizer"].param_groups]
 
 
+@pytest.mark.protects("weight_decay_groups")
 @pytest.mark.parametrize("freeze", [True, False])
 def test_rho_has_its_own_learning_rate_and_no_decay(freeze: bool, tmp_path: Path) -> None:
     record, model = Optimizers(), tiny.bayesian(freeze=freeze)

@@ -72,6 +72,7 @@ def test_ranks_follow_the_variance_where_priors_differ() -> None:
     assert eigen_direction(posterior, 0).layer == "2" and eigen_direction(posterior, -1).layer == "0"
 
 
+@pytest.mark.protects("eigen_draw")
 def test_draws_lie_on_the_line_and_have_its_variance() -> None:
     posterior = posterior_of_mlp()
     found = eigen_direction(posterior, 0.7, "2")

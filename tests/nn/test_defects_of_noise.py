@@ -35,6 +35,7 @@ def linear(outputs: int = 3, estimator: str = "reparameterization") -> bnn.Linea
     return bnn.Linear(4, outputs, bias=False, delta=0.5, dtype=torch.float64, estimator=estimator)
 
 
+@pytest.mark.protects("noise_is_fresh")
 def test_noise_is_fresh() -> None:
     """Three forwards before one backward: each is differentiated with its own noise, read off its own weights.
 
@@ -53,6 +54,7 @@ def test_noise_is_fresh() -> None:
         check(Refilled(linear()))
 
 
+@pytest.mark.protects("mean_mode")
 def test_mean_mode() -> None:
     """`eval()` gives the posterior mean, the same every time."""
     layer = linear()
@@ -81,6 +83,7 @@ class SignsPerToken(nn.Module):
         return mean + F.linear(x * r, noise) * t
 
 
+@pytest.mark.protects("flipout_signs_per_example")
 def test_flipout_signs_per_example() -> None:
     """The mean over 20 tokens has the variance of one weight draw, xbar^2 sigma^2, not a twentieth of it.
 
@@ -100,6 +103,7 @@ def test_flipout_signs_per_example() -> None:
         check(SignsPerToken(layer))
 
 
+@pytest.mark.protects("flipout_signs_per_example")
 def test_signs_are_never_zero() -> None:
     """Signs are -1 or 1; the sign of a uniform number is 0 where that is 0, which happens to one that is rounded."""
     shape = (200, 200)
@@ -124,6 +128,7 @@ def local_noise(layer: bnn.Linear, shape: Callable[[Tensor], torch.Size]) -> Cal
     return forward
 
 
+@pytest.mark.protects("local_noise_per_position")
 def test_local_noise_per_position() -> None:
     """Every output element has noise of its own: two positions of one example are uncorrelated, with the right spread.
 
@@ -145,6 +150,7 @@ def test_local_noise_per_position() -> None:
         check(local_noise(layer, lambda scale: torch.Size([1, 1, scale.shape[-1]])))
 
 
+@pytest.mark.protects("half_precision_zero_input")
 def test_half_precision_zero_input() -> None:
     """An input of zeros has output variance 0, where the square root's slope is infinite: 16 bits keep it finite."""
 
@@ -176,6 +182,7 @@ class Twice(nn.Module):
         return output
 
 
+@pytest.mark.protects("one_draw_per_forward")
 def test_one_draw_per_forward() -> None:
     """A weight that is used twice in a forward is squared, and so not negative; two draws multiply to either sign."""
 

@@ -11,6 +11,7 @@ from bayeformers.nn import variational_tensors
 from tests.training import tiny
 
 
+@pytest.mark.protects("weight_decay_groups")
 def test_weight_decay_groups(tmp_path: Path) -> None:
     """Decay falls on deterministic matrices; never on a scale, a mean that the KL pulls, a bias or a normalisation."""
     model = tiny.bayesian(exclude_modules=["classifier"])
@@ -31,6 +32,7 @@ def test_weight_decay_groups(tmp_path: Path) -> None:
         check([(0.1 if decay == 0 else 0.0, members) for decay, members in groups])
 
 
+@pytest.mark.protects("kl_not_multiplied_by_samples")
 def test_kl_not_multiplied_by_samples(tmp_path: Path) -> None:
     """loss = mean NLL over the draws + KL / N, whatever the number of draws."""
 

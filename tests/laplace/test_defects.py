@@ -56,6 +56,7 @@ def linear_regression() -> tuple[LaplacePosterior, Tensor, float, float]:
 # ---------------------------------------------------------------------------------------------------------- covariances
 
 
+@pytest.mark.protects("inverse_of_factor")
 def test_inverse_of_factor() -> None:
     """The covariance is (L L^T)^-1; (L^T L)^-1 is another matrix."""
     posterior, *_ = softmax_regression()
@@ -71,6 +72,7 @@ def test_inverse_of_factor() -> None:
         check(torch.linalg.inv(lower.T @ lower))
 
 
+@pytest.mark.protects("draw_covariance")
 def test_draw_covariance() -> None:
     """A draw is A z with A A^T = P^-1, read off by unit noise; z A has covariance A^T A."""
     posterior, *_ = softmax_regression()
@@ -86,6 +88,7 @@ def test_draw_covariance() -> None:
         check(lambda z: z @ root)
 
 
+@pytest.mark.protects("damping_split")
 def test_damping_split() -> None:
     """tau is added to the product; (G + sqrt(tau) / pi) (x) (A + pi sqrt(tau)) has cross terms: a smaller variance."""
     posterior, _, x, _ = softmax_regression()
@@ -105,6 +108,7 @@ def test_damping_split() -> None:
         check(torch.linalg.inv(split).diagonal())
 
 
+@pytest.mark.protects("no_prior")
 def test_no_prior() -> None:
     """The precision of a linear model is X^T X / s^2 + tau; without tau it is the likelihood's alone."""
     posterior, x, noise, tau = linear_regression()
@@ -118,6 +122,7 @@ def test_no_prior() -> None:
         check(posterior.scale * dense(posterior.layers[""]))
 
 
+@pytest.mark.protects("no_n")
 def test_no_n() -> None:
     """The curvature is a sum over the N examples; a mean over them understates it N times."""
     posterior, x, noise, tau = linear_regression()
@@ -140,6 +145,7 @@ def full(model: nn.Module, inputs: Tensor, labels: Tensor, *sizes: int, layer: s
     return dense(fit(model, loader, curvature="full", prior_precision=1.0, progress=False).layers[layer])
 
 
+@pytest.mark.protects("eval_mode")
 def test_eval_mode() -> None:
     """A fit to a model in `train()` is of the model without dropout."""
     model = built(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)))
@@ -155,6 +161,7 @@ def test_eval_mode() -> None:
         check(ggn(model.train(), "3", x, y))
 
 
+@pytest.mark.protects("exact_fisher")
 def test_exact_fisher() -> None:
     """The curvature is the expectation over the model's own labels; the empirical Fisher matrix is not it."""
     model, x, y = mlp(), normal(6, 4, seed=1), classes(6)
@@ -181,6 +188,7 @@ class TokensPooled(nn.Module):
         return output
 
 
+@pytest.mark.protects("three_dim_inputs")
 def test_three_dim_inputs() -> None:
     """A layer on (B, T, d) has a curvature; products written for (B, d) raise."""
     model, x, y = built(TokensPooled()), normal(5, 3, 4, seed=1), classes(5)
@@ -193,6 +201,7 @@ def test_three_dim_inputs() -> None:
         check(lambda: torch.kron(x.t() @ x, x.t() @ x))
 
 
+@pytest.mark.protects("every_token_counts")
 def test_every_token_counts() -> None:
     """All tokens' gradients and inputs enter; those of the last token alone are another curvature."""
     model, x, y = built(TokensPooled()), normal(5, 3, 4, seed=1), classes(5)
@@ -214,6 +223,7 @@ def test_every_token_counts() -> None:
         check(full(last, x, y, layer="layer"))
 
 
+@pytest.mark.protects("batch_size_one")
 def test_batch_size_one() -> None:
     """Batches of one example sum to the batch of all; a squeezed batch axis turns a product into a number."""
     model, x, y = mlp(), normal(4, 4, seed=1), classes(4)
@@ -227,6 +237,7 @@ def test_batch_size_one() -> None:
         check(sum((one.squeeze() @ one.squeeze() for one in features.split(1)), torch.zeros(())))
 
 
+@pytest.mark.protects("padding_adds_no_curvature")
 def test_padding_adds_no_curvature() -> None:
     """The input factor of a layer is the sum of a a^T over attended positions; padding has inputs too, which stay out.
 
@@ -247,6 +258,7 @@ def test_padding_adds_no_curvature() -> None:
         check(a.flatten(0, 1))
 
 
+@pytest.mark.protects("tied_curvature")
 def test_tied_curvature() -> None:
     """A weight in two layers is one tensor whose Jacobian is the sum over both uses, not two tensors."""
     model, x = built(Twice()), normal(5, 4)
@@ -266,6 +278,7 @@ def test_tied_curvature() -> None:
 # --------------------------------------------------------------------------------------------- predictions and evidence
 
 
+@pytest.mark.protects("jvp_not_finite_difference")
 def test_jvp_not_finite_difference() -> None:
     """The linearised covariance in float32 is float64's to 1e-4; differences with a step of 1e-6 are far off.
 
@@ -295,6 +308,7 @@ def test_jvp_not_finite_difference() -> None:
         check(rows @ rows.mT)
 
 
+@pytest.mark.protects("eigen_draw")
 def test_eigen_draw() -> None:
     """A draw along a direction moves the weights on that line alone; a plain draw moves them everywhere."""
     posterior, model, *_ = softmax_regression()
@@ -314,6 +328,7 @@ def test_eigen_draw() -> None:
         check(plain)
 
 
+@pytest.mark.protects("eigen_draw")
 def test_first_direction_is_the_least_determined() -> None:
     """Rank 0 has the largest posterior variance; the largest eigenvalue of the curvature has the smallest."""
     posterior, *_ = softmax_regression()
@@ -328,6 +343,7 @@ def test_first_direction_is_the_least_determined() -> None:
         check(basis(eigen)[:, int(eigen.eigenvalues.flatten().argmax())])
 
 
+@pytest.mark.protects("evidence_sign")
 def test_evidence_sign() -> None:
     """The evidence of a linear model at its MAP is exact; with the determinants' sign flipped it is not."""
     posterior, x, noise, tau = linear_regression()

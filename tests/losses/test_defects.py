@@ -28,6 +28,7 @@ def counts(log_probs: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor,
     return aligned, misaligned
 
 
+@pytest.mark.protects("avuc_runs")
 def test_avuc_runs() -> None:
     """A batch of one gives a loss below log(1 + (1 + eps) / eps) = 4.6; an eps of 1e-10 gives 23."""
     logits = torch.tensor([[9.0, 0.0, 0.0]], requires_grad=True)  # certain and wrong
@@ -50,6 +51,7 @@ def test_avuc_runs() -> None:
         check(with_empty_groups)
 
 
+@pytest.mark.protects("avuc_runs")
 def test_avuc_is_differentiable() -> None:
     """The area under AvU has a gradient; computed in NumPy it has none, and where NumPy's error is hidden it is 0."""
     generator = torch.Generator().manual_seed(0)
@@ -74,6 +76,7 @@ def test_avuc_is_differentiable() -> None:
         check(hidden)
 
 
+@pytest.mark.protects("avuc_runs")
 def test_avuc_reduces_over_draws() -> None:
     """The mutual information is of each example over its draws; a mean over the batch mixes examples up."""
     generator = torch.Generator().manual_seed(0)

@@ -45,6 +45,7 @@ def by_class_name(model: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------------- what is converted
 
 
+@pytest.mark.protects("tied_weights")
 def test_tied_weights() -> None:
     """Embedding and decoder are one tensor with one draw; converted each on its own, they come apart."""
 
@@ -66,6 +67,7 @@ def test_tied_weights() -> None:
         check(to_bayesian(apart))
 
 
+@pytest.mark.protects("subclass_layers")
 def test_subclass_layers() -> None:
     """Tables and GPT-2's projections are Bayesian too: by far the most of its weights; exact `nn.Linear` are few."""
     model = case("gpt2-lm").build()
@@ -87,6 +89,7 @@ class Residual(nn.Linear):
         return input + torch.tanh(torch.nn.functional.linear(input, self.weight, self.bias))
 
 
+@pytest.mark.protects("conversion_by_class")
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(nn.Linear, torch.float64), (nn.Linear, torch.float32), (Residual, None), (Conv1D, None)]
 )
@@ -108,6 +111,7 @@ def test_conversion_by_class(kind: Callable[[int, int], nn.Module], dtype: torch
         check(by_class_name)
 
 
+@pytest.mark.protects("conversion_by_class")
 def test_conversion_is_atomic() -> None:
     """A conversion that fails leaves the model as it was; one that converts as it goes leaves half of it."""
 
@@ -124,6 +128,7 @@ def test_conversion_is_atomic() -> None:
         check(by_class_name)
 
 
+@pytest.mark.protects("same_activations")
 def test_same_activations() -> None:
     """At the posterior mean the Bayesian model is the original; with its ReLU replaced it is another one."""
     torch.manual_seed(0)
@@ -154,6 +159,7 @@ class Wrapper(nn.Module):
         return self.model(**inputs)
 
 
+@pytest.mark.protects("wrapper_loses_api")
 def test_wrapper_loses_api() -> None:
     """A converted model is the same object with its config, `generate` and `save_pretrained`."""
 
@@ -169,6 +175,7 @@ def test_wrapper_loses_api() -> None:
         check(Wrapper(model))
 
 
+@pytest.mark.protects("from_pretrained_restores")
 def test_from_pretrained_restores(tmp_path: Path) -> None:
     """A reload has every tensor, bit for bit; keys under names of another class load nothing and say nothing."""
     model = tiny.bayesian(freeze=False)

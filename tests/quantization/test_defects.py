@@ -14,6 +14,7 @@ from tests.quantization.networks import LAYERS, Named, bert, images, probs, sent
 pytestmark = pytest.mark.filterwarnings("error")
 
 
+@pytest.mark.protects("int8_bias")
 def test_bias_of_five_stays_five() -> None:
     """A draw of the bias is 5 + sigma eps with sigma = 0.25; sigma eps alone, which took its place, averages 0."""
     layer = nn.Linear(6, 4)
@@ -36,6 +37,7 @@ def test_bias_of_five_stays_five() -> None:
         check(values - 5)
 
 
+@pytest.mark.protects("int8_bias")
 @pytest.mark.parametrize("name", [*LAYERS, "LSTM"])
 def test_every_layer_runs_without_bias(name: str) -> None:
     """One dimension or three, transposed, grouped, recurrent: none of them needs a bias."""
@@ -62,6 +64,7 @@ class _Recurrent(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
+@pytest.mark.protects("int8_bias")
 def test_signs_are_both() -> None:
     """`randint(0, 1)` is 0 always: every sign was -1."""
 
@@ -73,6 +76,7 @@ def test_signs_are_both() -> None:
         check(torch.randint(0, 1, (8, 16)).float() * 2 - 1)
 
 
+@pytest.mark.protects("int8_bias")
 @pytest.mark.parametrize("name", ["transformer", "convolutions", "mixture"])
 def test_any_architecture(name: str) -> None:
     """Not one network, known by the names of its parts: any."""

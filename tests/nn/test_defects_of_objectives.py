@@ -56,6 +56,7 @@ def move_means(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------------ KL
 
 
+@pytest.mark.protects("kl_has_gradient")
 def test_kl_has_gradient() -> None:
     """d KL / d rho = (sigma / s^2 - 1 / sigma) sigmoid(rho); a value stored through `.data` has none."""
     layer = square_layer(3)
@@ -75,6 +76,7 @@ def test_kl_has_gradient() -> None:
         check(stored)
 
 
+@pytest.mark.protects("kl_is_a_sum")
 def test_kl_is_a_sum() -> None:
     """Layers of 10^2, 100^2, 1000^2 equal weights: KL grows with their number; a mean says the same for all."""
     per_weight = kl_by_quadrature(LOC, SCALE, lambda x: normal_log_density(x, 0.0, 1.0))
@@ -90,6 +92,7 @@ def test_kl_is_a_sum() -> None:
         check(lambda layer: layer.weight.numel())  # type: ignore[union-attr,operator]
 
 
+@pytest.mark.protects("kl_counted_once")
 def test_kl_counted_once() -> None:
     """A tied tensor counts once; a sum over the layers that use it counts it again."""
     model = to_bayesian(Tied().double(), delta=0.1, prior=NormalPrior(1.0, 0.0))
@@ -110,6 +113,7 @@ def test_kl_counted_once() -> None:
         check(sum(float(kl_divergence(layer).detach()) for layer in (model.table, model.decoder)))  # type: ignore[arg-type]
 
 
+@pytest.mark.protects("nested_kl")
 def test_nested_kl() -> None:
     """Layers at any depth count; a loop over the children sees the top level only."""
     inner = nn.Sequential(nn.Sequential(square_layer(2)), square_layer(3))
@@ -127,6 +131,7 @@ def test_nested_kl() -> None:
 # -------------------------------------------------------------------------------------------------------------- priors
 
 
+@pytest.mark.protects("prior_scale_is_not_variance")
 def test_prior_scale_is_not_variance() -> None:
     """`NormalPrior(std=2)` has standard deviation 2; read as a variance it would be 1.41."""
 
@@ -139,6 +144,7 @@ def test_prior_scale_is_not_variance() -> None:
         check(math.sqrt(2.0))
 
 
+@pytest.mark.protects("prior_scale_is_chosen")
 def test_prior_scale_is_chosen() -> None:
     """Each std gives its own KL; a prior fixed at softplus(1) = 1.31 gives one."""
 
@@ -152,6 +158,7 @@ def test_prior_scale_is_chosen() -> None:
         check(lambda std: math.log1p(math.e))
 
 
+@pytest.mark.protects("moped_copies")
 def test_moped_copies() -> None:
     """Once the means train, the prior's centre stays where it was; an alias of them never pulls back."""
 
@@ -169,6 +176,7 @@ def test_moped_copies() -> None:
         check(aliased)
 
 
+@pytest.mark.protects("init_does_not_alias")
 def test_init_does_not_alias() -> None:
     """No two tensors of a converted model share memory, so training one changes no other."""
 
@@ -183,6 +191,7 @@ def test_init_does_not_alias() -> None:
         check(aliased)
 
 
+@pytest.mark.protects("moped_sets_prior")
 def test_moped_sets_prior() -> None:
     """MOPED sets posterior and prior: KL = 0 before training; with the posterior alone it is not.
 
@@ -198,6 +207,7 @@ def test_moped_sets_prior() -> None:
         check(NormalPrior(1.0, 0.0))
 
 
+@pytest.mark.protects("prior_is_saved")
 def test_prior_is_saved() -> None:
     """A state dict brings the prior back; without its centres the KL of the reloaded model is another."""
     model = trainable()
@@ -218,6 +228,7 @@ def test_prior_is_saved() -> None:
 # -------------------------------------------------------------------------------------------------------------- scales
 
 
+@pytest.mark.protects("softplus_is_stable")
 def test_softplus_is_stable() -> None:
     """Scale, its logarithm and their slopes are finite for rho in [-200, 200]; log(1 + exp(rho)) is not."""
 
@@ -234,6 +245,7 @@ def test_softplus_is_stable() -> None:
         check(F.softplus)  # stable above, but 0 from -104 down, where the logarithm is infinite
 
 
+@pytest.mark.protects("zero_weights")
 def test_zero_weights() -> None:
     """A zero bias gets delta * 0.02: not softplus(0) = 0.69, which drowns the layer, nor 1e-20, which never learns."""
     layer = nn.Linear(4, 2).double()
@@ -250,6 +262,7 @@ def test_zero_weights() -> None:
             check(defective)
 
 
+@pytest.mark.protects("fan_in_init")
 def test_fan_in_init() -> None:
     """A fresh layer's means have torch's variance 1 / (3 fan-in), whatever the width; N(0, 0.1^2) has one for all.
 
@@ -281,6 +294,7 @@ class FivePerWeight(nn.Module):
             self.register_buffer(name, torch.zeros_like(plain.weight))
 
 
+@pytest.mark.protects("memory")
 @pytest.mark.parametrize(("freeze", "numbers"), [(True, 2), (False, 3)])
 def test_memory(freeze: bool, numbers: int) -> None:
     """Numbers stored per weight: mean and rho, plus the prior's centre where the mean trains."""
@@ -294,6 +308,7 @@ def test_memory(freeze: bool, numbers: int) -> None:
         check(FivePerWeight(nn.Linear(32, 32, bias=False)))
 
 
+@pytest.mark.protects("sizes_count_weights")
 def test_sizes_count_weights() -> None:
     """The reported size is the number of random weights, not of means and scales together."""
     model = to_bayesian(nn.Linear(10, 5))

@@ -15,6 +15,7 @@ from bayeformers import fixed_draw, metrics, predict, to_bayesian
 DRAWS = 8
 
 
+@pytest.mark.protects("average_probabilities")
 def test_average_probabilities() -> None:
     """p = mean over draws of softmax(f_s); the softmax of mean logits is more certain than any mixture should be."""
     torch.manual_seed(0)
@@ -35,6 +36,7 @@ def test_average_probabilities() -> None:
         check(torch.stack(logits).mean(0).log_softmax(-1))
 
 
+@pytest.mark.protects("uncertainty_is_batched")
 def test_uncertainty_is_batched() -> None:
     """One value per example, as of that example alone; a reduction over the batch gives one for all."""
     log_probs = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
@@ -55,6 +57,7 @@ def test_uncertainty_is_batched() -> None:
         check(over_the_batch)
 
 
+@pytest.mark.protects("ties_in_any_order")
 def test_ties_in_any_order() -> None:
     """AURC of equal confidences is the base error rate, in whatever order the examples stand."""
 

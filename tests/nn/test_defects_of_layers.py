@@ -18,6 +18,7 @@ def drawn(layer: nn.Module, name: str) -> Tensor:
     return loc + sigma(rho) * dense_noise(key_of(0, 0, name), tuple(loc.shape)).double()
 
 
+@pytest.mark.protects("groups")
 def test_groups() -> None:
     """Every group of channels has a kernel of its own; one kernel over all channels is another layer."""
     torch.manual_seed(0)
@@ -35,6 +36,7 @@ def test_groups() -> None:
         check(F.conv2d(x, weight.repeat(1, 2, 1, 1), bias))
 
 
+@pytest.mark.protects("multiplicative_zero")
 def test_multiplicative_zero() -> None:
     """Of sigma^2 = alpha mu^2 a weight at 0 has noise too, and its scale a gradient, by the floor under |mu|."""
     torch.manual_seed(0)
