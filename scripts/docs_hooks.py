@@ -12,6 +12,7 @@ INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', flags=re.D
 DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', flags=re.DOTALL)
 # "no-run" speaks to the tests
 NOT_RUN = re.compile(r"^```python no-run$", flags=re.MULTILINE)
+BAR = re.compile(r'<mo(?: stretchy="false")?>&#x0007C;</mo>')
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`")
 DOCTEST = re.compile(r"^(?P<indent> *)>>> .*?(?=\n\s*\n|\Z)", flags=re.DOTALL | re.MULTILINE)
 
@@ -22,8 +23,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas become MathML, which browsers render without a script."""
-    content = DISPLAY.sub(lambda formula: convert(html.unescape(formula[1]), display="block"), content)
-    return INLINE.sub(lambda formula: convert(html.unescape(formula[1])), content)
+    content = DISPLAY.sub(lambda formula: math(formula[1], "block"), content)
+    return INLINE.sub(lambda formula: math(formula[1], "inline"), content)
+
+
+def math(formula: str, display: str) -> str:
+    # a bar is an operator to MathML, with space around it; here it is an absolute value
+    return BAR.sub(
+        '<mo lspace="0" rspace="0" stretchy="false">|</mo>', convert(html.unescape(formula), display=display)
+    )
 
 
 class Docstrings(griffe.Extension):
