@@ -17,7 +17,7 @@ from .checks import is_finite
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic
 from .distributions import InitialScale
 from .forward import Inputs, check_inputs
-from .likelihoods import IGNORED, NoiseStd
+from .likelihoods import IGNORED, NoiseStd, get_likelihood
 from .linearized.links import linearized_predictive
 from .nn import variational_tensors
 from .posteriors import PointPosterior, VariationalPosterior
@@ -206,9 +206,7 @@ def _own_labels(predictive: Predictive) -> Tensor:
     """The decisions, where tokens count; a causal language model's is about the token that follows."""
     if predictive.log_probs is None:
         raise ValueError("`labels` are needed: a regression has no labels of its own to hold on to.")
-    labels = predictive.mean_log_probs.argmax(-1)
-    if predictive.problem_type == "causal_lm":
-        labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]], dim=1)
+    labels = get_likelihood(predictive.problem_type).unaligned(predictive.mean_log_probs.argmax(-1))
     return labels if predictive.mask is None else labels.masked_fill(~predictive.mask, IGNORED)
 
 

@@ -32,18 +32,15 @@ from scipy.stats.qmc import MultivariateNormalQMC
 from torch import Tensor
 
 from ..checks import is_whole
-from ..likelihoods import HEAD, NoiseStd, ProblemType, drawn_values
-from ..likelihoods.gaussian import split_variance_head
-from ..likelihoods.noise import squeezed
+from ..forward import wide
+from ..likelihoods import HEAD, NoiseStd, ProblemType, get_likelihood, split_variance_head
+from ..likelihoods.gaussian import squeezed
 from ..predictive import Predictive
 
 __all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "linearized_predictive", "logit_draws"]
 
 Link = Literal["auto", "probit", "mc", "bridge", "probit_diagonal"]
 LINKS: tuple[Link, ...] = get_args(Link)
-
-SOFTMAX_PROBLEMS: tuple[ProblemType, ...] = ("single_label_classification", "token_classification")
-"""With few classes: their logits' covariance can be taken."""
 
 _DRAWS = 1024
 _TOKEN_DRAWS = 256  # of each of many tokens: a power of two, below which Sobol points lose their balance
@@ -87,21 +84,21 @@ def linearized_predictive(
     (tensor([[0.2723, 0.7277]]), tensor([[0.1192, 0.8808]]))
     """
     _check_gaussian(mean, covariance)
-    mean, covariance = _wide(mean), _wide(covariance)
+    mean, covariance, likelihood = wide(mean), wide(covariance), get_likelihood(problem)
     variance = None
-    if problem == "regression" and noise_std == HEAD:
+    if likelihood.has_noise and noise_std == HEAD:
         mean, log_variance = split_variance_head(mean)
         covariance = covariance[..., : mean.shape[-1], : mean.shape[-1]]
         variance = squeezed(log_variance.exp())[None]
     log_probs = link_log_probs(mean, covariance, link, problem)
     num_draws = _default_draws(mean) if num_draws is None else num_draws
-    draws = logit_draws(mean, covariance, num_draws, seed, centred=problem in SOFTMAX_PROBLEMS)
-    values, is_regression = drawn_values(draws, problem, {}, is_stacked=True), problem == "regression"
+    draws = logit_draws(mean, covariance, num_draws, seed, centred=likelihood.ignores_shift)
+    values, has_values = likelihood.values(draws, {}, is_stacked=True), likelihood.has_noise
     return Predictive(
         problem_type=problem,
-        log_probs=None if is_regression else values,
-        values=values if is_regression else None,
-        noise_std=noise_std if is_regression else None,
+        log_probs=None if has_values else values,
+        values=values if has_values else None,
+        noise_std=noise_std if has_values else None,
         noise_variance=variance,
         mask=mask,
         logit_mean=mean,
@@ -112,7 +109,7 @@ def linearized_predictive(
 
 def ignores_shift(problem: ProblemType, link: Link) -> bool:
     """Whether noise that all logits of an item share changes nothing: a softmax with a link that respects it."""
-    return problem in SOFTMAX_PROBLEMS and link in ("auto", "probit", "mc")
+    return get_likelihood(problem).ignores_shift and link in ("auto", "probit", "mc")
 
 
 def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: ProblemType) -> Tensor | None:
@@ -130,17 +127,19 @@ def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: Proble
     True
     """
     check_link(link, problem, mean.shape[-1])
-    if link == "mc" or problem == "regression":
+    likelihood = get_likelihood(problem)
+    if link == "mc" or likelihood.has_noise:
         return None
     dtype, wider = mean.dtype, torch.promote_types(mean.dtype, covariance.dtype)  # variances of differences cancel
     mean, covariance = mean.to(wider), covariance.to(wider)
-    if problem == "multi_label_classification":
+    if likelihood.is_bernoulli:
         return _bernoulli(mean, _diagonal(covariance)).to(dtype)
     if link == "bridge":
         return _bridge(mean, covariance).to(dtype)
     if link == "probit_diagonal":
         return _moderated(mean, _diagonal(covariance)).log_softmax(-1).to(dtype)
-    return _pairwise(mean, covariance).to(dtype) if mean.shape[-1] == 2 else None
+    has_pair = mean.shape[-1] == 2 and "probit" in likelihood.links
+    return _pairwise(mean, covariance).to(dtype) if has_pair else None
 
 
 def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
@@ -151,14 +150,16 @@ def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
     """
     if link not in LINKS:
         raise ValueError(f"`link` must be one of {LINKS}, got {link!r}.")
-    if problem == "question_answering":
-        raise ValueError("`problem` must have logits (..., C) per input or token, got 'question_answering'.")
-    if problem == "regression" and link != "auto":
-        raise ValueError(f"`link` must be 'auto' for a regression, whose values are Gaussian already, got {link!r}.")
-    if problem == "multi_label_classification":
-        if link not in ("auto", "probit", "mc"):
-            raise ValueError(f"`link` must be 'auto', 'probit' or 'mc' for a multi-label head, got {link!r}.")
-    elif link == "probit" and num_classes != 2:
+    likelihood = get_likelihood(problem)
+    if not likelihood.links:
+        raise ValueError(f"`problem` must have logits (..., C) per input or token, got {problem!r}.")
+    if link not in likelihood.links:
+        *others, last = map(repr, likelihood.links)
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"`link` must be {allowed} for {problem}, got {link!r}.")
+    if likelihood.is_bernoulli:
+        return
+    if link == "probit" and num_classes != 2:
         raise ValueError(
             f"`link`='probit' is for 2 classes, got {num_classes}: use 'mc', which is exact but for its draws, or "
             "'probit_diagonal', which ignores the covariances between logits."
@@ -253,7 +254,3 @@ def _check_gaussian(mean: Tensor, covariance: Tensor) -> None:
     for name, tensor in (("mean", mean), ("covariance", covariance)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"`{name}` must be finite; a diverged model or a dtype that overflowed gives what is not.")
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -42,7 +42,7 @@ class RandomParameters(BayesianModule):
         self._values = _Values()
 
     def become_deterministic(self) -> None:
-        """As `BayesianModule.become_deterministic`."""
+        """Undo it, as `BayesianModule.become_deterministic` does."""
         super().become_deterministic()
         del self._values
 
@@ -83,7 +83,7 @@ class _Values(threading.local):
 
 @functools.cache
 def random_class(source: type[nn.Module], names: tuple[str, ...]) -> type[RandomParameters]:
-    """The subclass of ``source`` in which the Parameters ``names`` are random.
+    """Return the subclass of ``source`` in which the Parameters ``names`` are random.
 
     >>> class Scores(nn.Module):
     ...     def __init__(self):

@@ -21,19 +21,18 @@ from ..likelihoods import (
     ProblemType,
     check_noise_std,
     check_problem_type,
-    drawn_values,
+    get_likelihood,
     ignored_label,
     is_encoder_decoder_lm,
     logits_of,
     mean_and_variance,
     resolve_problem_type,
-    token_mask,
     unwrapped,
 )
 from ..linearized import check_reads, recording_view
 from ..linearized.blocks import GaussianBlock, TensorBlock, mean_field_blocks
 from ..linearized.captured import Statistic, bare_tensors, linearize
-from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
+from ..linearized.links import Link, ignores_shift, linearized_predictive
 from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
 from ..predictive import Predictive
 from ..sampling.passes import monte_carlo
@@ -213,17 +212,18 @@ class BasePosterior(ABC):
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
         problem = self.problem_type() if problem_type is None else check_problem_type(problem_type)
-        if problem == "regression":
+        likelihood = get_likelihood(problem)
+        if likelihood.has_noise:
             noise_std = self.recorded_noise_std() if noise_std is None else check_noise_std(noise_std)
         if method in SAMPLING:
             outputs = self.passes(inputs, num_samples=num_samples, seed=seed)
-            values = torch.stack([drawn_values(output, problem, inputs) for output in outputs])
-            if problem == "regression":
+            values = torch.stack([likelihood.values(output, inputs) for output in outputs])
+            if likelihood.has_noise:
                 return _regressed(values, noise_std)
             return Predictive(
                 problem_type=problem,
                 log_probs=values,
-                mask=token_mask(values[0], problem, inputs),
+                mask=likelihood.attended(values[0], inputs),
                 ignored_label=ignored_label(self.model, problem),
             )
         if has_many_logits(self.model, problem):
@@ -243,7 +243,7 @@ class BasePosterior(ABC):
             contrasts=contrasts,
             problem_type=problem,
         )
-        mask = token_mask(mean, problem, inputs)
+        mask = likelihood.attended(mean, inputs)
         return linearized_predictive(mean, covariance, problem, link=link, seed=seed, noise_std=noise_std, mask=mask)
 
     def linearize(
@@ -272,7 +272,7 @@ class BasePosterior(ABC):
         check_filled(inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
         modules = [m for block in blocks if not isinstance(block, TensorBlock) for m in block.modules]
-        of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
+        of_softmax = get_likelihood(problem_type or self.problem_type()).ignores_shift
         with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, lambda: called(view, inputs)):
             check_reads(self.model, inputs, modules, self.outputs_of)
             mean, covariance = linearize(
@@ -385,7 +385,7 @@ def known_problem_type(model: nn.Module) -> ProblemType:
 
 def has_many_logits(model: nn.Module, problem_type: ProblemType) -> bool:
     """Whether the head has too many logits per prediction for a covariance of them: over a vocabulary or positions."""
-    if problem_type in ("question_answering", "causal_lm", "seq2seq_lm", "semantic_segmentation"):
+    if not get_likelihood(problem_type).is_linearizable:
         return True
     output_embeddings = getattr(unwrapped(model), "get_output_embeddings", None)  # a masked language model's too
     return callable(output_embeddings) and output_embeddings() is not None
