@@ -109,8 +109,11 @@ class Accumulator:
 
     def _is_factored(self, target: Target) -> bool:
         """Whether its sums are Kronecker factors; a normalisation has the exact diagonal."""
-        has_factors = target.rule.is_affine or isinstance(target.rule, EmbeddingRule)
-        return has_factors and self.curvature.config.curvature in ("kfac", "ekfac") and not self.is_second_pass
+        return (
+            target.rule.kind.has_factors
+            and self.curvature.config.curvature in ("kfac", "ekfac")
+            and not self.is_second_pass
+        )
 
     def _sum(self, target: Target, name: str, value: Tensor) -> None:
         self.curvature.add(target.name, name, value, self.device)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
 from ..likelihoods import IGNORED, Likelihood, get_likelihood, resolve_problem_type, unwrapped
 from ..linearized import examples
-from ..posteriors.base import without_labels
+from ..posteriors.heads import without_labels
 
 
 @dataclass(frozen=True, eq=False)

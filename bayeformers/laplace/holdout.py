@@ -13,7 +13,7 @@ from torch import nn
 from ..likelihoods import get_likelihood
 from ..linearized.captured import bare_tensors, covariance, linearize
 from ..linearized.links import Link, ignores_shift, linearized_predictive
-from ..posteriors.base import has_many_logits, known_problem_type
+from ..posteriors.heads import has_many_logits, known_problem_type
 from ..processes import process_index, summed
 from .choice import End, end_of
 from .data import Batch

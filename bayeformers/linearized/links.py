@@ -75,8 +75,8 @@ def linearized_predictive(
             covariance, and the last L log variances, taken at their mean; their own spread is left out.
         mask: which tokens count, (B, T) bool.
 
-    Raises:
-        ValueError: an argument is not one of these, or a link is not defined for the problem.
+    Returns:
+        The prediction; ValueError for an argument that is not one of these, or a link not defined for the problem.
 
     >>> mean, covariance = torch.tensor([[0.0, 2.0]]), 4 * torch.eye(2)[None]
     >>> predictive = linearized_predictive(mean, covariance, "single_label_classification")
@@ -113,12 +113,16 @@ def ignores_shift(problem: ProblemType, link: Link) -> bool:
 
 
 def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: ProblemType) -> Tensor | None:
-    """log p of the link in closed form, (..., C), for a multi-label head (..., L, 2); None where draws give it.
+    """Log probabilities of the link in closed form.
 
-    Shape: ``mean`` (..., C), ``covariance`` (..., C, C).
+    Args:
+        mean: of the logits, (..., C).
+        covariance: of the logits, (..., C, C).
+        link: ValueError for one that is unknown, or not defined for this problem or number of classes.
+        problem: what the head predicts.
 
-    Raises:
-        ValueError: the link is unknown, or not defined for this problem or number of classes.
+    Returns:
+        log p, (..., C), for a multi-label head (..., L, 2); None where draws give it.
 
     >>> mean, covariance = torch.tensor([[0.0, 2.0]]), 4 * torch.eye(2)[None]
     >>> link_log_probs(mean, covariance, "probit", "single_label_classification").exp()
@@ -171,10 +175,16 @@ def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
 def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int, *, centred: bool = False) -> Tensor:
     """Draws from N(mean, covariance) with common random numbers: every input uses the same quasi-random normals.
 
-    A covariance may be singular. Scrambled Sobol points: fewer draws are the first of more. ``centred``: without the
-    noise that all C share, which a softmax ignores and beside which float32 may hold nothing of the rest.
+    Args:
+        mean: of the logits, (..., C).
+        covariance: of the logits, (..., C, C); it may be singular.
+        num_samples: S; scrambled Sobol points, so fewer draws are the first of more.
+        seed: of the scrambling.
+        centred: leave out the noise that all C share, which a softmax ignores and beside which float32 may hold nothing
+            of the rest.
 
-    Shape: (..., C), (..., C, C) -> (S, ..., C).
+    Returns:
+        The draws, (S, ..., C).
 
     Raises:
         ValueError: ``num_samples`` or ``seed`` is not a whole number >= 1, or >= 0.
@@ -212,11 +222,9 @@ def _moderated(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def _bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    r"""alpha_c = (1 / S_cc) (1 - 2/C + e^{m_c} C^-2 sum_k e^{-m_k}) of the zero-sum logits, in logarithms.
-
-    Conditioning on sum f = 0 gives m - S1 (1^T m) / (1^T S 1) and S - S1 1^T S / (1^T S 1). A common shift (the limit
-    of vanishing isotropic noise) stands in where the sum has no variance.
-    """
+    """Of zero-sum logits alpha_c = (1 / S_cc) (1 - 2/C + e^{m_c} C^-2 sum_k e^{-m_k}), in logarithms."""
+    # conditioning on sum f = 0 gives m - S1 (1^T m) / (1^T S 1) and S - S1 1^T S / (1^T S 1); a common shift (the limit
+    # of vanishing isotropic noise) stands in where the sum has no variance
     classes, tiny = mean.shape[-1], torch.finfo(mean.dtype).eps
     row_sums, sum_of_means = covariance.sum(-1), mean.sum(-1, keepdim=True)
     total = row_sums.sum(-1, keepdim=True)

@@ -43,7 +43,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         output: Any = self.out_proj
-        output.__class__ = random_class(type(output), ("weight", "bias") if output.bias is not None else ("weight",))
+        output.__class__ = random_class(type(output), ("weight", "bias") if output.bias is not None else ("weight",))  # type: ignore[arg-type]
         output.become_bayesian(prior=self.prior, delta=self.delta, estimator=self.estimator.name)
 
     @classmethod

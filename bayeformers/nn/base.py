@@ -38,10 +38,9 @@ class BayesianModule(nn.Module):
     The layer's own Parameters stay in place as the means, so ties and hooks keep working; rho stays float32 through
     every cast. An instance becomes Bayesian by :meth:`become_bayesian`.
 
-    Reading one of ``bayesian_parameters`` as an attribute gives its value under the active draw: the held one, or the
-    training draw while the model runs forward in `train()`, also when a part of it is recomputed in backward; otherwise
-    the Parameter, which is the mean. Noise enters a reading by plain sampling whatever the estimator: one draw for the
-    whole batch.
+    Reading one of ``bayesian_parameters`` gives its value under the active draw, sampled for the whole batch whatever
+    the estimator: under the held draw, or the training draw while the model runs forward in `train()` or a part of it
+    is recomputed in backward; otherwise the Parameter, which is the mean.
 
     Args:
         args, kwargs: those of the torch layer.
@@ -50,7 +49,6 @@ class BayesianModule(nn.Module):
         estimator: how the noise enters in training.
 
     Attributes:
-        draw: what the running code holds: None, the mean, or a draw. Set on a layer, it is held for everyone.
         specs: per parameter, what its noise depends on.
         scope: training draws, shared by the layers of one model.
     """
@@ -90,9 +88,8 @@ class BayesianModule(nn.Module):
         """Add rho (scale = delta |weight|, see `initial_scale`) and the state of a Bayesian layer.
 
         A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient. A
-        multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one.
-
-        A wrong argument raises TypeError or ValueError before anything changes.
+        multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one. A wrong argument
+        raises TypeError or ValueError before anything changes.
 
         Args:
             prior: prior of every tensor of the layer.
@@ -153,7 +150,7 @@ class BayesianModule(nn.Module):
 
     @property
     def draw(self) -> Draw | str | None:
-        """What the running code holds of this layer: None, the mean, or a draw."""
+        """What the running code holds: None, the mean, or a draw. Set on a layer, it is held for everyone."""
         holds = self._holds
         if not holds:
             return None
@@ -180,8 +177,7 @@ class BayesianModule(nn.Module):
         """Return the tensor ``name`` with its active draw.
 
         Raises:
-            RuntimeError: its scale no longer fits (the layer was resized after conversion), or something else computes
-                the tensor since then.
+            RuntimeError: since the conversion the layer was resized, or something else computes the tensor.
         """
         loc, rho, spec = self._parameters.get(name), getattr(self, f"{name}_rho"), self.specs[name]
         if loc is None:
@@ -283,8 +279,7 @@ class BayesianModule(nn.Module):
     def copy_scale(self, name: str, owner: BayesianModule, other: str) -> None:
         """Share rho with another owner of the same tensor; its floor, a scalar, is copied."""
         setattr(self, f"{name}_rho", owner.get_parameter(f"{other}_rho"))
-        floor, own = owner.scale_floor(other), self.scale_floor(name)
-        if floor is not None and own is not None:
+        if (own := self.scale_floor(name)) is not None and (floor := owner.scale_floor(other)) is not None:
             own.copy_(floor)
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:

@@ -76,8 +76,8 @@ def tensor_kl(tensor: NamedVariational) -> Tensor:
     trained, centre, prior = _prior_of(tensor)
     p = prior(wide(trained.detach().reshape(-1)[:1], tensor.rho))
     if isinstance(p, EmpiricalNormal):  # the derivative in its best scale is 0, so the scale is a number here
-        best, free = _best_scale(list(tensor.layer) if p.per == "layer" else [tensor]), prior
-        prior = lambda block: DiagonalNormal(free(block).loc, best)  # noqa: E731
+        best = _best_scale(list(tensor.layer) if p.per == "layer" else [tensor])
+        prior = functools.partial(_with_scale, prior, best)
     row, floor = tensor.spec.padding_idx, tensor.floor
     if isinstance(p, (DiagonalNormal, EmpiricalNormal)):
         stored = tensor.module.prior_scale(tensor.parameter_name)
@@ -116,6 +116,11 @@ def _prior_of(tensor: NamedVariational) -> tuple[Tensor, Tensor | None, _Density
     trained = module.prior_centre(name)
     centre = None if module.prior.needs_centre and trained is tensor.loc else trained
     return trained, centre, functools.partial(module.prior.for_tensor, initial=module.initial_scale(name, trained))
+
+
+def _with_scale(prior: _Density, scale: Tensor, centre: Tensor) -> DiagonalNormal:
+    """N(m, scale^2) with the m that ``prior`` has, given a part of the trained weights."""
+    return DiagonalNormal(prior(centre).loc, scale)
 
 
 @torch.no_grad()

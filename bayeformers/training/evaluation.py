@@ -31,7 +31,7 @@ from ..linearized.links import ignores_shift
 from ..linearized.methods import SAMPLING
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
-from ..posteriors.base import has_many_logits
+from ..posteriors.heads import has_many_logits
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_test_dataset, check_variance_head
 from .columns import BatchPrediction, predict_batch, score_predictive

@@ -15,7 +15,7 @@ from ..forward import IGNORED, labels_of, output_field
 from ..likelihoods import ItemNLL, NoiseStd, ProblemType, get_likelihood
 from ..likelihoods.classes import align_causal
 from ..likelihoods.gaussian import regression_labels
-from ..posteriors.base import without_labels
+from ..posteriors.heads import without_labels
 
 __all__ = ["IGNORED", "LABEL_NAMES", "ItemNLL", "align_causal", "as_labels", "check_label_names", "count_items",
            "item_nll", "labels_of", "model_inputs", "output_field", "regression_labels"]  # fmt: skip
