@@ -2,7 +2,6 @@
 
 from . import laplace, losses, models
 from .checkpoint.load import from_pretrained
-from .compat.moved import keep_old_paths
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
@@ -22,6 +21,7 @@ from .distributions import (
     ScaleMixturePrior,
 )
 from .laplace import LaplacePosterior
+from .moved import keep_old_paths
 from .nn import fixed_draw, posterior_mean
 from .nn.kl import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict

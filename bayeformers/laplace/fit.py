@@ -92,7 +92,7 @@ def fit(
         weight_sharing: of layers with several positions: "expand" or "reduce".
         prior_precision: tau, or a mapping from layer name; or how to find it: "marglik" (the evidence), one for all
             layers, "marglik_per_layer", or "holdout": least NLL of the linearised predictive on ``validation``, which
-            predicts better (docs/results.md). By default "holdout" with ``validation``, "marglik" without.
+            predicts better (docs/results/). By default "holdout" with ``validation``, "marglik" without.
         prior_mean: the model that holds the prior's mean mu0, such as the pretrained one before fine-tuning; by
             default, and for layers that it lacks or has in another shape, 0. Only the evidence knows it: the posterior
             is centred at theta*.

@@ -6,14 +6,12 @@ before the optimizer moves anything.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..nn.base import is_bayesian
-
-if TYPE_CHECKING:
-    from .trainer import BayesianTrainer
 
 __all__ = ["ObjectiveCheck", "OwnObjective", "check_bases", "overriding"]
 
@@ -90,10 +88,22 @@ class OwnObjective:
         )
 
 
+class HasObjective(Protocol):
+    """A trainer whose steps can be checked."""
+
+    model: nn.Module
+
+    def start_anew(self) -> None:
+        """Forget a training that has ended."""
+
+    def check_objective(self, own: type) -> None:
+        """Raise ValueError where a step did not take the loss of ``own``."""
+
+
 class ObjectiveCheck(TrainerCallback):
     """Before every optimizer step of a Bayesian model: `BayesianTrainer` has computed its loss, all of it."""
 
-    def __init__(self, trainer: BayesianTrainer, own: type) -> None:
+    def __init__(self, trainer: HasObjective, own: type) -> None:
         self.trainer, self.own = trainer, own
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

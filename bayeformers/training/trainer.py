@@ -16,18 +16,18 @@ from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config, without_stale_record
 from ..likelihoods import HEAD, ProblemType, get_likelihood, resolve_problem_type, without_ignored
 from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
-from ..nn.kl import kl_divergence, log_variational_posterior
 from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
-from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items, kl_warmup
+from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items
 from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
+from .objective import Objective
 from .objective_check import ObjectiveCheck, OwnObjective, check_bases
 from .optimizer import ScalesApart
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
 from .precision import lost_steps_warning
-from .records import SILENT_LAYERS, TrainingRecord
+from .records import TrainingRecord
 from .resuming import Resuming
 
 __all__ = ["BayesianTrainer"]
@@ -70,18 +70,15 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
                 args.ddp_find_unused_parameters = False
         checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
         checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
-        self._run: TrainingRecord | None = None
+        self._objective = Objective()
         self.start_anew()
         super().__init__(model, args, *positional, **kwargs)
         self.add_callback(ObjectiveCheck(self, BayesianTrainer))
 
     def start_anew(self) -> None:
         """Forget a training that has ended, or that begins again with smaller batches."""
-        if self._run is not None:
-            self._run.close()
-        self._group: Group | None = None
-        self._calibration: CalibrationTerm | None = None
-        self._run, self._begun, self._has_own_terms = None, False, False
+        self._objective.close()
+        self._objective = Objective()
         self.forget_loss()
 
     def problem_type(self, inputs: Mapping[str, Any]) -> ProblemType:
@@ -128,9 +125,9 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.is_in_train = False  # a pruned trial leaves by an exception; evaluation then takes all draws again
-        if self._run is not None and self._run.fits_noise:
+        if (record := self._objective.record) is not None and record.fits_noise:
             self.store_residual()  # the means may have moved
-        self._group = None
+        self._objective.group = None
         if trial is not None:
             self.objective: float | None = None  # the search then evaluates: see `hyperparameter_search`
         return output
@@ -177,8 +174,9 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         check_label_names(self.args.label_names, problem_type)
         if (warning := lost_steps_warning(self.model, self.args.learning_rate)) is not None:
             self._say(warning)
-        self._has_own_terms = self._find_own_terms(inputs, problem_type)
-        self._calibration = self._calibration_term(problem_type)
+        objective = self._objective
+        objective.has_own_terms = self._find_own_terms(inputs, problem_type)
+        objective.calibration = self._calibration_term(problem_type)
         num_items = infer_num_items(
             self.train_dataset, problem_type, lambda: self._count_labels(problem_type), self.args.num_training_items
         )
@@ -192,8 +190,8 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
             num_items,
             fits_noise=is_regression and noise_std != HEAD and parse_noise_std(self.args.noise_std) is None,
             watch_calls=not self.args.torch_compile,
-            has_calibration=self._calibration is not None,
-            has_own_terms=self._has_own_terms,
+            has_calibration=objective.calibration is not None,
+            has_own_terms=objective.has_own_terms,
         )
 
     def _find_own_terms(self, inputs: Mapping[str, Any], problem_type: ProblemType) -> bool:
@@ -215,15 +213,16 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         return term
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._calibration is not None:
-            self._fold_calibration(self._calibration)
-            if self.args.should_save:  # before the stock part, which may push the folder
-                folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                self._calibration.save(folder)
+        self._fold_calibration()
+        if self.args.should_save:  # before the stock part, which may push the folder
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._objective.save_calibration(folder)
         super()._save_checkpoint(model, trial)
 
-    def _fold_calibration(self, term: CalibrationTerm) -> None:
-        term.fold(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.device, self.state.global_step)
+    def _fold_calibration(self) -> None:
+        term = self._objective.calibration
+        if term is not None:
+            term.fold(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.device, self.state.global_step)
 
     def _count_labels(self, problem_type: ProblemType) -> int:
         """Labels of the training data: those of its column, or each rank's share of the collated examples."""
@@ -268,16 +267,14 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         """One optimizer step's micro-batches. The Trainer's own item count is not used: it is wrong for most heads."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.forget_loss(has_batches=True)
-        if batches and not self._begun:
-            self._run, self._begun = self._begin(batches[0]), True
-        if self._calibration is not None:
-            self._fold_calibration(self._calibration)
+        objective = self._objective
+        if batches and not objective.has_begun:
+            objective.record, objective.has_begun = self._begin(batches[0]), True
+        self._fold_calibration()
         counts = [self.count_items(batch).to(device) for batch in batches]
         own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
         num_items = self.accelerator.gather(own.reshape(1)).sum()
-        self._group = Group(num_items, max(len(batches), 1), self.accelerator.num_processes)
-        if self._run is not None:
-            self._run.start_step()
+        objective.start_step(Group(num_items, max(len(batches), 1), self.accelerator.num_processes))
         return batches, None
 
     def compute_loss(
@@ -295,50 +292,24 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         self.loss_is_ours, bayesian = True, is_bayesian(self.model)
         passes = [self._pass(model, inputs) for _ in range(self.args.num_train_samples if bayesian else 1)]
         nll = torch.stack([found.nll for found in passes]).mean()
-        group = self._group or Group(self.count_items(inputs), 1)
-        if not bayesian:
-            loss = elbo_loss(nll, group)[0]
+        objective = self._objective
+        group = objective.group or Group(self.count_items(inputs), 1)
+        if bayesian:
+            own_terms = objective.own_terms(passes, lambda: self.count_items(inputs), group)
+            beside = (self._calibrated([found.outputs for found in passes], inputs, group), own_terms)
+            loss = objective.loss(self.model, self.args, self.state, group, nll, beside, self._say)
         else:
-            calibration = self._calibrated([found.outputs for found in passes], inputs, group)
-            loss = self._elbo(nll, group, calibration, self._mean_own_terms(passes, inputs, group))
+            loss = elbo_loss(nll, group)[0]
         return (loss, passes[-1].outputs) if return_outputs else loss
-
-    def _mean_own_terms(self, passes: list[ForwardPass], inputs: dict[str, Any], group: Group) -> Tensor | float:
-        """This micro-batch's share of the model's own terms, weighted by its items as the NLL is; 0 without any."""
-        if not self._has_own_terms:
-            return 0.0
-        count = self.count_items(inputs)
-        if not count:
-            return 0.0  # the own loss is a mean over nothing
-        mean = sum(found.own_terms for found in passes) / len(passes)
-        return elbo_loss(mean * count, group)[0]
 
     def _calibrated(self, outputs: list[Any], inputs: dict[str, Any], group: Group) -> Tensor | float:
         """This micro-batch's share of the calibration loss, weighted by its items as the NLL is; 0 without one."""
-        if self._calibration is None:
+        term = self._objective.calibration
+        if term is None:
             return 0.0
         noise_std = self.noise_std() if get_likelihood(self.problem_type(inputs)).has_noise else None
-        value = self._calibration(outputs, as_labels(inputs, self.args.label_names), noise_std, self.state.global_step)
+        value = term(outputs, as_labels(inputs, self.args.label_names), noise_std, self.state.global_step)
         return 0.0 if value is None else elbo_loss(value * self.count_items(inputs), group)[0]
-
-    def _elbo(
-        self, nll_sum: Tensor, group: Group, calibration: Tensor | float = 0.0, own_terms: Tensor | float = 0.0
-    ) -> Tensor:
-        num_items = self.args.num_training_items if self._run is None else self._run.num_items
-        if num_items is None:
-            raise ValueError("`num_training_items` must be given to compute the ELBO outside `train()`.")
-        kl = kl_divergence(self.model).to(nll_sum.device)
-        weight = self.args.kl_weight * kl_warmup(
-            self.state.global_step, self.state.max_steps, self.args.kl_warmup_ratio
-        )
-        nll, kl_term = elbo_loss(nll_sum, group, weight * kl / num_items)
-        if self._run is not None:
-            with torch.no_grad():
-                log_posterior = log_variational_posterior(self.model) if self._run.starts_step else 0.0
-            self._run.add(nll, kl / group.num_batches, log_posterior, calibration, own_terms)
-            if names := self._run.silent_layers():
-                self._say(SILENT_LAYERS.format(len(names), ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")))
-        return nll + kl_term + self.args.calibration_weight * calibration + own_terms
 
     def _pass(self, model: nn.Module, given: dict[str, Any]) -> ForwardPass:
         """One forward under one training draw; a custom label's name is the model's, "labels" is the likelihood's."""
@@ -352,7 +323,7 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
             loss, outputs = super().compute_loss(model, dict(given), return_outputs=True)
             return ForwardPass(loss * self.count_items(inputs), 0.0, outputs)
         # as in the stock Trainer, a function is handed "labels", and others stay in the forward
-        is_labelled = not likelihood.is_known or self._has_own_terms
+        is_labelled = not likelihood.is_known or self._objective.has_own_terms
         is_labelled = "labels" not in inputs if has_own_loss else is_labelled
         with training_draw(self.model):
             outputs = model(**given) if is_labelled else model(**model_inputs(self.model, inputs))
@@ -363,15 +334,13 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
             return ForwardPass(loss * count, 0.0, outputs)
         noise_std = self.noise_std() if likelihood.has_noise else None
         labelled = without_ignored(inputs, self.model, problem_type)
-        own = own_terms(outputs, labelled, problem_type) if self._has_own_terms else 0.0
+        own = own_terms(outputs, labelled, problem_type) if self._objective.has_own_terms else 0.0
         return ForwardPass(likelihood.nll(outputs, labelled, noise_std).sum(), own, outputs)
 
     # -- reporting ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the ELBO's parts, as means since the last log, to every log of the training loss."""
-        if "loss" in logs and self._run is not None:
-            logs.update(self._run.drain(lambda sums: self.accelerator.reduce(sums, "mean")))
-            if self._calibration is not None:
-                logs.update(self._calibration.report())
+        if "loss" in logs:
+            logs.update(self._objective.log(lambda sums: self.accelerator.reduce(sums, "mean")))
         super().log(logs, start_time)

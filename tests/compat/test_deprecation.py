@@ -133,9 +133,9 @@ def test_new_names_do_not_warn() -> None:
 
 
 PAGES = {
-    "bayesian_torch": "migration_bayesian_torch.md",
-    "bayetorch": "migration_bayetorch.md",
-    "bayeformers": "migration_bayeformers.md",
+    "bayesian_torch": "migration/bayesian_torch.md",
+    "bayetorch": "migration/bayetorch.md",
+    "bayeformers": "migration/bayeformers.md",
 }
 
 

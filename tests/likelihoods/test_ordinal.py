@@ -205,7 +205,8 @@ class Tempered(Categorical):
 
 
 def test_a_users_own_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
+    for table in ("_BY_NAME", "_BY_FAMILY"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
     register(Tempered())
     torch.manual_seed(0)
     net, x = nn.Linear(3, 2), torch.randn(8, 3)

@@ -94,7 +94,7 @@ def test_labels_of_another_name_are_counted(tmp_path: Path) -> None:
     renamed = tiny.Rows(input_ids=data["input_ids"], targets=data["labels"])
     trainer = tiny.trainer(tmp_path, Targets(), label_names=["targets"], train_dataset=renamed)
     trainer.train()
-    assert trainer._run.num_items == 10
+    assert trainer._objective.record.num_items == 10
 
 
 @pytest.mark.parametrize("name", ["labels", "label", "label_ids"])
