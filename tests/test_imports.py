@@ -37,6 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": ("metrics",),
     "reports": ("metrics",),
     "training": EVERYTHING_ABOVE,
+    "experiments": EVERYTHING_ABOVE,
     "quantization": EVERYTHING_ABOVE,
     "compat": EVERYTHING_ABOVE,
 }

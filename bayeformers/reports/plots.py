@@ -54,7 +54,9 @@ def reliability_diagram(
     axes.set(
         xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence: what the model says", ylabel="accuracy: what is true"
     )
-    _title(axes, "Is it right as often as it says?", "Below the diagonal: too sure of itself. Bars: 95 % intervals.")
+    panel_title(
+        axes, "Is it right as often as it says?", "Below the diagonal: too sure of itself. Bars: 95 % intervals."
+    )
     legend_below(axes)
 
 
@@ -75,7 +77,7 @@ def risk_coverage(axes: "Axes", methods: Mapping[str, ArrayLike], errors: Mappin
         axes.plot(100 * curve.coverage, 100 * curve.risk, label=label, **_method_style(index))
     axes.set(xlim=(0, 100), xlabel="% of inputs answered, surest first", ylabel="% of these answers wrong")
     axes.set_ylim(bottom=0)
-    _title(axes, "Does refusing unsure answers help?", "Lower is better; at 100 % nothing is refused.")
+    panel_title(axes, "Does refusing unsure answers help?", "Lower is better; at 100 % nothing is refused.")
     legend_below(axes)
 
 
@@ -107,7 +109,7 @@ def group_histograms(
     if reference is not None:
         axes.axvline(reference[0], color="black", linestyle=":", label=reference[1])
     axes.set(xlim=(0, top), xlabel=xlabel, ylabel="% of the group's inputs")
-    _title(axes, title, explanation, beware=beware)
+    panel_title(axes, title, explanation, beware=beware)
     legend_below(axes)
 
 
@@ -210,7 +212,8 @@ def save_figure(figure: "Figure", path: str | PathLike[str], *, dpi: int = 130) 
     figure.savefig(path, dpi=dpi)
 
 
-def _title(axes: "Axes", question: str, explanation: str, *, beware: bool = False) -> None:
+def panel_title(axes: "Axes", question: str, explanation: str, *, beware: bool = False) -> None:
+    """A panel's question in bold, and its explanation in small letters below; ``beware``: as a warning."""
     colour, size, width = (WARNING_COLOUR, 8, 84) if beware else (GREY, 9.5, 80)
     lines = textwrap.wrap(explanation, width)
     axes.set_title(question + "\n" * len(lines), fontsize=12, fontweight="bold", loc="left")

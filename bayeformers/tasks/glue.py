@@ -138,6 +138,20 @@ class GlueTask:
         """
         return {metric.__name__: metric(predictions, labels) for metric in self.metrics}
 
+    def configure(self, config: Any) -> None:
+        """Write the problem type and the label names into a transformers configuration.
+
+        >>> from transformers import BertConfig
+        >>> config = BertConfig(num_labels=2)
+        >>> GLUE_TASKS["cola"].configure(config)
+        >>> config.problem_type, config.id2label
+        ('single_label_classification', {0: 'unacceptable', 1: 'acceptable'})
+        """
+        config.problem_type = "regression" if self.is_regression else "single_label_classification"
+        if self.label_names:
+            config.id2label = dict(enumerate(self.label_names))
+            config.label2id = {name: index for index, name in enumerate(self.label_names)}
+
     def parse_label(self, text: str) -> int | float:
         """The label that a TSV file writes as `text`.
 

@@ -12,16 +12,7 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from examples.bert_glue import main
-from examples.glue.arguments import (
-    EMBEDDED,
-    PRETRAINED,
-    DataArguments,
-    parse_arguments,
-    parse_prior,
-    parse_prior_precision,
-)
-from examples.glue.data import load_data
+from examples.bert_glue import EMBEDDED, PRETRAINED, main, parse_arguments
 
 SMALL = [
     "--max_train_samples", "64", "--max_eval_samples", "40", "--num_train_epochs", "1", "--bayesian_epochs", "1",
@@ -219,44 +210,7 @@ def test_three_classes_and_a_mismatched_set(encoder: str, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "uncertainty.png").is_file()
 
 
-def test_validation_is_held_out_of_train_and_shift_out_of_dev(tmp_path: Path) -> None:
-    write(tmp_path / "train.tsv", *(f"a\t{i % 2}\t\tsentence {i}" for i in range(50)))
-    write(tmp_path / "dev.tsv", *(f"a\t1\t\tdev {i}" for i in range(6)))
-    write(tmp_path / "out_of_domain_dev.tsv", *(f"a\t1\t\tdev {i}" for i in range(2)))
-    data = load_data(DataArguments(task_name="cola", data_dir=str(tmp_path), validation_share=0.2), seed=0)
-    assert (len(data.train), len(data.validation), len(data.test)) == (40, 10, 4)
-    assert data.shifted is not None and data.shifted["sentence"][:] == ["dev 0", "dev 1"]
-    assert not set(data.train["sentence"]) & set(data.validation["sentence"])
-
-
 # --- Errors ----------------------------------------------------------------------------------------------------------
-def test_missing_train_file_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "dev.tsv", "index\tquestion\tsentence\tlabel", "0\ta\tb\tentailment")
-    with pytest.raises(FileNotFoundError, match=r"lacks train.tsv of qnli"):
-        load_data(DataArguments(task_name="qnli", data_dir=str(tmp_path)), seed=0)
-
-
-def test_offline_hub_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("examples.glue.data.load_dataset", offline)
-    with pytest.raises(OSError, match=r"no network\nWithout network, give --data_dir a folder .*train.tsv, dev.tsv"):
-        load_data(DataArguments(task_name="rte"), seed=0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"task_name": "cula"}, "`task_name` must be one of cola, sst2"),
-        ({"data_dir": "x"}, "`data_dir` 'x' needs a `task_name`"),
-        ({"validation_share": 1.0}, "`validation_share` must lie between 0 and 1, got 1.0"),
-        ({"max_train_samples": 1}, "`max_train_samples` must be at least 2, got 1"),
-    ],
-)
-def test_wrong_data_arguments(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DataArguments(**changes)
 
 
 def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
@@ -284,24 +238,6 @@ def test_defaults_depend_on_the_task() -> None:
         parse_arguments(argv)[2] for argv in ([], ["--task_name", "cola", "--model_name_or_path", "bert"])
     )
     assert (embedded.learning_rate, glue.learning_rate) == (1e-3, 5e-5)
-
-
-def test_config_errors_are_clear(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        parse_arguments(["--config", str(tmp_path / "none.json")])
-    path = tmp_path / "config.json"
-    for text, message in [("{", "is not JSON"), ("[]", "must hold one JSON object"), ('{"dleta": 1}', "keys: dleta")]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            parse_arguments(["--config", str(path)])
-
-
-def test_priors_by_name_and_by_json() -> None:
-    assert parse_prior('{"type": "normal", "std": 0.5}').to_dict()["std"] == 0.5
-    with pytest.raises(ValueError, match="unknown type 'laplace'"):
-        parse_prior("laplace")
-    with pytest.raises(ValueError, match="is not JSON"):
-        parse_prior("{moped")
 
 
 def test_help_shows_each_kind_of_task_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,10 +273,3 @@ def test_the_linearised_method_calibrates_its_own_delta() -> None:
     delta = {argv: parse_arguments(argv.split())[0].delta for argv in ("", "--method linearized")}
     assert delta == {"": 0.4, "--method linearized": None}
     assert parse_arguments(["--method", "linearized", "--delta", "2"])[0].delta == 2.0
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "evidence"])
-def test_prior_precisions_by_name_or_number(text: str) -> None:
-    assert [parse_prior_precision(given) for given in ("marglik_per_layer", "2.5")] == ["marglik_per_layer", 2.5]
-    with pytest.raises(ValueError, match=f"`prior_precision` must be one of .*marglik.* number > 0, got '{text}'"):
-        parse_arguments(["--prior_precision", text])

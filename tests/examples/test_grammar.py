@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from examples.glue.grammar import (
+from examples.data.grammar import (
     CLEAN,
     FLIP_RATE,
     KNOWN,
@@ -18,7 +18,7 @@ from examples.glue.grammar import (
     Speaker,
     generate,
 )
-from examples.glue.tiny_bert import MAX_LENGTH, make_model, make_tokenizer
+from examples.data.tiny_bert import MAX_LENGTH, make_model, make_tokenizer
 
 pytest.importorskip("tokenizers")
 

@@ -1,6 +1,5 @@
 """What is fitted to held-out rows never sees rows that the model was trained on, whatever the seed and the flags."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,19 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from examples import commands
+from bayeformers.experiments import (
+    FRESH,
+    GlueArguments,
+    GlueData,
+    History,
+    history_of,
+    load_glue_data,
+    run_command,
+)
+from bayeformers.experiments.rows import FILE
+from bayeformers.experiments.text_classification import hashes_of
 from examples.bert_glue import main
-from examples.glue.arguments import DataArguments
-from examples.glue.data import hashes_of, load_data
-from examples.held_out import FILE, FRESH, Split, TrainingRows, check_known, fingerprint, history_of, row_hashes
+from examples.data.grammar import generate
 
 SMALL = [
     "--num_train_epochs", "2", "--num_eval_samples", "3", "--method", "laplace", "--laplace_subset", "last_layer",
@@ -32,6 +39,10 @@ def rows(first: int, count: int) -> list[str]:
         label = (i % 2) if i % 3 else 1 - (i % 2)
         found.append(f"x\t{label}\t\tthe {one} sees {'a' if i % 2 else 'the'} {other} {'very ' * (i // 49)}often")
     return found
+
+
+def load_data(arguments: GlueArguments, seed: int, history: History = FRESH) -> GlueData:
+    return load_glue_data(arguments, seed, history, embedded=generate)
 
 
 def write(path: Path, lines: list[str]) -> None:
@@ -110,7 +121,7 @@ def test_training_on_keeps_the_split(
     if checkpoint:
         folder = next((run[1] / "checkpoints" / "deterministic").glob("checkpoint-*"))
     history = history_of("model_name_or_path", [folder], must_know=False)
-    arguments = DataArguments(task_name="cola", data_dir=str(glue))
+    arguments = GlueArguments(task_name="cola", data_dir=str(glue))
     data = load_data(arguments, 7, history)
     assert history.record is not None
     assert not np.isin(hashes_of(data.validation, data.task), history.record.seen).any()
@@ -140,7 +151,7 @@ def test_rows_of_another_file_that_were_trained_on_are_left_out(
     write(tmp_path / "other" / "train.tsv", lines)
     write(tmp_path / "other" / "dev.tsv", rows(200, 30))
     history = history_of("model_name_or_path", [run[1] / "deterministic"], must_know=True)
-    arguments = DataArguments(task_name="cola", data_dir=str(tmp_path / "other"), validation_share=0.5)
+    arguments = GlueArguments(task_name="cola", data_dir=str(tmp_path / "other"), validation_share=0.5)
     data = load_data(arguments, 0, history)
     assert history.record is not None
     left = hashes_of(data.validation, data.task)
@@ -190,14 +201,14 @@ def test_both_remedies_work(run: tuple[dict[str, Any], Path], glue: Path, tmp_pa
 def test_a_validation_file_is_held_out_of_train(glue: Path, tmp_path: Path) -> None:
     """Then there is no tenth; and what was trained on all of train asks for the file again."""
     write(tmp_path / "v.tsv", rows(190, 20))
-    arguments = DataArguments(task_name="cola", data_dir=str(glue), validation_file=str(tmp_path / "v.tsv"))
+    arguments = GlueArguments(task_name="cola", data_dir=str(glue), validation_file=str(tmp_path / "v.tsv"))
     data = load_data(arguments, 0)
     assert (len(data.train), len(data.validation)) == (190, 20)
     assert data.rows is not None
     data.rows.save(tmp_path)
     history = history_of("eval_only", [tmp_path], must_know=True)
     with pytest.raises(ValueError, match="trained on all of train: `validation_file` must name rows"):
-        load_data(DataArguments(task_name="cola", data_dir=str(glue)), 0, history)
+        load_data(GlueArguments(task_name="cola", data_dir=str(glue)), 0, history)
     assert len(load_data(arguments, 4, history).validation) == 20
 
 
@@ -209,32 +220,12 @@ def test_contradictions_are_refused(run: tuple[dict[str, Any], Path], glue: Path
         main([*SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)])
     shutil.copytree(folder / "deterministic", tmp_path / "two" / "deterministic")
     shutil.copytree(folder / "laplace_last_layer", tmp_path / "two" / "laplace_last_layer")
-    load_data(DataArguments(task_name="cola", data_dir=str(glue)), 9).rows.save(tmp_path / "two" / "deterministic")
+    load_data(GlueArguments(task_name="cola", data_dir=str(glue)), 9).rows.save(tmp_path / "two" / "deterministic")
     with pytest.raises(ValueError, match=r"were trained on different rows, so no row is held out for all"):
         main([*SMALL, *task(glue), "--eval_only", str(tmp_path / "two"), "--output_dir", str(tmp_path)])
 
 
 # --- The record ------------------------------------------------------------------------------------------------------
-def test_a_record_comes_back(tmp_path: Path) -> None:
-    hashes = row_hashes(["a", "b", b"c"])
-    record = TrainingRows("cola", fingerprint(hashes), Split(3, {"validation_share": 0.1}), "x", np.sort(hashes))
-    record.save(tmp_path)
-    found = TrainingRows.load(tmp_path)
-    assert found is not None and found.split == record.split and (found.seen == record.seen).all()
-    assert (found.task, found.source, found.train) == (record.task, record.source, record.train)
-    assert (
-        TrainingRows.load(tmp_path / "none") is None and history_of("x", [tmp_path / "none"], must_know=False) == FRESH
-    )
-    check_known(FRESH)
-
-
-@pytest.mark.parametrize("damage", [{"seen": "?"}, {"num_seen": 2}, {"version": 9}, {"seed": None}])
-def test_a_damaged_record_is_refused(damage: dict[str, Any], tmp_path: Path) -> None:
-    TrainingRows("cola", "s", Split(3), "x", row_hashes(["a"])).save(tmp_path)
-    content = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps({**content, **damage}))
-    with pytest.raises(ValueError, match=r"training_rows.json is damaged"):
-        TrainingRows.load(tmp_path)
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -276,7 +267,7 @@ def test_wrong_input_is_a_line_and_no_traceback(
     module = pytest.importorskip(f"examples.{example}")
     monkeypatch.setattr("sys.argv", [example, *flags, "--use_cpu"])
     with pytest.raises(SystemExit) as stopped:
-        commands.run(module.main)
+        run_command(module.main)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and ": error: " in error
@@ -287,4 +278,4 @@ def test_errors_of_the_run_itself_keep_their_traceback() -> None:
         raise ValueError("a defect")
 
     with pytest.raises(ValueError, match="a defect"):
-        commands.run(broken)
+        run_command(broken)

@@ -15,14 +15,11 @@ import optuna
 from optuna.trial import FixedTrial
 
 from bayeformers.distributions import MopedPrior, NormalPrior
-from examples.glue.arguments import parse_prior
-from examples.hyperparameter_search import main
-from examples.search import trials
-from examples.search.arguments import parse_arguments
-from examples.search.confirm import BEST, DEFAULTS, FreshSeed, paired_difference, setting_report
-from examples.search.space import converted_by, make_space
-from examples.search.study import NAME, best_found, done, storage_of
-from examples.search.trials import trial_seed
+from bayeformers.experiments import parse_prior, study
+from bayeformers.experiments.space import Space, converted_by
+from bayeformers.experiments.study import NAME, best_found, done, storage_of, trial_seed
+from bayeformers.reports.search import BEST, DEFAULTS
+from examples.hyperparameter_search import fresh_start, main, parse_arguments, setting_report
 
 SMALL = [
     "--max_train_samples", "48", "--max_eval_samples", "40", "--num_train_epochs", "1", "--bayesian_epochs", "2",
@@ -59,7 +56,7 @@ def weights_of(folder: Path) -> bytes:
 @pytest.fixture
 def without_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a trial does here."""
-    monkeypatch.setattr("examples.hyperparameter_search.write_figure", lambda *_: None)
+    monkeypatch.setattr("bayeformers.reports.save_figure", lambda *_, **__: None)
 
 
 # --- Trials ----------------------------------------------------------------------------------------------------------
@@ -81,8 +78,8 @@ def test_a_trial_is_the_training_that_confirms_it(interrupted: Outcome, tmp_path
     """From the same model, seed and data, both ways of training a setting give the same validation NLL."""
     results, folder = interrupted
     arguments = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
-    fresh = FreshSeed.make(arguments.training.seed, arguments)
-    shutil.copytree(folder / "deterministic", fresh.folder / "deterministic")
+    fresh = fresh_start(arguments.training.seed, arguments)
+    shutil.copytree(folder / "deterministic", fresh.experiment.folder / "deterministic")
     for row in results["trials"]:
         report = setting_report(fresh, row["setting"])
         assert report["validation_nll"] == pytest.approx(row["validation_nll"], abs=1e-5)
@@ -104,10 +101,10 @@ def test_a_killed_trial_fails_and_is_tried_again(interrupted: Outcome, resumed: 
     shutil.copytree(interrupted[1], folder)
     arguments = parse_arguments([*SMALL, "--output_dir", str(folder)])
     sampler = optuna.samplers.TPESampler(seed=trial_seed(arguments.training.seed, 2), n_startup_trials=1)
-    study = optuna.load_study(study_name=NAME, storage=storage_of(folder), sampler=sampler)
-    killed = make_space(arguments, delta=0.4).suggest(study.ask())
+    stored = optuna.load_study(study_name=NAME, storage=storage_of(folder), sampler=sampler)
+    killed = arguments.space(delta=0.4).suggest(stored.ask())
     after = main([*SMALL, *WITHOUT_CONFIRMATION, "--n_trials", "3", "--output_dir", str(folder)])
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in stored.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
     assert len(after["trials"]) == 3 and after["trials"][2]["setting"] == killed
     expected = resumed[0]["trials"][2]
     assert after["trials"][2]["setting"] == expected["setting"]
@@ -124,7 +121,7 @@ def test_pruned_trials_count_and_are_no_best(
 
     folder = tmp_path / "search"
     shutil.copytree(interrupted[1], folder)
-    monkeypatch.setattr(trials, "make_pruner", lambda *_: Every())
+    monkeypatch.setattr(study, "make_pruner", lambda *_: Every())
     results = main([*SMALL, *WITHOUT_CONFIRMATION, "--n_trials", "3", "--output_dir", str(folder)])
     stopped = results["trials"][2]
     assert stopped["state"] == "pruned" and math.isfinite(stopped["validation_nll"])
@@ -149,12 +146,6 @@ def test_confirmation_is_paired_on_fresh_seeds(resumed: Outcome) -> None:
         number = results["best"]["number"]
         kept = json.loads((folder / "confirm" / f"seed-{seed}" / f"trial-{number}.json").read_text())
         assert kept == confirmed["methods"][BEST][seed - 1042]
-
-
-def test_paired_difference_leaves_out_what_a_report_lacks() -> None:
-    first = [{"nll": 1.0, "ece": None}, {"nll": 3.0, "ece": 0.5}]
-    second = [{"nll": 0.5, "ece": 0.25}, {"nll": 1.5, "ece": 0.25}]
-    assert paired_difference(first, second) == {"nll": {"mean": 1.0, "standard_error": 0.5}}
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -210,8 +201,12 @@ def test_wrong_arguments_are_refused_before_anything_is_written(flags: list[str]
 
 
 # --- The space -------------------------------------------------------------------------------------------------------
+def space_of(*flags: str) -> Space:
+    return parse_arguments(flags).space(delta=0.4)
+
+
 def test_every_number_is_searched_around_its_default() -> None:
-    space = make_space(parse_arguments([]), delta=0.4)
+    space = space_of()
     assert space.priors == ("normal", "moped")
     expected = {
         "delta": (0.1, 1.6), "prior_std": (0.01, 1.0), "prior_relative_scale": (0.1, 10.0),
@@ -223,16 +218,16 @@ def test_every_number_is_searched_around_its_default() -> None:
 
 
 def test_a_given_range_is_widened_to_the_default() -> None:
-    space = make_space(parse_arguments(["--space", '{"delta": [0.5, 0.9], "prior": ["normal_pretrained"]}']), delta=0.4)
+    space = space_of("--space", '{"delta": [0.5, 0.9], "prior": ["normal_pretrained"]}')
     assert space.ranges["delta"] == (0.4, 0.9)
     assert space.priors == ("normal", "normal_pretrained") and "prior_relative_scale" not in space.ranges
-    space = make_space(parse_arguments(["--space", '{"prior_relative_scale": [2, 5]}']), delta=0.4)
+    space = space_of("--space", '{"prior_relative_scale": [2, 5]}')
     assert space.ranges["prior_relative_scale"] == (2, 5), "the default is another kind of prior"
 
 
 def test_a_trial_has_the_scale_of_its_own_prior_alone() -> None:
     arguments = parse_arguments(["--search", "prior"])
-    space = make_space(arguments, delta=0.4)
+    space = arguments.space(delta=0.4)
     setting = space.suggest(FixedTrial({"prior": "moped", "prior_relative_scale": 2.0}))
     assert "prior_std" not in setting and setting["delta"] == 0.4 and setting["kl_weight"] == 0.003
     assert parse_prior(converted_by(setting, arguments.model).prior) == MopedPrior(2.0)
@@ -242,7 +237,7 @@ def test_a_trial_has_the_scale_of_its_own_prior_alone() -> None:
 
 def test_what_is_not_searched_stays_as_the_flags_say() -> None:
     arguments = parse_arguments(["--search", "delta", "--prior", "scale_mixture"])
-    space = make_space(arguments, delta=0.4)
+    space = arguments.space(delta=0.4)
     setting = space.suggest(FixedTrial({"delta": 0.2}))
     assert setting == {"delta": 0.2, "learning_rate": 1e-3, "rho_learning_rate": 0.01, "kl_weight": 0.003}
     assert space.searched_defaults == {"delta": 0.4}

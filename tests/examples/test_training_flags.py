@@ -7,9 +7,8 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from examples.commands import run
-from examples.glue.arguments import parse_arguments
-from examples.training_flags import BestEpochArguments
+from bayeformers.experiments import BestEpochArguments, run_command
+from examples.bert_glue import parse_arguments
 
 TWO_TRAININGS = ("bert_glue", "token_classification", "bert_squad", "image_classification", "mlp_mnist")
 ALL = (*TWO_TRAININGS, "hyperparameter_search", "regression")
@@ -35,7 +34,7 @@ def line_of(example: str, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     main = importlib.import_module(f"examples.{example}").main
     monkeypatch.setattr(sys, "argv", [example, "--use_cpu", *flags.split()])
     with pytest.raises(SystemExit) as stopped:
-        run(main)
+        run_command(main)
     said = capsys.readouterr()
     assert stopped.value.code == 2 and said.out == ""
     (line,) = said.err.splitlines()

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from string import ascii_lowercase
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from bayeformers.experiments import GlueData
 
 MAX_LENGTH = 96
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -43,3 +52,17 @@ def make_model(vocab_size: int, num_labels: int = 2) -> BertForSequenceClassific
         max_position_embeddings=MAX_LENGTH, num_labels=num_labels, attn_implementation="eager",
     )  # fmt: skip
     return BertForSequenceClassification(config)
+
+
+def load_classifier(path: str | None, data: GlueData) -> tuple[Any, Any]:
+    """Tokenizer and classifier for a task: pretrained, or without a path tiny ones that know the training words."""
+    task = data.task
+    if path is None:
+        tokenizer: Any = make_tokenizer(text for name in task.columns for text in data.train[name])
+        model: Any = make_model(len(tokenizer), task.num_labels)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        options = {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}  # the head of another task
+        model = AutoModelForSequenceClassification.from_pretrained(path, **options)
+    task.configure(model.config)
+    return tokenizer, model

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from examples.running import say
+from .command import say
+from .saved import DETERMINISTIC, saved_models
 
 FILE = "training_rows.json"
 VERSION = 1
@@ -28,11 +29,7 @@ Hashes = NDArray[np.uint64]
 
 
 def row_hashes(rows: Iterable[str | bytes]) -> Hashes:
-    """A hash of each row's content, (N,); white space in text does not count.
-
-    >>> row_hashes(["a  b", "a b"]).tolist() == 2 * row_hashes([b"a b"]).tolist()
-    True
-    """
+    """A hash of each row's content, (N,); white space in text does not count."""
     found = (row if isinstance(row, bytes) else " ".join(row.split()).encode() for row in rows)
     digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in found)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
@@ -45,12 +42,7 @@ def fingerprint(hashes: Hashes) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """What decides which rows are held out of a source.
-
-    Attributes:
-        seed: draws them, or makes the data.
-        settings: the shares and limits of the flags.
-    """
+    """What decides which rows are held out of a source: a seed, and the shares and limits of the flags."""
 
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -79,12 +71,13 @@ class TrainingRows:
         content = {
             "version": VERSION,
             "about": "Rows this model was trained on; examples check by them that held-out rows are held out.",
-            "task": self.task,
-            "source": self.source,
-            "seed": self.split.seed,
-            "settings": dict(self.split.settings),
-            "train": self.train,
-            "num_seen": len(self.seen),
+            **{
+                "task": self.task,
+                "source": self.source,
+                "seed": self.split.seed,
+                "settings": dict(self.split.settings),
+            },
+            **{"train": self.train, "num_seen": len(self.seen)},
             "seen": base64.b64encode(self.seen.astype("<u8").tobytes()).decode(),
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -92,27 +85,21 @@ class TrainingRows:
 
     @classmethod
     def load(cls, folder: str | Path) -> TrainingRows | None:
-        """The record in a model's folder; None if there is none.
-
-        Raises:
-            ValueError: it is damaged, or of a newer version.
-        """
+        """The record in a model's folder, None if there is none; one that is damaged or newer is refused."""
         path = Path(folder) / FILE
         if not path.is_file():
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             seen = np.frombuffer(base64.b64decode(found["seen"], validate=True), dtype="<u8").astype(np.uint64)
-            record = cls(
-                found["task"], found["source"], Split(int(found["seed"]), found["settings"]), found["train"], seen
-            )
+            split = Split(int(found["seed"]), found["settings"])
+            record = cls(found["task"], found["source"], split, found["train"], seen)
             version, count = int(found["version"]), int(found["num_seen"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
         if version > VERSION or count != len(seen):
-            raise ValueError(
-                f"{path} is damaged or of a newer version: version {version}, {len(seen)} of {count} rows."
-            )
+            what = f"version {version}, {len(seen)} of {count} rows"
+            raise ValueError(f"{path} is damaged or of a newer version: {what}.")
         return record
 
 
@@ -133,10 +120,8 @@ class History:
         return self.record.split if self.record is not None and self.record.source == source else own
 
     def unseen(self, hashes: Hashes, train: Hashes) -> NDArray[np.bool_]:
-        """Which rows of a held-out set (N,) the model has not seen; ``train``: those it is trained on, split likewise.
-
-        The recorded split's own held-out rows pass as they are: a row may have a twin that was trained on.
-        """
+        """Which held-out rows, (N,), the model has not seen; ``train``: those it is trained on, split likewise."""
+        # the recorded split's own held-out rows pass as they are: a row may have a twin that was trained on
         if self.record is None or self.record.train == fingerprint(train):
             return np.ones(len(hashes), dtype=bool)
         return ~np.isin(hashes, self.record.seen)
@@ -157,12 +142,15 @@ REMEDIES = f"Give --validation_file, rows that the model has not seen, or {SPLIT
 
 
 def history_of(flag: str, folders: Sequence[str | Path], *, must_know: bool) -> History:
-    """The history of saved models, which must have been trained alike.
+    """The history of saved models; an error where they were not trained alike.
 
     Args:
         flag: what named them, for messages.
         folders: the models' folders, or a hub name.
         must_know: whether the run fits anything around the models' own weights.
+
+    Returns:
+        The history; without a record it is unknown, or fresh where nothing depends on it.
 
     Raises:
         ValueError: records that differ.
@@ -180,6 +168,27 @@ def history_of(flag: str, folders: Sequence[str | Path], *, must_know: bool) -> 
     return History(next(iter(known.values()), None))
 
 
+def past_of(
+    name_or_path: str | None, *, trains: bool, eval_only: str | None = None, generated: bool = False
+) -> History:
+    """What is known of the rows that the models which a run starts from were trained on.
+
+    Args:
+        name_or_path: the model that is named; None where the run makes its own.
+        trains: whether that model is trained further before anything is fitted to held-out rows.
+        eval_only: the folder of an earlier run whose models are evaluated instead. A posterior alone has nothing fitted
+            to held-out rows any more.
+        generated: whether the data are generated from a seed, so that their test rows depend on it too.
+
+    Returns:
+        The history; a folder without a model, and models that were trained on different rows, are errors.
+    """
+    if eval_only is not None:
+        saved = saved_models(eval_only)
+        return history_of("eval_only", list(saved.values()), must_know=DETERMINISTIC in saved or generated)
+    return FRESH if name_or_path is None else history_of("model_name_or_path", [name_or_path], must_know=not trains)
+
+
 def check_known(history: History, remedies: str = REMEDIES) -> None:
     """Raise ValueError where rows are to be held out for a model whose training rows are not known."""
     if history.unknown:
@@ -191,11 +200,7 @@ def check_known(history: History, remedies: str = REMEDIES) -> None:
 
 
 def keep_unseen(kept: NDArray[np.bool_], what: str, remedies: str = REMEDIES) -> str:
-    """A line to say about a held-out set, empty where all of its rows were unseen.
-
-    Raises:
-        ValueError: more than half of them, or all but one, were trained on.
-    """
+    """A line to say about a held-out set, empty where all rows are kept; an error where most were trained on."""
     seen, total = int((~kept).sum()), len(kept)
     if seen == 0:
         return ""
@@ -211,21 +216,28 @@ def unseen_sets(
     remedies: str = REMEDIES,
     given: Collection[str] = (),
 ) -> dict[str, list[int]]:
-    """Set -> positions of its rows that the model has not seen; what is left out is said.
+    """Which held-out rows the model has not seen; what is left out is said, and an error where these are most.
 
-    ``given``: the sets that have a file of their own, where the others were drawn from the rows that train.
+    Args:
+        history: the model's.
+        train: hashes of the rows that it is trained on.
+        held_out: by set, hashes of the rows.
+        remedies: what an error advises.
+        given: the sets that have a file of their own, where the others were drawn from the rows that train.
+
+    Returns:
+        Set -> positions of the unseen rows.
 
     Raises:
-        ValueError: most rows of a set were trained on, or are about to be.
+        ValueError: most rows of a set that is given are among the training rows.
     """
     kept = {name: history.unseen(hashes, train) for name, hashes in held_out.items()}
     for name, mask in kept.items():
         if line := keep_unseen(mask, f"{name} rows", remedies):
             say(line)
         if name in given and 2 * (twins := int(np.isin(held_out[name], train).sum())) > len(mask):
-            raise ValueError(
-                f"{twins} of the {len(mask)} {name} rows are among the training rows: they hold nothing out."
-            )
+            what = f"{twins} of the {len(mask)} {name} rows are among the training rows"
+            raise ValueError(f"{what}: they hold nothing out.")
     return {name: np.flatnonzero(mask).tolist() for name, mask in kept.items()}
 
 

@@ -14,15 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayeformers import LaplacePosterior
+from ..laplace import LaplacePosterior
 
 
 def linearized_draws(
     posterior: LaplacePosterior, inputs: Mapping[str, Tensor], *, num_samples: int, seed: int = 0
 ) -> Tensor:
-    """Logits of the linearised network at draws 0 .. S - 1 of the weights: (S, B, C) or (S, B, T, C).
+    """Logits of the linearised network at draws 0 .. S - 1 of the weights.
 
     The posterior's own draws: `posterior.draw(s, seed)` puts the same weights into the network itself.
+
+    Args:
+        posterior: around the trained network.
+        inputs: of its forward.
+        num_samples: S.
+        seed: of the draws.
+
+    Returns:
+        (S, B, C), or of tokens (S, B, T, C).
     """
     model = posterior.model
     drawn_ids = {id(parameter) for parameter in posterior.random_parameters()}
@@ -40,8 +49,8 @@ def linearized_draws(
             with posterior.draw(index, seed):
                 tangent = {name: parameter.detach() - mean[name] for name, parameter in random.items()}
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-                value, change = torch.func.jvp(logits, (mean,), (tangent,))
-            found.append((value + change).detach())
+                value_and_change: Any = torch.func.jvp(logits, (mean,), (tangent,))
+            found.append(sum(value_and_change).detach())
         return torch.stack(found)
     finally:
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""What a search may choose, and how a choice becomes a conversion and training arguments.
+"""What a search of hyperparameters may choose, and how a choice becomes a conversion and training arguments.
 
 A `Setting` holds numbers by name, and the kind of prior. The prior's scale, often written tau, has a name and a unit of
 its own for each kind: `prior_std` is a standard deviation, `prior_relative_scale` a factor of the initial scale
@@ -10,16 +10,76 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from optuna.trial import BaseTrial
+from ..distributions import MopedPrior, NormalPrior, Prior
+from .arguments import BestEpochArguments, ConversionArguments, parse_prior
 
-from bayeformers.distributions import MopedPrior, NormalPrior, Prior
-from examples.glue.arguments import ModelArguments, parse_prior
-from examples.search.arguments import SEARCHED, Arguments
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
 
 Setting = dict[str, Any]
+How = TypeVar("How", bound=ConversionArguments)
+SEARCHED = ("delta", "prior", "learning_rate", "rho_learning_rate", "kl_weight")
+TRAINING = ("learning_rate", "rho_learning_rate", "kl_weight")
+"""Names of a setting that are training arguments."""
+
+
+@dataclass
+class SearchArguments:
+    """How long to search, what, and how the result is confirmed."""
+
+    n_trials: int = field(
+        default=6,
+        metadata={"help": "Trials of the study in all, earlier runs' included; the first is what the flags say."},
+    )
+    search: list[str] | None = field(
+        default=None, metadata={"help": f"What to search: all, or some of {' '.join(SEARCHED)}."}
+    )
+    space: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON of ranges and of the kinds of prior to choose from, in place of those around the flags' "
+            'values: {"delta": [0.1, 0.5], "prior": ["normal", "moped"], "prior_std": [0.05, 0.5]}.'
+        },
+    )
+    startup_trials: int = field(
+        default=4, metadata={"help": "Trials drawn at random, and none pruned, before what was found is used."}
+    )
+    prune: bool = field(
+        default=True, metadata={"help": "Stop a trial that is worse than the median before it; --no_prune: none."}
+    )
+    confirm_seeds: int = field(
+        default=3,
+        metadata={"help": "Fresh seeds on which the best setting and the defaults are trained again, for the test."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("n_trials", 2), ("startup_trials", 1), ("confirm_seeds", 0)):
+            if (value := getattr(self, name)) < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        if self.confirm_seeds == 1:
+            raise ValueError("`confirm_seeds` must be 0 (no confirmation) or at least 2, got 1: it has no spread.")
+        if unknown := sorted(set(self.search or ()) - set(SEARCHED)):
+            raise ValueError(f"`search` must name some of {', '.join(SEARCHED)}, got {', '.join(unknown)}.")
+        self.read_space()
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides a trial's value: not how many there are."""
+        names = {"search": self.search, "space": self.read_space()}
+        return {**names, "startup_trials": self.startup_trials, "prune": self.prune}
+
+    def read_space(self) -> dict[str, list[Any]]:
+        """``space`` as an object; empty where it is not given."""
+        try:
+            space = json.loads(self.space or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`space` {self.space!r} is not JSON: {error}.") from None
+        if not isinstance(space, dict) or not all(isinstance(value, list) for value in space.values()):
+            raise ValueError(f"`space` must be a JSON object of lists, got {self.space!r}.")
+        return space
 
 
 class PriorChoice(NamedTuple):
@@ -37,9 +97,6 @@ PRIORS: dict[str, PriorChoice] = {
     "moped": PriorChoice("relative_scale", "prior_relative_scale", MopedPrior, 1.0),
 }
 """N(0, std^2); N(w0, std^2); N(w0, (relative_scale * delta |w0|)^2), with w0 the trained weight."""
-
-TRAINING = ("learning_rate", "rho_learning_rate", "kl_weight")
-"""Names of a setting that are training arguments."""
 
 FACTORS = {
     "delta": 4.0, "prior_std": 10.0, "prior_relative_scale": 10.0, "learning_rate": 5.0, "rho_learning_rate": 10.0,
@@ -74,22 +131,33 @@ class Space:
         return {name: value for name, value in self.defaults.items() if name in searched}
 
 
-def make_space(arguments: Arguments, delta: float) -> Space:
-    """The space around the flags' setting, whose ``delta`` may have been calibrated.
+def make_space(search: SearchArguments, how: ConversionArguments, args: BestEpochArguments, delta: float) -> Space:
+    """The space around the setting of the flags.
+
+    Args:
+        search: what is searched.
+        how: the conversion's flags.
+        args: the training's flags.
+        delta: of the setting; it may have been calibrated.
+
+    Returns:
+        The space; its first trial is the flags' setting.
 
     Raises:
         ValueError: something to be searched has no value that it could be searched around, or a range is malformed.
     """
-    given = arguments.search.read_space()
-    names = [name for name in SEARCHED if name in (arguments.search.search or SEARCHED)]
-    if arguments.model.freeze and "learning_rate" in names:
-        if arguments.search.search is not None or "learning_rate" in given:
+    given = search.read_space()
+    names = [name for name in SEARCHED if name in (search.search or SEARCHED)]
+    if how.freeze and "learning_rate" in names:
+        if search.search is not None or "learning_rate" in given:
             raise ValueError("`learning_rate` moves the means, which are frozen: add --no_freeze, or do not search it.")
         names.remove("learning_rate")
-    defaults: Setting = {"delta": delta, **_training_defaults(arguments)}
+    rate = args.bayesian_learning_rate if args.bayesian_learning_rate is not None else args.learning_rate / 10
+    defaults: Setting = {"delta": delta, "learning_rate": rate}
+    defaults |= {"rho_learning_rate": args.rho_learning_rate, "kl_weight": args.kl_weight}
     priors: tuple[str, ...] = ()
     if "prior" in names:
-        own = name_prior(arguments.model.prior)
+        own = name_prior(how.prior)
         defaults |= own
         priors = _kinds(given.pop("prior", None), own["prior"])
         scales = dict.fromkeys(PRIORS[kind].hyperparameter for kind in priors)
@@ -100,18 +168,8 @@ def make_space(arguments: Arguments, delta: float) -> Space:
     return Space(defaults, ranges, priors)
 
 
-def _training_defaults(arguments: Arguments) -> Setting:
-    args = arguments.training
-    rate = args.bayesian_learning_rate if args.bayesian_learning_rate is not None else args.learning_rate / 10
-    return {"learning_rate": rate, "rho_learning_rate": args.rho_learning_rate, "kl_weight": args.kl_weight}
-
-
 def name_prior(text: str) -> Setting:
-    """The setting of a prior in one of the forms that ``--prior`` takes.
-
-    >>> name_prior("moped")
-    {'prior': 'moped', 'prior_relative_scale': 1.0}
-    """
+    """The setting of a prior in one of the forms that ``--prior`` takes, such as "moped"."""
     prior = parse_prior(text)
     for name, choice in PRIORS.items():
         value = getattr(prior, choice.field, None)
@@ -144,11 +202,11 @@ def _range(name: str, given: list[Any] | None, own: float | None) -> tuple[float
     return min(numbers if own is None else [*numbers, own]), max(numbers if own is None else [*numbers, own])
 
 
-def converted_by(setting: Setting, model_args: ModelArguments) -> ModelArguments:
-    """``model_args`` with the setting's delta and prior."""
-    prior = model_args.prior
+def converted_by(setting: Setting, how: How) -> How:
+    """The conversion's flags with the setting's delta and prior."""
+    prior = how.prior
     if "prior" in setting:
         choice = PRIORS[setting["prior"]]
         chosen = choice.make(setting[choice.hyperparameter])
         prior = json.dumps({"type": chosen.type, **asdict(chosen)})  # type: ignore[call-overload]
-    return replace(model_args, delta=setting["delta"], prior=prior)
+    return replace(how, delta=setting["delta"], prior=prior)

@@ -1,0 +1,54 @@
+"""What the commands of experiments share: flags, the record of training rows, trainings, saved models, predictions."""
+
+from .arguments import (
+    BestEpochArguments,
+    ConversionArguments,
+    ExperimentArguments,
+    HoldOutArguments,
+    LaplaceArguments,
+    parse_prior,
+    parse_prior_precision,
+)
+from .command import Clock, ExperimentParser, look_ahead, run_command, say, user_input
+from .evaluation import predict_sets, training_rmse
+from .linearized import linearized_draws
+from .phases import Experiment
+from .rows import (
+    FRESH,
+    History,
+    Split,
+    TrainingRows,
+    check_known,
+    check_split_seed,
+    fingerprint,
+    history_of,
+    keep_unseen,
+    past_of,
+    row_hashes,
+    save_rows,
+    say_split,
+    unseen_sets,
+)
+from .saved import (
+    BAYESIAN,
+    DETERMINISTIC,
+    LAPLACE,
+    LAPLACE_LAST_LAYER,
+    LINEARIZED,
+    chosen_by_fit,
+    load_saved,
+    posterior_facts,
+    saved_models,
+    titles,
+)
+from .text_classification import GlueArguments, GlueData, load_glue_data
+
+__all__ = [
+    "BAYESIAN", "DETERMINISTIC", "FRESH", "LAPLACE", "LAPLACE_LAST_LAYER", "LINEARIZED", "BestEpochArguments", "Clock",
+    "ConversionArguments", "Experiment", "ExperimentArguments", "ExperimentParser", "GlueArguments", "GlueData",
+    "History", "HoldOutArguments", "LaplaceArguments", "Split", "TrainingRows", "check_known", "check_split_seed",
+    "chosen_by_fit", "fingerprint", "history_of", "keep_unseen", "linearized_draws", "load_glue_data", "load_saved",
+    "look_ahead", "parse_prior", "parse_prior_precision", "past_of", "posterior_facts", "predict_sets", "row_hashes",
+    "run_command", "save_rows", "saved_models", "say", "say_split", "titles", "training_rmse", "unseen_sets",
+    "user_input",
+]  # fmt: skip

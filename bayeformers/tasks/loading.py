@@ -1,0 +1,102 @@
+"""Data sets of a task, from official files or from the Hugging Face hub. Needs the library ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .glue import GLUE_TASKS, GlueTask, TsvLayout, read_task, read_tsv
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB = "nyu-mll/glue"
+
+
+def load_hub(name: str, config: str | None = None, *, what: str = "", remedy: str = "") -> Mapping[str, Any]:
+    """The splits of a data set of the hub.
+
+    Args:
+        name: its name there.
+        config: its configuration.
+        what: what to call it in an error; by default its name.
+        remedy: what an error says to do without network.
+
+    Returns:
+        Split -> rows.
+
+    Raises:
+        OSError: it cannot be loaded, for whatever reason.
+    """
+    import datasets
+
+    try:
+        splits: Mapping[str, Any] = datasets.load_dataset(name, config)
+    except Exception as error:  # datasets, huggingface_hub and the HTTP client each have their own kinds
+        raise OSError(
+            f"{what or name} could not be loaded from the Hugging Face hub: {type(error).__name__}: {error}"
+            + (f"\n{remedy}" if remedy else "")
+        ) from error
+    return splits
+
+
+def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None, *, remedy: str = "") -> dict[str, Any]:
+    """The labelled splits of a GLUE task, ``train``, ``validation`` and perhaps ``shifted``, as `datasets.Dataset`.
+
+    ``shifted`` is CoLA's out-of-domain file, whose rows are taken out of ``validation``, or MNLI's mismatched set.
+
+    Args:
+        task: a row of `GLUE_TASKS`, or its name.
+        data_dir: a folder of the official TSV files, such as ``glue/CoLA``; without one the hub's copy is loaded.
+        remedy: what the error of a hub that cannot be reached adds to its advice.
+
+    Returns:
+        Split -> rows.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    from datasets import Dataset
+
+    task = GLUE_TASKS[task] if isinstance(task, str) else task
+    first, *others = task.tsv.validation
+    if data_dir is None:
+        advice = (
+            f"Without network, give --data_dir a folder of the official files ({', '.join(task.tsv.files.values())})"
+        )
+        hub = load_hub(HUB, task.name, what=f"{HUB} ({task.name})", remedy=f"{advice}{remedy}.")
+        found = {name: hub[name].remove_columns("idx") for name in ("train", *task.tsv.validation)}
+    else:
+        found = {name: Dataset.from_dict(split) for name, split in read_task(task, data_dir).items()}
+        if missing := {"train", *task.tsv.validation} - set(found):
+            names = ", ".join(task.tsv.files[split] for split in sorted(missing))
+            raise FileNotFoundError(f"`data_dir` {data_dir} lacks {names} of {task.name}.")
+    splits = {"train": found["train"], "validation": found[first]}
+    shifted = found.get("shifted") or (found[others[0]] if others else None)
+    return splits if shifted is None else {**splits, "shifted": shifted}
+
+
+def load_tsv(task: GlueTask, path: str | PathLike[str], *, labelled: bool | None = True) -> Dataset:
+    """A file in the task's official layout, or with a header that has the task's (hub) columns.
+
+    Args:
+        task: whose texts and labels it holds.
+        path: the file.
+        labelled: whether it must have labels; None: where there are any.
+
+    Returns:
+        The rows; a missing file, or a malformed row, is an error that names it.
+    """
+    from datasets import Dataset
+
+    file = Path(path)
+    first = file.open(encoding="utf-8-sig").readline().rstrip("\r\n").split("\t") if file.is_file() else []
+    plain = TsvLayout(directory=task.tsv.directory, columns=task.columns, label="label")
+    for layout in (plain, task.tsv):
+        if layout.header is None and set(layout.columns) <= set(first):
+            found = layout.label in first if labelled is None else labelled
+            return Dataset.from_dict(read_tsv(replace(task, tsv=layout), path, labelled=found))
+    return Dataset.from_dict(read_tsv(task, path))
