@@ -13,128 +13,201 @@ Every flag: ``--help``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-from transformers import set_seed
+import torch
+from datasets import Dataset
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
-from bayeformers import BayesianTrainer, bayesian_config
-from bayeformers.reports import write_json
-from examples.commands import run as run_command
-from examples.commands import user_input
-from examples.held_out import FRESH, history_of
-from examples.running import Clock, say
-from examples.squad.answers import Reader, fit_span_temperature, predict_logits
-from examples.squad.arguments import Arguments, parse_arguments
-from examples.squad.data import SquadData, load_data
-from examples.squad.outputs import FIGURE, format_results, write_figure, write_predictions
-from examples.squad.reports import BySet, difference_report, method_report
-from examples.squad.spans import SpanLogits
-from examples.squad.training import Setting, fit_deterministic, fit_variational, load_model, load_tokenizer
-from examples.squad.windows import Readings, read
+from bayeformers import BayesianTrainer, bayesian_config, experiments, reports
+from bayeformers.experiments import BAYESIAN, DETERMINISTIC, BestEpochArguments, SquadArguments, SquadData, user_input
+from bayeformers.tasks import Answers, SpanReader, read_windows
+from examples.data.articles import write_articles
+from examples.data.tiny_reader import make_model, make_tokenizer
 
+WRITTEN: dict[str, Any] = {
+    "learning_rate": 2e-3, "num_train_epochs": 12, "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 100, "warmup_steps": 0.1, "patience": 4,
+    "bayesian_epochs": 8, "bayesian_learning_rate": 1e-3, "freeze": False, "delta": 0.4,
+    "prior": '{"type": "normal", "std": 0.125, "centre": 0.0}', "kl_weight": 0.003,
+    "max_seq_length": 64, "doc_stride": 16, "max_answer_length": 8,
+}  # fmt: skip
+"""Defaults of the written articles: a small model that has never seen a word, and over-fits.
+
+Its means train on, under weight noise, with the standard deviation that the weights were initialised with as the
+prior's, as in the embedded task of the GLUE example.
+"""
+FILES: dict[str, Any] = {
+    "learning_rate": 3e-5, "num_train_epochs": 2, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32,
+    "warmup_steps": 0.1, "patience": 2, "bayesian_epochs": 1,
+}  # fmt: skip
+"""Defaults of real data: fine-tuning of a pretrained model, with the lengths that SQuAD is usually run with."""
+WRITTEN_GROUPS = (
+    "\nanswerable: one span is right.  ambiguous: two are.  unanswerable: stated of somebody else only.  "
+    "shifted: other words, people and towns than in training."
+)
 METHODS = ("deterministic", "deterministic + temperature", "Bayesian")
 
 
+# --- Arguments -------------------------------------------------------------------------------------------------------
+@dataclass
+class ModelArguments(experiments.ConversionArguments):
+    """Which model, and how it becomes Bayesian."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Pretrained model: a folder or a hub name. Left out, the written articles get a tiny BERT."},
+    )
+
+
+@dataclass
+class SquadTrainingArguments(BestEpochArguments):
+    """Every TrainingArguments flag, for both trainings."""
+
+    output_dir: str | None = field(
+        default="outputs/bert_squad", metadata={"help": "Where models, results.json, predictions.csv and the PNG go."}
+    )
+    num_eval_samples_during_training: int | None = field(
+        default=4, metadata={"help": "Draws of an evaluation within a training, and of the search for delta."}
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, SquadArguments, SquadTrainingArguments]:
+    """The command line; what it does not say is the default of files, or of the written articles."""
+    named = any(vars(experiments.look_ahead(argv, *experiments.SQUAD_SOURCES)).values())
+    groups = (ModelArguments, SquadArguments, SquadTrainingArguments)
+    kinds = {"written articles": WRITTEN, "files": FILES}
+    model, data, training = experiments.ExperimentParser(groups, kinds, "files" if named else "written articles").parse(
+        argv
+    )
+    with user_input():
+        if named and model.model_name_or_path is None:
+            raise ValueError(
+                "`model_name_or_path` is needed for questions from files: a folder or a hub name, such as "
+                "bert-base-uncased. Only the written articles come with a model."
+            )
+        experiments.parse_prior(model.prior)
+    return model, data, training
+
+
+# --- From a model to logits of start and end -------------------------------------------------------------------------
+def load_model(name_or_path: str | None, data: SquadData, max_length: int) -> tuple[Any, Any]:
+    """A pretrained encoder with a span head, new if the checkpoint has none, or a tiny BERT; and its tokenizer."""
+    if name_or_path is None:
+        tokenizer = make_tokenizer(text for row in data.sets["train"] for text in (row.context, row.text))
+        model = make_model(len(tokenizer))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForQuestionAnswering.from_pretrained(name_or_path)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < max_length:
+        raise ValueError(f"`max_seq_length` must be at most {longest}, all that the model can read, got {max_length}.")
+    return model, tokenizer
+
+
+def predict_logits(
+    trainer: BayesianTrainer, readings: Sequence[Any], columns: Mapping[str, list[Any]]
+) -> list[torch.Tensor]:
+    """Logits of start and end of each question under each draw: (S draws, W windows, T positions, 2)."""
+    inputs = Dataset.from_dict({name: column for name, column in columns.items() if "_positions" not in name})
+    both = experiments.drawn_logits(
+        trainer, inputs, lambda out: torch.stack([out.start_logits, out.end_logits], dim=-1)
+    )
+    rows, questions = iter(both), []
+    for reading in readings:
+        windows = [next(rows) for _ in reading.windows]  # (S, T, 2) each, of several lengths
+        length = max(window.shape[1] for window in windows)
+        padded = [torch.nn.functional.pad(window, (0, 0, 0, length - window.shape[1])) for window in windows]
+        questions.append(torch.stack(padded, dim=1))
+    return questions
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example; the results are returned and, by the main process, printed and written to ``--output_dir``."""
-    arguments = parse_arguments(argv)
-    model_args, data_args, args = arguments
+    model_args, data_args, args = parse_arguments(argv)
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     set_seed(args.seed)
-    named = model_args.model_name_or_path
+    clock = experiments.Clock()
     with user_input():
-        past = history_of("model_name_or_path", [named], must_know=args.num_train_epochs == 0) if named else FRESH
-        data = load_data(data_args, args.seed, past)
-    reader = Reader(data_args.max_answer_length, data.asks_unanswerable)
-    answers, facts, clock = fit_and_answer(arguments, data, reader)
+        past = experiments.past_of(model_args.model_name_or_path, trains=args.num_train_epochs > 0)
+        data = experiments.load_squad_data(data_args, args.seed, past, written=write_articles)
+        model, tokenizer = load_model(model_args.model_name_or_path, data, data_args.max_seq_length)
+        lengths = {"max_length": data_args.max_seq_length, "stride": data_args.doc_stride}
+        read = {name: read_windows(questions, tokenizer, **lengths) for name, questions in data.sets.items()}
+    train, validation = (Dataset.from_dict(read[name][1]) for name in ("train", "validation"))
+    collator = DataCollatorWithPadding(tokenizer)
+    experiment = experiments.Experiment(args, train, validation, collator, tokenizer, data.rows)
+    clock.lap("data")
 
-    groups = {name: np.array([question.group for question in questions]) for name, questions in data.reported.items()}
-    point, tempered, bayesian = METHODS
-    test = {name: by_set["test"] for name, by_set in answers.items()}
-    results: dict[str, Any] = {
+    def logits_of(trainer: BayesianTrainer) -> dict[str, list[torch.Tensor]]:
+        return {name: predict_logits(trainer, *read[name]) for name in ("validation", *data.reported)}
+
+    def answers(reader: SpanReader, logits: Mapping[str, list[torch.Tensor]]) -> dict[str, Answers]:
+        return {name: reader.answers(read[name][0], logits[name]) for name in data.reported}
+
+    sizes = ", ".join(f"{len(questions)} {name}" for name, questions in data.sets.items())
+    experiments.say(f"1. Training the deterministic model: {sizes} questions")
+    trained = experiment.fit(model)
+    experiment.save(trained, DETERMINISTIC)
+    clock.lap("deterministic_training")
+    logits, reader = logits_of(trained), SpanReader(data_args.max_answer_length, data.asks_unanswerable)
+    tempered = reader.tempered(read["validation"][0], logits["validation"])
+    found = [answers(reader, logits), answers(tempered, logits)]
+    clock.lap("deterministic_answers")
+
+    experiments.say("2. Making it Bayesian: weights become distributions around the trained ones")
+    ends, draws = ("start_positions", "end_positions"), args.num_eval_samples_during_training or args.num_eval_samples
+    trainer = experiment.fit_variational(trained, model_args, label_columns=ends, num_samples=draws)
+    experiment.save(trainer, BAYESIAN)
+    clock.lap("bayesian_training")
+    found.append(answers(reader, logits_of(trainer)))
+    clock.lap("bayesian_answers")
+
+    comparison = reports.AnswerComparison(data.reported)
+    for name, sets in zip(METHODS, found, strict=True):
+        comparison.add(name, sets)
+    results = {
         "data": data.name,
         "questions": {name: len(questions) for name, questions in data.sets.items()},
         "no_answer_is_an_option": reader.has_null,
         "seed": args.seed,
         "processes": args.world_size,
-        **facts,
-        "methods": {name: method_report(by_set, groups, reader.has_null) for name, by_set in answers.items()},
-        "differences": {
-            f"{bayesian} less {other}": difference_report(test[bayesian], test[other]) for other in (point, tempered)
-        },
+        "temperature": tempered.temperature,
+        "delta": bayesian_config(trainer.model).delta,
+        "methods": comparison.reports(),
+        "differences": comparison.differences(),
         "seconds": clock.seconds,
-        "arguments": _as_dict(arguments),
+        "arguments": {**asdict(model_args), **asdict(data_args), "training": args.recorded()},
     }
     clock.lap("report")
     if args.process_index == 0:
-        report(Path(args.output_dir or "."), data, answers, results)
+        report(experiment, comparison, results, is_written=not data_args.files)
     return results
 
 
-def fit_and_answer(
-    arguments: Arguments, data: SquadData, reader: Reader
-) -> tuple[dict[str, BySet], dict[str, Any], Clock]:
-    """Answers by method and set, what fitting decided, and the seconds that each part took."""
-    model_args, data_args, args = arguments
-    clock = Clock()
-    with user_input():
-        tokenizer = load_tokenizer(model_args.model_name_or_path, data)
-        model = load_model(model_args.model_name_or_path, tokenizer, data_args.max_seq_length)
-    length, stride = data_args.max_seq_length, data_args.doc_stride
-    sets = {name: read(found, tokenizer, max_length=length, stride=stride) for name, found in data.sets.items()}
-    setting = Setting(model_args, args, sets.pop("train"), sets["validation"], tokenizer, data.rows)
-    clock.lap("data")
-
-    say(f"1. Training the deterministic model: {_sizes(data)}")
-    trained = fit_deterministic(model, setting)
-    clock.lap("deterministic_training")
-    logits = _logits(trained, sets)
-    temperature = fit_span_temperature(reader, sets["validation"], logits["validation"])
-    answers = {METHODS[0]: _answers(reader, sets, logits)}
-    answers[METHODS[1]] = _answers(replace(reader, temperature=temperature), sets, logits)
-    clock.lap("deterministic_answers")
-
-    say("2. Making it Bayesian: weights become distributions around the trained ones")
-    trainer = fit_variational(trained, setting)
-    clock.lap("bayesian_training")
-    answers[METHODS[2]] = _answers(reader, sets, _logits(trainer, sets))
-    clock.lap("bayesian_answers")
-    return answers, {"temperature": temperature, "delta": bayesian_config(trainer.model).delta}, clock
-
-
-def _logits(trainer: BayesianTrainer, sets: Mapping[str, Readings]) -> dict[str, list[SpanLogits]]:
-    return {name: predict_logits(trainer, readings) for name, readings in sets.items()}
-
-
-def _answers(reader: Reader, sets: Mapping[str, Readings], logits: Mapping[str, list[SpanLogits]]) -> BySet:
-    return {name: reader.answers(readings, logits[name]) for name, readings in sets.items()}
-
-
-def report(folder: Path, data: SquadData, answers: dict[str, BySet], results: dict[str, Any]) -> None:
+def report(
+    experiment: experiments.Experiment,
+    comparison: reports.AnswerComparison,
+    results: dict[str, Any],
+    *,
+    is_written: bool,
+) -> None:
     """Print the tables and write the three files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = {name: np.array([question.group for question in found]) for name, found in data.reported.items()}
-    write_json(folder / "results.json", results)
-    write_predictions(folder / "predictions.csv", data, answers)
-    write_figure(folder / FIGURE, data, answers, groups)
-    print(f"\n{format_results(results)}\n\nWritten to {folder}: results.json, predictions.csv, {FIGURE}")
-
-
-def _sizes(data: SquadData) -> str:
-    return ", ".join(f"{len(questions)} {name}" for name, questions in data.sets.items()) + " questions"
-
-
-def _as_dict(arguments: Arguments) -> dict[str, Any]:
-    model_args, data_args, args = arguments
-    training = {key: value for key, value in args.to_sanitized_dict().items() if value is not None}
-    training.pop("output_dir", None)
-    return {**asdict(model_args), **asdict(data_args), "training": training}
+    sizes = ", ".join(f"{part.size} {name} questions" for name, part in comparison.sets.items())
+    title = f"When is an answer worth giving? {results['data']}: {sizes}"
+    caption = "Surest first: by the probability of the answer given, which may be that there is none."
+    caption += WRITTEN_GROUPS if is_written else ""
+    truth = (math.log(2), f"truth for ambiguous questions (ln 2 = {math.log(2):.3f})") if is_written else None
+    figure = comparison.figure(title=title, caption=caption, aleatoric_reference=truth)
+    files = comparison.write(experiment.folder, results, figure, figure_name="answers.png")
+    tables = comparison.tables(results["methods"], differences=results["differences"])
+    print(f"\n{tables}\n\nWritten to {experiment.folder}: {', '.join(files)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    experiments.run_command(main)

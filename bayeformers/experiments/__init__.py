@@ -10,9 +10,12 @@ from .arguments import (
     parse_prior_precision,
 )
 from .command import Clock, ExperimentParser, look_ahead, run_command, say, user_input
+from .draws import drawn_logits
 from .evaluation import predict_sets, training_rmse
 from .linearized import linearized_draws
 from .phases import Experiment
+from .question_answering import SOURCES as SQUAD_SOURCES
+from .question_answering import SquadArguments, SquadData, load_squad_data
 from .rows import (
     FRESH,
     History,
@@ -41,14 +44,17 @@ from .saved import (
     saved_models,
     titles,
 )
+from .splits import hold_out
 from .text_classification import GlueArguments, GlueData, load_glue_data
+from .token_classification import ConllArguments, ConllData, load_conll_data
 
 __all__ = [
-    "BAYESIAN", "DETERMINISTIC", "FRESH", "LAPLACE", "LAPLACE_LAST_LAYER", "LINEARIZED", "BestEpochArguments", "Clock",
-    "ConversionArguments", "Experiment", "ExperimentArguments", "ExperimentParser", "GlueArguments", "GlueData",
-    "History", "HoldOutArguments", "LaplaceArguments", "Split", "TrainingRows", "check_known", "check_split_seed",
-    "chosen_by_fit", "fingerprint", "history_of", "keep_unseen", "linearized_draws", "load_glue_data", "load_saved",
-    "look_ahead", "parse_prior", "parse_prior_precision", "past_of", "posterior_facts", "predict_sets", "row_hashes",
-    "run_command", "save_rows", "saved_models", "say", "say_split", "titles", "training_rmse", "unseen_sets",
-    "user_input",
+    "BAYESIAN", "DETERMINISTIC", "FRESH", "LAPLACE", "LAPLACE_LAST_LAYER", "LINEARIZED", "SQUAD_SOURCES",
+    "BestEpochArguments", "Clock", "ConllArguments", "ConllData", "ConversionArguments", "Experiment",
+    "ExperimentArguments", "ExperimentParser", "GlueArguments", "GlueData", "History", "HoldOutArguments",
+    "LaplaceArguments", "Split", "SquadArguments", "SquadData", "TrainingRows", "check_known", "check_split_seed",
+    "chosen_by_fit", "drawn_logits", "fingerprint", "history_of", "hold_out", "keep_unseen", "linearized_draws",
+    "load_conll_data", "load_glue_data", "load_saved", "load_squad_data", "look_ahead", "parse_prior",
+    "parse_prior_precision", "past_of", "posterior_facts", "predict_sets", "row_hashes", "run_command", "save_rows",
+    "saved_models", "say", "say_split", "titles", "training_rmse", "unseen_sets", "user_input",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """What predictions are worth: reports in numbers, tables, JSON, and figures."""
 
+from .answers import AnswerComparison
 from .comparison import Comparison, ReportedSet, csv_prefix, prediction_columns, standard_report, write_rows
 from .plots import (
     GREY,
@@ -33,12 +34,15 @@ from .report import (
     regression_report,
     write_json,
 )
+from .tagging import TaggingComparison
+from .words import event_reliability, word_strip
 
 __all__ = [
-    "GREY", "GROUP_COLOURS", "MEANINGLESS", "METHOD_COLOURS", "METHOD_LINES", "WARNING_COLOUR", "ClassPredictions",
-    "Comparison", "Interval", "Predictions", "Recalibrated", "RegressionPredictions", "ReportedSet", "Row",
-    "bootstrap_intervals", "classification_report", "comparison_figure", "csv_prefix", "format_table",
-    "group_histograms", "legend_below", "majority_predictions", "ood_report", "panel_title", "prediction_columns",
-    "recalibrate", "regression_report", "reliability_diagram", "risk_coverage", "save_figure", "standard_report",
-    "tempered", "uncertainty_figure", "wilson_interval", "write_json", "write_rows",
+    "GREY", "GROUP_COLOURS", "MEANINGLESS", "METHOD_COLOURS", "METHOD_LINES", "WARNING_COLOUR", "AnswerComparison",
+    "ClassPredictions", "Comparison", "Interval", "Predictions", "Recalibrated", "RegressionPredictions", "ReportedSet",
+    "Row", "TaggingComparison", "bootstrap_intervals", "classification_report", "comparison_figure", "csv_prefix",
+    "event_reliability", "format_table", "group_histograms", "legend_below", "majority_predictions", "ood_report",
+    "panel_title", "prediction_columns", "recalibrate", "regression_report", "reliability_diagram", "risk_coverage",
+    "save_figure", "standard_report", "tempered", "uncertainty_figure", "wilson_interval", "word_strip", "write_json",
+    "write_rows",
 ]  # fmt: skip

@@ -184,7 +184,8 @@ class Comparison:
         for group in self.masks():
             rows = {name: _scores(report["groups"][group]) for name, report in reports.items()}
             if any(rows.values()):
-                heading = f"{group} test set" if group == self.whole else f"{group} {self.noun}"
+                kind = "test set" if group == self.whole else self.noun
+                heading = group if group.endswith(self.noun) else f"{group} {kind}"
                 parts.append(format_table(rows, corner=heading))
             ends = {name: _ends(report["intervals"].get(group) or {}) for name, report in reports.items()}
             if any(ends.values()):
@@ -231,7 +232,8 @@ class Comparison:
             labels = None if part.labels is None else np.asarray(part.labels).tolist()
             columns: dict[str, Sequence[Any]] = {"set": [name] * part.size}
             columns |= {column: part.columns.get(column, [""] * part.size) for column in shared}
-            columns["label"] = [self._label(label) for label in labels or [""] * part.size]
+            if any(each.labels is not None for each in self.sets.values()):
+                columns["label"] = [self._label(label) for label in labels or [""] * part.size]
             for method, predictions in self.methods.items():
                 own = self.columns(predictions[name], labels, self.label_names)
                 columns |= {f"{csv_prefix(method)}:{key}": values for key, values in own.items()}

@@ -16,16 +16,17 @@ import torch
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
+from datasets import Dataset
+from transformers import DataCollatorWithPadding
+
 import bayeformers
 from bayeformers import BayesianTrainer, to_bayesian
-from examples.bert_squad import METHODS, main
-from examples.squad.answers import predict_logits
-from examples.squad.arguments import parse_arguments
-from examples.squad.articles import SHIFTED, write_articles
-from examples.squad.data import parse_squad
-from examples.squad.tiny_bert import make_model, make_tokenizer
-from examples.squad.training import Setting
-from examples.squad.windows import read
+from bayeformers.experiments import Experiment
+from bayeformers.tasks import parse_squad, read_windows
+from bayeformers.tasks.windows import Reading
+from examples.bert_squad import METHODS, main, parse_arguments, predict_logits
+from examples.data.articles import AMBIGUOUS, GROUPS, SHIFTED, UNANSWERABLE, write_articles
+from examples.data.tiny_reader import make_model, make_tokenizer
 
 SMALL = [
     "--max_train_samples", "48", "--max_eval_samples", "40", "--num_train_epochs", "1", "--bayesian_epochs", "1",
@@ -101,41 +102,46 @@ def test_saved_models_load(run: tuple[dict[str, Any], Path]) -> None:
 
 
 # --- The trainer's logits --------------------------------------------------------------------------------------------
+Windows = tuple[list[Reading], dict[str, list[Any]]]
+
+
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Windows]:
     found = [row for rows in parse_squad(write_articles(0, train=6)["train"]).values() for row in rows]
     tokenizer = make_tokenizer(text for row in found for text in (row.context, row.text))
-    readings = read(found, tokenizer, max_length=80, stride=16)  # rare words are spelled: some texts need two windows
-    assert len(readings.features) > len(readings.rows)
+    windows = read_windows(found, tokenizer, max_length=80, stride=16)  # rare words are spelled: some need two windows
+    rows = Dataset.from_dict(windows[1])
+    assert len(rows) > len(windows[0])
     folder = str(tmp_path_factory.mktemp("trainer"))
     # by length: the Trainer then evaluates in another order than that of the rows
     flags = [*SMALL, "--output_dir", folder, "--per_device_eval_batch_size", "7", "--report_to", "none"]
-    flags += ["--train_sampling_strategy", "group_by_length"]
-    model_args, _, args = parse_arguments(flags)
-    return Setting(model_args, args, readings, readings, tokenizer)
+    args = parse_arguments([*flags, "--train_sampling_strategy", "group_by_length"])[2]
+    return Experiment(args, rows, rows, DataCollatorWithPadding(tokenizer), tokenizer), windows
 
 
-def test_logits_are_those_of_the_draws_read_one_by_one(setting: Setting) -> None:
+def test_logits_are_those_of_the_draws_read_one_by_one(experiment: tuple[Experiment, Windows]) -> None:
     torch.manual_seed(0)
+    setting, (readings, columns) = experiment
     model = to_bayesian(make_model(len(setting.tokenizer)), delta=0.3)
-    logits = predict_logits(setting.trainer(model, setting.args), setting.train)
-    assert len(logits) == len(setting.train)
-    index = next(i for i, reading in enumerate(setting.train.rows) if len(reading.windows) > 1)
-    row = sum(len(reading.windows) for reading in setting.train.rows[:index])
-    for number, window in enumerate(setting.train.rows[index].windows):
-        inputs = setting.train.features.select_columns(setting.tokenizer.model_input_names)[row + number]
+    logits = predict_logits(setting.trainer(model, "bayesian"), readings, columns)
+    assert len(logits) == len(readings)
+    index = next(i for i, reading in enumerate(readings) if len(reading.windows) > 1)
+    row = sum(len(reading.windows) for reading in readings[:index])
+    for number, window in enumerate(readings[index].windows):
+        inputs = setting.train.select_columns(setting.tokenizer.model_input_names)[row + number]
         alone = {name: torch.tensor([values]) for name, values in inputs.items()}
         for s in range(3):
             with bayeformers.fixed_draw(model, seed=0, index=s), torch.no_grad():
                 output = model.eval()(**alone)
-            for side in ("start", "end"):
-                found = getattr(logits[index], side)[s, number, window.context]
-                expected = getattr(output, f"{side}_logits")[0, window.context]
+            for side, name in enumerate(("start", "end")):
+                found = logits[index][s, number, window.context, side]
+                expected = getattr(output, f"{name}_logits")[0, window.context]
                 torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_span_head_has_no_laplace_posterior(setting: Setting) -> None:
-    trainer: BayesianTrainer = setting.trainer(make_model(len(setting.tokenizer)), setting.args)
+def test_a_span_head_has_no_laplace_posterior(experiment: tuple[Experiment, Windows]) -> None:
+    setting = experiment[0]
+    trainer: BayesianTrainer = setting.trainer(make_model(len(setting.tokenizer)), "laplace")
     with pytest.raises(ValueError, match="no Laplace posterior for a 'question_answering' head"):
         trainer.fit_laplace()
 
@@ -196,3 +202,37 @@ def test_bad_flags(flags: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         main([*flags, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+# --- Written articles ------------------------------------------------------------------------------------------------
+def test_written_articles_are_a_function_of_the_seed() -> None:
+    small = {"train": 5, "validation": 2, "test": 3, "shifted": 2}
+    assert write_articles(3, **small) == write_articles(3, **small) != write_articles(4, **small)
+
+
+def test_written_questions_are_what_their_group_says() -> None:
+    written = write_articles(0, train=80, validation=20, test=60, shifted=20)
+    splits = {name: parse_squad(content) for name, content in written.items()}
+    rows = {name: [row for found in articles.values() for row in found] for name, articles in splits.items()}
+    assert {row.group for row in rows["test"]} == set(GROUPS) and {row.group for row in rows["shifted"]} == {SHIFTED}
+    for name, found in rows.items():
+        for row in found:
+            if row.group == AMBIGUOUS:  # one annotator in training, two elsewhere, who differ
+                assert len(set(row.truths)) == (1 if name == "train" else 2)
+            elif row.group == UNANSWERABLE:
+                assert not row.answers
+            elif row.group != SHIFTED:
+                assert len(row.answers) == 1
+    ids = [row.id for found in rows.values() for row in found]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_two_right_answers_are_out_of_reach_of_each_other() -> None:
+    splits = {name: parse_squad(content) for name, content in write_articles(0, train=300, test=60).items()}
+    train, test = ([row for found in splits[name].values() for row in found] for name in ("train", "test"))
+    tokenizer = make_tokenizer(text for row in train for text in (row.context, row.text))
+    readings, _ = read_windows(test, tokenizer, max_length=64, stride=16)
+    both = [reading.gold for reading in readings if reading.question.group == AMBIGUOUS]
+    assert both and all(abs(first[0] - second[0]) >= 8 for first, second in both)
+    gold = [span for reading in readings for span in reading.gold]
+    assert gold and all(last - first < 8 for first, last in gold)  # every answer is in reach

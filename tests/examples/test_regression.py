@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples.commands import run as run_command
+from examples.linearized import linearized_draws
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from bayeformers import laplace
-from examples.commands import run as run_command
 from examples.curves import bayesian_linear, fitting
 from examples.curves.arguments import CurveArguments, parse_arguments
 from examples.curves.data import DATA, GAP, OUTSIDE, SUPPORT, generate, noise_of_neighbours, read_points, true_noise_std
 from examples.curves.evaluation import Bands, region_report, truth_bands
 from examples.curves.hmc import hmc, leapfrog, split_r_hat
 from examples.curves.network import CurveConfig, CurveNetwork, stacked_forward
-from examples.linearized import linearized_draws
 from examples.regression import HMC, HMC_HEAD, main
 
 SMALL = [

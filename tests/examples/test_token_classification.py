@@ -1,7 +1,6 @@
-"""The token-classification example: what it says of words and entities exactly; then a small run, and its reload."""
+"""The token-classification example: a small run, its reload, and its own path from a model to words."""
 
 import csv
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,23 @@ import torch
 pytest.importorskip("datasets")
 
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from bayeformers import LaplacePosterior, metrics, predict, to_bayesian
-from examples.conll import evaluation
-from examples.conll.arguments import TokenDataArguments, parse_arguments
-from examples.conll.data import IGNORED, Encoded, encode, load_data
-from examples.conll.entities import Entity, find_entities
-from examples.conll.evaluation import FoundEntity, SentencePrediction
-from examples.conll.fitting import (
-    Task,
-    at_words,
+from bayeformers.experiments import load_conll_data
+from bayeformers.tasks import Sentence, at_words, read_conll
+from bayeformers.tasks.pieces import IGNORED
+from examples.data.newswire import generate
+from examples.token_classification import (
     draw_words,
+    fitted_temperature,
     load_model,
-    load_saved,
-    load_tokenizer,
-    make_trainer,
+    main,
     mean_nll,
+    parse_arguments,
+    prepare,
+    tempered,
 )
-from examples.conll.reader import Sentence, read_conll
-from examples.token_classification import main
 
 NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 SMALL = [
@@ -46,103 +42,20 @@ def random_draws(num_draws: int, num_words: int) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-# --- Entities from draws ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("entity", [Entity(0, 1, "PER"), Entity(1, 3, "LOC"), Entity(2, 4, "PER"), Entity(0, 4, "LOC")])
-def test_span_probability_is_a_sum_over_all_label_sequences(entity: Entity) -> None:
-    """Of those that have the entity, with a B at its first word: by enumeration, draw by draw."""
-    drawn, expected = np.exp(random_draws(3, 4)), 0.0
-    for numbers in itertools.product(range(len(NAMES)), repeat=4):
-        labels = [NAMES[number] for number in numbers]
-        if entity in find_entities(labels) and labels[entity.start][0] == "B":
-            expected += drawn[:, range(4), numbers].prod(1).mean()
-    assert evaluation.span_probability(drawn, entity, NAMES) == pytest.approx(expected)
-    weakest = evaluation.weakest_word(drawn.mean(0), entity, NAMES)
-    assert weakest >= expected
-
-
-def test_weakest_word_is_reached_by_words_that_vary_together() -> None:
-    """Two draws that are sure of opposite types: the span is as probable as each of its words."""
-    sure = np.full((2, 2, len(NAMES)), 1e-12)
-    sure[0, 0, 3] = sure[0, 1, 4] = sure[1, 0, 1] = sure[1, 1, 2] = 1.0
-    entity = Entity(0, 2, "PER")
-    assert evaluation.span_probability(sure, entity, NAMES) == pytest.approx(0.5)
-    assert evaluation.weakest_word(sure.mean(0), entity, NAMES) == pytest.approx(0.5)
-    alone = sure.mean(0, keepdims=True)  # without the draws: independent words
-    assert evaluation.span_probability(alone, entity, NAMES) == pytest.approx(0.25)
-
-
-def test_predictions_average_probabilities_and_divide_entropy() -> None:
-    log_probs = random_draws(5, 6)
-    gold = Sentence(tuple("abcdef"), ("B-PER", "I-PER", "O", "O", "B-LOC", "O"))
-    (found,) = evaluation.read_draws([log_probs], [gold], NAMES)
-    probs = np.exp(log_probs).mean(0)
-    np.testing.assert_allclose(found.probs, probs)
-    assert found.labels == [NAMES[index] for index in probs.argmax(-1)]
-    entropy = -(probs * np.log(probs)).sum(-1)
-    expected = -(np.exp(log_probs) * log_probs).sum(-1).mean(0)
-    np.testing.assert_allclose(found.entropy, entropy)
-    np.testing.assert_allclose(found.epistemic, entropy - expected)
-    assert [item.entity for item in found.entities] == find_entities(found.labels)
-    for item in found.entities:
-        words = slice(item.entity.start, item.entity.end)
-        assert item.entropy == pytest.approx(entropy[words].sum())
-        assert item.is_right == (item.entity in {Entity(0, 2, "PER"), Entity(4, 5, "LOC")})
-
-
-def test_words_without_a_piece_are_outside_for_certain() -> None:
-    pieces = random_draws(2, 5).astype(np.float32)
-    words = at_words(pieces, [1, -1, 3])
-    np.testing.assert_array_equal(words[:, [0, 2]], pieces[:, [1, 3]])
-    np.testing.assert_allclose(np.exp(words[:, 1]), [[1, 0, 0, 0, 0]] * 2, atol=1e-20)
-
-
-# --- Scores ----------------------------------------------------------------------------------------------------------
-def test_calibration_error_by_hand() -> None:
-    probability, right = np.array([0.9, 0.1, 0.3, 0.7]), np.array([1.0, 0.0, 1.0, 0.0])
-    np.testing.assert_allclose(evaluation.calibration_bins(probability, right, 2), [[0.2, 0.5, 2], [0.8, 0.5, 2]])
-    assert evaluation.calibration_error(probability, right, 2) == pytest.approx(0.3)
-
-
-def test_calibrated_probabilities_have_a_small_error() -> None:
-    rng, size = np.random.default_rng(0), 20_000
-    probability = rng.random(size)
-    right = (rng.random(size) < probability).astype(float)
-    # in each of ten bins the error has a standard deviation of at most 0.5 / sqrt(2000); a mean of |normal|
-    assert evaluation.calibration_error(probability, right) < 2 * 0.5 / np.sqrt(size / 10)
-    assert evaluation.calibration_error(probability**2, right) > 0.1
-
-
-def prediction(labels: list[str], probability: float, is_right: bool) -> SentencePrediction:
-    found = [FoundEntity(entity, is_right, probability, probability, 0.1, 0.2) for entity in find_entities(labels)]
-    return SentencePrediction(np.full((len(labels), 5), 0.2), np.zeros(len(labels)), labels, found)
-
-
-def test_entity_report_by_hand() -> None:
-    gold = [Sentence(("a",), ("B-PER",)), Sentence(("b",), ("B-PER",)), Sentence(("c",), ("O",))]
-    found = [prediction(["B-PER"], 0.8, True), prediction(["B-LOC"], 0.6, False), prediction(["O"], 0.0, False)]
-    report = evaluation.entity_report(found, gold)
-    assert (report["precision"], report["recall"], report["f1"]) == (0.5, 0.5, 0.5)
-    assert report["brier"] == pytest.approx((0.2**2 + 0.6**2) / 2)
-    assert report["ece"] == pytest.approx((0.2 + 0.6) / 2)
-    assert report["auroc_probability"] == 1.0 and report["auroc_epistemic"] is None  # all are equally sure
-    assert report["aurc"] == pytest.approx((0 + 0.5) / 2)
-    assert set(evaluation.entity_report([found[2]], [gold[2]])) == {"precision", "recall", "f1"}
-
-
 def test_temperature_of_a_point_estimate() -> None:
     draws = [random_draws(1, 50)]
-    flat = evaluation.tempered(draws, 2.0)[0]
+    flat = tempered(draws, 2.0)[0]
     np.testing.assert_allclose(np.exp(flat).sum(-1), 1.0)
     np.testing.assert_allclose(flat - flat[..., :1], (draws[0] - draws[0][..., :1]) / 2)
     labels = [NAMES[i] for i in [np.random.default_rng(1).choice(5, p=p) for p in np.exp(flat[0])]]
     sentence = Sentence(("a",) * 50, tuple(labels))
-    temperature = evaluation.fitted_temperature(draws, [sentence], NAMES)
-    best = metrics.negative_log_likelihood(
-        np.exp(evaluation.tempered(draws, temperature)[0][0]), evaluation.label_numbers([sentence], NAMES)
-    )
-    for other in (0.9 * temperature, 1.1 * temperature):
-        probs = np.exp(evaluation.tempered(draws, other)[0][0])
-        assert metrics.negative_log_likelihood(probs, evaluation.label_numbers([sentence], NAMES)) > best
+    temperature = fitted_temperature(draws, [sentence], NAMES)
+
+    def nll(value: float) -> float:
+        numbers = [NAMES.index(label) for label in labels]
+        return metrics.negative_log_likelihood(np.exp(tempered(draws, value)[0][0]), numbers)
+
+    assert nll(temperature) < min(nll(0.9 * temperature), nll(1.1 * temperature))
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -265,13 +178,14 @@ def test_another_architecture_with_a_tokenizer_of_bytes(tmp_path: Path) -> None:
 # --- Draws of a model ------------------------------------------------------------------------------------------------
 def test_words_of_a_model_are_those_of_predict(tmp_path: Path) -> None:
     """The example's own path from a batch to words, against `predict` on each sentence alone."""
-    arguments = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
-    data = load_data(TokenDataArguments(max_train_samples=40, max_eval_samples=4), seed=0)
-    tokenizer = load_tokenizer(None, data)
-    model = to_bayesian(load_model(None, data.labels, tokenizer), delta=0.3)
-    test = encode(data.test, tokenizer, data.labels, 64)
-    trainer = make_trainer(model, Task(arguments[0], arguments[2], tokenizer, test, test), "bayesian")
-    for found, sentence, first in zip(draw_words(trainer, test), data.test, test.first_pieces, strict=True):
+    arguments = parse_arguments([*SMALL, "--max_train_samples", "40", "--max_eval_samples", "4",
+                                 "--max_seq_length", "64", "--output_dir", str(tmp_path)])  # fmt: skip
+    data = load_conll_data(arguments[1], 0, generate=generate)
+    model, tokenizer = load_model(None, data)
+    run = prepare(arguments, data, tokenizer)
+    model = to_bayesian(model, delta=0.3)
+    words = draw_words(run.experiment.trainer(model, "bayesian"), run.sets["test"])
+    for found, sentence, first in zip(words, data.sets["test"], run.sets["test"][1], strict=True):
         inputs = tokenizer(list(sentence.words), is_split_into_words=True, return_tensors="pt")
         expected = predict(model, dict(inputs), num_samples=3).log_probs[:, 0, first]
         torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
@@ -282,18 +196,16 @@ def test_mean_nll_is_that_of_labelled_words() -> None:
     draws[:, 1] = at_words(draws.astype(np.float32), [0, -1, 1])[:, 1]
     probs = np.exp(draws).mean(0)
     expected = -(np.log(probs[0, 1]) + np.log(probs[2, 3])) / 2  # the word without a piece has no label
-    assert mean_nll([draws], Encoded(dataset, [[1, -1, 2]])) == pytest.approx(expected)
+    assert mean_nll([draws], (dataset, [[1, -1, 2]])) == pytest.approx(expected)
 
 
 def test_held_out_sentences_choose_the_prior(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     """No prior precision a factor 4 away predicts the validation words better, by the same draws."""
     arguments = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
-    data = load_data(arguments[1], seed=arguments[2].seed)
-    model = load_saved("laplace", run[1] / "laplace")
-    tokenizer = AutoTokenizer.from_pretrained(run[1] / "laplace")
-    validation = encode(data.validation, tokenizer, data.labels, arguments[1].max_seq_length)
-    trainer = make_trainer(model, Task(arguments[0], arguments[2], tokenizer, validation, validation), "laplace")
-    posterior = trainer.posterior
+    data = load_conll_data(arguments[1], arguments[2].seed, generate=generate)
+    again = prepare(arguments, data, AutoTokenizer.from_pretrained(run[1] / "laplace"))
+    trainer = again.experiment.load("laplace", run[1] / "laplace", AutoModelForTokenClassification)
+    posterior, validation = trainer.posterior, again.sets["validation"]
     assert isinstance(posterior, LaplacePosterior)
     nll = {}
     for factor in (0.25, 1.0, 4.0):
@@ -307,3 +219,10 @@ def test_missing_models_and_files_are_named(tmp_path: Path) -> None:
         main([*SMALL, "--eval_only", str(tmp_path), "--output_dir", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match="none.txt does not exist"):
         main([*SMALL, "--train_file", "none.txt", "--test_file", "none.txt", "--model_name_or_path", "x"])
+
+
+def test_own_data_need_a_model() -> None:
+    with pytest.raises(ValueError, match="`model_name_or_path` is needed for data of your own"):
+        parse_arguments(["--train_file", "a", "--test_file", "b"])
+    embedded, own = parse_arguments([]), parse_arguments(["--dataset_name", "a", "--model_name_or_path", "b"])
+    assert (embedded[2].learning_rate, own[2].learning_rate) == (1e-3, 5e-5)

@@ -1,22 +1,24 @@
-"""Questions -> windows of tokens that a model can read, and back: where a token stands in the text."""
+"""Questions as windows of tokens that a model can read, and back: where each token stands in the text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from examples.squad.data import Question
+from .squad import Question
 
 
 @dataclass(frozen=True)
 class Window:
-    """One row of the model's input: ``context`` are the positions in it of the text's tokens ``first`` onwards.
+    """One row of the model's input.
 
-    ``null`` is the position of the class token, at which "no answer here" starts and ends.
+    Attributes:
+        context: the positions in the row of the text's tokens ``first`` onwards.
+        first: the text's first token in the window.
+        null: the position of the class token, at which "no answer here" starts and ends.
     """
 
     context: slice
@@ -25,6 +27,7 @@ class Window:
 
     @property
     def size(self) -> int:
+        """Tokens of the text in the window."""
         return int(self.context.stop - self.context.start)
 
 
@@ -39,18 +42,32 @@ class Reading:
     @property
     def gold(self) -> list[tuple[int, int]]:
         """First and last token of each annotator's answer."""
-        return [token_span(self.offsets, start, start + len(text)) for start, text in self.question.answers]
+        return [self._span(*answer) for answer in self.question.answers]
+
+    def _span(self, start: int, text: str) -> tuple[int, int]:
+        return token_span(self.offsets, start, start + len(text))
 
     def text(self, first: int, last: int) -> str:
-        """What tokens ``first`` .. ``last`` say."""
+        """The characters from token ``first`` to token ``last``."""
         return self.question.context[self.offsets[first][0] : self.offsets[last][1]]
+
+    def labels(self, window: Window) -> tuple[int, int]:
+        """Positions of the first annotator's answer in a window; the class token's where it does not hold all of it."""
+        for answer in self.question.answers[:1]:
+            first, last = (token - window.first for token in self._span(*answer))
+            if first >= 0 and last < window.size:
+                return window.context.start + first, window.context.start + last
+        return window.null, window.null
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The tokens that hold the characters ``start`` .. ``end`` - 1: the first and the last that overlap them.
+    """Return the first and the last token that overlap the characters ``start`` .. ``end`` - 1.
 
     >>> token_span([(0, 3), (4, 7), (7, 9)], 4, 9)
     (1, 2)
+
+    Raises:
+        ValueError: No token does.
     """
     inside = [index for index, (begin, stop) in enumerate(offsets) if begin < end and stop > start]
     if not inside:
@@ -58,41 +75,40 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     return inside[0], inside[-1]
 
 
-@dataclass
-class Readings:
-    """A set of questions: ``features`` holds the model's inputs, a row per window, in the order of ``rows``."""
-
-    rows: list[Reading]
-    features: Dataset = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def read(
+def read_windows(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, max_length: int, stride: int
-) -> Readings:
-    """Windows of at most ``max_length`` tokens, neighbours sharing ``stride`` tokens of the text.
+) -> tuple[list[Reading], dict[str, list[Any]]]:
+    """Tokenise questions with their texts, a long text in several windows.
 
-    The labels of a window are its first annotator's answer, or the class token where it does not hold all of it.
+    Args:
+        questions: what is asked.
+        tokenizer: a fast one, which knows the offsets of its tokens.
+        max_length: tokens of a window, of question and text together.
+        stride: tokens of the text that neighbouring windows share. An answer of at most so many lies whole in one.
+
+    Returns:
+        A reading for each question, and the model's inputs: columns with a row for each window, in the order of the
+        readings, with the labels ``start_positions`` and ``end_positions``.
 
     Raises:
-        ValueError: a slow tokenizer, which knows no offsets, or a question that leaves a window too little text.
+        ValueError: A slow tokenizer, or a question that leaves a window too little text.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"`model_name_or_path` needs a fast tokenizer, got {type(tokenizer).__name__}.")
     tokenizer.padding_side = "right"  # so that positions count from the front
-    readings, columns = [], {name: [] for name in (*tokenizer.model_input_names, "start_positions", "end_positions")}
+    names = tokenizer.model_input_names
+    readings: list[Reading] = []
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, "start_positions", "end_positions")}
     for question in questions:
         encoded = _encode(question, tokenizer, max_length, stride)
         reading = _reading(question, encoded, tokenizer.cls_token_id, stride)
         readings.append(reading)
-        labels = [_labels(reading, window) for window in reading.windows]
-        for name in tokenizer.model_input_names:
+        for name in names:
             columns[name] += encoded[name]
-        columns["start_positions"] += [start for start, _ in labels]
-        columns["end_positions"] += [end for _, end in labels]
-    return Readings(readings, Dataset.from_dict(columns))
+        for start, end in map(reading.labels, reading.windows):
+            columns["start_positions"].append(start)
+            columns["end_positions"].append(end)
+    return readings, columns
 
 
 def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> Any:
@@ -119,12 +135,3 @@ def _reading(question: Question, encoded: Any, class_token: int | None, stride: 
         windows.append(Window(context, first, ids.index(class_token) if class_token in ids else 0))
         offsets[first:] = [tuple(pair) for pair in encoded["offset_mapping"][index][context]]
     return Reading(question, tuple(windows), tuple(offsets))
-
-
-def _labels(reading: Reading, window: Window) -> tuple[int, int]:
-    if reading.question.answers:
-        start, text = reading.question.answers[0]
-        first, last = (token - window.first for token in token_span(reading.offsets, start, start + len(text)))
-        if first >= 0 and last < window.size:
-            return window.context.start + first, window.context.start + last
-    return window.null, window.null

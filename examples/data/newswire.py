@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from examples.conll.reader import Sentence
+from bayeformers.tasks import Sentence
 
 PERSON_SHARE = 0.7
 AMBIGUOUS_SHARE = 0.3
