@@ -10,7 +10,7 @@ __all__ = ["check_choice", "check_count", "check_draw", "check_number", "is_fini
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether an integer: Python's or NumPy's; True and 1.0 are none.
+    """Return whether an integer: Python's or NumPy's; True and 1.0 are none.
 
     >>> import numpy as np
     >>> [is_whole(value) for value in (3, np.int64(3), True, 3.0, "3")]
@@ -20,7 +20,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether a number, NaN and infinities included.
+    """Return whether a number, NaN and infinities included.
 
     >>> import numpy as np
     >>> [is_real(value) for value in (3, np.float32(0.5), float("nan"), True, np.True_, "3", 1j)]
@@ -30,7 +30,7 @@ def is_real(value: object) -> TypeGuard[float]:
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a number that is finite.
+    """Return whether a number that is finite.
 
     >>> is_finite(2), is_finite(float("inf"))
     (True, False)

@@ -30,7 +30,7 @@ _TENSOR_NAMES = ("_ids", "_mask", "_embeds", "pixel_values", "input_values")
 
 
 def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
-    """``model`` of its inputs; ``options`` are added to arguments that go by name.
+    """Return ``model`` of its inputs; ``options`` are added to arguments that go by name.
 
     >>> import torch
     >>> class Sum(nn.Module):
@@ -47,7 +47,7 @@ def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
 
 
 def check_inputs(inputs: Any) -> Inputs:
-    """What can be a batch.
+    """Return what can be a batch.
 
     Raises:
         TypeError: anything else than a mapping, a tensor, or a tuple or list that holds a tensor; in a mapping an array
@@ -85,6 +85,9 @@ def _check_entry(name: str, value: Any, *, or_numbers: bool) -> None:
     """Of a mapping; ``or_numbers``: lists of numbers are meant as tensors whatever they are called.
 
     Elsewhere they may be sizes, which are numbers for every model.
+
+    Raises:
+        TypeError: it should be a tensor.
     """
     if "label" in name:
         return

@@ -27,7 +27,7 @@ _RECORD = 1
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of shape, dtype and values, cut to 128 bits; the same on every device.
+    """Return SHA-256 of shape, dtype and values, cut to 128 bits; the same on every device.
 
     >>> digest(torch.zeros(2)) == digest(torch.zeros(2).clone()), digest(torch.zeros(2)) == digest(torch.zeros(2, 1))
     (True, False)
@@ -60,7 +60,7 @@ def write_digests(path: str | os.PathLike[str], digests: Mapping[str, str]) -> N
 
 
 def read_digests(path: str | os.PathLike[str]) -> dict[str, str] | None:
-    """What `write_digests` wrote; None for a newer version, whose digests this one cannot compute.
+    """Return what `write_digests` wrote; None for a newer version, whose digests this one cannot compute.
 
     Raises:
         ValueError: the file is damaged.
@@ -111,7 +111,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Map
 
 
 def folder(directory: Any) -> Path:
-    """A folder's path.
+    """Return a folder's path.
 
     Raises:
         TypeError: it is none.
@@ -122,7 +122,7 @@ def folder(directory: Any) -> Path:
 
 
 def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` wrote, every tensor of it, by the digests in the header; files of earlier versions have none.
+    """Return what `write` wrote, every tensor of it, by the digests in the header; files of earlier versions have none.
 
     Raises:
         ValueError: the file is missing, damaged, changed, of another kind or of a newer version.

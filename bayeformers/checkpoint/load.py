@@ -1,5 +1,7 @@
-"""`bayeformers.from_pretrained`: a converted model, by the stock loader around a class that converts as it is built, or
-a trained model with its Laplace posterior. What was saved is accounted for, tensor by tensor (see `accounting`).
+"""`bayeformers.from_pretrained`: a converted model, or a trained one with its Laplace posterior.
+
+A converted model is read by the stock loader, around a class that converts as it is built. What was saved is
+accounted for, tensor by tensor (see `accounting`).
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
 def _configuration(
     directory: str | os.PathLike[str], kwargs: dict[str, Any], hub: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """As in transformers' Auto classes: the configuration, changed by arguments that it has, and the others.
+    """Return the configuration, changed by arguments that it has, and the others, as transformers' Auto classes do.
 
     A configuration that is given takes the folder's record of the conversion and its class, if it has none itself.
     """
@@ -106,7 +108,7 @@ def _configuration(
 
 
 def _record(recorded: Any, directory: str) -> BayesianConfig:
-    """Errors: ValueError for a record that names no layer: nothing of the posterior would come back."""
+    """Raise ValueError for a record that names no layer: nothing of the posterior would come back."""
     if not isinstance(recorded, Mapping) or not recorded.get("modules") or not isinstance(recorded["modules"], Mapping):
         raise ValueError(
             f"The configuration in {directory!r} has a 'bayesian' entry that names no layer ({_short(recorded)}): it "
@@ -205,9 +207,10 @@ def _converting(original: type[PreTrainedModel], recorded: BayesianConfig) -> ty
 
 
 def architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:
-    """The class that a configuration names: of transformers, of an Auto class's table, or of the checkpoint's own code.
+    """Return the class that a configuration names: of transformers, of an Auto class's table, or the checkpoint's.
 
-    Errors: ValueError if there is none.
+    Raises:
+        ValueError: there is none.
     """
     name = (config.architectures or [None])[0]
     if name is not None and hasattr(transformers, name):

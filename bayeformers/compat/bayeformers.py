@@ -72,7 +72,7 @@ def to_bayesian(
     delta: float | None = None,
     freeze: bool = False,
 ) -> Model:
-    """A Bayesian copy of ``model``, wrapped. Now: `bayeformers.to_bayesian(model, delta, freeze)`, in place.
+    """Return a Bayesian copy of ``model``, wrapped. Now: `bayeformers.to_bayesian(model, delta, freeze)`, in place.
 
     Args:
         model: any `torch.nn.Module`; stays as it is.
@@ -85,7 +85,8 @@ def to_bayesian(
         freeze: train the scales alone; needs ``delta``.
 
     Raises:
-        TypeError, ValueError: what `bayeformers.to_bayesian` refuses; ``freeze`` or ``initialization`` where they would
+        TypeError: an argument is of a wrong kind.
+        ValueError: what `bayeformers.to_bayesian` refuses; ``freeze`` or ``initialization`` where they would
             do nothing.
 
     >>> model = to_bayesian(nn.Linear(3, 2), delta=0.05)

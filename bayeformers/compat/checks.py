@@ -6,10 +6,11 @@ import math
 
 
 def check_number(name: str, value: object) -> float:
-    """A finite number.
+    """Return a finite number.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError: an argument is of a wrong kind.
+        ValueError: it is none.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
@@ -19,10 +20,11 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_positive(name: str, value: object) -> float:
-    """A finite number > 0.
+    """Return a finite number > 0.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError: an argument is of a wrong kind.
+        ValueError: it is none.
     """
     number = check_number(name, value)
     if not number > 0:
@@ -31,7 +33,7 @@ def check_positive(name: str, value: object) -> float:
 
 
 def check_bool(name: str, value: object) -> bool:
-    """True or False.
+    """Return ``value`` if it is True or False.
 
     Raises:
         TypeError: it is neither.

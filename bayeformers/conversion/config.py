@@ -69,9 +69,10 @@ class BayesianConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BayesianConfig:
-        """Read :meth:`to_dict`; keys of newer versions are ignored.
+        """Return the configuration that :meth:`to_dict` gave; keys of newer versions are ignored.
 
         Raises:
+            TypeError: ``data`` is no mapping.
             ValueError: made by a version whose draws this one cannot repeat, or values that are refused.
         """
         if not isinstance(data, Mapping):

@@ -21,7 +21,7 @@ class HasModel(Protocol):
 def posterior_as_prior(
     model: nn.Module | HasModel, *, exclude: Sequence[str] = (), relative_scale: float = 1.0
 ) -> PosteriorPrior:
-    """The present posterior of a converted model, copied, as a prior for `to_bayesian`.
+    """Return the present posterior of a converted model, copied, as a prior for `to_bayesian`.
 
     Later training of ``model``, or `to_deterministic(model)`, does not change it. For the next task on the same
     network: take it, call `to_deterministic(model)`, change the head, and `to_bayesian(model, prior=...)`; every weight

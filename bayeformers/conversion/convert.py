@@ -109,7 +109,8 @@ def to_bayesian(
         The same object.
 
     Raises:
-        TypeError, ValueError: a wrong argument, a pattern that matches nothing convertible, a model that is Bayesian
+        TypeError: an argument is of a wrong kind.
+        ValueError: a wrong argument, a pattern that matches nothing convertible, a model that is Bayesian
             already, weights that are not finite, quantised, offloaded, sharded or on the meta device, or a tied weight
             of which only one owner is targeted.
 
@@ -154,7 +155,7 @@ def convert(
     chosen: Chosen | None = None,
     skipped: dict[str, str] | None = None,
 ) -> nn.Module:
-    """Apply a checked conversion, or repeat the one that ``config`` records (a checkpoint being loaded).
+    """Return ``model`` after a checked conversion, or the one that ``config`` records (a checkpoint being loaded).
 
     Raises:
         ValueError: ``config`` names modules that ``model`` has not, or of another class.

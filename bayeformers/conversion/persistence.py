@@ -40,7 +40,7 @@ _WHOLE = "Save `model.state_dict()`, and load it into a model with the same adap
 def without_lost(
     model: nn.Module, chosen: Mapping[str, type[BayesianModule]], *, is_multiplicative: bool, is_whole: bool
 ) -> tuple[dict[str, type[BayesianModule]], dict[str, str]]:
-    """The layers whose scales a checkpoint brings back, and the others with the reason; nothing of the model changes.
+    """Return the layers whose scales a checkpoint brings back, and the others with the reason.
 
     ``is_whole``: the layers are all that there are, not a choice of the user's, who would miss one.
 
@@ -84,7 +84,7 @@ def _added(
 
 
 def lost_names(model: nn.Module, added: Shapes) -> set[str]:
-    """Of the tensors ``added`` (name -> shape) to a model, those that a checkpoint would not bring back as they were.
+    """Return those of the tensors ``added`` (name -> shape) that a checkpoint would not bring back as they were.
 
     Every name is sent through the renaming and back, and what is split or joined as a tensor without values.
     """
@@ -167,7 +167,7 @@ def _kinds(transforms: list[WeightTransform]) -> tuple[list[WeightRenaming], lis
 
 
 def told_of_own_save(model: nn.Module) -> str | None:
-    """What to say after ``model`` was converted as a whole, if what it saves would be loaded without its posterior.
+    """Return what to say of a converted ``model`` if what it saves would be loaded without its posterior.
 
     A model of transformers, and one that is saved by its `state_dict`, have no such trouble: None. Of adapters see
     `told_of_adapters`.
@@ -192,7 +192,7 @@ def told_of_own_save(model: nn.Module) -> str | None:
 
 
 def told_of_adapters(model: nn.Module) -> str | None:
-    """What to say of a converted model with adapters: a folder of theirs holds no conversion; None: it has none.
+    """Return what to say of a converted model with adapters: a folder of theirs holds no conversion; None: it has none.
 
     The adapters are PEFT's, or were added by transformers' own `add_adapter`, which saves them alone too.
     """
@@ -220,7 +220,7 @@ def told_of_adapters(model: nn.Module) -> str | None:
 
 
 def peft_state(model: Any, own: dict[str, Any], adapter: str) -> dict[str, Tensor]:
-    """What PEFT saves of an adapter, by the names that it gives them: tensors of ``own``, or computed ones.
+    """Return what PEFT saves of an adapter, by the names that it gives them: tensors of ``own``, or computed ones.
 
     ``own``: ``model.state_dict(keep_vars=True)``, so that a tensor is told by its identity.
     """

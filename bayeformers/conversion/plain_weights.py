@@ -86,7 +86,7 @@ def why_not_plain_tensor(tensor: Tensor) -> str | None:
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:
-    """accelerate's hook on the module, or those that it runs one after another."""
+    """The hook of accelerate on the module, or those that it runs one after another."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
         yield from getattr(hook, "hooks", (hook,))

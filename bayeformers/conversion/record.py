@@ -34,7 +34,7 @@ def conversion_record(model: nn.Module) -> Conversion | None:
 
 
 def conversion_of(model: nn.Module) -> Conversion:
-    """The record of a model's conversion, found through wrappers.
+    """Return the record of a model's conversion, found through wrappers.
 
     Raises:
         ValueError: ``model`` is not Bayesian, or was built by hand.
@@ -44,7 +44,7 @@ def conversion_of(model: nn.Module) -> Conversion:
 
 
 def converted_module(model: nn.Module) -> nn.Module:
-    """The module that :func:`to_bayesian` was called with: ``model`` or one inside it.
+    """Return the module that :func:`to_bayesian` was called with: ``model`` or one inside it.
 
     Raises:
         ValueError: ``model`` is not Bayesian, or was built by hand.
@@ -67,7 +67,7 @@ def not_bayesian(model: nn.Module) -> str:
 
 
 def bayesian_config(model: nn.Module) -> BayesianConfig:
-    """The configuration of a converted model; the same that its `config.json` records.
+    """Return the configuration of a converted model; the same that its `config.json` records.
 
     Raises:
         ValueError: ``model`` is not Bayesian, or was built by hand.
@@ -76,7 +76,7 @@ def bayesian_config(model: nn.Module) -> BayesianConfig:
 
 
 def update_config(model: nn.Module, **changes: Any) -> BayesianConfig | None:
-    """Record what training adds (``num_training_items``, ``kl_weight``, ``noise_std``), on the model and its config.
+    """Return the configuration after ``changes``, such as ``num_training_items``, are on the model and its config.
 
     None, and nothing done, for a network that was built by hand: it has no record.
     """

@@ -31,7 +31,7 @@ _RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d|_flat_weights|all_weights
 
 
 def register_layer(torch_class: type[nn.Module]) -> Callable[[type[BayesianModule]], type[BayesianModule]]:
-    """Decorator: `to_bayesian` turns instances of exactly ``torch_class`` into the decorated Bayesian layer.
+    """Return a decorator: `to_bayesian` turns instances of exactly ``torch_class`` into the decorated layer.
 
     Raises:
         TypeError: ``torch_class`` is no class, or the decorated one not both a `BayesianModule` and a subclass of it.
@@ -70,7 +70,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def bayesian_class(module: nn.Module, owner: nn.Module | None = None, attribute: str = "") -> Found:
-    """The Bayesian class for this instance, or None and the reason why it stays deterministic.
+    """Return the Bayesian class for this instance, or None and the reason why it stays deterministic.
 
     ``owner``: the module that has it as its ``attribute``.
     """
@@ -117,7 +117,9 @@ def _forwards_by_class(module: nn.Module) -> bool:
 
 @functools.cache
 def _cooperative(source: type[nn.Module]) -> type[BayesianModule] | None:
-    """A subclass that adds to `super().forward(...)` and reads no weight itself takes the draw by inheritance.
+    """Return the Bayesian class of a subclass that adds to `super().forward(...)` and reads no weight itself.
+
+    It takes the draw by inheritance.
 
     Its Bayesian class has the registered layer between it and torch's, where `super()` finds it. Examples: scaled word
     embeddings and learned position embeddings with an offset, in BART and its kin.
@@ -168,7 +170,7 @@ def _calls_own(source: type[nn.Module], base: type[nn.Module], code: types.CodeT
 
 
 def is_only_read(owner: nn.Module, attribute: str) -> bool:
-    """Whether ``owner`` reads the weight of its child ``attribute`` and has no other use for it, so never calls it.
+    """Return whether ``owner`` only reads the weight of its child ``attribute``, and so never calls it.
 
     A draw inside the child's forward would not reach it, so its tensors are `RandomParameters`. Examples: relative
     positions in DeBERTa's encoder, the projections of WavLM's attention, the queries of DETR. A child that is called
@@ -208,7 +210,7 @@ def _loads_self(instruction: dis.Instruction) -> bool:
 
 @functools.cache
 def takes_past_names(source: type[nn.Module]) -> bool:
-    """Whether the forward, or a method of its own class that it uses, goes by ``self.parameters()`` or the like.
+    """Return whether the forward, or a method of its own class that it uses, goes by ``self.parameters()`` or the like.
 
     Asking such a Parameter for its device or dtype does no harm.
     """

@@ -21,6 +21,18 @@ Chosen = dict[str, type[BayesianModule]]
 def choose(
     model: nn.Module, target: Patterns, exclude: Patterns | None, saved: list[str], norms: bool = False
 ) -> tuple[Chosen, dict[str, str]]:
+    """Return the modules to convert with their Bayesian class, and all others with the reason why not.
+
+    Args:
+        model: to be converted.
+        target: `target_modules`.
+        exclude: `exclude_modules`.
+        saved: names of modules that stay deterministic, with all inside them.
+        norms: whether normalisations are converted too.
+
+    Raises:
+        ValueError: nothing is left to convert, or a name of ``target`` is of nothing convertible.
+    """
     names = [name for name, _ in model.named_modules()]
     targeted = set(names) if target == "all" else matching(names, target, "target_modules")
     excluded = set() if exclude is None else subtrees(names, matching(names, exclude, "exclude_modules"))
@@ -75,6 +87,7 @@ def _left_alone(name: str, module: nn.Module, kind: type[BayesianModule]) -> lis
 
 
 def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+    """Names of the modules that `modules_to_save` names; TypeError for a string, which is no list."""
     if isinstance(patterns, str):
         raise TypeError(f"`modules_to_save` must be a list of module names, got the string {patterns!r}.")
     names = [name for name, _ in model.named_modules()]
@@ -100,7 +113,7 @@ def _nothing_to_convert(target: Patterns, targeted: Iterable[str], skipped: dict
 
 
 def owners_of(model: nn.Module, chosen: Chosen) -> dict[int, list[tuple[str, str]]]:
-    """Owners (module, parameter) of each distinct Parameter that becomes random, in the order of ``chosen``.
+    """Return the owners (module, parameter) of each distinct Parameter that becomes random, in the order of ``chosen``.
 
     A model that transformers is still loading declares its ties before it has made them.
     """
@@ -165,6 +178,7 @@ def estimators_of(names: Iterable[str], estimator: str | Mapping[str, str]) -> d
 
 
 def check_weights(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Raise ValueError for weights of the modules ``chosen`` that are not finite."""
     for name in chosen:
         for parameter_name, parameter in model.get_submodule(name)._parameters.items():
             if parameter is not None and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
@@ -175,6 +189,7 @@ def check_weights(model: nn.Module, chosen: Iterable[str]) -> None:
 
 
 def recorded(model: nn.Module, config: BayesianConfig) -> Chosen:
+    """Return the modules that a configuration records; ValueError where the model has others there."""
     modules = dict(model.named_modules())
     chosen = {}
     position = {name: number for number, name in enumerate(modules)}  # JSON has sorted the names

@@ -86,7 +86,7 @@ class ModelSummary:
 
 
 def summary(model: nn.Module) -> ModelSummary:
-    """Layers converted and skipped (why), coverage, scale / |mean| and KL of each tensor.
+    """Return the layers converted and skipped (why), coverage, scale / |mean| and KL of each tensor.
 
     Raises:
         ValueError: ``model`` is not Bayesian.

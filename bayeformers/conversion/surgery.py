@@ -50,7 +50,7 @@ def tie(owners: list[tuple[nn.Module, str]], name: str, noise_version: int, *, p
 
 
 def predicted_padding(model: nn.Module, owners: Iterable[Sequence[tuple[str, str]]]) -> list[str]:
-    """Tied tensors whose padding row is the row of a token that is predicted, by their first owner.
+    """Return tied tensors whose padding row is the row of a token that is predicted, by their first owner.
 
     With `pad_token_id` = `eos_token_id`, as decoders without a padding token are trained, the row of a table that is
     also the head's is the end of text: the head multiplies by it and trains it.
@@ -145,6 +145,7 @@ def _is_factor(kind: Hashable, attribute: str) -> bool:
 
 
 def set_dropout(model: nn.Module, key: str, rate: float) -> None:
+    """Set the rate that `dropout_rates` has called ``key``; a part that was replaced since is left alone."""
     if key == "config.layerdrop":
         model.config.layerdrop = rate  # type: ignore[union-attr]
         return

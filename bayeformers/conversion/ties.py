@@ -18,7 +18,7 @@ def full_name(owner: Owner) -> str:
 
 
 def ties_of(model: nn.Module, owners: Iterable[Sequence[Owner]]) -> dict[str, str]:
-    """Of each distinct tensor with several owners, every further name and the first one.
+    """Return every further name of each distinct tensor with several owners, and the first one.
 
     And what transformers' list says, and holds, of one of them and a Parameter that is not random.
     """

@@ -146,10 +146,11 @@ def _squares(tensor: Tensor) -> float:
 
 
 def as_batches(calibration_inputs: Inputs | Iterable[Inputs]) -> list[Inputs]:
-    """What `forward` takes, or several of it.
+    """Return what `forward` takes, or several of it.
 
     Raises:
-        TypeError, ValueError: neither, or none.
+        TypeError: an argument is of a wrong kind.
+        ValueError: neither, or none.
     """
     if isinstance(calibration_inputs, Tensor | Mapping):
         return [calibration_inputs]

@@ -32,7 +32,7 @@ class Candidates:
 
     @classmethod
     def of(cls, model: nn.Module, exclude_modules: Patterns | None = None) -> Self:
-        """Of a model, less the layers and containers that ``exclude_modules`` names.
+        """Return of a model, less the layers and containers that ``exclude_modules`` names.
 
         Raises:
             ValueError: there is none.

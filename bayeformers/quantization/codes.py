@@ -16,7 +16,7 @@ LIMIT = 127
 
 
 def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """INT8 codes and the step of each row: step = max |row| / 127, so that |matrix - step * codes| <= step / 2.
+    """Return INT8 codes and the step of each row: step = max |row| / 127, so that |matrix - step * codes| <= step / 2.
 
     A row of zeros has the smallest normal number as its step. Values are read in float32.
 
@@ -32,7 +32,7 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_product(x: Tensor, codes: Tensor, step: Tensor) -> Tensor:
-    """x W^T in INT8: the rows of x get codes of their own, the products are summed exactly in INT32.
+    """Return x W^T in INT8: the rows of x get codes of their own, the products are summed exactly in INT32.
 
     Shape: ``x`` (n, k); ``codes`` (m, k) and ``step`` (m,) of W -> float32 (n, m).
     """
@@ -89,6 +89,7 @@ class Codes:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes and steps."""
         return self.codes.nbytes + self.step.nbytes
 
 
@@ -136,6 +137,7 @@ class ScaleCodes:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes, tops and steps."""
         return self.codes.nbytes + self.top.nbytes + self.step.nbytes
 
 

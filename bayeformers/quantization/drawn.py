@@ -61,4 +61,5 @@ class Drawn:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the draw, once it has been made."""
         return 0 if self._made is None else self._made.nbytes

@@ -43,7 +43,7 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def kinds(model: nn.Module, exclude: Patterns | None = None) -> tuple[dict[str, type[QuantizedLayer]], dict[str, str]]:
-    """Layers that can hold INT8, and of every other module with Parameters why not.
+    """Return layers that can hold INT8, and of every other module with Parameters why not.
 
     A tied weight is INT8 in all its layers, with the same channels, or in none.
     """
@@ -99,8 +99,9 @@ def install(model: nn.Module, weights: Iterable[Weight]) -> None:
 
 
 def twin(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
-    """A copy at the posterior mean, without gradients, whose Parameters share the memory of the model's; and which of
-    its Parameters stands for which of the model's.
+    """Return a deterministic copy at the posterior mean, and which of its Parameters stands for which of the model's.
+
+    It has no gradients, and its Parameters share the memory of the model's.
 
     `own` ends the sharing. Buffers are copies; a posterior that the model carries is left out.
     """

@@ -44,6 +44,7 @@ class LayerNoise:
 
     @classmethod
     def of(cls, block: LaplaceBlock, module: nn.Module, names: Mapping[str, str]) -> Self:
+        """The noise of one Laplace block, in INT8 where its basis is large enough."""
         variance = block.variances()[0]
         curvature = block.eigen.eigenvalues
         left, right = (

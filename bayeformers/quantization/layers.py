@@ -159,7 +159,7 @@ KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {kind.torch_class: kind for
 
 
 def product(x: Tensor, coded: Codes, bias: Tensor | None, axis: int = 0) -> Tensor:
-    """x W^T + b in INT8, in the dtype of ``x``; the bias is added in float.
+    """Return x W^T + b in INT8, in the dtype of ``x``; the bias is added in float.
 
     Shape: ``x`` (*, k); W (m, k), or (k, m) with ``axis`` 1 -> (*, m).
     """
@@ -173,11 +173,12 @@ def product(x: Tensor, coded: Codes, bias: Tensor | None, axis: int = 0) -> Tens
 def quantized_kind(
     module: nn.Module, owner: nn.Module | None, attribute: str
 ) -> tuple[type[QuantizedLayer] | None, str]:
-    """The INT8 class for this instance, or None and the reason why it stays float.
+    """Return the INT8 class for this instance, or None and the reason why it stays float.
 
     Args:
         module: a deterministic layer.
-        owner: the module that has it as its ``attribute``.
+        owner: the module that has it.
+        attribute: under which name.
     """
     kind, reason = bayesian_class(module, owner, attribute)
     if kind is None:

@@ -92,7 +92,7 @@ class MeanFieldNoise(Noise):
         return tuple(self.scales)
 
     def deviation(self, name: str, index: int, seed: int) -> Tensor:
-        """sigma * eps, float32 or the wider dtype of a float scale."""
+        """The deviation sigma * eps, float32 or the wider dtype of a float scale."""
         scale = self.scales[name]
         like = scale if isinstance(scale, Tensor) else scale.codes
         eps = Draw(seed, index, keep=False).noise(self.specs[name], like)

@@ -38,7 +38,7 @@ def quantize(
     max_noise: float = MAX_NOISE,
     exclude_modules: Patterns | None = None,
 ) -> QuantizedPosterior:
-    r"""The posterior with INT8 means and scales, around a copy of its model; nothing is trained.
+    r"""Return the posterior with INT8 means and scales, around a copy of its model; nothing is trained.
 
     Linear, transformers' Conv1D, Conv1d to Conv3d, their transposed forms and Embedding hold their weight in INT8,
     random or not; all else (biases, norms, LSTM, GRU, attention's own parameters, bare Parameters) stays float and is

@@ -38,6 +38,7 @@ class Report(tuple[LayerReport, ...]):
     """One row per layer; ``print`` shows a table."""
 
     def __new__(cls, rows: Sequence[LayerReport]) -> Report:
+        """Make the tuple of rows."""
         return super().__new__(cls, rows)
 
     @property

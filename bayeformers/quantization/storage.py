@@ -33,7 +33,7 @@ _LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], nn.Module
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> QuantizedPosterior:
-    """The posterior that `QuantizedPosterior.save` wrote: its predictions are the same bit by bit on one machine.
+    """Return the posterior that `QuantizedPosterior.save` wrote; on one machine its predictions are the same bits.
 
     Args:
         directory: the folder.

@@ -36,7 +36,7 @@ class ELBO(nn.Module):
         self.n_samples = _count("n_samples", n_samples)
 
     def forward(self, predictions: Tensor, targets: Tensor, kld: Tensor, kld_weight: float = 1.0) -> Tensor:
-        """n_samples * nll + kld_weight * kld.
+        """Return n_samples * nll + kld_weight * kld.
 
         Args:
             predictions: log-probabilities (B, C), averaged over draws by :meth:`log_mean_exp`.
@@ -45,7 +45,8 @@ class ELBO(nn.Module):
             kld_weight: finite, >= 0.
 
         Raises:
-            TypeError, ValueError: a wrong ``kld_weight``; ``predictions`` that are no log-probabilities.
+            TypeError: an argument is of a wrong kind.
+            ValueError: a wrong ``kld_weight``; ``predictions`` that are no log-probabilities.
         """
         if check_number("kld_weight", kld_weight) < 0:
             raise ValueError(f"`kld_weight` must be >= 0, got {kld_weight!r}.")
@@ -55,7 +56,7 @@ class ELBO(nn.Module):
 
     @staticmethod
     def log_mean_exp(X: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-        """log mean exp X along ``dim``, of all elements if None. Now: `torch.logsumexp(x, dim) - math.log(n)`."""
+        """Log mean exp of X along ``dim``, of all if None. Now: `torch.logsumexp(x, dim) - math.log(n)`."""
         if dim is None:
             X, dim = X.reshape(-1), 0
         return X.logsumexp(dim, keepdim) - math.log(X.shape[dim])
@@ -91,14 +92,15 @@ class Uncertainty:
         self.batched = check_bool("batched", batched)
 
     def __call__(self, model: nn.Module, X: Tensor) -> UncertaintyOfClasses:
-        """Epistemic and aleatoric covariance of the classes, and the decision.
+        """Return the epistemic and aleatoric covariance of the classes, and the decision.
 
         Args:
             model: with Bayesian layers; gives logits (B, C), or (logits, kl).
             X: one example, or with ``batched=True`` a batch of them.
 
         Raises:
-            TypeError, ValueError: ``X`` is no tensor; ``model`` has no Bayesian layer or gives no logits (B, C).
+            TypeError: an argument is of a wrong kind.
+            ValueError: ``X`` is no tensor; ``model`` has no Bayesian layer or gives no logits (B, C).
         """
         if not isinstance(X, Tensor):
             raise TypeError(f"`X` must be a tensor, got {type(X).__name__}.")

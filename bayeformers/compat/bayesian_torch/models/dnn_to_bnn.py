@@ -49,7 +49,8 @@ def dnn_to_bnn(m: nn.Module, bnn_prior_parameters: Mapping[str, Any]) -> None:
             * ``moped_delta``: see there.
 
     Raises:
-        TypeError, ValueError: a key is missing or unknown, or its value is not allowed; nothing to convert; Bayesian
+        TypeError: an argument is of a wrong kind.
+        ValueError: a key is missing or unknown, or its value is not allowed; nothing to convert; Bayesian
             already. ``m`` is unchanged then.
 
     >>> parameters = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0,
@@ -81,7 +82,7 @@ def dnn_to_bnn(m: nn.Module, bnn_prior_parameters: Mapping[str, Any]) -> None:
 
 
 def get_kl_loss(m: nn.Module, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
-    """KL(q || p) of all Bayesian layers of ``m``, each distinct Parameter once: a scalar with gradient.
+    """Return KL(q || p) of all Bayesian layers of ``m``, each distinct Parameter once: a scalar with gradient.
 
     Now: `kl_divergence(model)`, which is the sum. Beside a mean cross-entropy the ELBO has it divided by the number N
     of training examples.

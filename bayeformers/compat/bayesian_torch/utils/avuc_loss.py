@@ -33,7 +33,7 @@ class AvULoss(nn.Module):
         self.beta = check_positive("beta", beta)
 
     def forward(self, logits: Tensor, labels: Tensor, optimal_uncertainty_threshold: float, type: int = 0) -> Tensor:
-        """The weighted loss, a scalar.
+        """Return the weighted loss, a scalar.
 
         Args:
             logits: (N, C), or (S, N, C) of S draws.
@@ -42,7 +42,8 @@ class AvULoss(nn.Module):
             type: 0 for the predictive entropy; 1 for the mutual information of the draws.
 
         Raises:
-            TypeError, ValueError: another ``type``, draws missing for ``type=1``, or what `avuc_loss` refuses.
+            TypeError: an argument is of a wrong kind.
+            ValueError: another ``type``, draws missing for ``type=1``, or what `avuc_loss` refuses.
         """
         name = _uncertainty(type, logits)
         return self.beta * avuc_loss(logits, labels, optimal_uncertainty_threshold, uncertainty=name)

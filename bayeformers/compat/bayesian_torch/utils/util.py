@@ -18,13 +18,14 @@ FloatArray = NDArray[np.float64]
 
 
 def predictive_entropy(mc_preds: ArrayLike) -> FloatArray:
-    """Total uncertainty H[mean_s p_s] in nats. Now: `bayeformers.metrics.predictive_entropy(log_probs)`.
+    """Return the total uncertainty H[mean_s p_s] in nats. Now: `bayeformers.metrics.predictive_entropy(log_probs)`.
 
     Args:
         mc_preds: probabilities (S draws, ..., C classes); neither logits nor their logarithm.
 
     Raises:
-        TypeError, ValueError: no array of probabilities.
+        TypeError: an argument is of a wrong kind.
+        ValueError: no array of probabilities.
 
     Shape: (S, ..., C) -> (...).
 
@@ -36,7 +37,7 @@ def predictive_entropy(mc_preds: ArrayLike) -> FloatArray:
 
 
 def mutual_information(mc_preds: ArrayLike) -> FloatArray:
-    """Epistemic part H[mean_s p_s] - mean_s H[p_s] >= 0 in nats. Now: `bayeformers.metrics.mutual_information`.
+    """Return the epistemic part H[mean_s p_s] - mean_s H[p_s] in nats. Now: `bayeformers.metrics.mutual_information`.
 
     Arguments, shapes and errors as of :func:`predictive_entropy`.
 
@@ -48,12 +49,13 @@ def mutual_information(mc_preds: ArrayLike) -> FloatArray:
 
 
 def get_rho(sigma: Tensor, delta: float) -> Tensor:
-    """rho of MOPED's initial scale, delta |w| of a weight ``sigma`` = w. Now: `to_bayesian(model, delta)` does it.
+    """Return MOPED's initial rho, of scale delta |w| for a weight ``sigma`` = w. Now: `to_bayesian(model, delta)`.
 
     Zeros get a share of the mean weight of their tensor instead of a scale of 1e-20.
 
     Raises:
-        TypeError, ValueError: ``delta`` is no finite number > 0; ``sigma`` no tensor.
+        TypeError: an argument is of a wrong kind.
+        ValueError: ``delta`` is no finite number > 0; ``sigma`` no tensor.
 
     Shape: any -> the same.
     """
