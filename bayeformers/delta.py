@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,12 +18,12 @@ from .checks import is_finite
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic
 from .distributions import InitialScale
 from .forward import Inputs, check_inputs
-from .likelihoods import IGNORED, NoiseStd
+from .likelihoods import IGNORED, NoiseStd, get_likelihood
 from .linearized.links import linearized_predictive
 from .nn import variational_tensors
 from .posteriors import PointPosterior, VariationalPosterior
 from .predictive import Predictive
-from .sampling.views import alone, copy_around
+from .sampling.views import alone, private_view
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def calibrate_delta(
         delta, for ``to_bayesian(model, delta)``.
 
     Raises:
-        TypeError, ValueError: a wrong argument, no batch, or a regression without labels.
+        ValueError: an argument is not one of these, there is no batch, or a regression has no labels.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> delta = calibrate_delta(net, torch.randn(64, 4), torch.randint(3, (64,)), num_samples=4, progress=False)
@@ -106,22 +107,7 @@ def calibrate_delta(
         if targets is None:
             limit = _nll(means, own) * (1 + tolerance)
             return math.exp(_largest_within(nll, limit, math.log(low), math.log(high)))
-        return _told(math.exp(_smallest(nll, math.log(low), math.log(high))), low, high)
-
-
-def delta_end(delta: float, low: float, high: float) -> Literal["smallest", "largest"] | None:
-    """Which end of the range that was searched ``delta`` is, if it is one.
-
-    >>> delta_end(10.0, *BOUNDS["glm"]), delta_end(0.3, *BOUNDS["glm"])
-    ('largest', None)
-    """
-    if delta <= low * (1 + 1e-9):
-        return "smallest"
-    return "largest" if delta >= high * (1 - 1e-9) else None
-
-
-def _told(delta: float, low: float, high: float) -> float:
-    """The same; a warning at the end of the range."""
+        delta = math.exp(_smallest(nll, math.log(low), math.log(high)))
     if (end := delta_end(delta, low, high)) is not None:
         logger.warning(
             "calibrate_delta found the least NLL at the %s end of `bounds`, delta = %.4g: the true minimum lies beyond "
@@ -131,6 +117,25 @@ def _told(delta: float, low: float, high: float) -> float:
             "lowers" if end == "largest" else "raises",
         )
     return delta
+
+
+def delta_end(delta: float, low: float, high: float) -> Literal["smallest", "largest"] | None:
+    """Which end of the range that was searched ``delta`` is, if it is one.
+
+    Args:
+        delta: what `calibrate_delta` found.
+        low: its smaller bound.
+        high: its larger bound.
+
+    Returns:
+        The end; None inside the range.
+
+    >>> delta_end(10.0, *BOUNDS["glm"]), delta_end(0.3, *BOUNDS["glm"])
+    ('largest', None)
+    """
+    if delta <= low * (1 + 1e-9):
+        return "smallest"
+    return "largest" if delta >= high * (1 - 1e-9) else None
 
 
 def _sampled_search(
@@ -206,9 +211,7 @@ def _own_labels(predictive: Predictive) -> Tensor:
     """The decisions, where tokens count; a causal language model's is about the token that follows."""
     if predictive.log_probs is None:
         raise ValueError("`labels` are needed: a regression has no labels of its own to hold on to.")
-    labels = predictive.mean_log_probs.argmax(-1)
-    if predictive.problem_type == "causal_lm":
-        labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]], dim=1)
+    labels = get_likelihood(predictive.problem_type).unaligned(predictive.mean_log_probs.argmax(-1))
     return labels if predictive.mask is None else labels.masked_fill(~predictive.mask, IGNORED)
 
 
@@ -224,31 +227,41 @@ def _converted(model: nn.Module, conversion: dict[str, Any]) -> Iterator[nn.Modu
     """A copy of ``model`` around the same means, converted; a model that cannot be copied itself, until exit."""
     if is_bayesian(model) and conversion:
         raise TypeError(f"`model` is converted already: {sorted(conversion)} can only be given for a plain model.")
-    copied = copy_around(model, [tensor.rho for tensor in variational_tensors(model)])
+    copied = _copy_around(model, [tensor.rho for tensor in variational_tensors(model)])
     if copied is not None:
         yield copied if is_bayesian(copied) else to_bayesian(copied, **conversion)
         return
     with alone(model):
-        if is_bayesian(model):
-            with _same_scales(model):
-                yield model
-            return
-        to_bayesian(model, **conversion)
+        was_bayesian = is_bayesian(model)
+        before = [tensor.rho.detach().clone() for tensor in variational_tensors(model)]
+        if not was_bayesian:
+            to_bayesian(model, **conversion)
         try:
             yield model
         finally:
-            to_deterministic(model)
+            if not was_bayesian:
+                to_deterministic(model)
+            with torch.no_grad():
+                for tensor, rho in zip(variational_tensors(model), before, strict=True):
+                    tensor.rho.copy_(rho)
 
 
-@contextlib.contextmanager
-def _same_scales(model: nn.Module) -> Iterator[None]:
-    before = [tensor.rho.detach().clone() for tensor in variational_tensors(model)]
+def _copy_around(model: nn.Module, own: Iterable[nn.Parameter]) -> nn.Module | None:
+    """A copy, to be changed at will, whose Parameters share the model's memory, but for ``own`` ones; None: no copy."""
+    if private_view(model) is None:
+        return None
+    apart = {id(parameter) for parameter in own}
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        value = parameter.detach().clone() if id(parameter) in apart else parameter.detach()
+        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    carried = vars(model).get("posterior")  # which is left out
+    if carried is not None:
+        memo[id(carried)] = None
     try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, rho in zip(variational_tensors(model), before, strict=True):
-                tensor.rho.copy_(rho)
+        return copy.deepcopy(model, memo)
+    except (TypeError, ValueError, RuntimeError):  # a lock, or what else has no copy
+        return None
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""What a model's forward takes, as callers give it: by name, one tensor, several, or one mapping or list."""
+"""What a model's forward takes, as callers give it (by name, one tensor, several, one mapping or list), and gives."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Inputs",
-    "batch_size",
-    "call",
-    "check_filled",
-    "check_inputs",
-    "holds_tensor",
-    "mapped",
-    "rows",
-    "tensors_in",
-]
+    "IGNORED", "Inputs", "attended_positions", "batch_size", "call", "check_filled", "check_inputs", "holds_tensor",
+    "labels_of", "logits_of", "mapped", "output_field", "rows", "tensors_in", "wide",
+]  # fmt: skip
 
 Inputs = Mapping[str, Any] | Tensor | Sequence[Any]
 """A mapping of names to arguments, one tensor, or a tuple or list of several arguments. A forward of one argument that
 is no tensor (a mapping, a list) gets it whole."""
+
+IGNORED = -100
+"""The label that counts for nothing."""
+
+_POSITIONS = {"logits": 0, "start_logits": 0, "end_logits": 1}  # in a tuple
 
 # the ends of the names that transformers gives its tensors
 _TENSOR_NAMES = ("_ids", "_mask", "_embeds", "pixel_values", "input_values")
@@ -32,7 +31,6 @@ _TENSOR_NAMES = ("_ids", "_mask", "_embeds", "pixel_values", "input_values")
 def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
     """Return ``model`` of its inputs; ``options`` are added to arguments that go by name.
 
-    >>> import torch
     >>> class Sum(nn.Module):
     ...     def forward(self, a, b): return a + b
     >>> a, b = torch.ones(1), torch.ones(1)
@@ -173,3 +171,67 @@ def _takes_whole(model: nn.Module, inputs: Inputs) -> bool:
         return len(needed) == 1 and not has_any_name and not set(inputs) & {p.name for p in parameters}
     has_more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     return len(needed) == 1 and not has_more and (len(inputs) > len(named) or len(named) == 1)
+
+
+# ---------------------------------------------------------------------------------------------------- outputs, labels
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in the wider dtype that it has."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def output_field(output: Any, name: str) -> Any:
+    """A field of a model's output, which is a ModelOutput, a mapping, a tuple, a tensor or an object; None without."""
+    if isinstance(output, Mapping):
+        return output.get(name)
+    if isinstance(output, Tensor):
+        return output if name == "logits" else None
+    if isinstance(output, tuple) and (position := _POSITIONS.get(name)) is not None:
+        return output[position] if len(output) > position else None
+    return getattr(output, name, None)
+
+
+def logits_of(output: Any, name: str = "logits") -> Tensor:
+    """Find the logits in a model's output.
+
+    Returns:
+        The logits, in float32 or wider.
+
+    Raises:
+        ValueError: it has none.
+    """
+    logits = output_field(output, name)
+    if logits is None and name == "logits":
+        logits = output_field(output, "logits_per_image")  # zero-shot classification of images by texts
+    if not isinstance(logits, Tensor) or logits.dim() < 1:
+        raise ValueError(f"`output` needs `{name}`, got {_described(output)}.")
+    return wide(logits)
+
+
+def labels_of(batch: Mapping[str, Any], name: str = "labels") -> Tensor:
+    """Find a batch's labels.
+
+    Returns:
+        The tensor of that name.
+
+    Raises:
+        ValueError: they are missing or no tensor.
+    """
+    labels = batch.get(name)
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"`{name}` must be a tensor in every training batch, got {type(labels).__name__}; "
+            f"the batch has {sorted(batch)}."
+        )
+    return labels
+
+
+def attended_positions(batch: Any, length: int, name: str = "attention_mask") -> Tensor | None:
+    """The attention mask (B, T) as bool, if there is one for sequences of ``length``."""
+    mask = batch.get(name) if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length else None
+
+
+def _described(output: Any) -> str:
+    return f"{type(output).__name__} with {list(output)}" if isinstance(output, Mapping) else type(output).__name__

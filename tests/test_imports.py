@@ -119,7 +119,10 @@ def test_module_imports_only_what_its_room_allows(name: str) -> None:
     assert not wrong, f"{name} imports {wrong}; it may import {allowed}"
 
 
-@pytest.mark.xfail(strict=True, reason="three circles within rooms are still to be opened")
+CIRCULAR = {"training"}
+"""Rooms with a circle that is still to be opened."""
+
+
 def test_no_circles_of_imports() -> None:
     """Those inside a room and those within functions count too."""
     later = {name: set(imported(name, path)) - {name} for name, path in MODULES.items()}
@@ -128,7 +131,7 @@ def test_no_circles_of_imports() -> None:
             del later[name]
     on_a_path = {name: sorted(others & later.keys()) for name, others in later.items()}
     circles = {name: others for name, others in on_a_path.items() if any(name in _reached(later, o) for o in others)}
-    assert not circles, f"these import each other: {circles}"
+    assert {name.partition(".")[0] for name in circles} == CIRCULAR, f"these import each other: {circles}"
 
 
 def _reached(later: dict[str, set[str]], start: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import sys
@@ -394,3 +395,24 @@ def test_a_subclass_with_a_draw_of_its_own_is_asked_for_it() -> None:
     expected = predict(model, x, num_samples=1).log_probs
     assert not Twice(model).draws_in_views and PointPosterior(model).draws_in_views
     assert torch.equal(Twice(model).predict(x).log_probs, expected)
+
+
+def test_nothing_is_collected_while_other_threads_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Python 3.11 a collection inside `sys._current_frames` may wait for itself for ever."""
+    frames, collects = sys._current_frames, list[bool]()
+
+    def look() -> dict[int, Any]:
+        collects.append(gc.isenabled())
+        return frames()
+
+    monkeypatch.setattr(sys, "_current_frames", look)
+    release = threading.Event()
+    other = threading.Thread(target=release.wait)
+    other.start()
+    try:
+        with preserved():
+            pass
+    finally:
+        release.set()
+        other.join()
+    assert collects and not any(collects) and gc.isenabled()

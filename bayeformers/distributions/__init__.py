@@ -1,7 +1,15 @@
 """The variational family, the priors, and the divergence between them."""
 
 from .diagonal_normal import MIN_SCALE, DiagonalNormal, rho_from_scale, scale_from_rho, unit_of
-from .gaussian_priors import ARDNormal, ARDPrior, EmpiricalBayesPrior, EmpiricalNormal, MopedPrior, NormalPrior
+from .gaussian_priors import (
+    ARDNormal,
+    ARDPrior,
+    EmpiricalBayesPrior,
+    EmpiricalNormal,
+    MopedPrior,
+    NormalPrior,
+    PosteriorPrior,
+)
 from .heavy_tailed import (
     DoubleExponential,
     DoubleExponentialPrior,
@@ -12,7 +20,6 @@ from .heavy_tailed import (
 )
 from .initial_scale import InitialScale, initial_scale
 from .kl import kl_divergence, register_kl
-from .posterior_prior import PosteriorPrior
 from .prior import Prior, PriorDistribution, prior_from_dict
 
 __all__ = [

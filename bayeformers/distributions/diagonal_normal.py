@@ -18,7 +18,7 @@ LINEAR_FROM = 20.0  # softplus(rho) = rho beyond this, in float32 exactly
 
 
 def scale_from_rho(rho: Tensor) -> Tensor:
-    """Scale sigma = max(softplus(rho), MIN_SCALE), finite with finite gradients for rho in [-200, 200].
+    """Return the scale sigma = max(softplus(rho), MIN_SCALE), finite with finite gradients for rho in [-200, 200].
 
     Under the floor the slope is that at the floor, d log sigma / d rho = 1, so that a scale can leave it again.
 
@@ -34,14 +34,13 @@ def scale_from_rho(rho: Tensor) -> Tensor:
 
 
 def scale_slope(rho: Tensor) -> Tensor:
-    """d sigma / d rho = sigmoid(rho), and MIN_SCALE from the floor downwards; shape: any -> the same, a new tensor."""
+    """Return d sigma / d rho = sigmoid(rho), MIN_SCALE from the floor downwards: a new tensor of the same shape."""
     return rho.clamp_min(_MIN_RHO).sigmoid()
 
 
 def _floored_softplus(rho: Tensor) -> Tensor:
-    """Written as log1p(exp(rho)): `F.softplus` rounds differently in vectorised and in scalar code, so that a row of a
-    table would depend on where in a lookup it stands; these two functions do not.
-    """
+    # as log1p(exp(rho)): `F.softplus` rounds differently in vectorised and in scalar code, so that a row of a table
+    # would depend on where in a lookup it stands; these two functions do not
     return torch.maximum(rho, rho.clamp_max(LINEAR_FROM).exp().log1p()).clamp_min(MIN_SCALE)
 
 
@@ -65,7 +64,7 @@ class _Scale(torch.autograd.Function):
 
 
 def rho_from_scale(scale: Tensor) -> Tensor:
-    """Inverse of :func:`scale_from_rho`: rho = scale + log(1 - exp(-scale)), exact for tiny and for large scales.
+    """Return the inverse of :func:`scale_from_rho`: rho = scale + log(1 - exp(-scale)), exact for tiny and large ones.
 
     Shape: any -> the same. Scales below ``MIN_SCALE`` are raised to it.
 
@@ -89,7 +88,7 @@ def check_scale(scale: str) -> None:
 
 
 def unit_of(loc: Tensor, floor: Tensor) -> Tensor:
-    """Unit of the multiplicative scale, sigma = unit * scale_from_rho(rho): max(|loc|, floor).
+    """Return the unit of the multiplicative scale, sigma = unit * scale_from_rho(rho): max(|loc|, floor).
 
     So sigma^2 = alpha loc^2 with alpha = scale_from_rho(rho)^2. Kharitonov et al. 2018 (arXiv 1811.00596),
     but for the floor, under which sigma does not depend on loc: a weight at 0 stays uncertain. The derivative in loc is
@@ -129,5 +128,5 @@ class DiagonalNormal:
         return self.scale.expand_as(self.loc).log().sum() + 0.5 * math.log(2 * math.pi * math.e) * self.loc.numel()
 
     def rsample(self, noise: Tensor) -> Tensor:
-        """loc + scale * noise, differentiable in loc and scale; ``noise`` ~ N(0, 1) of the shape of ``loc``."""
+        """Return loc + scale * noise, differentiable in loc and scale; ``noise`` ~ N(0, 1) of the shape of ``loc``."""
         return self.loc + self.scale * noise

@@ -39,11 +39,6 @@ class ScaleMixturePrior(Prior):
         if self.quadrature is not None and not (type(self.quadrature) is int and self.quadrature >= 1):
             raise ValueError(f"`quadrature` must be None or a whole number >= 1, got {self.quadrature!r}.")
 
-    @property
-    def needs_centre(self) -> bool:
-        """Never: it is centred at zero."""
-        return False
-
     def for_tensor(self, centre: Tensor, initial: InitialScale) -> ScaleMixture:
         """The same mixture for every tensor."""
         return ScaleMixture(self.pi, self.std1, self.std2, self.quadrature)
@@ -70,11 +65,6 @@ class DoubleExponentialPrior(Prior):
         check_positive("scale", self.scale, "the mean of |w - centre|")
         check_centre(self.centre)
 
-    @property
-    def needs_centre(self) -> bool:
-        """Only with ``centre="pretrained"``."""
-        return self.centre == "pretrained"
-
     def for_tensor(self, centre: Tensor, initial: InitialScale) -> DoubleExponential:
         """The density around m."""
         return DoubleExponential(centre_tensor(self.centre, centre), scalar_like(centre, self.scale))
@@ -90,11 +80,6 @@ class LogUniformPrior(Prior):
     """
 
     type: ClassVar[str] = "log_uniform"
-
-    @property
-    def needs_centre(self) -> bool:
-        """Never: it is centred at zero."""
-        return False
 
     def for_tensor(self, centre: Tensor, initial: InitialScale) -> LogUniform:
         """The same density for every tensor."""

@@ -29,13 +29,15 @@ class InitialScale:
     floor: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, delta: float, padding_idx: int | None = None) -> InitialScale:
+    def from_weight(cls, weight: Tensor, delta: float, padding_idx: int | None = None) -> InitialScale:
         """The rule for one tensor; ``weight`` is all of it, and its row ``padding_idx`` does not count."""
         total, count = _norm1(weight), weight.numel()
         if padding_idx is not None:
             total, count = total - _norm1(weight[padding_idx]), count - weight[padding_idx].numel()
         mean = total / max(count, 1)
         return cls(delta, torch.where(mean > 0, 0.1 * mean, _INITIALIZER_RANGE))
+
+    of = from_weight  # its name until 0.2
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Scales of a part of that tensor, in float32 or wider: the shape of ``weight``."""
@@ -44,7 +46,7 @@ class InitialScale:
 
 
 def check_delta(delta: float) -> float:
-    """``delta`` as a float.
+    """Return ``delta`` as a float.
 
     Raises:
         TypeError: not a number.
@@ -61,14 +63,14 @@ def check_delta(delta: float) -> float:
 
 
 def initial_scale(weight: Tensor, delta: float) -> Tensor:
-    """MOPED's initial scale of a whole tensor: delta * max(|w|, 0.1 mean|w|); delta * 0.02 for an all-zero one.
+    """Return MOPED's initial scale of a whole tensor: delta * max(|w|, 0.1 mean|w|), delta * 0.02 for an all-zero one.
 
     Shape: any -> the same, float32 or the wider dtype of ``weight``.
 
     >>> initial_scale(torch.tensor([1.0, -2.0, 0.0]), 0.1)
     tensor([0.1000, 0.2000, 0.0100])
     """
-    return InitialScale.of(weight, delta)(weight)
+    return InitialScale.from_weight(weight, delta)(weight)
 
 
 def _norm1(weight: Tensor) -> Tensor:

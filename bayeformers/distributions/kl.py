@@ -21,7 +21,7 @@ KL = Callable[[Any, Any], Tensor]
 
 
 def register_kl(posterior: type, prior: type) -> Callable[[KL], KL]:
-    """Decorator: ``f(q, p)`` gives KL(q || p), summed over the weights, for these two types.
+    """Return a decorator: ``f(q, p)`` gives KL(q || p), summed over the weights, for these two types.
 
     As ``torch.distributions.kl.register_kl``; a subclass finds the entry of its nearest base.
     """
@@ -39,7 +39,7 @@ def has_closed_form(q: DiagonalNormal, p: PriorDistribution) -> bool:
 
 
 def kl_divergence(q: DiagonalNormal, p: PriorDistribution, noise: Tensor | None = None) -> Tensor:
-    """KL(q || p) = E_q[log q - log p] in nats, summed over the weights, never averaged: a scalar with gradient.
+    """Return KL(q || p) = E_q[log q - log p] in nats, summed over the weights, never averaged: a scalar with gradient.
 
     A pair without a registered closed form gives the unbiased one-draw estimate -H[q] - log p(loc + scale * noise)
     (Blundell et al. 2015, eq. 2, with the first term exact).
@@ -122,7 +122,7 @@ def _kl_normal_ard(q: DiagonalNormal, p: ARDNormal) -> Tensor:
 
 @register_kl(DiagonalNormal, DoubleExponential)
 def _kl_normal_double_exponential(q: DiagonalNormal, p: DoubleExponential) -> Tensor:
-    """Sum of log(2 b) + E|w - m| / b, less H[q]; d = mu - m.
+    """Return the sum of log(2 b) + E|w - m| / b, less H[q]; d = mu - m.
 
     E|w - m| = sigma sqrt(2 / pi) exp(-d^2 / (2 sigma^2)) + d erf(d / (sigma sqrt 2)): the folded Gaussian's mean.
     """

@@ -18,7 +18,7 @@ _TERMS = {torch.float32: 14, torch.float64: 16}
 
 
 def log_moment(x: Tensor) -> Tensor:
-    r"""E log|x + z| - E log|z| for z ~ N(0, 1): 0 at 0, even, and log|x| + (log 2 + gamma) / 2 for large |x|.
+    r"""Return E log|x + z| - E log|z|, z ~ N(0, 1): 0 at 0, even, and log|x| + (log 2 + gamma) / 2 for large |x|.
 
     With t = x^2 / 2 its derivative in t is Dawson's integral D(sqrt t) / sqrt t, hence the value
 

@@ -43,9 +43,12 @@ class Prior(ABC):
         _PRIORS[cls.type] = cls
 
     @property
-    @abstractmethod
     def needs_centre(self) -> bool:
-        """Whether the density depends on the trained weight w0, which must be kept once the mean trains."""
+        """Whether the density depends on the trained weight w0, which must be kept once the mean trains.
+
+        As it stands, where the prior has a ``centre`` that is "pretrained".
+        """
+        return getattr(self, "centre", None) == "pretrained"
 
     @abstractmethod
     def for_tensor(self, centre: Tensor, initial: InitialScale) -> PriorDistribution:
@@ -62,9 +65,10 @@ class Prior(ABC):
 
 
 def prior_from_dict(data: Mapping[str, Any]) -> Prior:
-    """The prior that :meth:`Prior.to_dict` described.
+    """Return the prior that :meth:`Prior.to_dict` described.
 
     Raises:
+        TypeError: ``data`` is no mapping.
         ValueError: unknown ``type``, or values that the prior refuses.
 
     >>> prior_from_dict({"type": "normal", "std": 0.5, "centre": 0.0})

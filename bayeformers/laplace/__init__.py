@@ -1,6 +1,6 @@
 """KFAC Laplace: a Gaussian posterior for any trained network, from the curvature of its likelihood."""
 
-from ..linearized import register_curvature
+from ..linearized import register_curvature, register_rule
 from .analysis.directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
 from .analysis.gradients import ExampleGradients, example_gradients
 from .analysis.influence import influence, inner_products, natural_gradient, novelty, similarity
@@ -35,6 +35,7 @@ __all__ = [
     "novelty",
     "posterior_of",
     "register_curvature",
+    "register_rule",
     "similarity",
     "tune",
 ]

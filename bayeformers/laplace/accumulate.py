@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..likelihoods.loss_hessian import empirical_column, hessian_columns, label_mask, log_likelihood, sampled_columns
+from ..likelihoods.registry import likelihood_of_family
 from ..linearized import Use, examples_first, gradients, record, separation
 from ..linearized.blocks import GaussianBlock
 from ..linearized.captured import Captured, captured_block, in_block
@@ -56,6 +56,7 @@ class Accumulator:
         self._num_seen, self._process = curvature.num_examples, process_index()
         if bases is not None:
             self.targets = [replace(t, left=bases[t.name].left, right=bases[t.name].right) for t in self.targets]
+        self._likelihood = likelihood_of_family(curvature.config.likelihood)
         self._modules = [module for target in self.targets for module in target.modules]
 
     def add(self, batch: Batch) -> None:
@@ -66,7 +67,7 @@ class Accumulator:
         Raises:
             ValueError: outputs or labels that are not finite or do not fit.
         """
-        labelled = batch.labelled(self.curvature.config.likelihood)
+        labelled = batch.labelled(self._likelihood)
         if len(labelled):
             self._add(labelled, self._generators(labelled) if self.curvature.config.fisher == "mc" else [])
         self._num_seen += len(labelled)
@@ -108,8 +109,11 @@ class Accumulator:
 
     def _is_factored(self, target: Target) -> bool:
         """Whether its sums are Kronecker factors; a normalisation has the exact diagonal."""
-        has_factors = target.rule.is_affine or isinstance(target.rule, EmbeddingRule)
-        return has_factors and self.curvature.config.curvature in ("kfac", "ekfac") and not self.is_second_pass
+        return (
+            target.rule.kind.has_factors
+            and self.curvature.config.curvature in ("kfac", "ekfac")
+            and not self.is_second_pass
+        )
 
     def _sum(self, target: Target, name: str, value: Tensor) -> None:
         self.curvature.add(target.name, name, value, self.device)
@@ -135,12 +139,12 @@ class Accumulator:
         if config.fisher == "empirical":
             if batch.labels is None:
                 raise ValueError('`fisher`="empirical" needs labels in every batch; "exact" and "mc" need none.')
-            yield empirical_column(outputs, batch.labels, config.likelihood)
+            yield self._likelihood.empirical_column(outputs, batch.labels)
             return
         if config.fisher == "mc":
-            found = sampled_columns(outputs, config.likelihood, num_samples=config.num_mc_samples, generator=generators)
+            found = self._likelihood.sampled_columns(outputs, num_samples=config.num_mc_samples, generator=generators)
         else:
-            found = hessian_columns(outputs, config.likelihood)
+            found = self._likelihood.hessian_columns(outputs)
         counted = self._counted(outputs, batch)
         for column in found:
             column = column if counted is None else column * counted
@@ -152,7 +156,7 @@ class Accumulator:
     def _counted(self, outputs: Tensor, batch: Batch) -> Tensor | None:
         """1 where an output has a loss term: by its label, else by the attention mask."""
         if batch.labels is not None:
-            return label_mask(outputs, batch.labels, self.curvature.config.likelihood).to(outputs.dtype)
+            return self._likelihood.label_mask(outputs, batch.labels).to(outputs.dtype)
         if outputs.ndim == 3 and batch.attended is not None and batch.attended.shape == outputs.shape[:2]:
             return batch.attended.unsqueeze(-1).to(outputs.dtype)
         return None
@@ -163,17 +167,17 @@ class Accumulator:
         return outputs.numel() if counted is None else int(counted.expand_as(outputs).count_nonzero())
 
     def _count(self, outputs: Tensor, batch: Batch) -> None:
-        sums, likelihood = self.curvature, self.curvature.config.likelihood
+        sums, likelihood = self.curvature, self._likelihood
         if self.is_second_pass:
             return
         sums.num_examples += len(batch)
-        if likelihood != "regression":
+        if not likelihood.has_noise:
             sums.num_outputs += self._num_terms(outputs, batch)
         if batch.labels is None:
             sums.log_likelihood = float("nan")
             return
-        sums.log_likelihood += float(log_likelihood(outputs, batch.labels, likelihood))
-        if likelihood == "regression":
+        sums.log_likelihood += float(likelihood.log_likelihood(outputs, batch.labels))
+        if likelihood.has_noise:
             residual = outputs.double() - batch.labels.reshape(outputs.shape).double()
             sums.squared_error += float(residual.square().sum())
             sums.num_outputs += outputs.numel()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..linearized import LayerRule
 from ..linearized.covariance import Separable
 from ..sampling.generators import NOISE_VERSION
 from .kronecker import KroneckerEigen
@@ -53,6 +54,11 @@ class LaplaceBlock:
         return self.target.parameters
 
     @property
+    def rule(self) -> LayerRule:
+        """That of the layer's class."""
+        return self.target.rule
+
+    @property
     def left(self) -> Tensor | None:
         return None if self.eigen.left is None else self.placed(self.eigen.left)
 
@@ -90,7 +96,7 @@ class LaplaceBlock:
             return None
         key = (tolerance, self.dtype)
         if key not in self._known:
-            self._known[key] = Separable.of(self._variances()[0, 0].to(self.dtype), tolerance)
+            self._known[key] = Separable.from_variances(self._variances()[0, 0].to(self.dtype), tolerance)
         found = self._known[key]
         return None if found is None else found.to(self.device)
 

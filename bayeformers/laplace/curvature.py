@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..likelihoods.loss_hessian import Fisher, Likelihood
+from ..likelihoods.loss_hessian import Fisher
 from ..processes import gathered, num_processes, summed
 from ..storage import check_whole, read, write
 from .kronecker import KroneckerEigen, add_second_moment, symmetric, symmetric_eigen
@@ -49,7 +49,7 @@ class CurvatureConfig:
     curvature: CurvatureKind = "kfac"
     fisher: Fisher = "exact"
     weight_sharing: WeightSharing = "expand"
-    likelihood: Likelihood = "classification"
+    likelihood: str = "classification"
     num_mc_samples: int = 1
     seed: int = 0
 

@@ -11,20 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
-from ..likelihoods import IGNORED, ProblemType, resolve_problem_type, unwrapped
-from ..likelihoods.loss_hessian import Likelihood
+from ..likelihoods import IGNORED, Likelihood, get_likelihood, resolve_problem_type, unwrapped
 from ..linearized import examples
-from ..posteriors.base import without_labels
-
-_LIKELIHOODS: dict[str, Likelihood] = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multilabel",
-    "regression": "regression",
-    "token_classification": "classification",
-    "causal_lm": "classification",
-    "seq2seq_lm": "classification",
-    "unknown": "classification",
-}
+from ..posteriors.heads import without_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +50,7 @@ class Batch:
         regression has no ignored label, and without labels every example counts.
         """
         size = len(self)
-        if self.labels is None or likelihood == "regression" or len(self.labels) != size:
+        if self.labels is None or likelihood.has_noise or len(self.labels) != size:
             return self
         counts = (self.labels.reshape(size, -1) != IGNORED).any(1)
         if bool(counts.all()):
@@ -71,7 +60,7 @@ class Batch:
         return Batch(rows(self.inputs, counts, size), self.labels[counts], attended, self.has_padding, numbers)
 
 
-def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
+def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> str:
     """The likelihood of the model's head; classification for a model that transformers does not know.
 
     ``labels``: of a batch; they tell single from multi label where the configuration does not.
@@ -80,9 +69,10 @@ def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> Likelihood:
         ValueError: a head whose labels are positions.
     """
     problem = resolve_problem_type(model, labels)
-    if problem not in _LIKELIHOODS:
+    family = get_likelihood(problem).family
+    if family is None:
         raise ValueError(f"There is no Laplace posterior for a {problem!r} head yet; `to_bayesian` supports it.")
-    return _LIKELIHOODS[problem]
+    return family
 
 
 def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None = None) -> Batch:
@@ -102,9 +92,11 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
     inputs = without_labels(
         model, {**given, "labels": labels} if isinstance(given, Mapping) and labels is not None else given
     )
-    problem = resolve_problem_type(model, labels, or_unknown=True)
+    likelihood = get_likelihood(resolve_problem_type(model, labels, or_unknown=True))
     is_padded = isinstance(inputs, Mapping) and any("mask" in name for name in inputs)
-    return Batch(inputs, _aligned(labels, problem), _attended(model, inputs), has_padding=is_padded)
+    return Batch(
+        inputs, None if labels is None else likelihood.aligned(labels), _attended(model, inputs), has_padding=is_padded
+    )
 
 
 def real_examples(loader: Iterable[Any], number: int, length: int) -> int | None:
@@ -141,13 +133,6 @@ def _split(batch: Any) -> tuple[Any, Tensor | None]:
         "`dataloader` must give mappings, (inputs, labels) pairs (several inputs: the labels last) or tensors, got "
         f"{type(batch).__name__}."
     )
-
-
-def _aligned(labels: Tensor | None, problem: ProblemType) -> Tensor | None:
-    """Position t of a causal language model is scored on label t + 1."""
-    if labels is None or problem != "causal_lm":
-        return labels
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
 def _attended(model: nn.Module, inputs: Inputs) -> Tensor | None:

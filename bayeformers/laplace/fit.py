@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..checks import is_whole
 from ..likelihoods import logits_of
-from ..likelihoods.loss_hessian import Fisher, Likelihood, num_columns
+from ..likelihoods.loss_hessian import Fisher
+from ..likelihoods.registry import families, likelihood_of_family
 from ..linearized import check_reads, record, recording_view
 from ..linearized.captured import OutputOf
 from ..linearized.links import Link
@@ -47,7 +48,7 @@ def fit(
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
-    likelihood: Likelihood | None = None,
+    likelihood: str | None = None,
     subset: Subset = "all",
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
@@ -80,7 +81,7 @@ def fit(
         dataloader: the training data, in any order: mappings with labels inside, (inputs, labels) pairs, or inputs.
             Labels are needed for the log marginal likelihood, the noise of a regression and fisher="empirical" only.
             An example whose every label is -100 (ignored) is as good as not there.
-        likelihood: "classification", "multilabel" or "regression"; by default that of the model's head.
+        likelihood: "classification", "multilabel", "regression" or "ordinal"; by default that of the model's head.
         subset: "all" layers, or the "last_layer": the layer called last.
         target_modules: PEFT's patterns of layers to cover instead, Embedding and normalisation layers included.
         exclude_modules: PEFT's patterns of layers to leave deterministic.
@@ -127,7 +128,7 @@ def fit(
     is_given, likelihood = likelihood is not None, likelihood_of(model) if likelihood is None else likelihood
     if noise_std is not None:
         check_positive("noise_std", noise_std)
-        if likelihood != "regression":
+        if not likelihood_of_family(likelihood).has_noise:
             raise ValueError(f"`noise_std` is a regression's, got {noise_std!r} for {likelihood!r}; see `temperature`.")
     prior_precision = default_choice(validation) if prior_precision is None else prior_precision
     _check_choices(likelihood, subset, curvature, fisher, weight_sharing, link, prior_precision)
@@ -325,11 +326,15 @@ def _auto_curvature(curvature: str, subset: Subset, targets: list[Target]) -> Cu
     return "full" if is_small else "kfac"
 
 
-def _auto_fisher(fisher: str, outputs: Tensor, likelihood: Likelihood) -> Fisher:
+def _auto_fisher(fisher: str, outputs: Tensor, likelihood: str) -> Fisher:
     if fisher != "auto":
         return fisher  # type: ignore[return-value]
     positions = max(gathered(outputs.shape[1] if outputs.ndim == 3 else 1))
-    return "exact" if num_columns(outputs.shape[-1], likelihood) * positions <= MAX_BACKWARDS else "mc"
+    return (
+        "exact"
+        if likelihood_of_family(likelihood).num_columns(outputs.shape[-1]) * positions <= MAX_BACKWARDS
+        else "mc"
+    )
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -349,7 +354,7 @@ def _check_choices(
     prior_precision: Any,
 ) -> None:
     choices = {
-        "likelihood": (likelihood, get_args(Likelihood)),
+        "likelihood": (likelihood, families()),
         "subset": (subset, get_args(Subset)),
         "curvature": (curvature, ("auto", *get_args(CurvatureKind))),
         "fisher": (fisher, ("auto", *get_args(Fisher))),

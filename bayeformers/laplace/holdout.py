@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..likelihoods import get_likelihood
 from ..linearized.captured import bare_tensors, covariance, linearize
-from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
-from ..posteriors.base import has_many_logits, known_problem_type
+from ..linearized.links import Link, ignores_shift, linearized_predictive
+from ..posteriors.heads import has_many_logits, known_problem_type
 from ..processes import process_index, summed
 from .choice import End, end_of
 from .data import Batch
@@ -56,6 +57,7 @@ def holdout_nll(
         ValueError: no labels.
     """
     blocks, problem = posterior.blocks_at(list(grid)), posterior.problem_type()
+    likelihood = get_likelihood(problem)
     contrasts = ignores_shift(problem, link)
     totals, count = np.zeros(len(grid)), 0
     for batch in batches:
@@ -69,11 +71,11 @@ def holdout_nll(
                 covariance,
                 posterior.outputs_of,
                 contrasts=contrasts,
-                of_softmax=problem in SOFTMAX_PROBLEMS,
+                of_softmax=likelihood.ignores_shift,
             )
         problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
-        values = mean.squeeze(-1) if problem == "regression" and mean.shape[-1] == 1 else mean
-        labels = batch.labels if problem != "regression" else batch.labels.reshape(values.shape)
+        values = mean.squeeze(-1) if likelihood.has_noise and mean.shape[-1] == 1 else mean
+        labels = batch.labels.reshape(values.shape) if likelihood.has_noise else batch.labels
         for number, matrix in enumerate(stacked):
             predictive = linearized_predictive(
                 mean, matrix, problem, link=link, seed=seed, noise_std=posterior.noise_std

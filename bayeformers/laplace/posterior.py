@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import is_finite
-from ..likelihoods import ProblemType, logits_of, resolve_problem_type
+from ..likelihoods import ProblemType, get_likelihood, logits_of, resolve_problem_type
+from ..likelihoods.registry import likelihood_of_family
 from ..linearized.blocks import GaussianBlock, block_draw
 from ..linearized.captured import OutputOf, Statistic
 from ..sampling.generators import NOISE_VERSION, check_noise_version
@@ -30,11 +31,6 @@ from .weights import by_parameter
 
 FILE = "laplace.safetensors"
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
-_PROBLEMS: dict[str, ProblemType] = {
-    "classification": "single_label_classification",
-    "multilabel": "multi_label_classification",
-    "regression": "regression",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +181,7 @@ class LaplacePosterior(MovedPosterior):
 
     def _log_likelihood(self) -> float:
         record = self.record
-        if record.config.likelihood != "regression":
+        if not likelihood_of_family(record.config.likelihood).has_noise:
             return record.log_likelihood / self.temperature
         constant = record.num_outputs * (math.log(self.noise_std) + 0.5 * math.log(2 * math.pi))
         missing = math.nan if record.num_outputs == 0 else 0.0
@@ -255,9 +251,9 @@ class LaplacePosterior(MovedPosterior):
 
     def problem_type(self) -> ProblemType:
         """That of the model's class; for a class that transformers does not know, of the fit's likelihood."""
-        known, likelihood = resolve_problem_type(self.model), self.record.config.likelihood
-        is_told = known != "unknown" and likelihood == "classification"  # a model may not know that it is multi-label
-        return known if is_told else _PROBLEMS[likelihood]
+        known, family = get_likelihood(resolve_problem_type(self.model)), self.record.config.likelihood
+        is_told = known.is_known and known.family == family  # a model may not know that it is multi-label
+        return (known if is_told else likelihood_of_family(family)).problem_type
 
     def _deviation(self, index: int, seed: int) -> dict[nn.Parameter, Tensor]:
         """The first draws stay in memory: every batch asks for the same ones."""

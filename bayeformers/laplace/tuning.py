@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
+from ..likelihoods.registry import likelihood_of_family
 from ..linearized.links import Link
 from .choice import PrecisionChoice, by_evidence
 from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
@@ -41,7 +42,9 @@ def tune(
     posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
     spectra = posterior.spectra
     per_layer = prior_precision == "marglik_per_layer"
-    finds_noise = noise_std is None and record.config.likelihood == "regression" and record.num_outputs > 0
+    finds_noise = (
+        noise_std is None and likelihood_of_family(record.config.likelihood).has_noise and record.num_outputs > 0
+    )
     if finds_noise and record.squared_error > 0:
         best, noise = optimal_precision_and_noise(
             spectra,

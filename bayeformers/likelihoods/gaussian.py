@@ -1,4 +1,4 @@
-r"""The Gaussian likelihood of a network that predicts its own noise: a variance head.
+r"""Regression: y ~ N(f, s^2), of one noise s for all inputs, or of a variance head, which predicts its own noise.
 
 For L targets such a head has 2 L outputs: the first L columns are the means m, the last L the log variances v of
 N(m, exp(v)). v is clamped to ``LOG_VARIANCE_RANGE``, i.e. a standard deviation between 4.5e-5 and 2.2e4 in the targets'
@@ -9,30 +9,61 @@ unit (standardise targets that are far from 1); outside of it its gradient is 0.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOG_VARIANCE_RANGE", "gaussian_nll", "split_variance_head"]
+from ..checks import check_choice, is_finite
+from ..forward import labels_of, logits_of, wide
+from .base import Batch, ItemNLL, Likelihood
+from .loss_hessian import Generators, made
+
+__all__ = ["HEAD", "LOG_VARIANCE_RANGE", "NoiseStd", "Regression", "check_noise_std", "gaussian_log_prob",
+           "gaussian_nll", "mean_and_variance", "regression_labels", "regression_values", "split_variance_head",
+           "squeezed", "unit_columns"]  # fmt: skip
 
 LOG_VARIANCE_RANGE = (-20.0, 20.0)
-_REDUCTIONS = ("mean", "sum", "none")
+
+HEAD: Literal["head"] = "head"
+NoiseStd = float | Literal["head"]
+"""A standard deviation > 0 in the targets' unit, or "head": the model predicts L means, then L log variances."""
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in the wider dtype that it has."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def check_noise_std(noise_std: Any) -> NoiseStd | None:
+    """Check a noise.
+
+    Returns:
+        ``noise_std`` as a float, "head" or None.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if noise_std is None or (isinstance(noise_std, str) and noise_std == HEAD):
+        return cast("NoiseStd | None", noise_std)
+    if not (is_finite(noise_std) and noise_std > 0):
+        raise ValueError(f'`noise_std` must be finite and > 0, or "head", got {noise_std!r}.')
+    return float(noise_std)
+
+
+def gaussian_log_prob(value: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
+    """Elementwise log N(value; mean, exp(log_scale)^2) in nats; the arguments broadcast."""
+    inverse = math.exp(-log_scale) if isinstance(log_scale, float) else (-log_scale).exp()
+    return -(0.5 * ((value - mean) * inverse).square() + log_scale + 0.5 * math.log(2 * math.pi))
 
 
 def split_variance_head(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and clamped log variances, (..., L) each, of ``output`` (..., 2 L), in float32 or wider.
+    """Split the output (..., 2 L) of a variance head.
+
+    Returns:
+        Means and clamped log variances, (..., L) each, in float32 or wider.
 
     Raises:
         TypeError: no floating-point tensor.
         ValueError: an odd number of columns.
 
-    >>> import torch
     >>> split_variance_head(torch.tensor([[1.0, 2.0, 0.0, 50.0]]))
     (tensor([[1., 2.]]), tensor([[ 0., 20.]]))
     """
@@ -53,17 +84,19 @@ def gaussian_nll(output: Tensor, target: Tensor, reduction: Literal["mean", "sum
     Args:
         output: (B, 2 L): m, then v.
         target: y, (B, L); (B,) for L = 1.
-        reduction: over examples: "mean", "sum" or "none", (B,).
+        reduction: over examples: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or (B,) for "none".
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or range.
+        TypeError: an argument is no tensor.
+        ValueError: an argument of another shape or range.
 
-    >>> import torch
     >>> gaussian_nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1.0]))  # log(2 pi) / 2
     tensor(0.9189)
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"`reduction` must be one of {_REDUCTIONS}, got {reduction!r}.")
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     mean, log_variance = split_variance_head(output)
     if mean.dim() != 2:
         raise ValueError(f"`output` must have shape (B, 2 L), got {tuple(output.shape)}.")
@@ -74,8 +107,138 @@ def gaussian_nll(output: Tensor, target: Tensor, reduction: Literal["mean", "sum
     target = target.to(mean).reshape(mean.shape)
     if not bool(target.isfinite().all()):
         raise ValueError("`target` must be finite.")
-    residual = (target - mean) * (-0.5 * log_variance).exp()
-    values = (0.5 * (residual.square() + log_variance) + 0.5 * math.log(2 * math.pi)).sum(1)
+    values = -gaussian_log_prob(target, mean, 0.5 * log_variance).sum(1)
     if reduction == "none":
         return values
     return values.mean() if reduction == "mean" else values.sum()
+
+
+def mean_and_variance(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Read the output (..., 2 L) of a variance head; `split_variance_head` says what is refused.
+
+    Returns:
+        Means and noise variances, (..., L) each, or (...) for L = 1.
+
+    >>> mean_and_variance(torch.tensor([[1.5, 0.0]]))
+    (tensor([1.5000]), tensor([1.]))
+    """
+    mean, log_variance = split_variance_head(output)
+    return squeezed(mean), squeezed(log_variance.exp())
+
+
+def squeezed(values: Tensor) -> Tensor:
+    """(..., L) -> (...) for L = 1, as regression values are kept."""
+    return values.squeeze(-1) if values.dim() > 1 and values.shape[-1] == 1 else values
+
+
+def regression_values(output: Any, noise_std: NoiseStd | None) -> tuple[Tensor, Tensor]:
+    """Read one draw of a regression.
+
+    Returns:
+        Means and noise variances, (B,) or (B, L) each, in float32 or wider.
+
+    Raises:
+        ValueError: the noise is not known.
+
+    >>> regression_values(torch.tensor([[1.5, 0.0]]), "head")
+    (tensor([1.5000]), tensor([1.]))
+    """
+    values = logits_of(output)
+    if noise_std is None:
+        raise ValueError("`noise_std` is not known: give a number > 0, for example the RMSE on training data.")
+    if noise_std == HEAD:
+        return mean_and_variance(values)
+    values = squeezed(values)
+    return values, torch.full_like(values, noise_std**2)
+
+
+def regression_labels(batch: Batch, mean: Tensor) -> Tensor:
+    """Check a regression's labels against its ``mean``, (B,) or (B, L).
+
+    Returns:
+        The labels, (B, L), in the dtype of the mean.
+
+    Raises:
+        ValueError: labels of another number, or that are not finite.
+    """
+    labels = labels_of(batch).to(mean)
+    if labels.numel() != mean.numel():
+        raise ValueError(f"`labels` must have {mean.numel()} numbers, as the head's output, got {labels.numel()}.")
+    if not bool(labels.isfinite().all()):
+        raise ValueError("`labels` of a regression must be finite.")
+    return labels.reshape(len(mean), -1)
+
+
+def unit_columns(logits: Tensor) -> Iterator[Tensor]:
+    """e_k for each of the C outputs, of the logits' shape."""
+    for k in range(logits.shape[-1]):
+        column = torch.zeros_like(logits)
+        column[..., k] = 1.0
+        yield column
+
+
+class Regression(Likelihood):
+    """Values (B, L) with Gaussian noise; Laplace's curvature is taken at noise 1, and a noise s scales it by 1/s^2."""
+
+    problem_type = "regression"
+    family = "regression"
+    fits_sequences = True
+    has_noise = True
+    links = ("auto",)
+
+    def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
+        """Summed over the outputs of an example."""
+        output = logits_of(outputs)
+        if noise_std == HEAD:
+            labels = regression_labels(batch, split_variance_head(output)[0])
+            values = gaussian_nll(output.reshape(len(output), -1), labels, "none")
+        elif not (is_finite(noise_std) and noise_std > 0):
+            raise ValueError(f"`noise_std` must be a number > 0 for a Gaussian likelihood, got {noise_std!r}.")
+        else:
+            labels = regression_labels(batch, output)
+            values = -gaussian_log_prob(labels, output.reshape(labels.shape), math.log(noise_std)).sum(1)
+        return ItemNLL(values, torch.ones_like(values, dtype=torch.bool))
+
+    def mean_loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """The mean squared error: a head's own loss knows no noise."""
+        logits = outputs["logits"].float().squeeze()
+        return F.mse_loss(logits, batch["labels"].to(logits).squeeze())
+
+    def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
+        """(B,), or (B, L) with several outputs; `mean_and_variance` splits those of a variance head."""
+        return squeezed(logits_of(output))
+
+    # -- Laplace -----------------------------------------------------------------------------------------------------
+
+    def _labels(self, values: Tensor, labels: Tensor) -> Tensor:
+        """(..., C), or (...) if C = 1; -100 is a value like others."""
+        if values.shape[-1] == 1 and labels.shape == values.shape[:-1]:
+            labels = labels[..., None]
+        if labels.shape != values.shape:
+            raise ValueError(
+                f"`labels` must have shape {tuple(values.shape)} for a regression, got {tuple(labels.shape)}."
+            )
+        labels = labels.to(values)
+        if not bool(labels.isfinite().all()):
+            raise ValueError(f"`labels` must be finite, got {labels[~labels.isfinite()][0].item()}.")
+        return labels
+
+    def _mask(self, labels: Tensor) -> Tensor:
+        """Every value counts."""
+        return torch.ones_like(labels, dtype=torch.bool)
+
+    def _columns(self, values: Tensor) -> Iterator[Tensor]:
+        """H = I at noise 1."""
+        return unit_columns(values)
+
+    def _gradient(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Of noise 1: f - y."""
+        return values - labels
+
+    def _sampled(self, values: Tensor, generator: Generators) -> Tensor:
+        """Normal numbers z ~ N(0, I)."""
+        return made(torch.randn, values.shape, generator, torch.float64).to(values)
+
+    def _losses(self, values: Tensor, labels: Tensor, noise_std: float = 1.0) -> Tensor:
+        """One per number, the constant included."""
+        return -gaussian_log_prob(labels, values, math.log(noise_std))

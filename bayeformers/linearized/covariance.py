@@ -28,11 +28,16 @@ class Separable:
     columns: Tensor
 
     @classmethod
-    def of(cls, variances: Tensor, tolerance: float) -> Separable | None:
+    def from_variances(cls, variances: Tensor, tolerance: float) -> Separable | None:
         """By adaptive cross approximation (Bebendorf 2000): each step removes the element of largest relative error.
 
-        Shape: (d_out, d_in'). None where `MAX_RANK` terms do not reach ``tolerance``, relative in every element, or
-        where rounding could exceed ten times that in the smallest: in float32, for variances over five decades.
+        Args:
+            variances: V, (d_out, d_in').
+            tolerance: relative, in every element.
+
+        Returns:
+            None where `MAX_RANK` terms do not reach ``tolerance``, or where rounding could exceed ten times that in the
+            smallest element: in float32, for variances over five decades.
         """
         scale, rest = variances.double().reciprocal(), variances.double()
         rows: list[Tensor] = []
@@ -66,8 +71,15 @@ def separable_covariance(
 ) -> Tensor:
     """S_cd = sum_r sum_tu [(p_r * ghat_ct) . ghat_du] [(q_r * ahat_t) . ahat_u]: T x T Gram matrices instead of N.
 
-    Shape: as `affine_covariance` with K = n = 1 -> (1, B, C, C). The result lies within the relative error of
-    ``separable``, for S is a sum of squares weighted by V.
+    Args:
+        inputs: a, (1, B, T, d_in').
+        gradients: g, (1, B, C, T, d_out).
+        left: U_G, (1, d_out, d_out).
+        right: U_A, (1, d_in', d_in').
+        separable: V; S is a sum of squares weighted by it, so the result has its relative error.
+
+    Returns:
+        The covariance S, (1, B, C, C).
     """
     a, g = rotated(inputs, right)[0], rotated(gradients, left)[0].flatten(1, 2)
     count, positions = gradients.shape[2:4]
@@ -81,8 +93,15 @@ def affine_covariance(
 ) -> Tensor:
     """S_cd = sum_ij N_c,ij N_d,ij V_ij with N_c = sum_t (U_G^T g_ct)(U_A^T a_t)^T.
 
-    Shape: ``inputs`` a (K, B, T, d_in'), ``gradients`` g (K, B, C, T, d_out), U_G (K, d_out, r), U_A (K, d_in', q),
-    V (n, K, r, q) -> (n, B, C, C). Give what `reached` leaves: fewer positions, often one.
+    Args:
+        inputs: a, (K, B, T, d_in'); what `reached` leaves has fewer positions, often one.
+        gradients: g, (K, B, C, T, d_out).
+        left: U_G, (K, d_out, r); None: the identity.
+        right: U_A, (K, d_in', q); None: the identity.
+        variances: V, (n, K, r, q).
+
+    Returns:
+        The covariances S, (n, B, C, C).
     """
     inputs, gradients = rotated(inputs, right), rotated(gradients, left)
     if inputs.shape[2] == 1:
@@ -119,7 +138,14 @@ def jacobian_covariance(jacobian: Tensor, variances: Tensor) -> Tensor:
 def table_covariance(ids: Tensor, gradients: Tensor, right: Tensor | None, variances: Tensor) -> Tensor:
     """The same for a table: a row looked up at several positions has one noise, so its gradients are added first.
 
-    Shape: ``ids`` (1, B, T), ``gradients`` (1, B, C, T, d), U_A (1, d, d), V (n, 1, rows, d) -> (n, B, C, C).
+    Args:
+        ids: the rows looked up, (1, B, T).
+        gradients: g, (1, B, C, T, d).
+        right: U_A, (1, d, d); None: the identity.
+        variances: V, (n, 1, rows, d).
+
+    Returns:
+        The covariances S, (n, B, C, C).
     """
     looked_up, turned = ids[0], rotated(gradients, right)[0]
     same = (looked_up[:, :, None] == looked_up[:, None, :]).to(turned.dtype)
@@ -128,9 +154,15 @@ def table_covariance(ids: Tensor, gradients: Tensor, right: Tensor | None, varia
 
 
 def table_squares(ids: Tensor, gradients: Tensor, rows: int) -> Tensor:
-    """sum over examples and outputs of the squared Jacobian of a table, (1, rows, d); a row's gradients add first.
+    """Sum over examples and outputs of the squared Jacobian of a table; a row's gradients add first.
 
-    Shape: ``ids`` (B, T), ``gradients`` (B, C, T, d).
+    Args:
+        ids: the rows looked up, (B, T).
+        gradients: g, (B, C, T, d).
+        rows: how many rows the table has.
+
+    Returns:
+        The diagonal of J^T J, (1, rows, d).
     """
     same = ids[:, :, None] == ids[:, None, :]
     is_first = ~same.tril(-1).any(-1)
@@ -161,7 +193,7 @@ def _one_position(a: Tensor, g: Tensor, variances: Tensor) -> Tensor:
 
 
 def _grams(vectors: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_ri x_ti x_ui; (B, P, d), (R, d) -> (B, R, P, P)."""
+    """Sum over i of w_ri x_ti x_ui; (B, P, d), (R, d) -> (B, R, P, P)."""
     weighted = vectors.unsqueeze(1) * weights[:, None]
     grams: Tensor = torch.bmm(weighted.flatten(1, 2), vectors.mT)
     return grams.view(len(vectors), len(weights), *vectors.shape[1:2] * 2)

@@ -32,18 +32,15 @@ from scipy.stats.qmc import MultivariateNormalQMC
 from torch import Tensor
 
 from ..checks import is_whole
-from ..likelihoods import HEAD, NoiseStd, ProblemType, drawn_values
-from ..likelihoods.gaussian import split_variance_head
-from ..likelihoods.noise import squeezed
+from ..forward import wide
+from ..likelihoods import HEAD, NoiseStd, ProblemType, get_likelihood, split_variance_head
+from ..likelihoods.gaussian import squeezed
 from ..predictive import Predictive
 
 __all__ = ["LINKS", "Link", "check_link", "ignores_shift", "link_log_probs", "linearized_predictive", "logit_draws"]
 
 Link = Literal["auto", "probit", "mc", "bridge", "probit_diagonal"]
 LINKS: tuple[Link, ...] = get_args(Link)
-
-SOFTMAX_PROBLEMS: tuple[ProblemType, ...] = ("single_label_classification", "token_classification")
-"""With few classes: their logits' covariance can be taken."""
 
 _DRAWS = 1024
 _TOKEN_DRAWS = 256  # of each of many tokens: a power of two, below which Sobol points lose their balance
@@ -78,8 +75,8 @@ def linearized_predictive(
             covariance, and the last L log variances, taken at their mean; their own spread is left out.
         mask: which tokens count, (B, T) bool.
 
-    Raises:
-        ValueError: an argument is not one of these, or a link is not defined for the problem.
+    Returns:
+        The prediction; ValueError for an argument that is not one of these, or a link not defined for the problem.
 
     >>> mean, covariance = torch.tensor([[0.0, 2.0]]), 4 * torch.eye(2)[None]
     >>> predictive = linearized_predictive(mean, covariance, "single_label_classification")
@@ -87,21 +84,21 @@ def linearized_predictive(
     (tensor([[0.2723, 0.7277]]), tensor([[0.1192, 0.8808]]))
     """
     _check_gaussian(mean, covariance)
-    mean, covariance = _wide(mean), _wide(covariance)
+    mean, covariance, likelihood = wide(mean), wide(covariance), get_likelihood(problem)
     variance = None
-    if problem == "regression" and noise_std == HEAD:
+    if likelihood.has_noise and noise_std == HEAD:
         mean, log_variance = split_variance_head(mean)
         covariance = covariance[..., : mean.shape[-1], : mean.shape[-1]]
         variance = squeezed(log_variance.exp())[None]
     log_probs = link_log_probs(mean, covariance, link, problem)
     num_draws = _default_draws(mean) if num_draws is None else num_draws
-    draws = logit_draws(mean, covariance, num_draws, seed, centred=problem in SOFTMAX_PROBLEMS)
-    values, is_regression = drawn_values(draws, problem, {}, is_stacked=True), problem == "regression"
+    draws = logit_draws(mean, covariance, num_draws, seed, centred=likelihood.ignores_shift)
+    values, has_values = likelihood.values(draws, {}, is_stacked=True), likelihood.has_noise
     return Predictive(
         problem_type=problem,
-        log_probs=None if is_regression else values,
-        values=values if is_regression else None,
-        noise_std=noise_std if is_regression else None,
+        log_probs=None if has_values else values,
+        values=values if has_values else None,
+        noise_std=noise_std if has_values else None,
         noise_variance=variance,
         mask=mask,
         logit_mean=mean,
@@ -112,16 +109,20 @@ def linearized_predictive(
 
 def ignores_shift(problem: ProblemType, link: Link) -> bool:
     """Whether noise that all logits of an item share changes nothing: a softmax with a link that respects it."""
-    return problem in SOFTMAX_PROBLEMS and link in ("auto", "probit", "mc")
+    return get_likelihood(problem).ignores_shift and link in ("auto", "probit", "mc")
 
 
 def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: ProblemType) -> Tensor | None:
-    """log p of the link in closed form, (..., C), for a multi-label head (..., L, 2); None where draws give it.
+    """Log probabilities of the link in closed form.
 
-    Shape: ``mean`` (..., C), ``covariance`` (..., C, C).
+    Args:
+        mean: of the logits, (..., C).
+        covariance: of the logits, (..., C, C).
+        link: ValueError for one that is unknown, or not defined for this problem or number of classes.
+        problem: what the head predicts.
 
-    Raises:
-        ValueError: the link is unknown, or not defined for this problem or number of classes.
+    Returns:
+        log p, (..., C), for a multi-label head (..., L, 2); None where draws give it.
 
     >>> mean, covariance = torch.tensor([[0.0, 2.0]]), 4 * torch.eye(2)[None]
     >>> link_log_probs(mean, covariance, "probit", "single_label_classification").exp()
@@ -130,17 +131,19 @@ def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: Proble
     True
     """
     check_link(link, problem, mean.shape[-1])
-    if link == "mc" or problem == "regression":
+    likelihood = get_likelihood(problem)
+    if link == "mc" or likelihood.has_noise:
         return None
     dtype, wider = mean.dtype, torch.promote_types(mean.dtype, covariance.dtype)  # variances of differences cancel
     mean, covariance = mean.to(wider), covariance.to(wider)
-    if problem == "multi_label_classification":
+    if likelihood.is_bernoulli:
         return _bernoulli(mean, _diagonal(covariance)).to(dtype)
     if link == "bridge":
         return _bridge(mean, covariance).to(dtype)
     if link == "probit_diagonal":
         return _moderated(mean, _diagonal(covariance)).log_softmax(-1).to(dtype)
-    return _pairwise(mean, covariance).to(dtype) if mean.shape[-1] == 2 else None
+    has_pair = mean.shape[-1] == 2 and "probit" in likelihood.links
+    return _pairwise(mean, covariance).to(dtype) if has_pair else None
 
 
 def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
@@ -151,14 +154,16 @@ def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
     """
     if link not in LINKS:
         raise ValueError(f"`link` must be one of {LINKS}, got {link!r}.")
-    if problem == "question_answering":
-        raise ValueError("`problem` must have logits (..., C) per input or token, got 'question_answering'.")
-    if problem == "regression" and link != "auto":
-        raise ValueError(f"`link` must be 'auto' for a regression, whose values are Gaussian already, got {link!r}.")
-    if problem == "multi_label_classification":
-        if link not in ("auto", "probit", "mc"):
-            raise ValueError(f"`link` must be 'auto', 'probit' or 'mc' for a multi-label head, got {link!r}.")
-    elif link == "probit" and num_classes != 2:
+    likelihood = get_likelihood(problem)
+    if not likelihood.links:
+        raise ValueError(f"`problem` must have logits (..., C) per input or token, got {problem!r}.")
+    if link not in likelihood.links:
+        *others, last = map(repr, likelihood.links)
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"`link` must be {allowed} for {problem}, got {link!r}.")
+    if likelihood.is_bernoulli:
+        return
+    if link == "probit" and num_classes != 2:
         raise ValueError(
             f"`link`='probit' is for 2 classes, got {num_classes}: use 'mc', which is exact but for its draws, or "
             "'probit_diagonal', which ignores the covariances between logits."
@@ -170,10 +175,16 @@ def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
 def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int, *, centred: bool = False) -> Tensor:
     """Draws from N(mean, covariance) with common random numbers: every input uses the same quasi-random normals.
 
-    A covariance may be singular. Scrambled Sobol points: fewer draws are the first of more. ``centred``: without the
-    noise that all C share, which a softmax ignores and beside which float32 may hold nothing of the rest.
+    Args:
+        mean: of the logits, (..., C).
+        covariance: of the logits, (..., C, C); it may be singular.
+        num_samples: S; scrambled Sobol points, so fewer draws are the first of more.
+        seed: of the scrambling.
+        centred: leave out the noise that all C share, which a softmax ignores and beside which float32 may hold nothing
+            of the rest.
 
-    Shape: (..., C), (..., C, C) -> (S, ..., C).
+    Returns:
+        The draws, (S, ..., C).
 
     Raises:
         ValueError: ``num_samples`` or ``seed`` is not a whole number >= 1, or >= 0.
@@ -211,11 +222,9 @@ def _moderated(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def _bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    r"""alpha_c = (1 / S_cc) (1 - 2/C + e^{m_c} C^-2 sum_k e^{-m_k}) of the zero-sum logits, in logarithms.
-
-    Conditioning on sum f = 0 gives m - S1 (1^T m) / (1^T S 1) and S - S1 1^T S / (1^T S 1). A common shift (the limit
-    of vanishing isotropic noise) stands in where the sum has no variance.
-    """
+    """Of zero-sum logits alpha_c = (1 / S_cc) (1 - 2/C + e^{m_c} C^-2 sum_k e^{-m_k}), in logarithms."""
+    # conditioning on sum f = 0 gives m - S1 (1^T m) / (1^T S 1) and S - S1 1^T S / (1^T S 1); a common shift (the limit
+    # of vanishing isotropic noise) stands in where the sum has no variance
     classes, tiny = mean.shape[-1], torch.finfo(mean.dtype).eps
     row_sums, sum_of_means = covariance.sum(-1), mean.sum(-1, keepdim=True)
     total = row_sums.sum(-1, keepdim=True)
@@ -253,7 +262,3 @@ def _check_gaussian(mean: Tensor, covariance: Tensor) -> None:
     for name, tensor in (("mean", mean), ("covariance", covariance)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"`{name}` must be finite; a diverged model or a dtype that overflowed gives what is not.")
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..checks import is_real, is_whole
 from .blocks import GaussianBlock, block_draw
 from .captured import Captured, Statistic, covariance
+from .kinds import Gaussian
 
 Method = Literal["sample", "nn", "glm", "mc_glm", "one_glm", "lr_glm", "e_glm"]
 Bound = Literal["lower", "upper"]
@@ -44,9 +45,19 @@ def statistic(
     direction: int | float,
     cache_bytes: int = 0,
 ) -> Statistic:
-    """What `linearize` computes for a method: from captures to (1, B, C, C).
+    """What `linearize` computes for a method.
 
-    ``cache_bytes``: memory in which it may keep draws, from one token position or batch to the next.
+    Args:
+        method: "glm", "mc_glm", "one_glm", "lr_glm" or "e_glm".
+        blocks: the posterior.
+        num_samples: of "mc_glm" the draws, of "lr_glm" the directions.
+        seed: of the draws.
+        bound: of "lr_glm".
+        direction: of "e_glm".
+        cache_bytes: memory in which it may keep draws, from one token position or batch to the next.
+
+    Returns:
+        From captures to (1, B, C, C).
 
     Raises:
         ValueError: ``method``, ``bound`` or ``direction`` is not one of those allowed.
@@ -61,7 +72,8 @@ def statistic(
         if bound not in get_args(Bound):
             raise ValueError(f"`bound` must be one of {get_args(Bound)}, got {bound!r}.")
         count = min(num_samples, num_directions(blocks))
-        return _directions(select(blocks, 0, count)) if bound == "lower" else _upper(select(blocks, -count, None))
+        chosen = select(blocks, 0, count) if bound == "lower" else select(blocks, -count, None)
+        return _directions(chosen, is_upper=bound == "upper")
     raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
 
 
@@ -71,7 +83,7 @@ def select(blocks: Sequence[GaussianBlock], start: int, stop: int | None) -> Dir
     values = torch.cat(of_block)
     first, last, _ = slice(start, stop).indices(int(values.count_nonzero()))  # those without variance come last
     chosen = _leading(values, last) & ~_leading(values, first)
-    parts = zip(blocks, torch.split(chosen, [len(own) for own in of_block]), strict=True)
+    parts = zip(blocks, torch.split(chosen, [len(variances) for variances in of_block]), strict=True)
     return {block.name: part.nonzero().squeeze(1) for block, part in parts if bool(part.any())}
 
 
@@ -92,7 +104,7 @@ class _Draws:
         self.seed, self.free = seed, cache_bytes
         self._kept: dict[tuple[str, int], Tensor] = {}
 
-    def of(self, block: GaussianBlock, index: int, like: Tensor) -> Tensor:
+    def of(self, block: Gaussian, index: int, like: Tensor) -> Tensor:
         """On the device and in the dtype of ``like``: a posterior's model may have been moved since."""
         key = (block.name, index)
         drawn = self._kept[key] if key in self._kept else block_draw(block, index, self.seed)
@@ -116,58 +128,40 @@ def _monte_carlo(draws: _Draws, num_samples: int) -> Statistic:
     return estimate
 
 
-def _directions(directions: Directions) -> Statistic:
-    """sum_k V_k (J v_k)(J v_k)^T over the given directions."""
+def _directions(directions: Directions, *, is_upper: bool = False) -> Statistic:
+    """Sum of V_k (J v_k)(J v_k)^T over the given directions k, or with ``is_upper`` a bound from above."""
+    # from above every direction has its block's prior variance, but for those given, which have their own:
+    # ceil J J^T - sum_k (ceil - V_k)(J v_k)(J v_k)^T >= S, with ceil = 1/tau, or the block's largest V without a tau
 
     def estimate(captured: Sequence[Captured]) -> Tensor:
-        total = _zeros(captured)
+        gradients = captured[0].gradients
+        total = gradients.new_zeros(1, gradients.shape[1], gradients.shape[2], gradients.shape[2])
         for part in captured:
-            chosen = _chosen(directions, part)
-            if chosen is not None:
-                total = total + _outer(part.selected(chosen), part.block.variances()[0].flatten()[chosen])
+            if part.block.name not in directions and not is_upper:
+                continue
+            variances, ceiling = part.block.variances()[0].flatten(), gradients.new_zeros(())
+            if is_upper:
+                prior = part.block.prior_variances()
+                ceiling = variances.max() if prior is None else prior[0]
+                total = total + ceiling * part.gram()
+            if part.block.name in directions:
+                chosen = directions[part.block.name].to(variances.device)
+                products = part.selected(chosen)  # (B, C, m)
+                total = total + torch.bmm(products * (variances[chosen] - ceiling), products.mT).unsqueeze(0)
         return total
 
     return estimate
-
-
-def _upper(directions: Directions) -> Statistic:
-    """From above: every direction has its block's prior variance, but for those given, which have their own.
-
-    ceil J J^T - sum_k (ceil - V_k)(J v_k)(J v_k)^T >= S, with ceil = 1/tau, or the block's largest V without a tau.
-    """
-
-    def estimate(captured: Sequence[Captured]) -> Tensor:
-        total = _zeros(captured)
-        for part in captured:
-            prior, variances = part.block.prior_variances(), part.block.variances()[0].flatten()
-            ceiling = variances.max() if prior is None else prior[0]
-            total = total + ceiling * part.gram()
-            chosen = _chosen(directions, part)
-            if chosen is not None:
-                total = total - _outer(part.selected(chosen), ceiling - variances[chosen])
-        return total
-
-    return estimate
-
-
-def _chosen(directions: Directions, part: Captured) -> Tensor | None:
-    """The block's own directions, where its variances are."""
-    chosen = directions.get(part.block.name)
-    return None if chosen is None else chosen.to(part.gradients.device)
-
-
-def _outer(products: Tensor, weights: Tensor) -> Tensor:
-    """(B, C, m), (m,) -> sum_m w_m p_m p_m^T, (1, B, C, C)."""
-    return torch.bmm(products * weights, products.mT).unsqueeze(0)
-
-
-def _zeros(captured: Sequence[Captured]) -> Tensor:
-    gradients = captured[0].gradients
-    return gradients.new_zeros(1, gradients.shape[1], gradients.shape[2], gradients.shape[2])
 
 
 def ranks(blocks: Sequence[GaussianBlock], direction: int | float) -> tuple[int, int]:
-    """For `select`, a rank as it is; a quantile as the rank it falls on: 0.0 the most, 1.0 the least uncertain.
+    """What `select` takes for a rank, or for a quantile: 0.0 the most, 1.0 the least uncertain.
+
+    Args:
+        blocks: the posterior.
+        direction: a rank as an int, negative from the end, or a quantile as a float.
+
+    Returns:
+        The rank and the next one.
 
     Raises:
         ValueError: ``direction`` is no such number.

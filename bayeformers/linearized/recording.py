@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,24 +17,26 @@ from ..sampling.views import View, modules_of, viewed
 from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
 
 
+@dataclass(frozen=True, eq=False)
 class Use:
-    """One call of a layer.
+    """One call of a layer, or whatever a forward does with one parameter whose module has no rule.
 
     Attributes:
+        owner: whose use it is: the layer, or the parameter.
         module: the layer.
         rule: of its class.
-        input: its (first) argument.
-        output: what it returned, as a point of the graph at which gradients can be asked for.
+        input: its (first) argument, detached; the parameter itself.
+        output: what it returned, as a point of the graph at which gradients can be asked for; what a view has in the
+            parameter's place.
+        version: of the input at the time of the call.
     """
 
-    def __init__(self, module: nn.Module, rule: LayerRule, input: Tensor, output: Tensor) -> None:
-        self.module, self.rule, self.input, self.output = module, rule, input.detach(), output
-        self._version = input._version
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the input was changed in place since the call."""
-        return self.input._version != self._version
+    owner: nn.Module | nn.Parameter
+    module: nn.Module
+    rule: LayerRule
+    input: Tensor
+    output: Tensor
+    version: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,28 +57,8 @@ class Use:
         return _merged(self.rule.gradients(self.module, gradient), batch)
 
 
-class TensorUse(Use):
-    """Whatever a forward does with one parameter, whose module has no rule; it is the point of the graph itself.
-
-    Attributes:
-        parameter: of the model; ``output`` is what a view has in its place.
-    """
-
-    def __init__(self, parameter: nn.Parameter, module: nn.Module, leaf: Tensor) -> None:
-        super().__init__(module, TENSOR, parameter, leaf)
-        self.parameter = parameter
-
-    def is_batched(self, batch: int) -> bool:
-        """A gradient in a parameter is a sum over the batch."""
-        return batch == 1
-
-    def inputs(self, batch: int) -> Tensor:
-        """One number, (1, 1, 1, 1), that stands for all of the parameter's."""
-        return self.rule.inputs(self.module, self.input)
-
-    def gradients(self, gradient: Tensor, batch: int) -> Tensor:
-        """g, (1, 1, 1, p)."""
-        return self.rule.gradients(self.module, gradient)
+def _merged(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.flatten(1, 2).unsqueeze(1) if batch == 1 and tensor.shape[1] != 1 else tensor
 
 
 @contextlib.contextmanager
@@ -84,18 +67,28 @@ def recording_view(
 ) -> Iterator[View]:
     """A view of ``model`` for `record`: no Parameter of it requires a gradient but ``tensors``, all of which do.
 
-    The arguments ``training`` and ``is_private`` are those of `viewed`.
+    Args:
+        model: of which.
+        tensors: Parameters whose gradients are wanted.
+        training: mode of all modules inside; None: each its own.
+        is_private: False for the model itself in any case.
+
+    Yields:
+        The view; the model itself where there can be none, with other flags until exit.
     """
     wanted = set(tensors)
     own = {id(p): p for module in modules_of(model) for p in module._parameters.values() if p is not None}
     flagged = [p for p in own.values() if p.requires_grad or p in wanted]  # by identity: a Parameter's hash is slow
     replaced = {id(p): nn.Parameter(p.detach(), requires_grad=bool(wanted) and p in wanted) for p in flagged}
     with viewed(model, replaced, training=training, is_private=is_private) as view:
-        if view.is_private:
+        changed = [] if view.is_private else [p for p in flagged if p.requires_grad != (p in wanted)]
+        try:
+            for parameter in changed:
+                parameter.requires_grad_(not parameter.requires_grad)
             yield view
-            return
-        with _flags({p: p in wanted for p in flagged}):
-            yield view
+        finally:
+            for parameter in changed:
+                parameter.requires_grad_(parameter not in wanted)
 
 
 def record(
@@ -105,16 +98,31 @@ def record(
     output_of: Callable[[Any], Tensor],
     tensors: Mapping[nn.Parameter, nn.Module] | None = None,
 ) -> tuple[Tensor, list[Use]]:
-    """``output_of(model(inputs))`` and every call of ``modules``, in order; then a use of each of ``tensors``.
+    """The model's outputs with their graph, and what its layers saw.
 
-    The graph begins at the first of these calls: nothing is stored for layers before it. Lower precision is switched
-    off, for curvature needs float32. Nothing of the model changes, in no thread's eyes; who records often makes a
-    `recording_view` of it once. ``modules`` and ``tensors``, with their modules, are the model's own.
+    The graph begins at the first call of these layers: nothing is stored for those before it. Lower precision is
+    switched off, for curvature needs float32. Nothing of the model changes, in no thread's eyes.
+
+    Args:
+        model: a model, or a `recording_view` of it, which who records often makes once.
+        inputs: what its forward takes.
+        modules: the model's own layers whose calls are recorded.
+        output_of: the logits in what the model returns.
+        tensors: parameters of modules without a rule, with the module.
+
+    Returns:
+        ``output_of(model(inputs))`` and every call of ``modules``, in order; then a use of each of ``tensors``.
 
     Raises:
         ValueError: a module has no rule.
     """
-    rules, tensors = {module: _rule(module) for module in modules}, tensors or {}
+    rules: dict[nn.Module, LayerRule] = {}
+    for module in modules:
+        rule = rule_of(module)
+        if rule is None:
+            raise ValueError(f"There is no rule for the Jacobian of {type(module).__name__}; see `register_rule`.")
+        rules[module] = rule
+    tensors = tensors or {}
     expand = any(isinstance(rule, EmbeddingRule) for rule in rules.values())
     with contextlib.nullcontext(model) if isinstance(model, View) else recording_view(model, tensors) as view:
         run = functools.partial(_forward, view, inputs, rules, output_of)
@@ -125,9 +133,10 @@ def record(
                 raise
             expand = False  # a model that repeats its positions for the batch cannot take them repeated
             output, uses = run(copy=False, expand=expand)
-        if any(use.is_stale for use in uses):
+        if any(use.input._version != use.version for use in uses):  # changed in place since the call
             output, uses = run(copy=True, expand=expand)
-        return output, uses + [TensorUse(p, module, view.parameter(p)) for p, module in tensors.items()]
+        bare = [Use(p, module, TENSOR, p.detach(), view.parameter(p), 0) for p, module in tensors.items()]
+        return output, uses + bare
 
 
 def _forward(
@@ -143,25 +152,26 @@ def _forward(
     batch, model = batch_size(inputs), view.model
 
     def note(module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        given = args[0] if args else next(iter(kwargs.values()))
-        rule = rules[module]
-        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+        input = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(input, Tensor) or not isinstance(output, Tensor):
             raise ValueError(f"The Jacobian of {type(module).__name__} needs one tensor in and one tensor out.")
-        if given.numel() == 0:  # an expert without tokens
+        if input.numel() == 0:  # an expert without tokens
             return output
-        if (
-            expand and isinstance(rule, EmbeddingRule) and len(given) == 1 < batch
-        ):  # positions, looked up once for all examples
-            given, output = given.expand(batch, *given.shape[1:]), output.expand(batch, *output.shape[1:])
+        # positions, looked up once for all examples
+        if expand and isinstance(rules[module], EmbeddingRule) and len(input) == 1 < batch:
+            input, output = input.expand(batch, *input.shape[1:]), output.expand(batch, *output.shape[1:])
         output = output if output.requires_grad else output.detach().requires_grad_()
-        uses.append(Use(module, rule, given.clone() if copy else given, output))
+        kept = input.detach().clone() if copy else input.detach()
+        uses.append(Use(module, module, rules[module], kept, output, kept._version))
         return output.clone()  # what follows may edit it in place
 
-    hooks = {view.hookable(module): functools.partial(note, module) for module in rules}
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
+    handles = [
+        view.hookable(module).register_forward_hook(functools.partial(note, module), with_kwargs=True)
+        for module in rules
+    ]
     norms = [module for module in modules_of(view.origin) if isinstance(module, _BatchNorm) and module not in rules]
-    for module in map(view.hookable, norms):
-        handles += [module.register_forward_pre_hook(_plain_input), module.register_forward_hook(_plain_gradient)]
+    for norm in map(view.hookable, norms):
+        handles += [norm.register_forward_pre_hook(_plain_input), norm.register_forward_hook(_plain_gradient)]
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
@@ -182,49 +192,31 @@ def _plain_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
 
 
 def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: bool = False) -> list[Tensor]:
-    """Gradient of sum(output * weights) at every recorded output, 0 where it does not reach; float32 or wider.
+    """Gradients at recorded outputs, in float32 or wider.
 
-    ``last``: the graph is not needed again.
+    Args:
+        output: the model's, with its graph.
+        uses: at whose outputs.
+        weights: of the sum whose gradient is taken, of the output's shape.
+        last: whether the graph is not needed again.
+
+    Returns:
+        d sum(output * weights) / d use.output for each use, 0 where it does not reach.
     """
     points = [use.output for use in uses]
     if not points:  # this batch takes a way around all of the layers
         return []
     with torch.inference_mode(False):
-        found = torch.autograd.grad(output, points, _tracked(weights), retain_graph=not last, allow_unused=True)
-    parts = [torch.zeros_like(point) if grad is None else grad for point, grad in zip(points, found, strict=True)]
-    return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+        grads = torch.autograd.grad(output, points, _tracked(weights), retain_graph=not last, allow_unused=True)
+    parts = [torch.zeros_like(point) if grad is None else grad for point, grad in zip(points, grads, strict=True)]
+    return [part.to(use.dtype) for part, use in zip(parts, uses, strict=True)]
 
 
 def examples(inputs: Inputs, count: int) -> Iterator[Inputs]:
     """The batch as ``count`` batches of one."""
-    for i in range(count):
-        yield rows(inputs, slice(i, i + 1), count)
-
-
-def _merged(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.flatten(1, 2).unsqueeze(1) if batch == 1 and tensor.shape[1] != 1 else tensor
+    return (rows(inputs, slice(i, i + 1), count) for i in range(count))
 
 
 def _tracked(value: Tensor) -> Tensor:
     """What was made under `torch.inference_mode()` has no version and can be part of no graph."""
     return value.clone() if value.is_inference() else value
-
-
-def _rule(module: nn.Module) -> LayerRule:
-    rule = rule_of(module)
-    if rule is None:
-        raise ValueError(f"There is no rule for the Jacobian of {type(module).__name__}; see `register_curvature`.")
-    return rule
-
-
-@contextlib.contextmanager
-def _flags(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
-    """These `requires_grad` flags until exit."""
-    changed = [parameter for parameter, flag in wanted.items() if parameter.requires_grad != flag]
-    try:
-        for parameter in changed:
-            parameter.requires_grad_(wanted[parameter])
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(not wanted[parameter])

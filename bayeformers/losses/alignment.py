@@ -28,10 +28,7 @@ EPS = 0.01
 
 
 def alignment_sums(is_right: Tensor, is_certain: Tensor, rightness: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
-    """(n_AC + n_IU, n_AU + n_IC), summed over the last axis.
-
-    Shape: ``is_right``, ``rightness``, ``certainty`` (n,); ``is_certain`` (n,) or (T, n) of T thresholds -> () or (T,).
-    """
+    """(n_AC + n_IU, n_AU + n_IC) of (n,) each, or of ``is_certain`` (T, n) of T thresholds: (), or (T,)."""
     right = torch.where(is_right, rightness, 1 - rightness)
     weight = right * torch.where(is_certain, certainty, 1 - certainty)
     is_aligned = is_certain == is_right
@@ -45,13 +42,13 @@ def alignment_loss(aligned: Tensor, misaligned: Tensor, eps: float) -> Tensor:
 
 
 def check_eps(eps: float) -> None:
-    """Errors: ValueError unless ``eps`` is finite and > 0."""
+    """Raise ValueError unless ``eps`` is finite and > 0."""
     if not (is_finite(eps) and eps > 0):
         raise ValueError(f"`eps` must be a finite number > 0, got {eps!r}: it keeps empty groups finite.")
 
 
 def check_threshold(name: str, value: float | Tensor) -> None:
-    """Errors: TypeError, ValueError unless a finite number or 0-dimensional tensor."""
+    """Raise TypeError or ValueError unless it is a finite number or 0-dimensional tensor."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"`{name}` must be one number, got a tensor of shape {tuple(value.shape)}.")

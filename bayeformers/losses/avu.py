@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..checks import is_whole
-from ..likelihoods.gaussian import wide
+from ..forward import IGNORED, wide
+from ..likelihoods.classes import check_classes
 from ..metrics.uncertainty import mutual_information, predictive_entropy
 from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 
@@ -30,7 +31,6 @@ __all__ = ["UNCERTAINTIES", "Uncertainty", "auavu_loss", "avuc_loss", "confidenc
 Uncertainty = Literal["predictive_entropy", "mutual_information"]
 UNCERTAINTIES: tuple[Uncertainty, ...] = get_args(Uncertainty)
 
-IGNORED = -100
 NUM_THRESHOLDS = 21
 
 
@@ -53,8 +53,8 @@ def avuc_loss(
         uncertainty: u: "predictive_entropy" of p, or "mutual_information" of the draws (0 for one draw).
         eps: > 0, added to both sums.
 
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or range.
+    Returns:
+        The loss; a TypeError or ValueError names an argument of another type, shape or range.
 
     >>> logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.2, 0.0]])  # two certain, one uncertain
     >>> avuc_loss(logits, torch.tensor([0, 1, 1]), threshold=0.4)   # the uncertain one is wrong: as it should be
@@ -82,6 +82,12 @@ def auavu_loss(
     AvU(t) = (n_AC + n_IU + eps) / (n_AC + n_AU + n_IC + n_IU + 2 eps) at ``num_thresholds`` thresholds t, evenly spaced
     from the batch's smallest to its largest uncertainty and rescaled to [0, 1]. The metric with hard counts is
     :func:`~bayeformers.metrics.accuracy_vs_uncertainty`. Other arguments and errors are those of :func:`avuc_loss`.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: fewer than two thresholds.
 
     >>> logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.2, 0.0]])
     >>> auavu_loss(logits, torch.tensor([0, 1, 1])), auavu_loss(logits, torch.tensor([0, 0, 0]))
@@ -146,8 +152,5 @@ def _checked(logits: Tensor, labels: Tensor, uncertainty: str) -> Tensor:
         raise ValueError(f"`logits` need at least one draw and two classes, got shape {tuple(logits.shape)}.")
     if bool(logits.isnan().any()):
         raise ValueError("`logits` must not be NaN.")
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= draws.shape[-1]))
-    if bool(wrong.any()):
-        found = int(labels[wrong][0])
-        raise ValueError(f"`labels` must lie in [0, {draws.shape[-1]}) or be {IGNORED} (ignored), got {found}.")
+    check_classes(labels, draws.shape[1:], labels != IGNORED)
     return draws

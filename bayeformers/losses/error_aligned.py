@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..likelihoods.gaussian import wide
+from ..forward import wide
 from .alignment import EPS, alignment_loss, alignment_sums, check_eps, check_threshold
 
 __all__ = ["eac_loss", "eau_loss"]
@@ -37,14 +37,14 @@ def eau_loss(
     """EaU, a scalar >= 0: errors against uncertainties.
 
     Args:
-        error: e >= 0, of any shape, for example \\|y - mean\\|.
+        error: e >= 0, of any shape, for example abs(y - mean).
         uncertainty: u >= 0, of the same shape, for example the predictive standard deviation in the same unit.
         error_threshold: tau_e; a low error is e <= tau_e.
         uncertainty_threshold: tau_u; certain is u <= tau_u.
         eps: > 0, added to both sums.
 
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or range.
+    Returns:
+        The loss; a TypeError or ValueError names an argument of another type, shape or range.
 
     >>> error, aligned, misaligned = torch.tensor([[0.1, 0.2, 2.0], [0.1, 0.1, 3.0], [3.0, 0.1, 0.1]])
     >>> eau_loss(error, aligned, 1.0, 1.0), eau_loss(error, misaligned, 1.0, 1.0)
@@ -67,6 +67,12 @@ def eac_loss(
 
     ``confidence``: c in [0, 1], for example the predictive's own probability of an error below tau_e.
     All else is as in :func:`eau_loss`.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: a confidence above 1.
 
     >>> error, aligned, misaligned = torch.tensor([[0.1, 0.2, 2.0], [0.9, 0.9, 0.1], [0.1, 0.9, 0.9]])
     >>> eac_loss(error, aligned, 1.0, 0.5), eac_loss(error, misaligned, 1.0, 0.5)

@@ -77,10 +77,7 @@ class ImageClassifierConfig(PreTrainedConfig):
         self.check()
 
     def check(self) -> None:
-        """Also called by the model, since attributes may be set after construction.
-
-        Errors: TypeError or ValueError naming the argument.
-        """
+        """Raise TypeError or ValueError, naming the argument; the model calls it too, since attributes may be set."""
         check_positive("num_channels", self.num_channels)
         check_positive("image_size", self.image_size)
         _num_labels(self.num_labels)
@@ -129,11 +126,15 @@ class ImageClassifier(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor, ...]:
-        """``pixel_values`` (B, C, H, W), ``labels`` (B,) -> ``logits`` (B, K), with labels also the scalar ``loss``.
+        """Return ``logits`` (B, K), with labels also the scalar ``loss``.
 
-        ``kwargs`` go to the loss: of the Trainer, ``num_items_in_batch``.
+        Images of another shape than the configuration's raise ValueError.
 
-        Errors: ValueError for images of another shape than the configuration's.
+        Args:
+            pixel_values: images (B, C, H, W).
+            labels: classes (B,).
+            return_dict: False for a tuple; None: as the configuration has it.
+            kwargs: of the loss; ``num_items_in_batch`` of the Trainer.
         """
         self._check_images(pixel_values)
         logits = self.classifier(self.features(pixel_values).flatten(1))

@@ -55,6 +55,7 @@ class CifarResNetConfig(ImageClassifierConfig):
         return (self.depth - 2) // (2 * _STAGES)
 
     def check(self) -> None:
+        """Raise TypeError or ValueError, naming the argument."""
         super().check()
         if check_positive("depth", self.depth) < 8 or (self.depth - 2) % (2 * _STAGES):
             raise ValueError(f"`depth` must be 6 n + 2, such as 20, 32, 44, 56 or 110, got {self.depth}.")

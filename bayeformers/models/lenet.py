@@ -59,6 +59,7 @@ class LeNetConfig(ImageClassifierConfig):
         return ((self.image_size + 2 * self.padding - _KERNEL + 1) // 2 - _KERNEL + 1) // 2
 
     def check(self) -> None:
+        """Raise TypeError or ValueError, naming the argument."""
         super().check()
         self.conv_channels = check_sizes("conv_channels", self.conv_channels, 2)
         self.hidden_sizes = check_sizes("hidden_sizes", self.hidden_sizes, 2)

@@ -47,6 +47,7 @@ class MLPConfig(ImageClassifierConfig):
         super().__init__(num_channels=num_channels, image_size=image_size, **kwargs)
 
     def check(self) -> None:
+        """Raise TypeError or ValueError, naming the argument."""
         super().check()
         self.hidden_sizes = check_sizes("hidden_sizes", self.hidden_sizes)
         self.dropout = check_rate("dropout", self.dropout)

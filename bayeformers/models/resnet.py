@@ -20,7 +20,7 @@ _BASIC_CHANNELS = [64, 128, 256, 512]
 
 
 def resnet_config(depth: int, **kwargs: Any) -> ResNetConfig:
-    """Configuration of transformers' `ResNetForImageClassification` with 18, 34, 50, 101 or 152 layers.
+    """Return the configuration of transformers' `ResNetForImageClassification` with 18, 34, 50, 101 or 152 layers.
 
     He et al. 2016 (arXiv 1512.03385), table 1. With 1,000 classes: 11,689,512, 21,797,672, 25,557,032, 44,549,160 and
     60,192,808 parameters. In bottlenecks the 3 x 3 convolution has the stride, as is usual;

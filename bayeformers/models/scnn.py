@@ -60,6 +60,7 @@ class SCNNConfig(ImageClassifierConfig):
         return (self.image_size - 4) // 2
 
     def check(self) -> None:
+        """Raise TypeError or ValueError, naming the argument."""
         super().check()
         self.conv_channels = check_sizes("conv_channels", self.conv_channels, 2)
         check_positive("hidden_size", self.hidden_size)

@@ -65,6 +65,7 @@ class VGGConfig(ImageClassifierConfig):
         return self.image_size // _STRIDE
 
     def check(self) -> None:
+        """Raise TypeError or ValueError, naming the argument."""
         super().check()
         if check_positive("depth", self.depth) not in _CONVOLUTIONS:
             raise ValueError(f"`depth` must be one of {list(_CONVOLUTIONS)}, got {self.depth}.")

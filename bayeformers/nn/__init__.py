@@ -2,13 +2,11 @@
 
 from .attention import MultiheadAttention
 from .base import BayesianModule, NamedVariational, variational_tensors
-from .bilinear import Bilinear
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .draws import fixed_draw, one_draw_per_forward, posterior_mean, training_draw
-from .embedding import Embedding
-from .embedding_bag import EmbeddingBag
+from .embedding import Embedding, EmbeddingBag
 from .estimators import ESTIMATORS, Estimator, Reparameterization
-from .linear import Conv1D, Linear
+from .linear import Bilinear, Conv1D, Linear
 from .norms import LayerNorm, RMSNorm
 from .recurrent import GRU, LSTM
 from .variational import Variational

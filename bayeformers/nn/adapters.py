@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .reading import DrawnWhereRead
+from .base import BayesianModule
 
 ASIDE = "PEFT's `target_parameters` takes its parameter out of the module in every forward"
 LATE = (
@@ -29,6 +29,7 @@ class MergeRefused:
         self.name, self.reason = name, reason
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to merge, whatever the arguments."""
         raise RuntimeError(
             f"The adapter of {self.name!r} cannot be merged: {self.reason}. `to_deterministic(model)` first merges at "
             "the posterior mean; `predict` and `fixed_draw` need no merging."
@@ -88,11 +89,11 @@ def merged_adapter(model: nn.Module, chosen: Iterable[str]) -> str | None:
 
 
 def _reason(layer: Any) -> str | None:
-    if any(isinstance(part, DrawnWhereRead) for part in _adapter_parts(layer).values()):
+    if any(isinstance(part, BayesianModule) for part in _adapter_parts(layer).values()):
         return "its scales would be lost, and its draws with them"
     lora = _peft("tuners.lora.layer", "LoraLayer")
     is_sum = lora is not None and isinstance(layer, lora) and not getattr(layer, "lora_variant", None)
-    random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, DrawnWhereRead)]
+    random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, BayesianModule)]
     if random and not is_sum:
         return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
     if any(part.scale_floor(name) is not None for part in random for name in part.specs):
@@ -110,7 +111,7 @@ def _randomness(layer: Any) -> dict[str, bool]:
             found |= {name: found.get(name, False) or name in names for name in container}
         elif isinstance(container, nn.ModuleDict):
             for name, module in container.items():
-                found[name] = found.get(name, False) or any(isinstance(m, DrawnWhereRead) for m in module.modules())
+                found[name] = found.get(name, False) or any(isinstance(m, BayesianModule) for m in module.modules())
     return found
 
 

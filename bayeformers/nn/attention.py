@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributions import Prior
-from .attend import attend, merged_mask
-from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
+from .base import BayesianModule
 from .estimators import REPARAMETERIZATION
 from .parameters import random_class
-from .rows import rows_of
 from .variational import Variational
 
 
@@ -26,12 +24,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
     then drawn once for the batch. The child ``out_proj``, which torch never calls, owns its draw as
     :class:`RandomParameters`; the estimator of the attention is its estimator too.
 
-    Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
-            `torch.nn.MultiheadAttention`.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
+    Its arguments are those of `torch.nn.MultiheadAttention`, and those of :class:`BayesianModule`.
 
     Shape: query (N, L, E), key (N, S, kdim), value (N, S, vdim) -> (N, L, E), and weights (N, L, S) or None; with
     ``batch_first=False`` the first two axes of inputs and output are swapped; without N unbatched.
@@ -47,31 +40,11 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        )
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         output: Any = self.out_proj
-        output.__class__ = random_class(type(output), ("weight", "bias") if bias else ("weight",))  # type: ignore[arg-type]
-        output.become_bayesian(prior=prior, delta=delta, estimator=estimator)
+        output.__class__ = random_class(type(output), ("weight", "bias") if output.bias is not None else ("weight",))  # type: ignore[arg-type]
+        output.become_bayesian(prior=self.prior, delta=self.delta, estimator=self.estimator.name)
 
     @classmethod
     def names_of(cls, module: torch.nn.Module) -> tuple[str, ...]:
@@ -100,34 +73,28 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend with the mean, the held draw or fresh noise.
+        """Return what the mean, the held draw or fresh noise attend to, and the attention weights if asked for.
 
-        Raises:
-            ValueError: masks of the wrong shape, or a causal hint without a mask; TypeError: masks of another type.
-                Torch's own function, which draws by reparameterization go through, raises RuntimeError or
-                AssertionError.
+        Masks of the wrong shape, or a causal hint without a mask, raise ValueError, masks of another type TypeError;
+        torch's own function, which draws by reparameterization go through, RuntimeError or AssertionError. All
+        arguments are those of `torch.nn.MultiheadAttention`.
         """
-        arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        inputs = query, key, value
+        options: dict[str, Any] = {
+            "key_padding_mask": key_padding_mask,
+            "attn_mask": attn_mask,
+            "is_causal": is_causal,
+            "need_weights": need_weights,
+            "average_attn_weights": average_attn_weights,
+        }
         if not (self.is_random or getattr(self.out_proj, "is_random", False)):
-            return super().forward(*arguments)
+            return super().forward(*inputs, **options)
         if self.is_random and self.active_estimator is not REPARAMETERIZATION:
-            return self._estimated(*arguments)
-        return self._sampled(*arguments)
+            return self._estimated(*inputs, **options)
+        return self._sampled(*inputs, **options)
 
-    # -- one network for the whole batch ----------------------------------------------------------------------------
-
-    def _sampled(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Torch's own function of the active draw; never its fused kernel, which reads the Parameters."""
+    def _sampled(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Torch's own function of one network for the batch; never its fused kernel, which reads the Parameters."""
         swapped = self.batch_first and query.dim() == 3
         if swapped:
             query, key, value = _each(_swap, query, key, value)
@@ -146,30 +113,25 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
             _drawn(self.out_proj, "weight"),  # type: ignore[arg-type]
             _drawn(self.out_proj, "bias"),
             training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
             use_separate_proj_weight=self._parameters.get("in_proj_weight") is None,
             q_proj_weight=_drawn(self, "q_proj_weight"),
             k_proj_weight=_drawn(self, "k_proj_weight"),
             v_proj_weight=_drawn(self, "v_proj_weight"),
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
+            **options,
         )
         return (_swap(output) if swapped else output), weights
-
-    # -- estimators that act on the projections ---------------------------------------------------------------------
 
     def _estimated(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *,
         key_padding_mask: Tensor | None,
-        need_weights: bool,
         attn_mask: Tensor | None,
-        average_attn_weights: bool,
         is_causal: bool,
+        need_weights: bool,
+        average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The same arithmetic with the batch first, as an estimator needs it; one unbatched input is a batch of one."""
         batched = query.dim() == 3
@@ -183,9 +145,9 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
             raise ValueError("`is_causal` is a hint about `attn_mask` and needs it, got `attn_mask=None`.")
         shape = (query.shape[0], self.num_heads, query.shape[1], key.shape[1])
         q, k, v = self._projected(query, key, value)
-        mask = merged_mask(None if is_hint else attn_mask, key_padding_mask, shape, q.dtype)
+        mask = _merged_mask(None if is_hint else attn_mask, key_padding_mask, shape, q.dtype)
         k, v, mask = self._extended(k, v, mask)
-        heads, weights = attend(q, k, v, mask, self.num_heads, self.dropout * self.training, need_weights, is_hint)
+        heads, weights = _attend((q, k, v), mask, self.num_heads, self.dropout * self.training, need_weights, is_hint)
         output = self._output(heads)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -194,7 +156,7 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         return (output if self.batch_first else _swap(output)), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v: rows [0, E), [E, 2E), [2E, 3E) of one tensor, with its draw and its signs, or three tensors.
+        """Return random q, k, v, of three tensors or of rows [0, E), [E, 2E), [2E, 3E) of one, under its draw.
 
         Equal inputs are projected together.
         """
@@ -202,14 +164,14 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         width, end = self.embed_dim, 3 * self.embed_dim
         if self._parameters.get("in_proj_weight") is None:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-            biases = [bias and rows_of(bias, slice(i * width, (i + 1) * width)) for i in range(3)]
+            biases = [bias and bias.rows(slice(i * width, (i + 1) * width)) for i in range(3)]
             inputs = zip((query, key, value), names, biases, strict=True)
             q, k, v = (self._project(x, self.variational(name), part) for x, name, part in inputs)
             return q, k, v
         weight = self.variational("in_proj_weight")
 
         def project(x: Tensor, rows: slice) -> Tensor:
-            return self._project(x, rows_of(weight, rows), bias and rows_of(bias, rows))
+            return self._project(x, weight.rows(rows), bias and bias.rows(rows))
 
         if query is key and key is value:
             q, k, v = self._project(query, weight, bias).chunk(3, dim=-1)
@@ -272,3 +234,57 @@ def _swap(x: Tensor) -> Tensor:
 
 def _as_batch(x: Tensor) -> Tensor:
     return x.unsqueeze(0)
+
+
+def _attend(
+    qkv: tuple[Tensor, ...], mask: Tensor | None, num_heads: int, dropout: float, need_weights: bool, is_causal: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return softmax(q k^T / sqrt(d) + mask) v per head, d = E / num_heads (Vaswani et al. 2017, arXiv 1706.03762).
+
+    Shape: ``qkv`` (N, L, E) and twice (N, S, E), ``mask`` broadcastable to (N, H, L, S) -> (N, L, E), and the
+    attention weights (N, H, L, S) if they are needed.
+    """
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in qkv)
+    if not need_weights:
+        heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        return heads.transpose(1, 2).flatten(2), None
+    scores = (q * math.sqrt(1 / q.shape[-1])) @ k.mT
+    weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+    weights = F.dropout(weights, dropout) if dropout > 0 else weights
+    return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def _merged_mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> Tensor | None:
+    """Return both masks as one to add to the scores (N, H, L, S): 0 or -inf for Booleans, floats as they are.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    examples, heads, queries, keys = shape
+    merged = None
+    if attn_mask is not None:
+        if attn_mask.shape not in ((queries, keys), (examples * heads, queries, keys)):
+            raise ValueError(
+                f"`attn_mask` must have the shape {(queries, keys)} or {(examples * heads, queries, keys)}, got "
+                f"{tuple(attn_mask.shape)}."
+            )
+        merged = _additive(attn_mask, dtype)
+        merged = merged.view(examples, heads, queries, keys) if merged.dim() == 3 else merged.view(1, 1, queries, keys)
+    if key_padding_mask is not None:
+        if key_padding_mask.shape != (examples, keys):
+            raise ValueError(
+                f"`key_padding_mask` must have the shape {(examples, keys)}, got {tuple(key_padding_mask.shape)}."
+            )
+        padding = _additive(key_padding_mask, dtype).view(examples, 1, 1, keys)
+        merged = padding if merged is None else merged + padding
+    return merged
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Masks must be Boolean or floating point, got {mask.dtype}.")
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -15,10 +16,9 @@ from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from . import kl_watch
-from .draws import bayesian_modules, check_module
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
-from .reading import MEAN, DrawnWhereRead
+from .reading import MEAN, read, replaced, write
 from .scope import DrawScope
 from .variational import Draw, TensorSpec, Variational, scale_of
 
@@ -32,23 +32,30 @@ WIDE_BUFFERS = (_PRIOR_SCALE, _FLOOR)
 """Endings of buffers that stay float32, as rho does, whatever the model is cast to; a checkpoint must have them."""
 
 
-class BayesianModule(DrawnWhereRead):
+class BayesianModule(nn.Module):
     """Mixin over a torch layer: each of `names_of` is the mean of a Gaussian; ``<name>_rho`` its scale.
 
-    The layer's own Parameters stay in place as the means, so ties, hooks and code that reads ``.weight`` keep working.
-    rho stays float32 through every cast. An instance becomes Bayesian by :meth:`become_bayesian`.
+    The layer's own Parameters stay in place as the means, so ties and hooks keep working; rho stays float32 through
+    every cast. An instance becomes Bayesian by :meth:`become_bayesian`.
 
-    Attributes:
+    Reading one of ``bayesian_parameters`` gives its value under the active draw, sampled for the whole batch whatever
+    the estimator: under the held draw, or the training draw while the model runs forward in `train()` or a part of it
+    is recomputed in backward; otherwise the Parameter, which is the mean.
+
+    Args:
+        args, kwargs: those of the torch layer.
         prior: prior of every tensor of the layer.
         delta: initial scale relative to |weight|; a relative prior reads it.
         estimator: how the noise enters in training.
-        draw: what the running code holds: None, the mean, or a draw. Set on a layer, it is held for everyone.
+
+    Attributes:
         specs: per parameter, what its noise depends on.
         scope: training draws, shared by the layers of one model.
     """
 
     inert_in_views: ClassVar[frozenset[str]] = frozenset({"prior", "delta", "estimator", "specs", "scope", "_holds"})
     torch_class: ClassVar[type[nn.Module]]
+    bayesian_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     by_row: ClassVar[bool] = False
 
     prior: Prior
@@ -58,14 +65,37 @@ class BayesianModule(DrawnWhereRead):
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "torch_class" not in vars(cls):  # a mixin: what it is mixed into may have such an attribute of another kind
+            return
+        for name in cls.bayesian_parameters:
+            if name not in vars(cls):
+                setattr(cls, name, property(functools.partial(read, name=name), functools.partial(write, name=name)))
+
+    def __init__(
+        self,
+        *args: Any,
+        prior: Prior = DEFAULT_PRIOR,
+        delta: float = DEFAULT_DELTA,
+        estimator: str = "reparameterization",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)  # of the torch layer, which every layer's class has behind this one
+        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
+
     def become_bayesian(self, *, prior: Prior, delta: float, estimator: str, scale: ScaleName = "additive") -> None:
         """Add rho (scale = delta |weight|, see `initial_scale`) and the state of a Bayesian layer.
 
         A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient. A
-        multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one.
+        multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one. A wrong argument
+        raises TypeError or ValueError before anything changes.
 
-        Raises:
-            TypeError, ValueError: an argument is not one of these, before anything changes.
+        Args:
+            prior: prior of every tensor of the layer.
+            delta: initial scale relative to |weight|.
+            estimator: how the noise enters in training.
+            scale: sigma = softplus(rho), or softplus(rho) * |weight|.
         """
         check_scale(scale)
         check_prior(prior)
@@ -73,7 +103,7 @@ class BayesianModule(DrawnWhereRead):
         self.draw, self.scope = None, DrawScope()
         names = [name for name in self.names_of(self) if getattr(self, name, None) is not None]
         self.specs = {name: self._spec_of(name) for name in names}
-        for name in self.specs:
+        for name in names:
             rho = torch.empty_like(self.get_parameter(name), dtype=torch.float32)
             self.register_parameter(f"{name}_rho", nn.Parameter(rho))
             if scale == "multiplicative":
@@ -85,17 +115,17 @@ class BayesianModule(DrawnWhereRead):
 
     def become_deterministic(self) -> None:
         """Remove all that :meth:`become_bayesian` added; the means stay as they are."""
-        for name in list(self.specs):
+        for name in self.specs:
             delattr(self, f"{name}_rho")
-            self.drop_centre(name)
-            self._buffers.pop(f"{name}{_FLOOR}", None)
+            for ending in (_CENTRE, _PRIOR_SCALE, _FLOOR):
+                self._buffers.pop(f"{name}{ending}", None)
         for attribute in ("prior", "delta", "estimator", "_holds", "specs", "scope"):
             delattr(self, attribute)
         kl_watch.unwatch(self)
 
     @classmethod
     def names_of(cls, module: nn.Module) -> tuple[str, ...]:
-        """Names of the parameters of ``module``, torch's layer or its Bayesian twin, that are random if it has them.
+        """Return the names of the parameters of ``module``, torch's layer or its Bayesian twin, that may be random.
 
         The first is a weight that every instance has. A layer overrides it whose names depend on the instance.
         """
@@ -118,10 +148,9 @@ class BayesianModule(DrawnWhereRead):
         """What the noise of the tensor ``name`` depends on, before its ties are known."""
         return TensorSpec(name, by_row=self.by_row, padding_idx=getattr(self, "padding_idx", None))
 
-    # -- which draw -------------------------------------------------------------------------------------------------
-
     @property
     def draw(self) -> Draw | str | None:
+        """What the running code holds: None, the mean, or a draw. Set on a layer, it is held for everyone."""
         holds = self._holds
         if not holds:
             return None
@@ -145,12 +174,14 @@ class BayesianModule(DrawnWhereRead):
         return self.estimator if self.draw is None else REPARAMETERIZATION
 
     def variational(self, name: str) -> Variational:
-        """The tensor ``name`` with its active draw.
+        """Return the tensor ``name`` with its active draw.
 
         Raises:
-            RuntimeError: its scale no longer fits (the layer was resized after conversion).
+            RuntimeError: since the conversion the layer was resized, or something else computes the tensor.
         """
-        loc, rho, spec = self._mean_of(name), getattr(self, f"{name}_rho"), self.specs[name]
+        loc, rho, spec = self._parameters.get(name), getattr(self, f"{name}_rho"), self.specs[name]
+        if loc is None:
+            raise RuntimeError(replaced(spec.name))
         if loc.shape != rho.shape:
             raise RuntimeError(
                 f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
@@ -162,11 +193,18 @@ class BayesianModule(DrawnWhereRead):
         draw = held if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))
 
+    def _value(self, name: str) -> Tensor:
+        """The tensor under the draw; a copy, so that who edits it in place leaves the draw alone."""
+        return self.variational(name).sample().clone()
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The Parameter, which is the mean, under a draw too."""
+        own = self._parameters.get(target)
+        return super().get_parameter(target) if own is None else own
+
     def maybe(self, name: str) -> Variational | None:
         """:meth:`variational`, or None where the layer has no such tensor."""
         return self.variational(name) if name in self.specs else None
-
-    # -- prior ------------------------------------------------------------------------------------------------------
 
     def store_centre(self, name: str) -> None:
         """Keep the present mean as the prior's centre, in a buffer that is saved; nothing if the prior needs none."""
@@ -189,7 +227,7 @@ class BayesianModule(DrawnWhereRead):
         return self._buffers.get(f"{name}{_PRIOR_SCALE}")
 
     def prior_centre(self, name: str) -> Tensor:
-        """The trained weight: the stored copy, or the mean itself while it is frozen.
+        """Return the trained weight: the stored copy, or the mean itself while it is frozen.
 
         Raises:
             RuntimeError: the mean trains and no copy was stored.
@@ -205,8 +243,6 @@ class BayesianModule(DrawnWhereRead):
                 "(PEFT's `set_adapter` and `disable_adapter` set it too: freeze the means again.)"
             )
         return loc
-
-    # -- torch ------------------------------------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
         """As the torch layer, and the scales with it."""
@@ -243,13 +279,12 @@ class BayesianModule(DrawnWhereRead):
     def copy_scale(self, name: str, owner: BayesianModule, other: str) -> None:
         """Share rho with another owner of the same tensor; its floor, a scalar, is copied."""
         setattr(self, f"{name}_rho", owner.get_parameter(f"{other}_rho"))
-        floor, own = owner.scale_floor(other), self.scale_floor(name)
-        if floor is not None and own is not None:
+        if (own := self.scale_floor(name)) is not None and (floor := owner.scale_floor(other)) is not None:
             own.copy_(floor)
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
-        return InitialScale.of(centre, self.delta, self.specs[name].padding_idx)
+        return InitialScale.from_weight(centre, self.delta, self.specs[name].padding_idx)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what a pickle brings."""
@@ -258,8 +293,8 @@ class BayesianModule(DrawnWhereRead):
 
     def extra_repr(self) -> str:
         """The torch layer's, then prior and estimator."""
-        own = f"prior={self.prior!r}, estimator={self.estimator.name!r}" if hasattr(self, "specs") else ""
-        return ", ".join(part for part in (super().extra_repr(), own) if part)
+        options = [f"prior={self.prior!r}, estimator={self.estimator.name!r}"] if hasattr(self, "specs") else []
+        return ", ".join(filter(None, [super().extra_repr(), *options]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         rhos = {id(getattr(self, f"{name}_rho")) for name in getattr(self, "specs", ())}
@@ -295,12 +330,12 @@ class NamedVariational:
 
     @property
     def loc(self) -> nn.Parameter:
-        """The posterior means."""
+        """The posterior means, the layer's own Parameter."""
         return self.module.get_parameter(self.parameter_name)
 
     @property
     def rho(self) -> nn.Parameter:
-        """scale = max(softplus(rho), 1e-8)."""
+        """The scales before softplus: sigma = max(softplus(rho), 1e-8)."""
         return self.module.get_parameter(f"{self.parameter_name}_rho")
 
     @property
@@ -329,6 +364,18 @@ class NamedVariational:
         if row is None:
             return [slice(None)]
         return [rows for rows in (slice(0, row), slice(row + 1, self.loc.shape[0])) if rows.start < rows.stop]
+
+
+def check_module(model: object) -> None:
+    """Raise TypeError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+
+
+def bayesian_modules(model: nn.Module) -> dict[str, BayesianModule]:
+    """Bayesian layers by their first name in ``model``."""
+    check_module(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, BayesianModule)}
 
 
 def is_bayesian(model: nn.Module) -> bool:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributions import Prior
-from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
+from .base import BayesianModule
 from .estimators import Layout
-
-Size = int | tuple[int, ...]
-"""One number for all axes of an image, or one for each."""
-
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class _Convolution(BayesianModule):
@@ -29,28 +23,6 @@ class _Convolution(BayesianModule):
 
     layout: ClassVar[Layout]
     _conv_forward: Callable[..., Tensor]  # of torch's class: (input, weight, bias)
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        sizes = kernel_size, stride, padding, dilation
-        super().__init__(in_channels, out_channels, *sizes, groups, bias, padding_mode, device, dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its mean, its held draw or fresh noise."""
@@ -74,12 +46,7 @@ class Conv1d(_Convolution, torch.nn.Conv1d):
 class Conv2d(_Convolution, torch.nn.Conv2d):
     """`torch.nn.Conv2d` with weights N(weight, scale^2): random in `train()`, the mean in `eval()`.
 
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            in `torch.nn.Conv2d`.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
+    Its arguments are those of `torch.nn.Conv2d`, and those of :class:`BayesianModule`.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H', W'), or both without N.
 
@@ -115,31 +82,8 @@ class _ConvolutionTranspose(BayesianModule):
     kernel_size: tuple[int, ...]
     _output_padding: Callable[..., list[int]]  # of torch's class
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        output_padding: Size = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: Size = 1,
-        padding_mode: Literal["zeros"] = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        sizes = kernel_size, stride, padding, output_padding
-        super().__init__(in_channels, out_channels, *sizes, groups, bias, dilation, padding_mode, device, dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
-
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Apply the layer with its mean, its held draw or fresh noise.
+        """Return the layer's output with its mean, its held draw or fresh noise.
 
         ``output_size`` chooses among the sizes that ``stride`` leaves open, as in torch.
         """
@@ -171,12 +115,7 @@ class ConvTranspose1d(_ConvolutionTranspose, torch.nn.ConvTranspose1d):
 class ConvTranspose2d(_ConvolutionTranspose, torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with weights N(weight, scale^2): random in `train()`, the mean in `eval()`.
 
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding: as in `torch.nn.ConvTranspose2d`.
-        output_padding, groups, bias, dilation, padding_mode, device, dtype: likewise.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
+    Its arguments are those of `torch.nn.ConvTranspose2d`, and those of :class:`BayesianModule`.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H', W'), or both without N.
 

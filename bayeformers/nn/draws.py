@@ -9,21 +9,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..checks import check_draw
 from .adapters import LATE, allow_merges, late_adapters, note_adapters, refuse_merges
+from .base import BayesianModule
+from .base import bayesian_modules as bayesian_modules
+from .base import check_module as check_module
 from .holds import holding
+from .noise import Draw
 from .reading import MEAN
-from .scope import DrawScope
-from .variational import Draw, renamed
-
-if TYPE_CHECKING:
-    from .base import BayesianModule
+from .scope import DrawScope, fresh_key
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,11 @@ FORWARD = (
     "A forward of %s in train() without gradients: every call draws a network of its own. Call `model.eval()` for the "
     "posterior mean, or hold one draw in `with fixed_draw(model, index)`; `predict` averages over draws."
 )
+GENERATE = (
+    "%s generates in train(): one draw of the weights serves the whole call. Call `model.eval()` for the posterior "
+    "mean, or choose the draw in `with fixed_draw(model, index)`."
+)
+_GENERATE = "generate"
 
 
 @contextlib.contextmanager
@@ -51,9 +57,10 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
     The same pair gives the same weights for every batch and process and after a reload. Seen by this thread and by what
     is started inside, as :func:`posterior_mean` is.
 
-    Raises:
-        TypeError: ``index`` or ``seed`` is no whole number.
-        ValueError: ``index`` or ``seed`` is negative.
+    Args:
+        model: with a Bayesian layer at least.
+        index: of the draw: ValueError if it is negative, TypeError if it is no whole number.
+        seed: of the sequence, in the same way.
     """
     check_draw(index, seed)
     with hold(model, Draw(int(seed), int(index))):
@@ -87,13 +94,11 @@ def training_draw(model: nn.Module) -> Iterator[None]:
 
 
 def one_draw_per_forward(model: nn.Module) -> nn.Module:
-    """Let a hand-built model draw each distinct Parameter once per forward; `to_bayesian` does it by itself.
+    """Return ``model``, which draws each distinct Parameter once per forward from here on, as after `to_bayesian`.
 
     Without it each layer is a model of its own: one that is called twice in a forward draws twice. And where a module
-    has a ``generate``, one draw serves a whole call of it in `train()`. Returns the same object.
+    has a ``generate``, one draw serves a whole call of it in `train()`.
     """
-    from .generation import hold_while_generating
-
     modules = bayesian_modules(model)
     _name_tensors(modules)
     scope = DrawScope()
@@ -102,7 +107,7 @@ def one_draw_per_forward(model: nn.Module) -> nn.Module:
     release(model)
     model.register_forward_pre_hook(_Begin(scope))
     model.register_forward_hook(_End(scope), always_call=True)
-    hold_while_generating(model)
+    _hold_while_generating(model)
     note_adapters(model)
     refuse_merges(model)
     return model
@@ -110,10 +115,13 @@ def one_draw_per_forward(model: nn.Module) -> nn.Module:
 
 def release(model: nn.Module) -> None:
     """Undo :func:`one_draw_per_forward` on ``model`` itself."""
-    from .generation import release_generating
-
-    release_generating(model)
     allow_merges(model)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, OneDraw):
+                del vars(module)[name]
+                if value.own is not None:
+                    vars(module)[name] = value.own
     for hooks, kind in ((model._forward_pre_hooks, _Begin), (model._forward_hooks, _End)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
             del hooks[key]
@@ -121,7 +129,7 @@ def release(model: nn.Module) -> None:
 
 
 def say_once(scope: DrawScope, message: str, model: nn.Module) -> None:
-    """Once per model."""
+    """Log a warning, but once per model."""
     if message not in scope.said:
         scope.said.add(message)
         logger.warning(message, type(model).__name__)
@@ -132,31 +140,21 @@ def _tell_of_late_adapters(scope: DrawScope, model: nn.Module) -> None:
         say_once(scope, LATE.format(name.replace("%", "%%")), model)
 
 
-def check_module(model: object) -> None:
-    """Raises: TypeError: ``model`` is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-
-
-def bayesian_modules(model: nn.Module) -> dict[str, BayesianModule]:
-    """Bayesian layers by their first name in ``model``."""
-    from .base import BayesianModule
-
-    check_module(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, BayesianModule)}
-
-
-class _Begin:
+class _Hook:
     is_left_out_of_views = True
 
     def __init__(self, scope: DrawScope) -> None:
         self.scope = scope
 
+
+class _Begin(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             self.scope.enter(module.training)
             return
-        is_drawn = module.training and _takes_training_draw(module)
+        # Without a layer that holds neither a draw nor the mean no seed is taken from the generator. It is asked here,
+        # when the forward begins: inside a checkpointed region the seed would be taken again in backward.
+        is_drawn = module.training and any(layer.draw is None for layer in bayesian_modules(module).values())
         takes = self.scope.enter(is_drawn, sys._getframe(1))
         if takes and not torch.is_grad_enabled():
             say_once(self.scope, FORWARD, module)
@@ -164,50 +162,58 @@ class _Begin:
             _tell_of_late_adapters(self.scope, module)
 
 
-class _End:
-    is_left_out_of_views = True
-
-    def __init__(self, scope: DrawScope) -> None:
-        self.scope = scope
-
+class _End(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.scope.exit(None if torch.compiler.is_compiling() else sys._getframe(1))
 
 
-def _takes_training_draw(model: nn.Module) -> bool:
-    """Whether some layer holds neither a draw nor the mean; if none does, no seed is taken from the generator.
+class OneDraw:
+    """Stands in for a module's ``generate``; as itself where no layer would draw, that is in `eval()` or a held draw.
 
-    It is asked when a forward begins: inside a checkpointed region the seed would be taken again in backward.
+    Without it every token would be another network's, over the keys and values of the ones before.
     """
-    return any(m.draw is None for m in bayesian_modules(model).values())
+
+    def __init__(self, module: nn.Module, name: str, own: Callable[..., Any] | None) -> None:
+        self._module, self._name, self.own = module, name, own
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What it stands in for; `inspect.signature` reads it."""
+        return self.own or getattr(type(self._module), self._name).__get__(self._module)
+
+    @property
+    def __name__(self) -> str:
+        return self._name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, under one draw if layers would draw."""
+        modules = {} if torch.compiler.is_compiling() else bayesian_modules(self._module)
+        layers = [m for m in modules.values() if m.training and m.draw is None and m.scope.running is None]
+        if not layers:
+            return self.__wrapped__(*args, **kwargs)
+        say_once(layers[0].scope, GENERATE, self._module)
+        with hold(self._module, Draw(fresh_key()), layers):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def _hold_while_generating(model: nn.Module) -> None:
+    """Every module of ``model`` that generates does so under one draw."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) or not callable(getattr(type(module), _GENERATE, None)):
+            continue
+        for name in dir(type(module)):
+            if name.startswith(_GENERATE) and callable(getattr(type(module), name)):
+                vars(module)[name] = OneDraw(module, name, vars(module).get(name))
 
 
 def check_names(model: nn.Module) -> None:
     """Before a draw: each tensor's noise has a name of its own in ``model``.
 
     Raises:
-        ValueError: two tensors have the same.
+        ValueError: two tensors have the same, in parts that were converted one by one.
     """
     modules = bayesian_modules(model)
     _name_tensors(modules)
-    _check_distinct(modules)
-
-
-def _name_tensors(modules: dict[str, BayesianModule]) -> None:
-    """Hand-built layers get unique noise keys: their names in the model, the first owner's for tied tensors."""
-    names: dict[int, str] = {}
-    for name, module in modules.items():
-        for parameter, spec in module.specs.items():
-            tensor = module.get_parameter(parameter)
-            if spec.named:
-                names.setdefault(id(tensor), spec.name)
-            else:
-                first = names.setdefault(id(tensor), f"{name}.{parameter}" if name else parameter)
-                module.specs[parameter] = renamed(spec, first)
-
-
-def _check_distinct(modules: dict[str, BayesianModule]) -> None:
-    """Parts that were converted one by one name their tensors alike: they would share their noise."""
     owners: dict[str, int] = {}
     for module in modules.values():
         for parameter, spec in module.specs.items():
@@ -217,3 +223,16 @@ def _check_distinct(modules: dict[str, BayesianModule]) -> None:
                     f"`model` has two tensors named {spec.name!r} for their noise, in parts that were converted one by "
                     "one: their draws would be equal. Convert the whole model in one call of `to_bayesian`."
                 )
+
+
+def _name_tensors(modules: Mapping[str, BayesianModule]) -> None:
+    """Hand-built layers get unique noise keys: their names in the model, the first owner's for tied tensors."""
+    names: dict[int, str] = {}
+    for name, module in modules.items():
+        for parameter, spec in module.specs.items():
+            tensor = module.get_parameter(parameter)
+            if spec.named:
+                names.setdefault(id(tensor), spec.name)
+            else:
+                first = names.setdefault(id(tensor), f"{name}.{parameter}" if name else parameter)
+                module.specs[parameter] = replace(spec, name=first, named=True)

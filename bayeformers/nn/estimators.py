@@ -28,6 +28,8 @@ EstimatorName = Literal["reparameterization", "flipout", "local_reparameterizati
 Operation = Callable[..., Tensor]
 """A layer's arithmetic, ``operation(*inputs, weight, bias)``: linear in each input and in (weight, bias) together."""
 
+Inputs = tuple[Tensor, ...]
+
 _TINY = 1e-20  # variance under which the square root's infinite slope is cut off
 
 
@@ -70,12 +72,7 @@ class Estimator(Protocol):
     name: EstimatorName
 
     def affine(
-        self,
-        operation: Operation,
-        inputs: tuple[Tensor, ...],
-        weight: Variational,
-        bias: Variational | None,
-        layout: Layout = LAST,
+        self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
         """The random output of ``operation(*inputs, weight, bias)``, of the shape that it gives."""
 
@@ -89,12 +86,7 @@ class Reparameterization:
     name: EstimatorName = "reparameterization"
 
     def affine(
-        self,
-        operation: Operation,
-        inputs: tuple[Tensor, ...],
-        weight: Variational,
-        bias: Variational | None,
-        layout: Layout = LAST,
+        self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
         """operation(*inputs, w, b) with w and b from the active draw."""
         return operation(*inputs, weight.sample(), None if bias is None else bias.sample())
@@ -118,12 +110,7 @@ class Flipout:
     name: EstimatorName = "flipout"
 
     def affine(
-        self,
-        operation: Operation,
-        inputs: tuple[Tensor, ...],
-        weight: Variational,
-        bias: Variational | None,
-        layout: Layout = LAST,
+        self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
         """operation(*inputs, loc) + operation(*(x * r), scale * eps) * t."""
         if not layout.is_batched(inputs[0]):
@@ -135,7 +122,7 @@ class Flipout:
         return mean + noise * layout.signs(weight, 1 if layout.transposed else 0, noise)
 
     def lookup(self, ids: Tensor, weight: Variational) -> Tensor:
-        """Rows of the mean, plus rows of the noise times the example's signs of row and column, as `affine` has them.
+        """Return rows of the mean, plus rows of the noise times the example's signs of row and column, as in `affine`.
 
         A table tied to a Linear so is one draw per example in both uses.
         """
@@ -145,7 +132,7 @@ class Flipout:
             noise = F.embedding(ids, weight.perturbation)
         else:
             rows, inverse = torch.unique(ids, return_inverse=True)
-            noise = F.embedding(inverse, weight.perturbed_rows(rows))
+            noise = F.embedding(inverse, weight.rows(rows).perturbation)
         by_column = LAST.signs(weight, 1, noise)
         by_row = weight.signs(0, (len(ids), len(weight.loc)), ids.device)
         by_row = by_row.gather(1, ids.flatten(1)).reshape(*ids.shape, 1)
@@ -164,12 +151,7 @@ class LocalReparameterization:
     name: EstimatorName = "local_reparameterization"
 
     def affine(
-        self,
-        operation: Operation,
-        inputs: tuple[Tensor, ...],
-        weight: Variational,
-        bias: Variational | None,
-        layout: Layout = LAST,
+        self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
         """operation(*inputs, loc) + sqrt(operation(*(x^2), scale^2)) * noise, noise from torch's default generator."""
         mean = operation(*inputs, weight.loc, None if bias is None else bias.loc)
@@ -221,7 +203,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def get_estimator(name: str) -> Estimator:
-    """The estimator of that name.
+    """Return the estimator of that name.
 
     Raises:
         ValueError: unknown name.

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
+from .reading import MEAN
+
 Held = Any
-"""A `Draw`, or `draws.MEAN`."""
+"""A `Draw`, or `MEAN`."""
 
 
 class Hold:
@@ -32,7 +34,7 @@ class Hold:
         self.draw, self.is_for_all, self.is_open = draw, is_for_all, True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self.draw,)  # whoever opened it stays behind with the original
+        return functools.partial(Hold, is_for_all=True), (self.draw,)  # whoever opened it stays behind
 
 
 class HasHolds(Protocol):
@@ -68,14 +70,13 @@ def holding(layers: Iterable[HasHolds], draw: Held) -> Iterator[None]:
 
 
 def active(holds: tuple[Hold, ...], is_recorded: Callable[[], bool]) -> Held | None:
-    """What the running code holds of a layer's ``holds``; None: nothing.
+    """Return what the running code holds of a layer's ``holds``; None: nothing.
 
     Args:
         holds: of the layer, the innermost last.
         is_recorded: in a thread of autograd, whether a training forward is recomputed.
 
-    Raises:
-        RuntimeError: autograd recomputes a layer in a thread of its own while callers hold different draws.
+    RuntimeError is raised where autograd recomputes a layer in a thread of its own while callers hold different draws.
     """
     mine = _mine.get()
     for hold in reversed(holds):
@@ -93,25 +94,17 @@ def active(holds: tuple[Hold, ...], is_recorded: Callable[[], bool]) -> Held | N
 
 def _of_anyone(holds: tuple[Hold, ...]) -> Held | None:
     """Autograd's worker knows no caller: what they all hold."""
-    found = {_key(hold.draw): hold.draw for hold in holds if hold.is_open}
-    if len(found) > 1:
+    draws = [hold.draw for hold in holds if hold.is_open]
+    if len({(getattr(draw, "seed", MEAN), getattr(draw, "index", 0)) for draw in draws}) > 1:
         raise RuntimeError(
             "A layer is recomputed in backward while several threads hold different draws of it, and it cannot be told "
             "which is meant: let one thread at a time go backward inside `with fixed_draw(model, index)`."
         )
-    return next(iter(found.values()), None)
-
-
-def _key(draw: Held) -> Any:
-    return (draw.seed, draw.index) if hasattr(draw, "seed") else draw
+    return draws[0] if draws else None
 
 
 def _open(holds: tuple[Hold, ...]) -> tuple[Hold, ...]:
     return tuple(hold for hold in holds if hold.is_open)
-
-
-def _copied(draw: Held) -> Hold:
-    return Hold(draw, is_for_all=True)
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from ..distributions import DiagonalNormal, EmpiricalNormal
 from ..distributions import kl_divergence as _kl_divergence
+from ..distributions.block_kl import block_size, normal_kl, separable_kl
 from ..distributions.kl import has_closed_form
-from ..distributions.normal_kl import block_size, normal_kl
-from ..distributions.separable_kl import separable_kl
-from . import draws, kl_watch
-from .base import NamedVariational, record_of, variational_tensors
+from . import kl_watch
+from .base import NamedVariational, check_module, record_of, variational_tensors
+from .draws import say_once
 from .variational import scale_of, wide
+
+_Density = Callable[[Tensor], Any]
+"""The prior density of a part of a tensor, given the trained weights there."""
 
 THAWED = (
     "The mean {!r} of this %s trains, though the conversion froze the means: PEFT's `set_adapter` and "
@@ -32,18 +35,17 @@ def kl_divergence(model: nn.Module) -> Tensor:
     Equal to `log_variational_posterior(model) - log_prior(model)`. A prior without a closed form (scale mixture) gives
     the one-draw estimate, with the draw of the latest training forward.
 
+    ValueError is raised if ``model`` has no Bayesian layer, RuntimeError if a mean was set to train without its prior's
+    centre being stored (see `unfreeze`).
+
     Returns:
         A float32 scalar (float64 for a float64 model) with gradient in the scales and in the means that train.
-
-    Raises:
-        ValueError: ``model`` has no Bayesian layer.
-        RuntimeError: a mean was set to train without its prior's centre being stored (see `unfreeze`).
 
     >>> from bayeformers.nn import Linear
     >>> bool(kl_divergence(Linear(3, 2)) > 0)
     True
     """
-    draws.check_module(model)
+    check_module(model)
     _tell_of_thawed(model)
     return _sum_over_tensors(model, tensor_kl)
 
@@ -55,7 +57,7 @@ def _tell_of_thawed(model: nn.Module) -> None:
         return
     thawed = next((tensor for tensor in variational_tensors(model) if tensor.loc.requires_grad), None)
     if thawed is not None:
-        draws.say_once(thawed.module.scope, THAWED.format(thawed.name.replace("%", "%%")), model)
+        say_once(thawed.module.scope, THAWED.format(thawed.name.replace("%", "%%")), model)
 
 
 def log_variational_posterior(model: nn.Module) -> Tensor:
@@ -71,78 +73,66 @@ def log_prior(model: nn.Module) -> Tensor:
 def tensor_kl(tensor: NamedVariational) -> Tensor:
     """KL(q || p) of one tensor, summed over its random weights: a scalar."""
     kl_watch.note(tensor.module)
-    trained, prior = _trained(tensor), _prior_of(tensor)
-    own_centre = _is_own_centre(tensor, trained)
+    trained, centre, prior = _prior_of(tensor)
     p = prior(wide(trained.detach().reshape(-1)[:1], tensor.rho))
-    stored = tensor.module.prior_scale(tensor.parameter_name)
     if isinstance(p, EmpiricalNormal):  # the derivative in its best scale is 0, so the scale is a number here
         best = _best_scale(list(tensor.layer) if p.per == "layer" else [tensor])
         prior = functools.partial(_with_scale, prior, best)
+    row, floor = tensor.spec.padding_idx, tensor.floor
     if isinstance(p, (DiagonalNormal, EmpiricalNormal)):
-        return normal_kl(
-            tensor.loc,
-            tensor.rho,
-            None if own_centre else trained,
-            prior,
-            tensor.spec.padding_idx,
-            prior_scale=stored,
-            floor=tensor.floor,
-        )
+        stored = tensor.module.prior_scale(tensor.parameter_name)
+        return normal_kl(tensor.loc, tensor.rho, centre, prior, row, prior_scale=stored, floor=floor)
     if getattr(p, "separable", False) and has_closed_form(_EXAMPLE, p):
-        block = functools.partial(_block_kl, prior, tensor.floor)
-        return separable_kl(tensor.loc, tensor.rho, None if own_centre else trained, block, tensor.spec.padding_idx)
-    loc, rho, centre = (
-        torch.cat([value[r] for r in tensor.random_rows()]) for value in (tensor.loc, tensor.rho, trained)
-    )
-    q = DiagonalNormal(wide(loc, rho), scale_of(loc, rho, tensor.floor))
-    p = prior(q.loc if own_centre else wide(centre, rho))
-    if has_closed_form(q, p):
-        return _kl_divergence(q, p)
-    noise = tensor.module.scope.sampling_key().noise(tensor.spec, tensor.loc)
-    return _kl_divergence(q, p, torch.cat([noise[r] for r in tensor.random_rows()]))
+
+        def block_kl(loc: Tensor, rho: Tensor, centre: Tensor | None) -> Tensor:
+            q = DiagonalNormal(loc, scale_of(loc, rho, floor))
+            return _kl_divergence(q, prior(loc if centre is None else centre))
+
+        return separable_kl(tensor.loc, tensor.rho, centre, block_kl, row)
+    return _whole_kl(tensor, trained, centre is None, prior)
 
 
 _EXAMPLE = DiagonalNormal(torch.zeros(1), torch.ones(1))
 
 
-def _block_kl(
-    prior: Callable[[Tensor], Any], floor: Tensor | None, loc: Tensor, rho: Tensor, centre: Tensor | None
-) -> Tensor:
-    q = DiagonalNormal(loc, scale_of(loc, rho, floor))
-    return _kl_divergence(q, prior(loc if centre is None else centre))
+def _whole_kl(tensor: NamedVariational, trained: Tensor, is_own_centre: bool, prior: _Density) -> Tensor:
+    """KL of a tensor in one piece: its density takes the weights together, or has no closed form."""
+
+    def random(value: Tensor) -> Tensor:
+        return torch.cat([value[rows] for rows in tensor.random_rows()])
+
+    loc, rho, centre = map(random, (tensor.loc, tensor.rho, trained))
+    q = DiagonalNormal(wide(loc, rho), scale_of(loc, rho, tensor.floor))
+    p = prior(q.loc if is_own_centre else wide(centre, rho))
+    noise = None
+    if not has_closed_form(q, p):
+        noise = random(tensor.module.scope.sampling_key().noise(tensor.spec, tensor.loc))
+    return _kl_divergence(q, p, noise)
 
 
-def _trained(tensor: NamedVariational) -> Tensor:
-    """Centre of the prior, if it needs one."""
-    return tensor.module.prior_centre(tensor.parameter_name)
+def _prior_of(tensor: NamedVariational) -> tuple[Tensor, Tensor | None, _Density]:
+    """The trained weights; again, but None where a frozen mean is its own centre; the density given a part of them."""
+    module, name = tensor.module, tensor.parameter_name
+    trained = module.prior_centre(name)
+    centre = None if module.prior.needs_centre and trained is tensor.loc else trained
+    return trained, centre, functools.partial(module.prior.for_tensor, initial=module.initial_scale(name, trained))
 
 
-def _is_own_centre(tensor: NamedVariational, trained: Tensor) -> bool:
-    """Whether a frozen mean is its own prior's centre."""
-    return tensor.module.prior.needs_centre and trained is tensor.loc
-
-
-def _prior_of(tensor: NamedVariational) -> Callable[[Tensor], Any]:
-    """The density of a part of the tensor, given its trained weights."""
-    initial = tensor.module.initial_scale(tensor.parameter_name, _trained(tensor))
-    return functools.partial(tensor.module.prior.for_tensor, initial=initial)
-
-
-def _with_scale(prior: Callable[[Tensor], EmpiricalNormal], scale: Tensor, centre: Tensor) -> DiagonalNormal:
-    """N(m, scale^2)."""
+def _with_scale(prior: _Density, scale: Tensor, centre: Tensor) -> DiagonalNormal:
+    """N(m, scale^2) with the m that ``prior`` has, given a part of the trained weights."""
     return DiagonalNormal(prior(centre).loc, scale)
 
 
 @torch.no_grad()
 def _best_scale(tensors: list[NamedVariational]) -> Tensor:
-    """s of the smallest KL to N(m, s^2) over all these tensors: s^2 = mean(sigma^2 + (mu - m)^2)."""
+    """The s of the smallest KL to N(m, s^2) over all these tensors: s^2 = mean(sigma^2 + (mu - m)^2)."""
     total, count = torch.zeros((), dtype=torch.float64, device=tensors[0].rho.device), 0
     for tensor in tensors:
-        trained, prior = _trained(tensor), _prior_of(tensor)
-        for loc, rho, centre in _blocks(tensor, tensor.loc, tensor.rho, trained):
+        trained, centre, prior = _prior_of(tensor)
+        for loc, rho, block in _blocks(tensor, tensor.loc, tensor.rho, trained):
             moment = scale_of(loc, rho, tensor.floor).square_()
-            if not _is_own_centre(tensor, trained):
-                moment += (loc - prior(wide(centre, rho)).loc).square()
+            if centre is not None:
+                moment += (loc - prior(wide(block, rho)).loc).square()
             total, count = total + moment.sum(), count + moment.numel()
     best: Tensor = (total / max(count, 1)).sqrt().to(wide(tensors[0].loc, tensors[0].rho).dtype)
     return best

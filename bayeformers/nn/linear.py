@@ -1,16 +1,13 @@
-"""Bayesian `torch.nn.Linear` and transformers' `Conv1D` (a Linear with a transposed weight, as in GPT-2)."""
+"""Bayesian `torch.nn.Linear`, `torch.nn.Bilinear`, and transformers' `Conv1D` (a transposed Linear, as in GPT-2)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers.pytorch_utils
 from torch import Tensor
 
-from ..distributions import Prior
-from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
+from .base import BayesianModule
 from .estimators import Layout
 
 _TRANSPOSED = Layout(transposed=True)
@@ -19,11 +16,7 @@ _TRANSPOSED = Layout(transposed=True)
 class Linear(BayesianModule, torch.nn.Linear):
     """`torch.nn.Linear` with weights N(weight, scale^2): random in `train()`, the mean in `eval()`.
 
-    Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
+    Its arguments are those of `torch.nn.Linear`, and those of :class:`BayesianModule`.
 
     Shape: (*, in_features) -> (*, out_features).
 
@@ -34,26 +27,33 @@ class Linear(BayesianModule, torch.nn.Linear):
 
     torch_class = torch.nn.Linear
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
-
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its mean, its held draw or fresh noise."""
         if not self.is_random:
             return super().forward(input)
         return self.active_estimator.affine(F.linear, (input,), self.variational("weight"), self.maybe("bias"))
+
+
+class Bilinear(BayesianModule, torch.nn.Bilinear):
+    """`torch.nn.Bilinear`, y_o = x1^T W_o x2 + b_o, with Gaussian weights; see :class:`Linear`.
+
+    Flipout has signs on all three axes of the weight.
+
+    Shape: (*, in1_features), (*, in2_features) -> (*, out_features).
+
+    >>> layer = Bilinear(3, 4, 2).eval()
+    >>> layer(torch.ones(5, 3), torch.ones(5, 4)).shape
+    torch.Size([5, 2])
+    """
+
+    torch_class = torch.nn.Bilinear
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """Apply the layer with its mean, its held draw or fresh noise."""
+        if not self.is_random:
+            return super().forward(input1, input2)
+        weight, bias = self.variational("weight"), self.maybe("bias")
+        return self.active_estimator.affine(F.bilinear, (input1, input2), weight, bias)
 
 
 class Conv1D(BayesianModule, transformers.pytorch_utils.Conv1D):
@@ -63,18 +63,6 @@ class Conv1D(BayesianModule, transformers.pytorch_utils.Conv1D):
     """
 
     torch_class = transformers.pytorch_utils.Conv1D
-
-    def __init__(
-        self,
-        nf: int,
-        nx: int,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        super().__init__(nf, nx)  # type: ignore[no-untyped-call]
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with its mean, its held draw or fresh noise."""

@@ -1,4 +1,4 @@
-"""Stateless standard-normal noise: a pure function of (seed, draw index, tensor name, element).
+"""The noise of a draw, tensor by tensor: a pure function of (seed, draw index, tensor name, element).
 
 The same key gives the same values for every batch, rank, token of `generate` and after a reload, whatever was drawn
 before. Values agree between devices of one type; CPU and GPU streams may differ.
@@ -8,14 +8,145 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sampling.generators import NOISE_VERSION, keyed_generator
 
 _INT32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the noise of a tensor depends on besides the draw; tied tensors share one.
+
+    Attributes:
+        name: first name that owns the tensor in the unwrapped model: the key of its noise.
+        by_row: noise addressable by row (an Embedding owns the tensor), so that a lookup needs no whole table.
+        padding_idx: row without noise and without KL.
+        untrained_idx: where there is no such row, one whose lookups give no gradient: torch's padding row, of a table
+            whose tied head predicts that token.
+        named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
+        noise_version: which draws, see `bayeformers.sampling.generators`.
+    """
+
+    is_shared_by_views: ClassVar[bool] = True
+
+    name: str
+    by_row: bool = False
+    padding_idx: int | None = None
+    named: bool = False
+    untrained_idx: int | None = None
+    noise_version: int = NOISE_VERSION
+
+    @property
+    def unlearned_row(self) -> int | None:
+        """The row whose lookups give no gradient."""
+        return self.untrained_idx if self.padding_idx is None else self.padding_idx
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a tensor keeps of itself in a held draw.
+
+    Attributes:
+        stamp: of the mean and the scale that it was made of.
+        value: the tensor's value, or a table that is filled as its rows are asked for.
+        made: (rows, 1), 1 for the rows that are there; None: all of them.
+    """
+
+    stamp: tuple[Any, ...]
+    value: Tensor
+    made: Tensor | None = None
+
+
+class Draw:
+    """One draw of all weights of a model: the noise and the signs of each tensor, made when asked for.
+
+    Attributes:
+        seed, index: which draw.
+        kept: tensor name -> what the tensor keeps of itself; None in a training draw, whose values live as long as
+            autograd needs them. Either way the same tensor always gets the same value.
+    """
+
+    def __init__(self, seed: int, index: int = 0, *, keep: bool = True) -> None:
+        self.seed, self.index = seed, index
+        self.kept: dict[str, Kept] | None = {} if keep else None
+        self._noise: MutableMapping[str, Tensor] = {} if keep else weakref.WeakValueDictionary()
+
+    def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
+        """N(0, 1) of the shape of ``like``, or of those rows of a table alone; float32, zero in the padding row."""
+        if rows is not None:
+            return self._noise_of_rows(spec, like, rows)
+        value = self._noise.get(spec.name)
+        if value is None or value.shape != like.shape or value.device != like.device:
+            value = self._make_noise(spec, like)
+            if self.kept is None or torch.is_grad_enabled():  # else the tensor keeps its value instead
+                self._noise[spec.name] = value
+        return value
+
+    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """Fair signs (examples, features) of one axis of a tensor: the same whenever this draw is asked for them."""
+        return signs(noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the values that are kept."""
+        kept = [entry.value for entry in list((self.kept or {}).values())]  # another thread may add to them
+        return sum(value.numel() * value.element_size() for value in [*kept, *self._noise.values()])
+
+    def _make_noise(self, spec: TensorSpec, like: Tensor) -> Tensor:
+        if spec.by_row:
+            return self._noise_of_rows(spec, like, torch.arange(like.shape[0], device=like.device))
+        if torch.compiler.is_compiling():
+            version = spec.noise_version
+            traced: Tensor = traced_normal(
+                str(self.seed), self.index, spec.name, list(like.shape), like.device, version
+            )
+            return traced
+        return normal(noise_key(self.seed, self.index, spec.name), like.shape, like.device, spec.noise_version)
+
+    def _noise_of_rows(self, spec: TensorSpec, like: Tensor, rows: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            key = traced_key(str(self.seed), self.index, spec.name, rows.device)
+        else:
+            key = noise_key(self.seed, self.index, spec.name)
+        return _without_padding(normal_rows(key, rows, like.shape[1]), spec, rows)
+
+
+class TracedDraw:
+    """A training draw inside `torch.compile`: noise straight from torch's default generator, without graph breaks."""
+
+    kept: ClassVar[None] = None
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
+        """As `Draw.noise`, once per forward; of rows it is a lookup in the whole, which the compiler fuses."""
+        if spec.name not in self._made:
+            numbers = torch.arange(like.shape[0], device=like.device)
+            self._made[spec.name] = _without_padding(torch.randn_like(like, dtype=torch.float32), spec, numbers)
+        return self._made[spec.name] if rows is None else F.embedding(rows, self._made[spec.name])
+
+    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """As `Draw.signs`, once per forward and shape."""
+        key = (spec.name, axis, shape)
+        if key not in self._made:
+            self._made[key] = torch.randint(2, shape, device=device, dtype=torch.float32) * 2 - 1
+        return self._made[key]
+
+
+def _without_padding(eps: Tensor, spec: TensorSpec, rows: Tensor) -> Tensor:
+    if spec.padding_idx is None:
+        return eps
+    return eps.masked_fill((rows == spec.padding_idx)[:, None], 0.0)
 
 
 def noise_key(seed: int, index: int, name: str) -> int:
@@ -60,7 +191,7 @@ def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def normal_rows(key: int | Tensor, rows: Tensor, width: int) -> Tensor:
-    """N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
+    """Return N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
 
     Two rounds of a 32-bit mixer (Wellons' lowbias32) with 64 bits of state per row, then the inverse normal CDF of the
     upper 24 bits; |values| < 5.3. Element by element, so a row's noise does not depend on the other rows asked for.

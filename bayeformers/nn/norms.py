@@ -7,14 +7,12 @@ calls its normalisation: f(x; 0) is 0, or xhat where the class multiplies with 1
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributions import Prior
-from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
+from .base import BayesianModule
 from .estimators import REPARAMETERIZATION, Layout
 
 
@@ -23,6 +21,11 @@ class Normalization(BayesianModule):
 
     Only `to_bayesian(model, norms=True)` converts normalisations.
     """
+
+    @property
+    def is_random(self) -> bool:
+        """Never without a gain, that is without ``elementwise_affine``."""
+        return self._parameters.get("weight") is not None and super().is_random
 
     @abstractmethod
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,13 +48,6 @@ class Normalization(BayesianModule):
 class LayerNorm(Normalization, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` with Gaussian gain and bias; see :class:`Normalization`.
 
-    Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in `torch.nn.LayerNorm`; without
-            ``elementwise_affine`` there is nothing to draw.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
-
     Shape: (N, ..., *normalized_shape) -> the same.
 
     >>> LayerNorm(4).train()(torch.randn(2, 3, 4)).shape
@@ -60,40 +56,13 @@ class LayerNorm(Normalization, torch.nn.LayerNorm):
 
     torch_class = torch.nn.LayerNorm
 
-    def __init__(
-        self,
-        normalized_shape: int | list[int] | torch.Size,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
-
-    @property
-    def is_random(self) -> bool:
-        """Never without a gain."""
-        return self._parameters.get("weight") is not None and super().is_random
-
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `torch.nn.functional.layer_norm`."""
+        """Normalise as `torch.nn.functional.layer_norm` does."""
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(Normalization, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with a Gaussian gain; see :class:`Normalization`.
-
-    Args:
-        normalized_shape, eps, elementwise_affine, device, dtype: as in `torch.nn.RMSNorm`.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
 
     Shape: (N, ..., *normalized_shape) -> the same.
 
@@ -103,28 +72,8 @@ class RMSNorm(Normalization, torch.nn.RMSNorm):
 
     torch_class = torch.nn.RMSNorm
 
-    def __init__(
-        self,
-        normalized_shape: int | list[int] | torch.Size,
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
-
-    @property
-    def is_random(self) -> bool:
-        """Never without a gain."""
-        return self._parameters.get("weight") is not None and super().is_random
-
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `torch.nn.functional.rms_norm`."""
+        """Normalise as `torch.nn.functional.rms_norm` does."""
         return F.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
@@ -147,7 +96,9 @@ class AnyRMSNorm(Normalization):
 
 
 def is_rms_norm(module: torch.nn.Module) -> bool:
-    """LlamaRMSNorm, T5LayerNorm, ...: one vector of gains and nothing else. `AnyRMSNorm.refusal` looks at what it does.
+    """Return whether it is one vector of gains and nothing else; `AnyRMSNorm.refusal` looks at what it does.
+
+    Such as LlamaRMSNorm, T5LayerNorm.
 
     >>> is_rms_norm(torch.nn.RMSNorm(4)), is_rms_norm(torch.nn.PReLU(4))
     (True, False)

@@ -27,11 +27,9 @@ _UNREADABLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, torch.jit.Scr
 
 
 class RandomParameters(BayesianModule):
-    """Mixin over any module class: reading one of ``bayesian_parameters`` gives its value under the active draw.
+    """Mixin over any module class, whose ``bayesian_parameters`` are drawn where they are read and nowhere else.
 
-    That is the held draw, or the training draw while the model, or the module itself, runs forward in `train()`, also
-    when it is recomputed in backward; otherwise the Parameter, which is the mean. A tensor has one value per draw
-    however often it is read. Noise enters by plain sampling whatever the estimator, one draw for the whole batch.
+    A forward of the module by itself is drawn too, and a tensor has one value in it however often it is read.
     """
 
     is_read: ClassVar[bool] = True  # no call of the module tells what became of its weights
@@ -42,7 +40,7 @@ class RandomParameters(BayesianModule):
         self._values = _Values()
 
     def become_deterministic(self) -> None:
-        """As `BayesianModule.become_deterministic`."""
+        """Undo it, as `BayesianModule.become_deterministic` does."""
         super().become_deterministic()
         del self._values
 
@@ -83,7 +81,7 @@ class _Values(threading.local):
 
 @functools.cache
 def random_class(source: type[nn.Module], names: tuple[str, ...]) -> type[RandomParameters]:
-    """The subclass of ``source`` in which the Parameters ``names`` are random.
+    """Return the subclass of ``source`` in which the Parameters ``names`` are random.
 
     >>> class Scores(nn.Module):
     ...     def __init__(self):

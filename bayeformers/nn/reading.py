@@ -12,17 +12,20 @@ import dis
 import functools
 import sys
 import types
-from typing import Any, ClassVar, Final, cast
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-
-from .variational import TensorSpec, Variational
+from torch import nn
 
 MEAN: Final = "mean"
 _DESCRIPTIONS = frozenset(("dtype", "device", "shape", "ndim", "layout", "is_meta", "requires_grad"))
 _PARAMETRIZE = "torch.nn.utils.parametrize"
 _TUNERS, _MERGES = "peft.tuners.", ("merge", "unmerge")
+_REPLACED = (
+    "{!r} is no longer a Parameter of its layer: pruning, weight norm, `target_parameters` of PEFT or another "
+    "parametrization replaced it after the conversion, so that its draws would be lost. Undo that, or apply it before "
+    "`to_bayesian`."
+)
 _DRAWN_MERGE = (
     "`{}` of an adapter while {!r} is drawn: it would change the draw, which is a copy, and not the weight. Call it "
     "outside of `fixed_draw` and of the forward."
@@ -31,103 +34,58 @@ _GET_PARAMETER = nn.Module.get_parameter.__code__
 _LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")
 
 
-class DrawnWhereRead(nn.Module):
-    """Mixin: reading one of ``bayesian_parameters`` gives its value under the active draw.
-
-    That is the held draw, or the training draw while the model runs forward in `train()`, also when a part of it is
-    recomputed in backward; otherwise the Parameter, which is the mean. Noise enters a reading by plain sampling
-    whatever the estimator: one draw for the whole batch.
-    """
-
-    bayesian_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
-
-    draw: Any
-    specs: dict[str, TensorSpec]
-    scope: Any
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "torch_class" not in vars(cls):  # a mixin: what it is mixed into may have such an attribute of another kind
-            return
-        for name in cls.bayesian_parameters:
-            if name not in vars(cls):
-                read, write = functools.partial(_read, name=name), functools.partial(_write, name=name)
-                setattr(cls, name, property(read, write))
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """The Parameter, which is the mean, under a draw too."""
-        own = self._parameters.get(target)
-        return super().get_parameter(target) if own is None else own
-
-    def variational(self, name: str) -> Variational:
-        """The tensor ``name`` with its active draw."""
-        raise NotImplementedError
-
-    def _mean_of(self, name: str) -> Tensor:
-        """The Parameter, or what `torch.func.functional_call` has put in its place.
-
-        Raises:
-            RuntimeError: something else computes the tensor since the conversion.
-        """
-        value = self._parameters.get(name)
-        if value is None:
-            raise RuntimeError(replaced(self.specs[name].name))
-        return value
-
-    def _value(self, name: str) -> Tensor:
-        """The tensor under the draw; a copy, so that who edits it in place leaves the draw alone."""
-        return self.variational(name).sample().clone()
-
-    @property
-    def _is_drawing(self) -> bool:
-        if "specs" not in self.__dict__:  # half way through a conversion
-            return False
-        return bool(self.training and self.scope.is_running) if self.draw is None else self.draw is not MEAN
-
-
 def replaced(name: str) -> str:
     """What is wrong with a Bayesian tensor that is no Parameter any more."""
-    return (
-        f"{name!r} is no longer a Parameter of its layer: pruning, weight norm, `target_parameters` of PEFT or another "
-        "parametrization replaced it after the conversion, so that its draws would be lost. Undo that, or apply it "
-        "before `to_bayesian`."
-    )
+    return _REPLACED.format(name)
 
 
-def _read(self: DrawnWhereRead, name: str) -> Tensor | None:
-    """What the attribute ``name`` is at present."""
+def read(self: Any, name: str) -> Any:
+    """What the attribute ``name`` of a Bayesian layer is at present: its value under a draw, or the Parameter."""
     if name not in self._parameters:
         if name in self.__dict__:  # None of an instance that has no such tensor
-            return cast("Tensor | None", self.__dict__[name])
+            return self.__dict__[name]
         raise AttributeError(name)  # `nn.Module.__getattr__` has the words for it
     parameter = self._parameters[name]
-    if parameter is None or parameter.is_meta or not self._is_drawing or name not in self.specs:
+    is_random = name in self.__dict__.get("specs", ())  # without them it is half way through a conversion
+    if parameter is None or parameter.is_meta or not is_random or not self.is_random:
         return parameter
-    if not torch.compiler.is_compiling():
-        reader = sys._getframe(1)
-        parametrizes = reader.f_globals.get("__name__") == _PARAMETRIZE and reader.f_locals.get("self") is not self
-        if parametrizes:  # it would keep the draw in the place of the Parameter
-            raise RuntimeError(replaced(self.specs[name].name))
-        if reader.f_code.co_name in _MERGES and reader.f_globals.get("__name__", "").startswith(_TUNERS):
-            raise RuntimeError(_DRAWN_MERGE.format(reader.f_code.co_name, self.specs[name].name))
-        if reader.f_code is _GET_PARAMETER or only_describes(reader):
-            return parameter
+    if self.draw is None and not self.scope.is_running:
+        return parameter
+    if not torch.compiler.is_compiling() and _takes_parameter(sys._getframe(1), self, self.specs[name].name):
+        return parameter
     try:
         return self._value(name)
     except AttributeError as error:  # a property that raises it would silently become `_parameters[name]`
         raise RuntimeError(f"`{name}` of {type(self).__name__} could not be drawn.") from error
 
 
-def _write(self: DrawnWhereRead, value: object, name: str) -> None:
-    """Only what is no Parameter arrives here: `nn.Module` keeps those."""
-    spec = self.__dict__.get("specs", {}).get(name)
-    if spec is not None:
-        raise RuntimeError(replaced(spec.name))
+def write(self: Any, value: object, name: str) -> None:
+    """Set an attribute that is no Parameter: those `nn.Module` keeps.
+
+    Raises:
+        RuntimeError: it replaces a random tensor.
+    """
+    if name in self.__dict__.get("specs", ()):
+        raise RuntimeError(replaced(self.specs[name].name))
     self.__dict__[name] = value
 
 
+def _takes_parameter(reader: types.FrameType, layer: nn.Module, name: str) -> bool:
+    """Return whether the code that reads a tensor of ``layer``, called ``name``, is content with the Parameter.
+
+    Raises:
+        RuntimeError: it would keep the draw in the place of the Parameter, or change the draw instead of the weight.
+    """
+    code, module = reader.f_code, reader.f_globals.get("__name__", "")
+    if module == _PARAMETRIZE and reader.f_locals.get("self") is not layer:
+        raise RuntimeError(replaced(name))
+    if code.co_name in _MERGES and module.startswith(_TUNERS):
+        raise RuntimeError(_DRAWN_MERGE.format(code.co_name, name))
+    return code is _GET_PARAMETER or only_describes(reader)
+
+
 def only_describes(frame: types.FrameType) -> bool:
-    """Whether the code that reads an attribute just now asks for its dtype, device or shape, its type, or for None.
+    """Return whether the code that reads an attribute asks for its dtype, device or shape, its type, or for None.
 
     Mean and draw have them in common, and to draw a weight in order to ask for its dtype, as T5 does, costs as much as
     to use it. What is not recognised is drawn.

@@ -56,7 +56,7 @@ class Recurrence:
     reverse: bool
 
     def __call__(self, inputs: Tensor, state: State, alive: Tensor | None) -> tuple[Tensor, State]:
-        """Outputs of all steps and the final state; where not ``alive``, an example keeps its state.
+        """Return the outputs of all steps and the final state; where not ``alive``, an example keeps its state.
 
         Shape: ``inputs`` (T, B, d), ``state`` (B, features) each, ``alive`` (T, B, 1) -> (T, B, features of h), state.
         """
@@ -78,14 +78,14 @@ class Recurrence:
 
 
 def lstm_step(gates: Tensor, recurrent: Tensor, state: State, project: Project) -> State:
-    """c' = f * c + i * g, h' = W_hr (o * tanh c'); the gates are i, f, g, o: g by tanh, the others by sigmoid."""
+    """Return h' = W_hr (o * tanh c'), c' = f * c + i * g; the gates are i, f, g, o: g by tanh, others by sigmoid."""
     i, f, g, o = (gates + recurrent).chunk(4, -1)
     cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return project(o.sigmoid() * cell.tanh()), cell
 
 
 def gru_step(gates: Tensor, recurrent: Tensor, state: State, project: Project) -> State:
-    """h' = (1 - z) * n + z * h, n = tanh(gates_n + r * recurrent_n); the gates are r, z, n: r and z by sigmoid."""
+    """Return h' = (1 - z) * n + z * h, n = tanh(gates_n + r * recurrent_n); the gates are r, z, n: r, z by sigmoid."""
     reset, update, new = gates.chunk(3, -1)
     reset_h, update_h, new_h = recurrent.chunk(3, -1)
     candidate = (new + (reset + reset_h).sigmoid() * new_h).tanh()
@@ -107,7 +107,7 @@ CELLS = {"LSTM": Cell(lstm_step, 2), "GRU": Cell(gru_step, 1)}
 def run_layers(
     layers: Sequence[Sequence[Recurrence]], inputs: Tensor, states: State, alive: Tensor | None, dropout: float
 ) -> tuple[Tensor, State]:
-    """A stack of recurrent layers; each joins its directions' outputs, and ``dropout`` acts between layers.
+    """Return a stack of recurrent layers' outputs; each joins its directions', and ``dropout`` acts between layers.
 
     Shape: ``inputs`` (T, B, d), ``states`` (layers * directions, B, features) each -> (T, B, directions * features of
     h), the final states.
@@ -126,7 +126,7 @@ def run_layers(
 
 
 def time_first(input: Tensor | PackedSequence, batch_first: bool) -> tuple[Tensor, Tensor | None]:
-    """Sequences of any form as (T, B, d), and (T, B, 1) where they are alive, if they differ in length.
+    """Return sequences of any form as (T, B, d), and (T, B, 1) where they are alive, if they differ in length.
 
     Examples are in the caller's order, so that their signs do not depend on the packing.
     """

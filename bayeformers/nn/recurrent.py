@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..distributions import Prior
-from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
+from .base import BayesianModule
 from .estimators import Estimator, Reparameterization
 from .recurrence import CELLS, Recurrence, State, Weights, as_given, run_layers, time_first
 from .variational import Variational
@@ -30,11 +29,7 @@ class Recurrent(BayesianModule, torch.nn.RNNBase):
         return tuple(names)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        """Run sequences through the layer with its mean, its held draw or fresh noise; the output is as torch's.
-
-        Raises:
-            ValueError, RuntimeError: torch's own, for inputs or states that do not fit.
-        """
+        """Return torch's outputs, and raise its errors, with the layer's mean, its held draw or fresh noise."""
         if isinstance(input, PackedSequence):  # torch's LSTM does not check it, and its kernel reads past the end
             self.check_input(input.data, input.batch_sizes)
             if hx is not None:
@@ -48,7 +43,7 @@ class Recurrent(BayesianModule, torch.nn.RNNBase):
         return self._by_steps(estimator, weights, input, hx)
 
     def _fused(self, weights: list[Tensor], input: Tensor | PackedSequence, hx: Any) -> Any:
-        """torch's forward with other weights, by a view of the layer: nothing is written into the layer itself.
+        """Return torch's forward with other weights, by a view of the layer: nothing is written into the layer itself.
 
         Without names the view takes its flat weights for what they are, and does not look for the layer's Parameters.
         """
@@ -97,7 +92,7 @@ class Recurrent(BayesianModule, torch.nn.RNNBase):
             ]
 
     def _states(self, hx: Any) -> State:
-        """torch's form of the states -> a tuple of them; empty if none are given."""
+        """From torch's form of the states to a tuple of them; empty if none are given."""
         if hx is None:
             return ()
         return (hx,) if CELLS[self.mode].num_states == 1 else tuple(hx)
@@ -115,12 +110,8 @@ class LSTM(Recurrent, torch.nn.LSTM):
     reparameterization every gate at every step has noise of its own: each step is then treated as having its own
     weights, and the same weights at two steps count as independent. Both run step by step, in Python.
 
-    Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
-            `torch.nn.LSTM`; ``dropout`` acts between layers, in `train()`, besides the weights' noise.
-        prior: prior of every weight.
-        delta: initial scale relative to |weight|.
-        estimator: how the noise enters.
+    Its arguments are those of `torch.nn.LSTM`, and those of :class:`BayesianModule`; ``dropout`` acts between layers,
+    in `train()`, besides the weights' noise.
 
     Shape: as `torch.nn.LSTM`, packed and unbatched sequences included: (T, B, input_size) or, with ``batch_first``,
     (B, T, input_size) -> the outputs (..., directions * h) and the final states h_n, c_n.
@@ -132,27 +123,6 @@ class LSTM(Recurrent, torch.nn.LSTM):
     """
 
     torch_class = torch.nn.LSTM
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(*sizes, device=device, dtype=dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
 
 
 class GRU(Recurrent, torch.nn.GRU):
@@ -167,26 +137,6 @@ class GRU(Recurrent, torch.nn.GRU):
     """
 
     torch_class = torch.nn.GRU
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        prior: Prior = DEFAULT_PRIOR,
-        delta: float = DEFAULT_DELTA,
-        estimator: str = "reparameterization",
-    ) -> None:
-        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        super().__init__(*sizes, device=device, dtype=dtype)
-        self.become_bayesian(prior=prior, delta=delta, estimator=estimator)
 
 
 def _weights_of(weights: dict[str, Variational], suffix: str) -> Weights:

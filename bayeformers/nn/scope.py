@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -12,9 +13,55 @@ from typing import Any
 import torch
 
 from ..sampling.random_state import note_draw
-from .forwards import Forwards
-from .noise import noise_key
-from .variational import Draw, TracedDraw
+from .noise import Draw, TracedDraw, noise_key
+
+_REMEMBERED = 4096
+_UNTOLD = (
+    "A Bayesian layer is recomputed in backward and its draw cannot be told: keep `preserve_rng_state=True` in "
+    "activation checkpointing, or run one forward per backward."
+)
+
+
+class _Forwards:
+    """One thread's forwards of one model.
+
+    Attributes:
+        frames: of the forwards that run, the outermost first; None of one that its caller closes in any case.
+        running: their draw.
+        latest: the last forward's.
+        unfinished: how many forwards have not gone backward.
+        pending: draw of the latest of them.
+        seen: random state -> the draw that a layer took in it, and whether for itself alone.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[FrameType | None] = []
+        self.running: Draw | None = None
+        self.latest: Draw | None = None
+        self.pending: Draw | None = None
+        self.unfinished = 0
+        self._backward: tuple[int, Draw | None] = -1, None
+        self.seen: OrderedDict[int, tuple[Draw, bool]] = OrderedDict()
+
+    def of_backward(self) -> Draw | None:
+        """The draw of the one forward that this backward pass belongs to; None if it may be another."""
+        task = torch._C._current_graph_task_id()
+        if self._backward[0] != task:
+            self._backward = task, self.pending if self.unfinished == 1 else None
+            self.unfinished = 0
+        return self._backward[1]
+
+    def close_interrupted(self) -> None:
+        """End the forwards whose frames are gone: after a KeyboardInterrupt torch calls no hook.
+
+        Without forwards there is no running draw, but for one that `begin_part` set, whose module ends it.
+        """
+        had = len(self.frames)
+        while self.frames and self.frames[-1] is not None and not _is_executing(self.frames[-1]):
+            self.frames.pop()
+            self.unfinished = max(self.unfinished - 1, 0)
+        if had and not self.frames:
+            self.running = None
 
 
 class DrawScope:
@@ -32,7 +79,7 @@ class DrawScope:
         self.traced: TracedDraw | None = None
         self._depth = 0  # of traced forwards
         self._local = threading.local()
-        self._threads: weakref.WeakSet[Forwards] = weakref.WeakSet()
+        self._threads: weakref.WeakSet[_Forwards] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.said: set[str] = set()
         self.drawn: set[int] | None = None  # the ids of the scales that are drawn, while somebody asks
@@ -46,26 +93,24 @@ class DrawScope:
     @property
     def running(self) -> Draw | None:
         """The draw of this thread's running forward."""
-        forwards = self._own
-        forwards.close_interrupted()
-        return forwards.running
+        return self._forwards().running
 
     @running.setter
     def running(self, draw: Draw | None) -> None:
-        self._own.running = draw
+        self._forwards().running = draw
 
-    @property
-    def _own(self) -> Forwards:
-        try:
-            return self._local.forwards  # type: ignore[no-any-return]
-        except AttributeError:
-            forwards = self._local.forwards = Forwards()
+    def _forwards(self) -> _Forwards:
+        """This thread's, without those that were interrupted."""
+        forwards: _Forwards | None = getattr(self._local, "forwards", None)
+        if forwards is None:
+            forwards = self._local.forwards = _Forwards()
             with self._lock:
                 self._threads.add(forwards)
-            return forwards
+        forwards.close_interrupted()
+        return forwards
 
     def enter(self, training: bool, frame: FrameType | None = None) -> bool:
-        """A forward of the model begins; nested ones belong to the outermost. Whether it takes a new draw.
+        """Return whether the forward of the model that begins takes a new draw; nested ones belong to the outermost.
 
         ``frame``: ends when the forward does, in whatever way; None where the caller calls `exit` in any case.
         """
@@ -73,11 +118,10 @@ class DrawScope:
             self._depth += 1
             self.traced = self.traced or TracedDraw()
             return False
-        forwards = self._own
-        forwards.close_interrupted()
+        forwards = self._forwards()
         forwards.frames.append(frame)
         if training and (len(forwards.frames) == 1 or forwards.running is None):
-            forwards.running = self._new_draw()
+            forwards.running = self._new_draw(forwards)
             return True
         return False
 
@@ -87,18 +131,17 @@ class DrawScope:
             self._depth = max(self._depth - 1, 0)
             self.traced = self.traced if self._depth else None
             return
-        forwards = self._own
+        forwards = self._forwards()  # torch calls its hooks after an Exception from outside of that frame
         if frame is None or frame in forwards.frames[-1:]:
             del forwards.frames[-1:]
-        forwards.close_interrupted()  # torch calls its hooks after an Exception from outside of that frame
+        forwards.close_interrupted()
         if not forwards.frames:
             forwards.running = None
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """All forwards inside are one."""
-        forwards = self._own
-        forwards.close_interrupted()
+        forwards = self._forwards()
         count, running = len(forwards.frames), forwards.running
         self.enter(training=True)
         try:
@@ -114,36 +157,40 @@ class DrawScope:
             return self.traced is not None
         return self.running is not None or torch._C._current_graph_task_id() != -1
 
-    def begin_part(self) -> Draw | None:
+    def begin_part(self) -> Draw | TracedDraw | None:
         """A part runs forward, perhaps on its own: it has one draw. Returns what `end_part` restores."""
         if torch.compiler.is_compiling():
             outer, self.traced = self.traced, self.traced or TracedDraw()
             return outer
-        before, self.running = self.running, self.training_draw()
+        before, self.running = self.running, self.training_draw()  # type: ignore[assignment]
         return before
 
-    def end_part(self, outer: Draw | None) -> None:
+    def end_part(self, outer: Draw | TracedDraw | None) -> None:
         """The part's forward ends."""
         if torch.compiler.is_compiling():
             self.traced = outer if isinstance(outer, TracedDraw) else None
         else:
-            self.running = outer
+            self.running = outer  # type: ignore[assignment]
 
-    def training_draw(self) -> Draw:
+    def training_draw(self) -> Draw | TracedDraw:
         """The draw of the running forward; of the recomputed one during backward; else one for this call alone."""
         if torch.compiler.is_compiling():
             return self.traced or TracedDraw()
-        running = self.running
+        forwards = self._forwards()
+        running = forwards.running
         if running is None and torch._C._current_graph_task_id() != -1:
             return self._recomputed()
         state = _random_state()
-        draw = self._new_draw() if running is None else running
-        self._own.remember(state, draw, running is None)
+        draw = self._new_draw(forwards) if running is None else running
+        forwards.seen[state] = draw, running is None
+        if len(forwards.seen) > _REMEMBERED:
+            forwards.seen.popitem(last=False)
         return draw
 
     def sampling_key(self) -> Draw:
         """The draw whose noise a sampled KL uses: that of the latest forward, so that its parts share one."""
-        return self.running or self._own.latest or Draw(0, keep=False)
+        forwards = self._forwards()
+        return forwards.running or forwards.latest or Draw(0, keep=False)
 
     def is_recorded(self) -> bool:
         """Whether some thread's training forward had the present random state."""
@@ -152,15 +199,15 @@ class DrawScope:
 
     def _recomputed(self) -> Draw:
         """On a GPU, autograd recomputes in a thread of its own: then the draw is that of whichever forward fits."""
-        own: Forwards | None = getattr(self._local, "forwards", None)
+        own: _Forwards = self._local.forwards
         everyone = self._all()
-        if own is not None and len(everyone) > 1:  # who move the random state under each other's feet
+        if len(everyone) > 1:  # who move the random state under each other's feet
             draw = own.of_backward()
             if draw is not None:
                 return draw
-        return self._recorded([own] if own is not None and _random_state() in own.seen else everyone)
+        return self._recorded([own] if _random_state() in own.seen else everyone)
 
-    def _recorded(self, candidates: list[Forwards]) -> Draw:
+    def _recorded(self, candidates: list[_Forwards]) -> Draw:
         state = _random_state()
         knowing = [one for one in candidates if state in one.seen]
         if not knowing:
@@ -182,27 +229,18 @@ class DrawScope:
             raise RuntimeError(_UNTOLD)
         return known[0].latest
 
-    def _all(self) -> list[Forwards]:
+    def _all(self) -> list[_Forwards]:
         with self._lock:
             return list(self._threads)
 
-    def _new_draw(self) -> Draw:
-        draw, forwards = Draw(fresh_key(), keep=False), self._own
+    @staticmethod
+    def _new_draw(forwards: _Forwards) -> Draw:
+        draw = Draw(fresh_key(), keep=False)
         forwards.latest = draw
         if torch.is_grad_enabled():
             forwards.unfinished += 1
             forwards.pending = draw
         return draw
-
-
-_UNTOLD = (
-    "A Bayesian layer is recomputed in backward and its draw cannot be told: keep `preserve_rng_state=True` in "
-    "activation checkpointing, or run one forward per backward."
-)
-
-
-def _random_state() -> int:
-    return hash(torch.get_rng_state().numpy().tobytes())
 
 
 def fresh_key() -> int:
@@ -215,6 +253,18 @@ def _fresh_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
+def _random_state() -> int:
+    return hash(torch.get_rng_state().numpy().tobytes())
+
+
 def _rank() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _is_executing(frame: FrameType) -> bool:
+    try:
+        frame.clear()  # of a frame that is over: its inputs, which we keep alive, are let go
+    except RuntimeError:
+        return True
+    return False

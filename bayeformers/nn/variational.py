@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,154 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from ..distributions import scale_from_rho, unit_of
 from ..distributions.diagonal_normal import scale_slope
-from ..sampling.generators import NOISE_VERSION
-from . import noise
+from .noise import Draw as Draw
+from .noise import Kept, TracedDraw
+from .noise import TensorSpec as TensorSpec
 
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What the noise of a tensor depends on besides the draw; tied tensors share one.
-
-    Attributes:
-        name: first name that owns the tensor in the unwrapped model: the key of its noise.
-        by_row: noise addressable by row (an Embedding owns the tensor), so that a lookup needs no whole table.
-        padding_idx: row without noise and without KL.
-        untrained_idx: where there is no such row, one whose lookups give no gradient: torch's padding row, of a table
-            whose tied head predicts that token.
-        named: False while a hand-built layer has only its parameter's name, which is not unique in a model.
-        noise_version: which draws, see `bayeformers.sampling.generators`.
-    """
-
-    is_shared_by_views: ClassVar[bool] = True
-
-    name: str
-    by_row: bool = False
-    padding_idx: int | None = None
-    named: bool = False
-    untrained_idx: int | None = None
-    noise_version: int = NOISE_VERSION
-
-    @property
-    def unlearned_row(self) -> int | None:
-        """The row whose lookups give no gradient."""
-        return self.untrained_idx if self.padding_idx is None else self.padding_idx
-
-
-class Draw:
-    """One draw of all weights of a model, made tensor by tensor when asked for.
-
-    Values are kept as long as the draw lives (``keep=True``: a held draw) or as long as autograd needs them
-    (a training draw); either way the same tensor always gets the same value.
-    """
-
-    def __init__(self, seed: int, index: int = 0, *, keep: bool = True) -> None:
-        self.seed, self.index = seed, index
-        self._noise: Any = {} if keep else weakref.WeakValueDictionary()
-        self._weights: dict[str, tuple[tuple[Any, ...], Tensor]] | None = {} if keep else None
-        self._tables: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
-
-    def key(self, spec: TensorSpec) -> int:
-        """Noise key of a tensor in this draw."""
-        return noise.noise_key(self.seed, self.index, spec.name)
-
-    def noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        """N(0, 1) of the shape of ``loc``, float32; the padding row is zero."""
-        value: Tensor | None = self._noise.get(spec.name)
-        if value is None or value.shape != loc.shape or value.device != loc.device:
-            value = self._make_noise(spec, loc)
-            self._noise[spec.name] = value
-        return value
-
-    def weight(self, spec: TensorSpec, loc: Tensor, rho: Tensor, floor: Tensor | None = None) -> Tensor:
-        """loc + sigma * noise; under ``no_grad`` a held draw makes it once and keeps it while loc and rho stand."""
-        if torch.is_grad_enabled() or self._weights is None or torch.compiler.is_compiling():
-            return sample(loc, rho, self.noise(spec, loc), floor)
-        kept = self._weights.get(spec.name)
-        if kept is None or kept[0] != _stamp(loc, rho):
-            kept = _stamp(loc, rho), sample(loc, rho, self._make_noise(spec, loc), floor)
-            self._weights[spec.name] = kept
-        return kept[1]
-
-    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
-        """Rows of :meth:`weight`, bit for bit, at the cost of those rows: (n,) -> (n, width).
-
-        Under ``no_grad`` a held draw keeps the rows that it has made.
-        """
-        if torch.is_grad_enabled() or self._weights is None or torch.compiler.is_compiling():
-            return self._make_rows(spec, loc, rho, rows, floor)
-        if spec.name in self._weights:
-            return F.embedding(rows, self.weight(spec, loc, rho, floor))
-        kept = self._tables.get(spec.name)
-        if kept is None or kept[0] != _stamp(loc, rho):
-            kept = _stamp(loc, rho), torch.empty_like(loc), torch.zeros(len(loc), 1, device=loc.device)
-            self._tables[spec.name] = kept
-        _, table, made = kept
-        missing = rows[F.embedding(rows, made)[:, 0] == 0]  # `embedding` also refuses ids that indexing would wrap
-        if missing.numel():
-            table[missing] = self._make_rows(spec, loc, rho, missing, floor)
-            made[missing] = 1
-        return F.embedding(rows, table)
-
-    def perturbed_rows(
-        self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None
-    ) -> Tensor:
-        """sigma * noise of the given rows: (n,) -> (n, width)."""
-        eps, row = self._noise_of_rows(spec, loc, rows), spec.unlearned_row
-        if floor is None:
-            return perturbation(F.embedding(rows, rho, row), eps, loc.dtype)
-        return multiplied(F.embedding(rows, loc, row), F.embedding(rows, rho, row), eps, floor)
-
-    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """Fair signs (examples, features) of one axis of a tensor: the same whenever this draw is asked for them."""
-        return noise.signs(noise.noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
-
-    def _make_rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
-        eps, row = self._noise_of_rows(spec, loc, rows), spec.unlearned_row
-        return sample(F.embedding(rows, loc, row), F.embedding(rows, rho, row), eps, floor)
-
-    def _noise_of_rows(self, spec: TensorSpec, loc: Tensor, rows: Tensor) -> Tensor:
-        compiled = torch.compiler.is_compiling()
-        key = noise.traced_key(str(self.seed), self.index, spec.name, rows.device) if compiled else self.key(spec)
-        return _without_padding(noise.normal_rows(key, rows, loc.shape[1]), spec, rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the values that are kept."""
-        made = list((self._weights or {}).values()), list(self._tables.values())  # another thread may add to them
-        kept = [entry[1] for entries in made for entry in entries] + list(self._noise.values())
-        return sum(value.numel() * value.element_size() for value in kept)
-
-    def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        if spec.by_row:
-            return self._noise_of_rows(spec, loc, torch.arange(loc.shape[0], device=loc.device))
-        if torch.compiler.is_compiling():
-            seed, shape = str(self.seed), list(loc.shape)
-            value: Tensor = noise.traced_normal(seed, self.index, spec.name, shape, loc.device, spec.noise_version)
-            return value
-        return noise.normal(self.key(spec), loc.shape, loc.device, spec.noise_version)
-
-
-class TracedDraw(Draw):
-    """A training draw inside `torch.compile`: noise straight from torch's default generator, without graph breaks."""
-
-    def __init__(self) -> None:
-        self._noise, self._weights, self._tables = {}, None, {}
-        self._signs: dict[tuple[str, int, tuple[int, int]], Tensor] = {}
-
-    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """Made once per forward and shape."""
-        key = (spec.name, axis, shape)
-        if key not in self._signs:
-            self._signs[key] = torch.randint(2, shape, device=device, dtype=torch.float32) * 2 - 1
-        return self._signs[key]
-
-    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
-        """Rows of the whole table's value: the compiler fuses the lookup."""
-        return F.embedding(rows, self.weight(spec, loc, rho, floor), spec.unlearned_row)
-
-    def _make_noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        rows = torch.arange(loc.shape[0], device=loc.device)
-        return _without_padding(torch.randn_like(loc, dtype=torch.float32), spec, rows)
+Rows = slice | Tensor
+"""A slice of a tensor's first axis, or row numbers (n,) of a table."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +31,15 @@ class Variational:
         spec: what its noise depends on.
         draw: the draw to take.
         floor: of a multiplicative scale, see :func:`scale_of`; None if the scale is additive.
+        part_of: of some rows of a tensor, the whole and which rows.
     """
 
     loc: Tensor
     rho: Tensor
     spec: TensorSpec
-    draw: Draw
+    draw: Draw | TracedDraw
     floor: Tensor | None = None
+    part_of: tuple[Variational, Rows] | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -189,32 +48,40 @@ class Variational:
         return scale_of(self.loc, self.rho, self.floor)
 
     @property
-    def perturbation(self) -> Tensor:
-        """scale * noise under the draw: shape and dtype of ``loc``. Made once."""
-        return self._once("perturbation", self._perturbation)
+    def noise(self) -> Tensor:
+        """N(0, 1) under the draw: shape of ``loc``, float32."""
+        if self.part_of is None:
+            return self.draw.noise(self.spec, self.loc)
+        whole, rows = self.part_of
+        return whole.noise[rows] if isinstance(rows, slice) else self.draw.noise(self.spec, whole.loc, rows)
 
-    def _perturbation(self) -> Tensor:
-        eps = self.draw.noise(self.spec, self.loc)
-        if self.floor is None:
-            return perturbation(self.rho, eps, self.loc.dtype)
-        return multiplied(self.loc, self.rho, eps, self.floor)
+    @property
+    def perturbation(self) -> Tensor:
+        """The product scale * noise under the draw: shape and dtype of ``loc``. Made once."""
+        return self._once("perturbation", lambda: perturbation(self.loc, self.rho, self.noise, self.floor))
 
     @property
     def variance(self) -> Tensor:
-        """scale^2, in float32 or the wider dtype of ``loc``; 0 in the padding row. Made once."""
+        """scale^2, in float32 or the wider dtype of ``loc``; 0 in the padding row of a whole tensor. Made once."""
         return self._once("variance", self._variance)
 
     def _variance(self) -> Tensor:
         value = variance(wide(self.rho, self.loc))
         if self.floor is not None:
             value = value * unit_of(self.loc, self.floor).square()
-        if self.spec.padding_idx is None:
+        if self.spec.padding_idx is None or self.part_of is not None:
             return value
         return value.index_fill(0, torch.tensor([self.spec.padding_idx], device=value.device), 0.0)
 
     def signs(self, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Signs (examples, features) of one axis under the draw. Made once: a recurrent cell asks at every step."""
-        return self._once(f"signs {axis} {shape}", lambda: self.draw.signs(self.spec, axis, shape, device))
+        return self._once(f"signs {axis} {shape}", lambda: self._signs(axis, shape, device))
+
+    def _signs(self, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        if self.part_of is None or axis:
+            return self.draw.signs(self.spec, axis, shape, device)
+        whole, rows = self.part_of
+        return self.draw.signs(self.spec, 0, (shape[0], len(whole.loc)), device)[:, rows]
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Not `functools.cached_property`, whose lock torch.compile does not take."""
@@ -222,17 +89,63 @@ class Variational:
             self._made[name] = make()
         return self._made[name]
 
+    def rows(self, rows: Rows) -> Variational:
+        """Return some rows as a tensor of their own, under the noise and signs of the whole, at the cost of those rows.
+
+        A padding row takes no noise, as in the whole, but keeps its variance: give it no weight.
+        """
+        loc, rho = (
+            tensor[rows] if isinstance(rows, slice) else F.embedding(rows, tensor, self.spec.unlearned_row)
+            for tensor in (self.loc, self.rho)
+        )
+        return Variational(loc, rho, self.spec, self.draw, self.floor, (self, rows))
+
     def sample(self) -> Tensor:
-        """The tensor's value under the draw: shape and dtype of ``loc``."""
-        return self.draw.weight(self.spec, self.loc, self.rho, self.floor)
+        """Return the tensor's value under the draw: shape and dtype of ``loc``.
+
+        Under ``no_grad`` it is made once in a held draw, and kept there while mean and scale stand.
+        """
+        if not self._is_kept:
+            return sample(self.loc, self.rho, self.noise, self.floor)
+        kept = self._kept()
+        if kept is None or kept.made is not None:
+            kept = Kept(self._stamp(), sample(self.loc, self.rho, self.noise, self.floor))
+            self.draw.kept[self.spec.name] = kept  # type: ignore[index]
+        return kept.value
 
     def sample_rows(self, rows: Tensor) -> Tensor:
-        """Values of the given rows under the draw: (n,) -> (n, width)."""
-        return self.draw.rows(self.spec, self.loc, self.rho, rows, self.floor)
+        """Return rows of :meth:`sample`, bit for bit, at the cost of those rows: (n,) -> (n, width).
 
-    def perturbed_rows(self, rows: Tensor) -> Tensor:
-        """scale * noise of the given rows: (n,) -> (n, width)."""
-        return self.draw.perturbed_rows(self.spec, self.loc, self.rho, rows, self.floor)
+        Under ``no_grad`` a held draw keeps the rows that were made in it.
+        """
+        if not self._is_kept:
+            return self.rows(rows).sample()
+        kept = self._kept()
+        if kept is None:
+            made = torch.zeros(len(self.loc), 1, device=self.loc.device)
+            kept = Kept(self._stamp(), torch.empty_like(self.loc), made)
+            self.draw.kept[self.spec.name] = kept  # type: ignore[index]
+        if kept.made is not None:
+            missing = rows[F.embedding(rows, kept.made)[:, 0] == 0]  # `embedding` refuses ids that indexing would wrap
+            if missing.numel():
+                kept.value[missing] = self.rows(missing).sample()
+                kept.made[missing] = 1
+        return F.embedding(rows, kept.value)
+
+    @property
+    def _is_kept(self) -> bool:
+        may_keep = self.part_of is None and self.draw.kept is not None
+        return may_keep and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def _kept(self) -> Kept | None:
+        """What the draw has of this tensor, if mean and scale stand."""
+        kept = self.draw.kept.get(self.spec.name)  # type: ignore[union-attr]
+        return None if kept is None or kept.stamp != self._stamp() else kept
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """Changes whenever the values may have changed."""
+        loc, rho = self.loc, self.rho
+        return loc.data_ptr(), loc._version, rho.data_ptr(), rho._version, loc.dtype
 
 
 def wide(tensor: Tensor, like: Tensor) -> Tensor:
@@ -241,7 +154,7 @@ def wide(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
-    """sigma: softplus(rho), or softplus(rho) * max(|loc|, floor) where the scale is multiplicative.
+    """Return sigma: softplus(rho), or softplus(rho) * max(|loc|, floor) where the scale is multiplicative.
 
     Shape: ``loc`` and ``rho`` alike -> the same, float32 or the wider dtype of ``loc``.
     """
@@ -250,36 +163,28 @@ def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
 
 
 def sample(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
-    """w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
+    """Return w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
 
     With a ``floor`` the scale is multiplicative, and the gradient also goes through its |loc|.
 
     Shape: all three alike -> the same.
     """
-    if floor is not None:
-        return loc + multiplied(loc, rho, eps, floor)
-    return _sampled(loc, rho, eps, loc.dtype)
+    return _sampled(loc, rho, eps, loc.dtype) if floor is None else loc + perturbation(loc, rho, eps, floor)
 
 
-def perturbation(rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
-    """sigma(rho) * eps, which is :func:`sample` without the mean.
-
-    Shape: both alike -> the same, in ``dtype``.
-    """
-    return _sampled(None, rho, eps, dtype)
-
-
-def multiplied(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor) -> Tensor:
-    """:func:`perturbation` under a multiplicative scale: softplus(rho) * max(|loc|, floor) * eps.
+def perturbation(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
+    """Return sigma * eps, which is :func:`sample` without the mean.
 
     Shape: all three alike -> the same, in the dtype of ``loc``.
     """
+    if floor is None:
+        return _sampled(None, rho, eps, loc.dtype)
     unit = unit_of(loc, floor)
-    return (unit * perturbation(rho, eps, unit.dtype)).to(loc.dtype)
+    return (unit * _sampled(None, rho, eps, unit.dtype)).to(loc.dtype)
 
 
 def variance(rho: Tensor) -> Tensor:
-    """sigma(rho)^2; saves rho alone for the gradient 2 sigma sigmoid(rho).
+    """Return sigma(rho)^2; saves rho alone for the gradient 2 sigma sigmoid(rho).
 
     Shape: any -> the same.
     """
@@ -292,22 +197,6 @@ def _sampled(loc: Tensor | None, rho: Tensor, eps: Tensor, dtype: torch.dtype) -
         return _Sample.forward(loc, rho, eps, dtype)
     value: Tensor = _Sample.apply(loc, rho, eps, dtype)  # type: ignore[no-untyped-call]
     return value
-
-
-def _stamp(loc: Tensor, rho: Tensor) -> tuple[Any, ...]:
-    """Changes whenever the values may have changed."""
-    return loc.data_ptr(), loc._version, rho.data_ptr(), rho._version, loc.dtype
-
-
-def renamed(spec: TensorSpec, name: str) -> TensorSpec:
-    """The same tensor under its name in a model."""
-    return replace(spec, name=name, named=True)
-
-
-def _without_padding(eps: Tensor, spec: TensorSpec, rows: Tensor) -> Tensor:
-    if spec.padding_idx is None:
-        return eps
-    return eps.masked_fill((rows == spec.padding_idx)[:, None], 0.0)
 
 
 class _Sample(torch.autograd.Function):

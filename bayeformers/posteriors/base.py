@@ -7,41 +7,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_draw, is_real, is_whole
-from ..forward import Inputs, call, check_filled, check_inputs
+from ..checks import check_count, check_draw
+from ..forward import Inputs, call, check_filled
 from ..likelihoods import (
     HEAD,
-    IGNORED,
     NoiseStd,
     ProblemType,
     check_noise_std,
     check_problem_type,
-    drawn_values,
+    get_likelihood,
     ignored_label,
-    is_encoder_decoder_lm,
     logits_of,
     mean_and_variance,
-    resolve_problem_type,
-    token_mask,
     unwrapped,
 )
 from ..linearized import check_reads, recording_view
-from ..linearized.blocks import GaussianBlock, TensorBlock, mean_field_blocks
-from ..linearized.captured import Statistic, bare_tensors, linearize
-from ..linearized.links import SOFTMAX_PROBLEMS, Link, ignores_shift, linearized_predictive
+from ..linearized.blocks import GaussianBlock, mean_field_blocks
+from ..linearized.captured import Statistic, bare_tensors, layers_of, linearize
+from ..linearized.links import Link, ignores_shift, linearized_predictive
 from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
 from ..predictive import Predictive
 from ..sampling.passes import monte_carlo
 from ..sampling.random_state import left_alone
 from ..sampling.views import View, itself, private_view
-
-_SPANS = ("start_positions", "end_positions")
-_CACHES = ("past_key_values", "cache_params")
+from .heads import has_many_logits, known_problem_type, recorded_noise_std, without_labels
 
 
 @runtime_checkable
@@ -113,26 +107,26 @@ class BasePosterior(ABC):
         """Write all that a reload needs into a folder."""
 
     def passes(self, inputs: Inputs, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
-        """Yields the model's output under each draw, in ``eval()`` mode, without gradients and without labels.
+        """The model's output under each draw, in ``eval()`` mode, without gradients.
 
-        Between two yields, and afterwards, the model and the caller's random state are as they were. There are at most
-        ``num_draws`` passes.
+        Between two of them, and afterwards, the model and the caller's random state are as they were.
 
-        Raises:
-            TypeError, ValueError: ``inputs`` or ``num_samples`` is not as described.
+        Args:
+            inputs: what the model's ``forward`` takes; labels are ignored.
+            num_samples: how many draws, >= 1; a posterior with fewer distinct ones gives those.
+            seed: of the draws.
+
+        Returns:
+            The outputs, one after the other.
         """
-        check_num_samples(num_samples)
+        check_count("num_samples", num_samples, 1)
         check_draw(0, seed)
         inputs = without_labels(self.model, inputs)
         check_filled(inputs)
         num_samples = num_samples if self.num_draws is None else min(num_samples, self.num_draws)
-
         random = list(self.random_parameters())
-        view = (
-            private_view(self.model, {id(p): own for p, own in self.own_parameters().items()})
-            if self.draws_in_views
-            else None
-        )
+        own = {id(p): own for p, own in self.own_parameters().items()}
+        view = private_view(self.model, own) if self.draws_in_views else None
 
         @contextlib.contextmanager
         def draw(index: int, seed: int) -> Iterator[None]:
@@ -191,8 +185,8 @@ class BasePosterior(ABC):
                 distinct draws gives those.
             method: "sample" (or "nn"): average the network's probabilities over draws; "glm": the linearised network's,
                 whose outputs are Gaussian; "mc_glm", "one_glm", "lr_glm", "e_glm": approximations of it, see
-                `posteriors.methods`. By default `default_method`.
-            link: from the linearised network's Gaussian logits to probabilities: see `posteriors.logits`.
+                `linearized.methods`. By default `default_method`.
+            link: from the linearised network's Gaussian logits to probabilities: see `linearized.links`.
             seed: the same seed gives the same draws, for every batch and process.
             problem_type: what the head predicts; by default found from the model's class and configuration, and
                 classification for a model that transformers does not know. "semantic_segmentation" is of logits
@@ -205,6 +199,9 @@ class BasePosterior(ABC):
             contrasts: give the covariance of the centred logits f_c - mean f, all that a softmax depends on: the same
                 probabilities with one backward pass fewer, for classes and a link that ignores what all logits share.
 
+        Returns:
+            The prediction.
+
         Raises:
             ValueError: an argument is not one of these, or a linearised method was asked of a posterior that is not
                 Gaussian, or of a head over a vocabulary or over positions.
@@ -213,17 +210,18 @@ class BasePosterior(ABC):
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
         problem = self.problem_type() if problem_type is None else check_problem_type(problem_type)
-        if problem == "regression":
+        likelihood = get_likelihood(problem)
+        if likelihood.has_noise:
             noise_std = self.recorded_noise_std() if noise_std is None else check_noise_std(noise_std)
         if method in SAMPLING:
             outputs = self.passes(inputs, num_samples=num_samples, seed=seed)
-            values = torch.stack([drawn_values(output, problem, inputs) for output in outputs])
-            if problem == "regression":
+            values = torch.stack([likelihood.values(output, inputs) for output in outputs])
+            if likelihood.has_noise:
                 return _regressed(values, noise_std)
             return Predictive(
                 problem_type=problem,
                 log_probs=values,
-                mask=token_mask(values[0], problem, inputs),
+                mask=likelihood.attended(values[0], inputs),
                 ignored_label=ignored_label(self.model, problem),
             )
         if has_many_logits(self.model, problem):
@@ -243,7 +241,7 @@ class BasePosterior(ABC):
             contrasts=contrasts,
             problem_type=problem,
         )
-        mask = token_mask(mean, problem, inputs)
+        mask = likelihood.attended(mean, inputs)
         return linearized_predictive(mean, covariance, problem, link=link, seed=seed, noise_std=noise_std, mask=mask)
 
     def linearize(
@@ -258,23 +256,38 @@ class BasePosterior(ABC):
         contrasts: bool = False,
         problem_type: ProblemType | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean (B, C) and covariance (B, C, C) of the linearised network's outputs, or (B, T, C) and (B, T, C, C).
+        """The Gaussian of the linearised network's outputs.
 
-        Arguments are as in `predict`. The covariance of a softmax's logits is float64: what they share may vary so much
-        more than their differences that float32 would lose these.
+        A posterior that is not Gaussian is a ValueError, and so is a model with a layer that has no rule, or with other
+        outputs.
 
-        Raises:
-            ValueError: the posterior is not Gaussian, or the model has no rule for a layer or no such outputs.
+        Args:
+            inputs: what the model's ``forward`` takes; labels are ignored.
+            method: the way to the covariance; this and the rest as in `predict`.
+            num_samples: of "mc_glm" and "lr_glm".
+            seed: of the draws.
+            bound: of "lr_glm".
+            direction: of "e_glm".
+            contrasts: whether the covariance is that of the centred logits.
+            problem_type: what the head predicts.
+
+        Returns:
+            Mean (B, C) and covariance (B, C, C), or (B, T, C) and (B, T, C, C); of a softmax's logits in float64, for
+            what they share may vary so much more than their differences that float32 would lose these.
         """
-        check_num_samples(num_samples)
+        check_count("num_samples", num_samples, 1)
         check_draw(0, seed)
         blocks, inputs = self.blocks(), without_labels(self.model, inputs)
         check_filled(inputs)
         how = self._statistic(method, blocks, num_samples=num_samples, seed=seed, bound=bound, direction=direction)
-        modules = [m for block in blocks if not isinstance(block, TensorBlock) for m in block.modules]
-        of_softmax = (problem_type or self.problem_type()) in SOFTMAX_PROBLEMS
-        with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, lambda: called(view, inputs)):
-            check_reads(self.model, inputs, modules, self.outputs_of)
+        of_softmax = get_likelihood(problem_type or self.problem_type()).ignores_shift
+
+        def again() -> Any:
+            with torch.no_grad():
+                return call(view.model, inputs)
+
+        with self.recording_view(bare_tensors(blocks)) as view, left_alone(self.model, again):
+            check_reads(self.model, inputs, layers_of(blocks), self.outputs_of)
             mean, covariance = linearize(
                 view, inputs, blocks, how, self.outputs_of, contrasts=contrasts, of_softmax=of_softmax
             )
@@ -282,7 +295,7 @@ class BasePosterior(ABC):
 
     @contextlib.contextmanager
     def recording_view(self, tensors: Iterable[nn.Parameter] = ()) -> Iterator[View]:
-        """The model at its mean in ``eval()``, for `jacobians.record`: a view where there can be one."""
+        """The model at its mean in ``eval()``, for `linearized.record`: a view where there can be one."""
         with (
             recording_view(self.model, tensors, training=False, is_private=self.draws_in_views) as view,
             self.mean_in(view) if view.is_private else self.mean(),
@@ -294,19 +307,11 @@ class BasePosterior(ABC):
         return statistic(method, blocks, cache_bytes=self.draw_cache_bytes, **options)
 
     def blocks(self) -> Sequence[GaussianBlock]:
-        """The posterior as independent Gaussians, one per layer.
-
-        Raises:
-            ValueError: it is not Gaussian.
-        """
+        """The posterior as independent Gaussians, one per layer; ValueError where it is none."""
         return mean_field_blocks(self.model, self.variances())
 
     def variances(self) -> dict[nn.Parameter, Tensor]:
-        """Marginal variance of every random Parameter.
-
-        Raises:
-            ValueError: the posterior is not Gaussian.
-        """
+        """Marginal variance of every random Parameter; ValueError where the posterior is not Gaussian."""
         raise ValueError(f"A linearised `method` needs a Gaussian posterior, got {type(self).__name__}; use 'sample'.")
 
     def outputs_of(self, output: Any) -> Tensor:
@@ -328,73 +333,3 @@ def _regressed(values: Tensor, noise_std: NoiseStd | None) -> Predictive:
         return Predictive(problem_type="regression", values=values, noise_std=noise_std)
     mean, variance = mean_and_variance(values)
     return Predictive(problem_type="regression", values=mean, noise_std=HEAD, noise_variance=variance)
-
-
-def check_num_samples(num_samples: int) -> None:
-    """A whole number >= 1.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if not is_whole(num_samples) or num_samples < 1:
-        raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
-
-
-def called(view: View, inputs: Inputs) -> Any:
-    """What the model, or a view of it, returns."""
-    with torch.no_grad():
-        return call(view.model, inputs)
-
-
-def without_labels(model: nn.Module, inputs: Inputs) -> Inputs:
-    """``inputs`` less every kind of label, so that the model computes no loss; decoder inputs are made of them first.
-
-    Raises:
-        TypeError: neither a mapping nor a tensor, nor several.
-        ValueError: the inputs hold a key-value cache, which belongs to one network.
-    """
-    check_inputs(inputs)
-    if not isinstance(inputs, Mapping):
-        return inputs
-    cached = [name for name in _CACHES if inputs.get(name) is not None]
-    if cached:
-        raise ValueError(f"`inputs` must not hold {cached}: the cache of one network is no cache of another draw.")
-    kept = {name: value for name, value in inputs.items() if "label" not in name and name not in _SPANS}
-    labels = inputs.get("labels")
-    given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(kept)
-    if labels is not None and not given and is_encoder_decoder_lm(model):
-        kept["decoder_input_ids"] = _decoder_input_ids(unwrapped(model), labels)
-    return kept
-
-
-def _decoder_input_ids(model: Any, labels: Tensor) -> Tensor:
-    """What the model's own forward makes of labels: shifted right behind the start token, -100 replaced by padding."""
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if callable(prepare):
-        return cast(Tensor, prepare(labels=labels))
-    start = labels.new_full((labels.shape[0], 1), model.config.decoder_start_token_id)
-    shifted = torch.cat([start, labels[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
-
-
-def known_problem_type(model: nn.Module) -> ProblemType:
-    """The head's problem type; single-label classification for a model that transformers does not know."""
-    problem = resolve_problem_type(model)
-    return "single_label_classification" if problem == "unknown" else problem
-
-
-def has_many_logits(model: nn.Module, problem_type: ProblemType) -> bool:
-    """Whether the head has too many logits per prediction for a covariance of them: over a vocabulary or positions."""
-    if problem_type in ("question_answering", "causal_lm", "seq2seq_lm", "semantic_segmentation"):
-        return True
-    output_embeddings = getattr(unwrapped(model), "get_output_embeddings", None)  # a masked language model's too
-    return callable(output_embeddings) and output_embeddings() is not None
-
-
-def recorded_noise_std(model: nn.Module) -> NoiseStd | None:
-    """A regression's noise as its configuration records it, or None."""
-    recorded = getattr(getattr(unwrapped(model), "config", None), "bayesian", None)
-    noise = recorded.get("noise_std") if isinstance(recorded, Mapping) else None
-    if noise == HEAD:
-        return HEAD
-    return float(noise) if is_real(noise) else None

@@ -33,11 +33,7 @@ class PointPosterior(BasePosterior):
         return contextlib.nullcontext()
 
     def draw(self, index: int, seed: int = 0) -> AbstractContextManager[None]:
-        """The model as it is; ``index`` 0 is the only one.
-
-        Raises:
-            TypeError, ValueError: ``index`` is not 0, or ``seed`` no whole number.
-        """
+        """The model as it is; ``index`` 0 is the only one, and any other is a ValueError."""
         check_draw(index, seed, self.num_draws)
         return contextlib.nullcontext()
 

@@ -45,8 +45,8 @@ def predict(
         problem_type: what the head predicts; by default found from the model's class and configuration.
         noise_std: a regression's noise, or "head" of a model that predicts it; by default as the configuration records.
 
-    Raises:
-        TypeError, ValueError: an argument is not one of these.
+    Returns:
+        The prediction; TypeError or ValueError for an argument that is not one of these.
 
     >>> import torch
     >>> from bayeformers import to_bayesian
@@ -61,11 +61,7 @@ def predict(
 
 
 def as_posterior(model_or_posterior: nn.Module | Posterior) -> Posterior:
-    """A posterior as it is; a model's own posterior; else its variational layers; else the point estimate.
-
-    Raises:
-        TypeError: neither a model nor a posterior.
-    """
+    """A posterior as it is; a model's own posterior; else its variational layers; else the point estimate."""
     if not isinstance(model_or_posterior, nn.Module):
         if isinstance(model_or_posterior, Posterior):
             return model_or_posterior

@@ -66,11 +66,7 @@ class VariationalPosterior(BasePosterior):
 
     @contextlib.contextmanager
     def draw(self, index: int, seed: int = 0) -> Iterator[None]:
-        """The model at draw ``index`` of the sequence ``seed``, until exit; as :func:`~bayeformers.fixed_draw`.
-
-        Raises:
-            TypeError, ValueError: ``index`` is no whole number >= 0, or ``seed`` no whole number.
-        """
+        """The model at draw ``index`` of the sequence ``seed``, until exit; as :func:`~bayeformers.fixed_draw`."""
         check_draw(index, seed)
         with self._kept(index, seed) as held, hold(self.model, held):
             yield

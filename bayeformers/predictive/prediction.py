@@ -8,10 +8,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..likelihoods.noise import HEAD, NoiseStd, check_noise_std
-from ..likelihoods.pixels import IGNORED, resized
-from ..likelihoods.problem import ProblemType
+from ..likelihoods import (
+    HEAD,
+    IGNORED,
+    Likelihood,
+    NoiseStd,
+    ProblemType,
+    check_noise_std,
+    gaussian_log_prob,
+    get_likelihood,
+    resized,
+)
+from ..likelihoods.classes import check_classes
 from ..metrics import uncertainty
+
+__all__ = ["Predictive", "RunningPredictive"]
+
+_WITHOUT_FLOAT64 = ("mps",)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,8 +73,8 @@ class Predictive:
     ignored_label: int = IGNORED
 
     def __post_init__(self) -> None:
-        is_regression = self.problem_type == "regression"
-        if (self.values is None) == is_regression or (self.log_probs is None) != is_regression:
+        has_values = self._likelihood.has_noise
+        if (self.values is None) == has_values or (self.log_probs is None) != has_values:
             raise ValueError(f"`values` are a regression's, `log_probs` all others', got {self.problem_type!r}.")
         check_noise_std(self.noise_std)
         self._check_noise_variance()
@@ -95,7 +108,7 @@ class Predictive:
 
     @property
     def mean_log_probs(self) -> Tensor:
-        """log p = logsumexp_s log p_s - log S, or the link's, (B, ..., C)."""
+        """The average log p = logsumexp_s log p_s - log S, or the link's, (B, ..., C)."""
         if self.link_log_probs is not None:
             return self.link_log_probs
         return self._classes.logsumexp(dim=0) - math.log(self.num_samples)
@@ -147,30 +160,28 @@ class Predictive:
 
     @property
     def aleatoric_variance(self) -> Tensor:
-        """noise_std^2, or mean_s sigma_s^2 of a variance head: (B,), of several outputs (B, L).
-
-        Raises:
-            ValueError: the noise is not known.
-        """
+        """noise_std^2, or mean_s sigma_s^2 of a variance head: (B,), (B, L); ValueError where it is not known."""
         return self._noise_variance.mean(dim=0).expand(self._values.shape[1:])
 
     # -- pixels -----------------------------------------------------------------------------------------------------
 
     def resized(self, size: tuple[int, int]) -> Predictive:
-        """The same of a segmentation at another resolution (H', W'), such as the image's: every draw's logits are
-        interpolated bilinearly, as in the models' own losses.
+        """Interpolate every draw's logits bilinearly, as the models' own losses do.
+
+        Returns:
+            The predictive of a segmentation at another resolution (H', W'), such as the image's.
 
         Raises:
             ValueError: a predictive of another kind.
         """
-        if self.problem_type != "semantic_segmentation":
+        if not self._likelihood.is_per_pixel:
             raise ValueError(f"`resized` is for pixels, got a {self.problem_type!r} predictive.")
         return replace(self, log_probs=resized(self._classes, size))
 
     # -- both -------------------------------------------------------------------------------------------------------
 
     def log_prob(self, labels: Tensor) -> Tensor:
-        """log p(label), averaged over draws as a probability, of the example's shape; NaN where a label is -100.
+        """Score labels by log p(label), averaged over draws as a probability.
 
         Of a linearised predictive: the link's, or log N(label; mean, epistemic + aleatoric variance) per output.
 
@@ -180,42 +191,40 @@ class Predictive:
                 pixels (B, H', W') at any resolution, or start and end (B, 2), where a position beyond the sequence has
                 no label.
 
+        Returns:
+            Nats, of the example's shape; NaN where a label is -100.
+
         Raises:
             TypeError: labels are no tensor.
             ValueError: labels of another shape, dtype or out of range; a regression whose noise is not known.
         """
         if not isinstance(labels, Tensor):
             raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
-        if (
-            self.problem_type == "semantic_segmentation"
-            and labels.dim() == 3
-            and labels.shape != self._draws.shape[1:-1]
-        ):
+        likelihood, shape = self._likelihood, self._draws.shape[1:]
+        if likelihood.is_per_pixel and labels.dim() == 3 and labels.shape != shape[:-1]:
             return self.resized((labels.shape[1], labels.shape[2])).log_prob(labels)
-        shape = self._draws.shape[1:] if self.problem_type == "regression" else self._draws.shape[1:-1]
+        shape = shape if likelihood.has_noise else shape[:-1]
         if labels.shape != shape:
             raise ValueError(f"`labels` must have shape {tuple(shape)}, got {tuple(labels.shape)}.")
-        if self.problem_type == "regression":
+        if likelihood.has_noise:
             return self._normal_log_prob(labels)
-        labels = _integers(labels, self.problem_type)
-        if self.problem_type == "causal_lm":
-            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+        labels = likelihood.class_numbers(labels)
         ignored = (labels == IGNORED) | (labels == self.ignored_label)
-        classes = self._classes.shape[-1]
-        if self.problem_type == "question_answering":
-            ignored = ignored | (labels >= classes)
+        ignored = ignored | likelihood.outside(labels, self._classes.shape[-1])
+        check_classes(labels, self._classes.shape[1:], ~ignored)
         kept = labels.masked_fill(ignored, 0)
-        if bool(((kept < 0) | (kept >= classes)).any()):
-            wrong = kept[(kept < 0) | (kept >= classes)]
-            raise ValueError(f"`labels` must lie in 0..{classes - 1} or be {IGNORED}, got {int(wrong[0])}.")
         return self.mean_log_probs.gather(-1, kept[..., None]).squeeze(-1).masked_fill(ignored, torch.nan)
 
     def _normal_log_prob(self, labels: Tensor) -> Tensor:
-        if self.logit_mean is None:
-            return _mean_normal_log_prob(self._values, labels, self._noise_variance)
+        if self.logit_mean is None:  # log mean_s N(label; f_s, sigma_s^2)
+            log_density = gaussian_log_prob(labels.to(self._values), self._values, 0.5 * self._noise_variance.log())
+            return log_density.logsumexp(dim=0) - math.log(self.num_samples)
         variance = self.epistemic_variance + self.aleatoric_variance
-        squares = (labels.to(variance.dtype) - self.mean).square() / variance
-        return -0.5 * (squares + variance.log() + math.log(2 * math.pi))
+        return gaussian_log_prob(labels.to(variance), self.mean, 0.5 * variance.log())
+
+    @property
+    def _likelihood(self) -> Likelihood:
+        return get_likelihood(self.problem_type)
 
     @property
     def _draws(self) -> Tensor:
@@ -245,18 +254,79 @@ class Predictive:
         return self._values.new_full((1,) * self._values.dim(), self.noise_std**2)
 
 
-def _integers(labels: Tensor, problem: ProblemType) -> Tensor:
-    """As int64; indicators of labels may be floats, as transformers' losses take them."""
-    is_whole = not (labels.is_floating_point() or labels.is_complex())
-    if problem == "multi_label_classification" and labels.is_floating_point():
-        is_whole = bool((labels == labels.round()).all())
-    if not is_whole:
-        raise ValueError(f"`labels` must be integer classes (of a multi-label head, 0 or 1), got {labels.dtype}.")
-    return labels.long()
+class RunningPredictive:
+    """Running averages over draws of :func:`~bayeformers.predictive.drawn_values`; equal to `Predictive` to rounding.
+
+    For class probabilities it keeps logsumexp_s log p_s and sum_s H[p_s], for a regression Welford's mean and sum of
+    squared deviations. Class probabilities are summed in float64 where the device has it: a small mutual information
+    is the difference of two large entropies. What is read has the dtype of the draws.
+
+    >>> running = RunningPredictive()
+    >>> for log_probs in torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log():
+    ...     running.update(log_probs)
+    >>> running.mean_log_probs.exp(), running.mutual_information
+    (tensor([[0.5000, 0.5000]]), tensor([0.3681]))
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self._dtype = torch.float32
+        self._log_sum = self._entropy_sum = self._mean = self._squares = torch.empty(0)
+
+    def update(self, log_probs: Tensor) -> None:
+        """One more draw of log-probabilities, (B, ..., C)."""
+        self._dtype = log_probs.dtype
+        log_probs = log_probs if log_probs.device.type in _WITHOUT_FLOAT64 else log_probs.double()
+        entropy = _entropy(log_probs)
+        first = self.num_samples == 0
+        self._log_sum = log_probs if first else torch.logaddexp(self._log_sum, log_probs)
+        self._entropy_sum = entropy if first else self._entropy_sum + entropy
+        self.num_samples += 1
+
+    def update_values(self, values: Tensor) -> None:
+        """One more draw of a regression's values, (B,)."""
+        if self.num_samples == 0:
+            self._mean, self._squares = torch.zeros_like(values), torch.zeros_like(values)
+        self.num_samples += 1
+        shift = values - self._mean
+        self._mean = self._mean + shift / self.num_samples
+        self._squares = self._squares + shift * (values - self._mean)
+
+    @property
+    def mean_log_probs(self) -> Tensor:
+        """The average log p = logsumexp_s log p_s - log S, (B, ..., C)."""
+        return self._mean_log_probs().to(self._dtype)
+
+    @property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty H[p] in nats, (B, ...)."""
+        return _entropy(self._mean_log_probs()).to(self._dtype)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric part mean_s H[p_s], (B, ...)."""
+        return (self._entropy_sum / self.num_samples).to(self._dtype)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic part H[p] - mean_s H[p_s], clamped at 0, (B, ...)."""
+        difference = _entropy(self._mean_log_probs()) - self._entropy_sum / self.num_samples
+        return difference.clamp_min(0).to(self._dtype)
+
+    @property
+    def mean(self) -> Tensor:
+        """A regression's mean_s f_s, (B,)."""
+        return self._mean
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """A regression's mean_s (f_s - mean)^2, (B,)."""
+        return self._squares / self.num_samples
+
+    def _mean_log_probs(self) -> Tensor:
+        return self._log_sum - math.log(self.num_samples)
 
 
-def _mean_normal_log_prob(values: Tensor, labels: Tensor, variance: Tensor) -> Tensor:
-    """log mean_s N(label; f_s, sigma_s^2)."""
-    squares = (labels.to(values.dtype) - values).square() / variance
-    log_density = -0.5 * (squares + variance.log() + math.log(2 * math.pi))
-    return log_density.logsumexp(dim=0) - math.log(values.shape[0])
+def _entropy(log_probs: Tensor) -> Tensor:
+    terms: Tensor = torch.special.entr(log_probs.exp())  # 0 log 0 = 0
+    return terms.sum(dim=-1)

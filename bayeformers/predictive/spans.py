@@ -18,6 +18,9 @@ def span_scores(start: Tensor, end: Tensor, max_length: int, mask: Tensor | None
     the same. Start and end are independent under one draw of the weights, but not on average: average after the
     softmax. ``mask``, broadcastable to (..., T), is True where a span may start and end.
 
+    Returns:
+        (..., T, L).
+
     >>> import torch
     >>> start, end = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
     >>> span_scores(start, end, max_length=2)

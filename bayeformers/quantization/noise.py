@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..nn.variational import Draw, TensorSpec
+from ..nn.noise import Draw, TensorSpec
 from .codes import ScaleCodes
 
 Rows = Callable[[Tensor], Tensor]
@@ -107,7 +107,7 @@ class MeanFieldNoise(Noise):
 
         def rows(ids: Tensor) -> Tensor:
             own = ids.to(scale.codes.device)
-            return draw._noise_of_rows(spec, scale.codes, own).mul_(scale.rows(own))
+            return draw.noise(spec, scale.codes, own).mul_(scale.rows(own))
 
         return rows
 

@@ -23,11 +23,7 @@ _HALF = np.uint64(32)
 
 
 def check_noise_version(version: object, name: str = "noise_version") -> int:
-    """``version`` if its draws can be repeated.
-
-    Raises:
-        ValueError: it is of a newer bayeformers, or no version at all.
-    """
+    """``version`` if its draws can be repeated; one of a newer bayeformers, or none at all, is a ValueError."""
     if type(version) is not int or not 1 <= version <= NOISE_VERSION:
         raise ValueError(f"`{name}` is {version!r}, this bayeformers reads up to {NOISE_VERSION}: upgrade bayeformers.")
     return version
@@ -41,30 +37,25 @@ def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION
         device: of the generator.
         version: see `NOISE_VERSION`.
 
-    Raises:
-        RuntimeError: this build of torch keeps the state of its generator otherwise than all known ones.
+    Returns:
+        The generator; RuntimeError where this build of torch keeps its state otherwise than all known ones.
     """
     generator = torch.Generator(device=device)
     if device.type != "cpu" or version == 1:
         return generator.manual_seed(key % 2**63)
-    (factors, terms), (words, state) = _constants(), _state()
-    np.multiply(factors, np.uint64(_mixed(key)), out=words)
-    np.add(words, terms, out=words)
-    np.right_shift(words, _HALF, out=words)
-    return generator.set_state(state)
+    (factors, terms), scratch = _constants(), _scratch()
+    np.multiply(factors, np.uint64(_mixed(key)), out=scratch.words)
+    np.add(scratch.words, terms, out=scratch.words)
+    np.right_shift(scratch.words, _HALF, out=scratch.words)
+    return generator.set_state(scratch.state)
 
 
-_scratch = threading.local()
-
-
-def _state() -> tuple[np.ndarray, torch.Tensor]:
+class _Scratch(threading.local):
     """A generator's state of this thread, which `set_state` copies: its words, and all of it on the same memory."""
-    try:
-        return _scratch.state  # type: ignore[no-any-return]
-    except AttributeError:
+
+    def __init__(self) -> None:
         state = _seeded_state().copy()
-        _scratch.state = state[_OFFSET : _OFFSET + _WORDS], torch.from_numpy(state.view(np.uint8))
-        return _scratch.state  # type: ignore[no-any-return]
+        self.words, self.state = state[_OFFSET : _OFFSET + _WORDS], torch.from_numpy(state.view(np.uint8))
 
 
 def _mixed(key: int) -> int:
@@ -74,13 +65,12 @@ def _mixed(key: int) -> int:
     return key ^ key >> 31
 
 
+_scratch = functools.cache(_Scratch)
+
+
 @functools.cache
 def _seeded_state() -> np.ndarray:
-    """A freshly seeded state, in 64-bit words.
-
-    Raises:
-        RuntimeError: its form is another one than in all known versions of torch.
-    """
+    """A freshly seeded state, in 64-bit words; RuntimeError where its form is none of a known version of torch."""
     state = torch.Generator().manual_seed(1).get_state().numpy()
     words = state.view(np.uint64) if state.nbytes == _BYTES else state
     seeded = [1]
@@ -93,11 +83,9 @@ def _seeded_state() -> np.ndarray:
 
 @functools.cache
 def _constants() -> tuple[np.ndarray, np.ndarray]:
-    """Fixed random a and b: word i of a key's state is the upper half of a_i k + b_i.
-
-    Multiply-shift hashing (Dietzfelbinger et al. 1996): two keys share a word with probability about 2^-32, and never
-    all of them.
-    """
+    """Fixed random a and b: word i of a key's state is the upper half of a_i k + b_i."""
+    # multiply-shift hashing (Dietzfelbinger et al. 1996): two keys share a word with probability about 2^-32, and
+    # never all of them
     numbers = np.random.RandomState(20261130).bytes(16 * _WORDS)  # a frozen stream: the same in every NumPy
     factors, terms = np.frombuffer(numbers, dtype="<u8").astype(np.uint64).reshape(2, _WORDS)
     return factors, terms

@@ -6,6 +6,7 @@ loop: sharing verifies itself on the first batch, and where it cannot be verifie
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from bayeformers.forward import Inputs, call
-from bayeformers.sampling.random_state import is_drawing, left_alone
-from bayeformers.sampling.shared_prefix import SharedPrefix, hidden_reference
-from bayeformers.sampling.snapshot import Refused, all_equal, flatten, rng_state, same_tensor, set_rng_state
+from ..forward import Inputs, call
+from .random_state import all_equal, is_drawing, left_alone, rng_state, set_rng_state
+from .shared_prefix import SharedPrefix, hidden_reference
+from .snapshot import Refused, flatten, same_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def monte_carlo(
     known_as: tuple[nn.Module, list[nn.Parameter]] | None = None,
     keeps_random_state: bool = False,
 ) -> Iterator[Any]:
-    """Yields ``model(inputs)`` under ``draw(0, seed)``, ..., ``draw(num_samples - 1, seed)``, without gradients.
+    """The outputs ``model(inputs)`` under ``draw(0, seed)``, ..., ``draw(num_samples - 1, seed)``, without gradients.
 
     Between two yields the model is as the caller left it: no draw, no wrapped method, the caller's gradient mode.
 
@@ -66,6 +67,12 @@ def monte_carlo(
         known_as: of a view, the model and its random Parameters: what one batch teaches is remembered of them.
         keeps_random_state: leave the default generators as they are, should the model draw from them.
 
+    Returns:
+        The outputs, one after the other.
+
+    Raises:
+        ValueError: ``num_samples`` is below 1.
+
     >>> model = nn.Linear(2, 1, bias=False).eval().requires_grad_(False)
     >>> from contextlib import contextmanager
     >>> @contextmanager
@@ -79,7 +86,8 @@ def monte_carlo(
     """
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples!r}.")
-    call = _bind(model, inputs)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    run = functools.partial(call, model, inputs, **options)
     random = list(random)
     known, of_known = known_as or (model, random)
     seen = _verdicts.setdefault(known, {}), _signature(known, of_known, inputs)
@@ -88,9 +96,9 @@ def monte_carlo(
     def passes() -> Iterator[Any]:
         try:
             for index in range(num_samples):
-                kept = left_alone(known, call) if keeps_random_state else nullcontext()
+                kept = left_alone(known, run) if keeps_random_state else nullcontext()
                 with torch.no_grad(), draw(index, seed), _fresh_casts(), kept:
-                    output = sharing.run(call) if sharing else call()
+                    output = sharing.run(run) if sharing else run()
                 yield output
         finally:
             if sharing:
@@ -107,11 +115,6 @@ def _fresh_casts() -> Iterator[None]:
         yield
     finally:
         torch.clear_autocast_cache()
-
-
-def _bind(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return lambda: call(model, inputs, **options)
 
 
 class _Sharing:
@@ -152,11 +155,9 @@ class _Sharing:
             self._prefix.clear()
 
     def _verify(self, prefix: SharedPrefix, call: Callable[[], Any]) -> Any:
-        """One pass; if it reused anything, also in the plain way; from the same random state, if the model draws.
-
-        The first pass only records. Children of a module that was refused record one pass later, so the test goes on
-        until a pass after the first records nothing new.
-        """
+        """One pass; if it reused anything, also in the plain way; from the same random state, if the model draws."""
+        # the first pass only records, and children of a module that was refused record one pass later: the test goes on
+        # until a pass after the first records nothing new
         reused, before = prefix.hits, rng_state()
         with prefix:
             output = call()
@@ -183,12 +184,10 @@ class _Sharing:
 
 def _unsupported(model: nn.Module) -> str | None:
     """Why nothing can be shared at this moment."""
-    hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     if torch.is_inference_mode_enabled():
         return "tensors made in inference mode have no version counter"
-    if any(hooks):
-        return "a global forward hook is registered"
-    return None
+    has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return "a global forward hook is registered" if has_hooks else None
 
 
 def _unsafe(model: nn.Module, random: list[nn.Parameter]) -> str | None:
@@ -211,12 +210,9 @@ def _signature(model: nn.Module, random: list[nn.Parameter], inputs: Inputs) -> 
     """What a verdict is valid for: the modules, the random set, and the kind of inputs."""
     kind: Any = type(inputs).__name__, len(inputs) if isinstance(inputs, (list, tuple)) else 0
     if isinstance(inputs, Mapping):
-        kind = tuple((name, _kind(value)) for name, value in inputs.items())
+        kinds = (value if isinstance(value, bool | int | str) else type(value) for value in inputs.values())
+        kind = tuple(zip(inputs, kinds, strict=True))
     return frozenset(map(id, model.modules())), frozenset(map(id, random)), kind
-
-
-def _kind(value: Any) -> Any:
-    return value if isinstance(value, bool | int | str) else type(value)
 
 
 def _same_output(a: Any, b: Any) -> bool:

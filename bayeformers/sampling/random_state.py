@@ -1,4 +1,4 @@
-"""Leaving the default random generators as they were, without putting back what another thread has moved on.
+"""The state of the default random generators: read, compared, and put back unless another thread has moved it on.
 
 The generators belong to all threads. Put back under another thread's feet, they would give its training the same noise
 again and again; so they stay where they are when it is seen to train, which is the lesser evil.
@@ -7,25 +7,42 @@ again and again; so they stay where they are when it is seen to train, which is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from .snapshot import all_equal, rng_state, set_rng_state
 
 _draws: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _taken: Counter[int] = Counter()
 _COMPUTING = ("torch.nn.", "torch.autograd", "torch.optim", "torch._tensor")
+
+
+def rng_state() -> list[Tensor]:
+    """State of the default generators of the CPU and of every CUDA device in use."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def set_rng_state(states: Sequence[Tensor]) -> None:
+    """Put back what :func:`rng_state` returned."""
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, device)
+
+
+def all_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors are equal, element by element."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def note_draw() -> None:
@@ -35,7 +52,7 @@ def note_draw() -> None:
 
 @contextlib.contextmanager
 def left_alone(model: nn.Module, call: Callable[[], Any]) -> Iterator[None]:
-    """Afterwards the generators are as before, if it was ``model`` that moved them: most models draw nothing.
+    """Afterwards torch's generators are as before, if it was ``model`` that moved them: most models draw nothing.
 
     Args:
         model: which is called inside.
@@ -54,16 +71,16 @@ def left_alone(model: nn.Module, call: Callable[[], Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Leaves Python's, NumPy's and torch's default generators (CPU and every used GPU) as it found them.
+    """Leave Python's, NumPy's and torch's default generators (CPU and every used GPU) as they were found.
 
     Of several threads that are inside at once, the last one puts back what the first one found; none does so where
     another thread has drawn numbers of its own.
     """
-    global _found, _others
-    own, thread = _states(), threading.get_ident()
+    global _first, _others
+    entered, thread = (random.getstate(), np.random.get_state(), rng_state()), threading.get_ident()
     with _lock:
         if not _inside:
-            _found, _others = own, _Others()
+            _first, _others = entered, _Others()
         _inside.append(thread)
     try:
         yield
@@ -72,7 +89,10 @@ def preserved() -> Iterator[None]:
             _inside.remove(thread)
             is_last = set(_inside) <= {thread}
             if is_last and not _others.have_drawn():
-                _put_back(own if _inside else _found)
+                python, numpy, default = entered if _inside else _first
+                random.setstate(python)
+                np.random.set_state(numpy)
+                set_rng_state(default)
 
 
 class _Others:
@@ -94,32 +114,28 @@ def _compute_elsewhere() -> bool:
     if threading.active_count() == 1:
         return False
     busy = {threading.get_ident(), *_inside}
-    return any(_computes(frame) for thread, frame in sys._current_frames().items() if thread not in busy)
-
-
-def _computes(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith(_COMPUTING):
-            return True
-        frame = frame.f_back
+    with _looking:
+        collects = gc.isenabled()
+        gc.disable()  # a collection inside `sys._current_frames` may wait for itself for ever (CPython issue 106883)
+        try:
+            tops = sys._current_frames()
+        finally:
+            if collects:
+                gc.enable()
+    for thread, top in tops.items():
+        frame: FrameType | None = None if thread in busy else top
+        while frame is not None:
+            if str(frame.f_globals.get("__name__", "")).startswith(_COMPUTING):
+                return True
+            frame = frame.f_back
     return False
 
 
 _lock = threading.Lock()
+_looking = threading.Lock()
 _inside: list[int] = []
-_found: Any = None
+_first: Any = None
 _others = _Others()
-
-
-def _states() -> tuple[Any, Any, list[torch.Tensor]]:
-    return random.getstate(), np.random.get_state(), rng_state()
-
-
-def _put_back(states: tuple[Any, Any, list[torch.Tensor]]) -> None:
-    python, numpy, default = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    set_rng_state(default)
 
 
 def is_drawing(model: nn.Module, call: Callable[[], Any]) -> bool:
@@ -145,6 +161,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
             names = [argument.name for argument in func._schema.arguments]
             defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
-            given = defaults | dict(zip(names, args, strict=False)) | kwargs  # what has its default is not handed on
-            self.has_drawn |= given.get("dropout_p", 1.0) != 0.0 and given.get("train", True) is not False
+            values = defaults | dict(zip(names, args, strict=False)) | kwargs  # what has its default is not handed on
+            self.has_drawn |= values.get("dropout_p", 1.0) != 0.0 and values.get("train", True) is not False
         return func(*args, **kwargs)

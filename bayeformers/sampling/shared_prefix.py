@@ -16,17 +16,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayeformers.sampling.snapshot import (
+from .random_state import all_equal, rng_state
+from .snapshot import (
     MAX_DEPTH,
     TORCH_ATTRIBUTES,
     Refused,
-    all_equal,
     flatten,
     module_state,
     rebuild,
-    rng_state,
     same_tensor,
-    tensors,
+    tensors_by_id,
     unchanged,
     versions,
 )
@@ -131,7 +130,7 @@ class SharedPrefix:
         return wrapper
 
     def _root(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = {key: tensor for value in (*args, *kwargs.values()) for key, tensor in tensors(value).items()}
+        found = {key: tensor for value in (*args, *kwargs.values()) for key, tensor in tensors_by_id(value).items()}
         self._begin_pass(found)
         return forward(*args, **kwargs)
 
@@ -173,7 +172,7 @@ class SharedPrefix:
         pure = versions(before.inputs) == before.versions and unchanged(before.state, state)
         if pure and all_equal(rng, rng_state()) and self._reserve(before.inputs, leaves):
             self._memo[key] = _Recording(before, rebuild(output), leaves, versions(leaves))
-            self._live.update(tensors(leaves))
+            self._live.update(tensors_by_id(leaves))
             self.recorded += 1
         return output
 
@@ -228,10 +227,8 @@ def random_modules(model: nn.Module, random: Iterable[nn.Parameter]) -> tuple[se
 
 
 def hidden_reference(model: nn.Module, random: Iterable[nn.Parameter]) -> str | None:
-    """Name of a module that is free of random weights, but reaches some past its registered children; None: no such.
-
-    A module in a plain list, or behind a bound method, is not among ``module.modules()``.
-    """
+    """Name of a module that is free of random weights, but reaches some past its registered children; None: no such."""
+    # a module in a plain list, or behind a bound method, is not among `module.modules()`
     _, above = random_modules(model, random)
     for name, module in model.named_modules():
         if module not in above:

@@ -1,4 +1,4 @@
-"""Comparable snapshots: of nested arguments, of all that a module reads, of the random generators."""
+"""Comparable snapshots: of nested arguments, and of all that a module reads."""
 
 from __future__ import annotations
 
@@ -19,11 +19,8 @@ class Refused(Exception):
 
 
 def flatten(value: Any) -> list[Any]:
-    """Leaves of nested tuples, lists, dicts and model outputs, with one marker per container.
-
-    Raises:
-        Refused: at any other type. An allow-list, not ``torch.utils._pytree``: a mutable cache may be registered there.
-    """
+    """Leaves of nested tuples, lists, dicts and model outputs, with one marker per container; else it is `Refused`."""
+    # an allow-list, not `torch.utils._pytree`: a mutable cache may be registered there
     leaves: list[Any] = []
     _flatten_into(leaves, value)
     return leaves
@@ -31,7 +28,8 @@ def flatten(value: Any) -> list[Any]:
 
 def _flatten_into(leaves: list[Any], value: Any) -> None:
     kind = type(value)
-    if kind in _ATOMS or (kind in (Tensor, nn.Parameter) and _is_plain(value)):
+    is_tensor = kind in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_inference()
+    if is_tensor or kind in _ATOMS:
         leaves.append(value)
     elif kind in (tuple, list):
         leaves.append((kind, len(value)))
@@ -43,10 +41,6 @@ def _flatten_into(leaves: list[Any], value: Any) -> None:
             _flatten_into(leaves, item)
     else:
         raise Refused(f"{kind.__name__} values cannot be compared")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_inference()
 
 
 def rebuild(value: Any) -> Any:
@@ -61,15 +55,12 @@ def rebuild(value: Any) -> Any:
 
 
 def module_state(module: nn.Module) -> list[Any]:
-    """All that ``forward`` may read besides its arguments: parameters, buffers and attributes of every submodule.
-
-    Raises:
-        Refused: a submodule is in training mode, or carries a hook, which a reused output would skip.
-    """
+    """All that ``forward`` may read besides its arguments: parameters, buffers and attributes of every submodule."""
     state: list[Any] = []
     for depth, inner in enumerate(module.modules()):
         if inner.training:
             raise Refused(f"{type(inner).__name__} is in training mode")
+        # a reused output would skip the hook
         if depth and (inner._forward_hooks or inner._forward_pre_hooks):
             raise Refused(f"{type(inner).__name__} has a forward hook")
         for tensor in (*inner._parameters.values(), *inner._buffers.values()):
@@ -105,30 +96,12 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
     return alike and torch.equal(a, b)
 
 
-def rng_state() -> list[Tensor]:
-    """State of the default generators of the CPU and of every CUDA device in use."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-
-
-def set_rng_state(states: Sequence[Tensor]) -> None:
-    """Restores what :func:`rng_state` returned."""
-    torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, device)
-
-
-def all_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two lists of tensors are equal, element by element."""
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
 def versions(leaves: Iterable[Any]) -> list[int | None]:
     """How often each tensor was changed in place, its views included; None for other leaves."""
     return [leaf._version if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
-def tensors(value: Any) -> dict[int, Tensor]:
+def tensors_by_id(value: Any) -> dict[int, Tensor]:
     """The tensors in ``value`` by ``id``; none of them where it holds a value that cannot be compared."""
     try:
         leaves = flatten(value)

@@ -9,19 +9,21 @@ functions that hold on to its modules) is used itself, by one prediction at a ti
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -58,37 +60,45 @@ _FORWARD_HOOKS = (
 )  # fmt: skip
 
 
+@dataclass(eq=False)
 class View:
     """What a prediction works on.
 
     Attributes:
         origin: the model.
         model: its view, or itself.
-        is_private: whether it is a view, which nobody else knows.
+        modules: by the id of a module of the model its counterpart in a view.
+        tensors: by the id of a Parameter of the model what a view has in its place.
+        kept: what its user finds out about it once.
     """
 
-    def __init__(self, origin: nn.Module, modules: Mapping[int, nn.Module], tensors: Mapping[int, Tensor]) -> None:
-        self.origin, self.model = origin, modules.get(id(origin), origin)
-        self._modules, self._tensors = modules, tensors
-        self.is_private = bool(modules)
-        self.kept: dict[str, Any] = {}  # what its user finds out about it once
+    origin: nn.Module
+    model: nn.Module
+    modules: Mapping[int, nn.Module] = field(default_factory=dict)
+    tensors: Mapping[int, Tensor] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it is a view, which nobody else knows."""
+        return self.model is not self.origin
 
     def module(self, module: nn.Module) -> nn.Module:
         """The view's counterpart of a module of the model; the module itself where it has none."""
-        return self._modules.get(id(module), module)
+        return self.modules.get(id(module), module)
 
     def hookable(self, module: nn.Module) -> nn.Module:
         """That counterpart, with lists of forward hooks of its own; until then they are the module's."""
-        found = self.module(module)
+        counterpart = self.module(module)
         if self.is_private:
-            own = vars(found)
+            own = vars(counterpart)
             own.update({name: OrderedDict(own[name]) for name in _FORWARD_HOOKS})
-        return found
+        return counterpart
 
     def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the view has in place of a Parameter of the model."""
-        found: Any = self._tensors.get(id(parameter), parameter)
-        return found  # type: ignore[no-any-return]
+        counterpart: Any = self.tensors.get(id(parameter), parameter)
+        return counterpart  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -106,20 +116,34 @@ def viewed(
         replaced: by the id of a Parameter what a private view has in its place; the model itself keeps its own.
         training: mode of all modules inside; None: each its own.
         is_private: False for the model itself in any case.
+
+    Yields:
+        The view.
     """
     view = private_view(model, replaced, training=training) if is_private else None
-    if view is not None:
-        yield view
-        return
-    with itself(model, training=training) as view:
-        yield view
+    with itself(model, training=training) if view is None else contextlib.nullcontext(view) as whole:
+        yield whole
 
 
 @contextlib.contextmanager
 def itself(model: nn.Module, *, training: bool | None = False) -> Iterator[View]:
     """The model itself, in this mode, for this caller alone until exit."""
-    with alone(model), _in_mode(model, training), _unwrapped_itself(model):
-        yield View(model, {}, {})
+    own = vars(model)
+    wrapped, original = own.get("forward"), own.get(_ORIGINAL)
+    is_unwrapped = wrapped is not None and original is not None and _is_unwrapped(model)
+    with alone(model):
+        changed = [] if training is None else [module for module in model.modules() if module.training != training]
+        try:
+            for module in changed:
+                module.training = not module.training
+            if is_unwrapped:
+                own["forward"] = original
+            yield View(model, model)
+        finally:
+            if is_unwrapped:
+                own["forward"] = wrapped
+            for module in changed:
+                module.training = not training
 
 
 @contextlib.contextmanager
@@ -140,28 +164,7 @@ def private_view(
         modules = _Copying(model, tensors, training).run()
     except _NoView:
         return None
-    return View(model, modules, tensors)
-
-
-def copy_around(model: nn.Module, own: Iterable[nn.Parameter] = ()) -> nn.Module | None:
-    """A copy, to be changed at will, whose Parameters share the memory of the model's, but for ``own`` ones.
-
-    None where there can be no view. A posterior that the model carries is left out.
-    """
-    if private_view(model) is None:
-        return None
-    apart = {id(parameter) for parameter in own}
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        value = parameter.detach().clone() if id(parameter) in apart else parameter.detach()
-        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    carried = vars(model).get("posterior")
-    if carried is not None:
-        memo[id(carried)] = None
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, ValueError, RuntimeError):  # a lock, or what else has no copy
-        return None
+    return View(model, modules[id(model)], modules, tensors)
 
 
 @contextlib.contextmanager
@@ -174,33 +177,8 @@ def unwrapped_forward(model: nn.Module) -> Iterator[None]:
         _unwrapped.reset(token)
 
 
-@contextlib.contextmanager
-def _unwrapped_itself(model: nn.Module) -> Iterator[None]:
-    wrapped, original = vars(model).get("forward"), vars(model).get(_ORIGINAL)
-    if wrapped is None or original is None or not _is_unwrapped(model):
-        yield
-        return
-    vars(model)["forward"] = original
-    try:
-        yield
-    finally:
-        vars(model)["forward"] = wrapped
-
-
 def _is_unwrapped(model: nn.Module) -> bool:
     return any(one is model for one in _unwrapped.get())
-
-
-@contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    changed = [] if training is None else [module for module in model.modules() if module.training != training]
-    try:
-        for module in changed:
-            module.training = not module.training
-        yield
-    finally:
-        for module in changed:
-            module.training = not training
 
 
 class _NoView(Exception):
@@ -299,38 +277,31 @@ class _Copying:
 
     def _of_container(self, value: Any, depth: int) -> Any:
         kind = type(value)
-        if isinstance(value, dict):
-            items = {key: self._copied(item, depth) for key, item in value.items()}
-            if all(items[key] is item for key, item in value.items()):
-                return value
-            return self._rebuilt(kind, kind in _CONTAINERS, items)
-        found = [self._copied(item, depth) for item in value]
-        if all(new is old for new, old in zip(found, value, strict=True)):
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        copies = [self._copied(item, depth) for item in items]
+        if all(new is old for new, old in zip(copies, items, strict=True)):
             return value
         if hasattr(kind, "_make"):
-            return kind._make(found)
-        return self._rebuilt(kind, kind in _CONTAINERS, found)
-
-    @staticmethod
-    def _rebuilt(kind: Any, is_known: bool, content: Any) -> Any:
-        if not is_known:
+            return kind._make(copies)
+        if kind not in _CONTAINERS:
             raise _NoView
-        return kind(content)
+        return kind(zip(value, copies, strict=True)) if isinstance(value, dict) else kind(copies)
 
     def _of_partial(self, value: functools.partial[Any], depth: int) -> Any:
         parts = (value.func, value.args, value.keywords, vars(value))
-        func, args, keywords, own = (self._copied(part, depth) for part in parts)
-        if all(new is old for new, old in zip((func, args, keywords, own), parts, strict=True)):
+        copies = self._of_container(parts, depth)
+        if copies is parts:
             return value
-        found = functools.partial(func, *args, **keywords)
-        vars(found).update(own)
-        return found
+        func, args, keywords, own = copies
+        partial = functools.partial(func, *args, **keywords)
+        vars(partial).update(own)
+        return partial
 
     def _check_function(self, function: types.FunctionType, depth: int) -> None:
         """Nobody can tell which of its closures' contents a function may change: it stays as it is, or the model."""
         held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         held += [*(function.__defaults__ or ()), *vars(function).values()]
-        if any(self._copied(item, depth) is not item for item in held):
+        if self._of_container(held, depth) is not held:
             raise _NoView
 
     def _of_object(self, value: Any, depth: int) -> Any:
@@ -368,26 +339,23 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def _once(told: Callable[[type], T]) -> Callable[[type], T]:
+    """Asked once for each class, which mypy takes for unhashable."""
+    return functools.cache(told)
+
+
+@_once
 def _is_opaque(kind: type) -> bool:
-    if kind not in _known_opaque:
-        _known_opaque[kind] = any(base.__name__ in _OPAQUE for base in kind.__mro__)
-    return _known_opaque[kind]
+    return any(base.__name__ in _OPAQUE for base in kind.__mro__)
 
 
+@_once
 def _is_inert(kind: type) -> bool:
     """Whether what is of this class reaches no module that a forward would use."""
-    if kind not in _known_inert:
-        is_plain = kind in _PLAIN or issubclass(kind, type | types.ModuleType) or kind.__name__.endswith("Config")
-        _known_inert[kind] = (is_plain and not issubclass(kind, Tensor)) or getattr(kind, SHARED, False)
-    return _known_inert[kind]
+    is_plain = kind in _PLAIN or issubclass(kind, type | types.ModuleType) or kind.__name__.endswith("Config")
+    return (is_plain and not issubclass(kind, Tensor)) or getattr(kind, SHARED, False)
 
 
+@_once
 def _inert_names(kind: type) -> frozenset[str]:
-    if kind not in _known_names:
-        _known_names[kind] = _TORCH | getattr(kind, INERT, frozenset())
-    return _known_names[kind]
-
-
-_known_names: dict[type, frozenset[str]] = {}
-_known_opaque: dict[type, bool] = {}
-_known_inert: dict[type, bool] = {}
+    return _TORCH | getattr(kind, INERT, frozenset())

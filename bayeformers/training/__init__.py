@@ -1,8 +1,7 @@
 """Training by variational inference, and Monte-Carlo evaluation, with transformers' Trainer."""
 
 from .arguments import BayesianTrainingArguments
-from .items import count_items
-from .likelihood import ItemNLL, item_nll
+from .items import ItemNLL, count_items, item_nll
 from .scores import BayesianPredictionOutput
 from .trainer import BayesianTrainer
 

@@ -27,34 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..likelihoods import NoiseStd, ProblemType, logits_of
-from ..likelihoods.outputs import regression_values
+from ..likelihoods import NoiseStd, ProblemType, get_likelihood, regression_values
 from ..losses import auavu_loss, avuc_loss, eac_loss, eau_loss
 from ..losses.avu import confidence_and_uncertainty
 from .alignment_arguments import CalibrationArguments, check_calibration_head
 from .items import labels_of
-from .likelihood import align_causal
 
-__all__ = ["CALIBRATION_NAME", "CalibrationTerm", "labelled_logits"]
+__all__ = ["CALIBRATION_NAME", "CalibrationTerm"]
 
 CALIBRATION_NAME = "calibration_loss.json"
 _TINY = 1e-12  # a warm-up without any error: tau divides
-
-
-def labelled_logits(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType) -> tuple[Tensor, Tensor]:
-    """A classifier's logits (..., C) with the labels (...) that they predict, -100 where there is none.
-
-    Labels of a multi-label head are two-class items of their own, with logits (0, z).
-    """
-    logits = logits_of(outputs)
-    if problem_type == "causal_lm" and inputs.get("shift_labels") is not None:
-        return logits, labels_of(inputs, "shift_labels")
-    labels = labels_of(inputs)
-    if problem_type == "causal_lm":
-        return align_causal(logits, labels)
-    if problem_type == "multi_label_classification":
-        return torch.stack([torch.zeros_like(logits), logits], dim=-1), (labels > 0.5).long()
-    return logits, labels.reshape(logits.shape[:-1])
 
 
 class CalibrationTerm:
@@ -66,7 +48,7 @@ class CalibrationTerm:
     def __init__(self, args: CalibrationArguments, problem_type: ProblemType, warmup_steps: int) -> None:
         assert args.calibration_loss is not None
         check_calibration_head(args.calibration_loss, problem_type)
-        self._args, self._problem_type, self._warmup_steps = args, problem_type, warmup_steps
+        self._args, self._likelihood, self._warmup_steps = args, get_likelihood(problem_type), warmup_steps
         self._sums: list[float] | None = None  # of the warm-up's finished steps, all ranks: see `_observe`
         self._pending: Tensor | None = None  # of the present step, this rank
 
@@ -76,9 +58,9 @@ class CalibrationTerm:
         self, outputs: Sequence[Any], inputs: Mapping[str, Any], noise_std: NoiseStd | None, step: int
     ) -> Tensor | None:
         """The loss of one micro-batch, with gradient, of the ``outputs`` of its draws; None during the warm-up."""
-        if self._problem_type == "regression":
+        if self._likelihood.has_noise:
             return self._regression(outputs, inputs, noise_std, step)
-        found = [labelled_logits(output, inputs, self._problem_type) for output in outputs]
+        found = [self._likelihood.labelled_logits(output, inputs) for output in outputs]
         logits, labels = torch.stack([logits for logits, _ in found]), found[0][1]
         kind = self._args.calibration_uncertainty
         if step < self._warmup_steps or not self._knows_threshold:
@@ -162,7 +144,7 @@ class CalibrationTerm:
         if self._args.calibration_loss == "auavu" or not self._knows_threshold:
             return {}
         found = {"calibration_threshold": self._threshold}
-        if self._problem_type == "regression":
+        if self._likelihood.has_noise:
             found["calibration_error_threshold"] = self._error_threshold
         return found
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from ..checks import check_choice, check_number
 from ..likelihoods import HEAD, ProblemType
+from ..likelihoods.registry import likelihoods
 from ..losses.avu import UNCERTAINTIES, Uncertainty
 
 __all__ = ["CALIBRATION_LOSSES", "CalibrationArguments", "CalibrationLoss", "check_calibration_head"]
@@ -13,13 +14,6 @@ CalibrationLoss = Literal["avuc", "auavu", "eau", "eac"]
 CALIBRATION_LOSSES: tuple[CalibrationLoss, ...] = get_args(CalibrationLoss)
 
 _OF_CLASSES = ("avuc", "auavu")
-_CLASSIFICATION: tuple[ProblemType, ...] = (
-    "single_label_classification",
-    "multi_label_classification",
-    "token_classification",
-    "causal_lm",
-    "seq2seq_lm",
-)
 
 
 @dataclass
@@ -119,10 +113,11 @@ def _check_spread(args: Any) -> None:
 
 
 def check_calibration_head(loss: CalibrationLoss, problem_type: ProblemType) -> None:
-    """Errors: ValueError for a head that the loss is not for."""
-    allowed = _CLASSIFICATION if loss in _OF_CLASSES else ("regression",)
+    """Raise ValueError for a head that the loss is not for."""
+    is_of_classes = loss in _OF_CLASSES
+    allowed = [own.problem_type for own in likelihoods() if (own.has_item_logits if is_of_classes else own.has_noise)]
     if problem_type not in allowed:
-        other = 'a regression takes "eau" or "eac"' if loss in _OF_CLASSES else 'classes take "avuc" or "auavu"'
+        other = 'a regression takes "eau" or "eac"' if is_of_classes else 'classes take "avuc" or "auavu"'
         raise ValueError(
             f"`calibration_loss`={loss!r} is for {', '.join(allowed)}, got a {problem_type} head: {other}."
         )

@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from ..likelihoods import HEAD, ProblemType, unwrapped
-from ..likelihoods.outputs import ONE_CLASS
+from ..likelihoods import HEAD, ProblemType, get_likelihood, unwrapped
 from .arguments import BayesianTrainingArguments
 
 __all__ = [
@@ -49,10 +48,8 @@ def check_data_parallel(args: BayesianTrainingArguments, model: nn.Module | None
 
 
 def check_classes(model: nn.Module, problem_type: ProblemType) -> None:
-    """Errors: ValueError for a classifier of tokens with one class, whose loss is 0 whatever it has learned."""
-    config = getattr(unwrapped(model), "config", None)
-    if problem_type == "token_classification" and getattr(config, "num_labels", None) == 1:
-        raise ValueError(f"`config.num_labels` of a token classifier must be at least 2, got 1: {ONE_CLASS}")
+    """Raise ValueError for a classifier with one class, whose loss is 0 whatever it has learned."""
+    get_likelihood(problem_type).check_head(getattr(unwrapped(model), "config", None))
 
 
 def check_converted(args: BayesianTrainingArguments) -> None:
@@ -131,8 +128,8 @@ def check_uncalibrated(args: BayesianTrainingArguments) -> None:
 
 
 def check_variance_head(noise_std: Any, problem_type: ProblemType) -> None:
-    """Errors: ValueError for `noise_std`="head" of a head that is no regression."""
-    if noise_std == HEAD and problem_type != "regression":
+    """Raise ValueError for `noise_std`="head" of a head that is no regression."""
+    if noise_std == HEAD and not get_likelihood(problem_type).has_noise:
         raise ValueError(
             f'`noise_std`="head" is for regressions, got a {problem_type} head: set `config.problem_type` to '
             '"regression", with `num_labels` twice the number of targets (means, then log variances).'

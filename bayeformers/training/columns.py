@@ -7,20 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..likelihoods import HEAD, NoiseStd, ProblemType, drawn_values, regression_values, resized, token_mask
-from ..likelihoods.outputs import TOKEN_PROBLEMS
+from ..likelihoods import (
+    HEAD,
+    Likelihood,
+    NoiseStd,
+    ProblemType,
+    gaussian_log_prob,
+    get_likelihood,
+    regression_values,
+    resized,
+)
+from ..likelihoods.gaussian import regression_labels
 from ..predictive import Predictive, RunningPredictive
-from .likelihood import item_nll, output_field, regression_labels
-from .scores import CONFIDENCE, WRONG
 
-__all__ = ["BatchPrediction", "infer_problem_type", "predict_batch", "score_predictive"]
-
-MAX_CLASSES = 1024
-"""Above it (a vocabulary) the probabilities are not gathered, so there is no ECE and no Brier score."""
+__all__ = ["BatchPrediction", "predict_batch", "score_predictive"]
 
 
 @dataclass
@@ -56,31 +59,36 @@ def predict_batch(
     problem_type: ProblemType,
     noise_std: NoiseStd | None = None,
 ) -> BatchPrediction:
-    """The averaged prediction of the S model ``outputs`` for one batch, scored where ``inputs`` has labels.
+    """Average the predictions of the S model ``outputs`` for one batch, and score them where ``inputs`` has labels.
 
-    ``noise_std``: a regression's, or "head"; without it there is neither an aleatoric variance nor an NLL.
+    Args:
+        outputs: one per draw.
+        inputs: the batch.
+        problem_type: what the head predicts.
+        noise_std: a regression's, or "head"; without it there is neither an aleatoric variance nor an NLL.
 
-    Errors: ValueError for labels that do not fit the head.
+    Returns:
+        The batch's columns.
 
     >>> draws = [torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.1, 0.9]]).log()]
     >>> batch = predict_batch(draws, {"labels": torch.tensor([1])}, "single_label_classification")
     >>> batch.predictions.exp(), batch.scores["nll"]
     (tensor([[0.5000, 0.5000]]), tensor([0.6931]))
     """
-    if problem_type == "regression":
+    likelihood = get_likelihood(problem_type)
+    if likelihood.has_noise:
         draws = (
-            (drawn_values(output, problem_type, inputs), None)
-            if noise_std is None
-            else regression_values(output, noise_std)
+            (likelihood.values(output, inputs), None) if noise_std is None else regression_values(output, noise_std)
             for output in outputs
         )
         return _sampled_regression(draws, inputs)
-    if problem_type == "semantic_segmentation":
-        return _segmented(outputs, inputs)
-    running = RunningPredictive()
+    size, drawn, scored = _label_size(likelihood, inputs), RunningPredictive(), RunningPredictive()
     for output in outputs:
-        running.update(drawn_values(output, problem_type, inputs))
-    return _classified(running, inputs, problem_type)
+        log_probs = likelihood.values(output, inputs)
+        drawn.update(log_probs)
+        if size is not None:
+            scored.update(resized(log_probs, size))
+    return _classified(likelihood, drawn, drawn if size is None else scored, inputs)
 
 
 def score_predictive(
@@ -89,13 +97,19 @@ def score_predictive(
     problem_type: ProblemType,
     noise_std: NoiseStd | None = None,
 ) -> BatchPrediction:
-    """The same columns of a `Predictive`, linearised or of draws: its averaged prediction is what is scored.
+    """Score the averaged prediction of a `Predictive`, linearised or of draws.
 
     Of a linearised regression everything is in closed form, the NLL that of N(y; mean, covariance + noise) over all
-    outputs of an example, with the noise's variances on the diagonal. A ``noise_std`` that is given replaces the
-    predictive's own number.
+    outputs of an example, with the noise's variances on the diagonal.
 
-    Errors: ValueError for labels that do not fit the head.
+    Args:
+        predictive: of the batch.
+        inputs: the batch.
+        problem_type: what the head predicts.
+        noise_std: a regression's, in place of the predictive's own number.
+
+    Returns:
+        The columns of `predict_batch`.
 
     >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log()
     >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws)
@@ -103,8 +117,11 @@ def score_predictive(
     >>> batch.predictions.exp(), batch.scores["nll"]
     (tensor([[0.5000, 0.5000]]), tensor([0.6931]))
     """
-    if problem_type != "regression":
-        return _classified(predictive, inputs, problem_type, predictive.mask)
+    likelihood = get_likelihood(problem_type)
+    if not likelihood.has_noise:
+        size = _label_size(likelihood, inputs)
+        scored = predictive if size is None else predictive.resized(size)
+        return _classified(likelihood, predictive, scored, inputs, predictive.mask)
     if noise_std is not None and HEAD not in (noise_std, predictive.noise_std):
         predictive = replace(predictive, noise_std=noise_std)
     noise = None if predictive.noise_std is None else predictive.aleatoric_variance
@@ -129,94 +146,32 @@ def _joint_nll(mean: Tensor, covariance: Tensor, labels: Tensor, noise: Tensor) 
     return -log_prob.to(mean.dtype)
 
 
+def _label_size(likelihood: Likelihood, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) of pixels' labels, which are finer than the logits: draws are interpolated before they are averaged."""
+    labels = inputs.get("labels") if likelihood.is_per_pixel else None
+    return None if labels is None else (labels.shape[-2], labels.shape[-1])
+
+
 def _classified(
-    found: RunningPredictive | Predictive,
+    likelihood: Likelihood,
+    drawn: RunningPredictive | Predictive,
+    scored: RunningPredictive | Predictive,
     inputs: Mapping[str, Any],
-    problem_type: ProblemType,
     mask: Tensor | None = None,
 ) -> BatchPrediction:
-    log_probs = found.mean_log_probs
-    batch = BatchPrediction(
-        _as_logits(log_probs, problem_type),
-        _uncertainties(found),
-        attended=token_mask(log_probs, problem_type, inputs) if mask is None else mask,
-    )
-    if batch.attended is None and log_probs.dim() == 3 and problem_type in TOKEN_PROBLEMS:
-        batch.attended = torch.ones(log_probs.shape[:2], dtype=torch.bool, device=log_probs.device)
-    if problem_type == "question_answering":
-        batch.uncertainty = {name: value.sum(1) for name, value in batch.uncertainty.items()}  # start and end
-    _score(batch, log_probs, inputs, problem_type)
-    return batch
-
-
-def _segmented(outputs: Iterable[Any], inputs: Mapping[str, Any]) -> BatchPrediction:
-    """Predictions of the head's logits, channel first, as stock recipes take them; the rest where the labels are.
-
-    Labels are finer: each draw's logits are interpolated to them before the draws are averaged. Every pixel's
-    probabilities would not fit in memory, so what metrics need of them is computed here.
-    """
-    labels = inputs.get("labels")
-    coarse, fine = RunningPredictive(), RunningPredictive()
-    for output in outputs:
-        log_probs = drawn_values(output, "semantic_segmentation", inputs)
-        coarse.update(log_probs)
-        if labels is not None:
-            fine.update(resized(log_probs, (labels.shape[-2], labels.shape[-1])))
-    found = coarse if labels is None else fine
-    batch = BatchPrediction(coarse.mean_log_probs.movedim(-1, 1).contiguous(), _uncertainties(found))
-    if labels is not None:
-        log_probs = fine.mean_log_probs
-        nll, batch.mask = item_nll(log_probs.movedim(-1, 1), inputs, "semantic_segmentation")
-        probs, labels = log_probs.exp(), labels.masked_fill(~batch.mask, 0)
-        confidence, decision = probs.max(-1)
-        of_label = probs.gather(-1, labels[..., None].long()).squeeze(-1)
-        brier = probs.square().sum(-1) - 2 * of_label + 1
-        batch.scores = {"nll": nll, "brier": brier, CONFIDENCE: confidence, WRONG: (decision != labels).to(torch.uint8)}
-    return batch
-
-
-def _uncertainties(found: RunningPredictive | Predictive) -> dict[str, Tensor]:
-    return {
-        "predictive_entropy": found.predictive_entropy,
-        "expected_entropy": found.expected_entropy,
-        "mutual_information": found.mutual_information,
+    """The prediction of ``drawn``; uncertainties and scores of ``scored``, which differs for pixels alone."""
+    log_probs = scored.mean_log_probs
+    mask = likelihood.attended(log_probs, inputs) if mask is None else mask
+    if mask is None and likelihood.is_per_token and log_probs.dim() == 3:
+        mask = torch.ones(log_probs.shape[:2], dtype=torch.bool, device=log_probs.device)
+    uncertainty = {
+        "predictive_entropy": likelihood.per_example(scored.predictive_entropy),
+        "expected_entropy": likelihood.per_example(scored.expected_entropy),
+        "mutual_information": likelihood.per_example(scored.mutual_information),
     }
-
-
-def _as_logits(log_probs: Tensor, problem_type: ProblemType) -> Any:
-    if problem_type == "multi_label_classification":
-        return log_probs[..., 1] - log_probs[..., 0]
-    if problem_type == "question_answering":
-        return log_probs[:, 0].contiguous(), log_probs[:, 1].contiguous()
-    return log_probs
-
-
-def _score(batch: BatchPrediction, log_probs: Tensor, inputs: Mapping[str, Any], problem_type: ProblemType) -> None:
-    """Adds the items' NLL; for classes also their probabilities and labels, from which ECE and Brier follow."""
-    if problem_type == "question_answering":
-        if inputs.get("start_positions") is not None and inputs.get("end_positions") is not None:
-            sides = {"start_logits": log_probs[:, 0], "end_logits": log_probs[:, 1]}
-            nll, batch.mask = item_nll(sides, inputs, problem_type)
-            batch.scores = {"nll": nll}
-        return
-    shifted = inputs.get("shift_labels")
-    labels = inputs.get("labels") if shifted is None else shifted
-    if labels is None:
-        return
-    if problem_type == "multi_label_classification":
-        nll, batch.mask = item_nll(log_probs[..., 1] - log_probs[..., 0], inputs, problem_type)
-        batch.scores = {"nll": nll, "probs": log_probs[..., 1].exp(), "labels": labels}
-        return
-    # Log-probabilities are logits of themselves: the averaged prediction has the training likelihood's form.
-    nll, mask = item_nll(log_probs, inputs, problem_type)
-    last = int(problem_type == "causal_lm" and shifted is None)
-    labels = labels[:, last:] if last else labels.view(mask.shape)
-    if mask.dim() == 2:  # a causal LM's last position, and virtual tokens in front, predict no label
-        around = (log_probs.shape[1] - mask.shape[1] - last, last)
-        nll, mask, labels = (F.pad(values, around) for values in (nll, mask, labels))
-    batch.scores, batch.mask = {"nll": nll}, mask
-    if log_probs.shape[-1] <= MAX_CLASSES:
-        batch.scores |= {"probs": log_probs.exp(), "labels": labels}
+    predictions = likelihood.predictions(drawn.mean_log_probs)
+    scores, items = likelihood.scores(log_probs, inputs) or ({}, None)
+    return BatchPrediction(predictions, uncertainty, scores, items, mask)
 
 
 def _sampled_regression(draws: Iterable[tuple[Tensor, Tensor | None]], inputs: Mapping[str, Any]) -> BatchPrediction:
@@ -238,10 +193,10 @@ def _sampled_regression(draws: Iterable[tuple[Tensor, Tensor | None]], inputs: M
 
 
 def _log_density(mean: Tensor, variance: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """log N(y; mean, variance), summed over the outputs of an example, (B,)."""
-    squares = (regression_labels(inputs, mean) - mean.reshape(len(mean), -1)).square()
-    spread = variance.reshape(len(mean), -1)
-    return -0.5 * (squares / spread + spread.log() + math.log(2 * math.pi)).sum(1)
+    """The density log N(y; mean, variance), summed over the outputs of an example, (B,)."""
+    labels = regression_labels(inputs, mean)
+    log_scale = 0.5 * variance.reshape(labels.shape).log()
+    return gaussian_log_prob(labels, mean.reshape(labels.shape), log_scale).sum(1)
 
 
 def _regressed(mean: Tensor, epistemic: Tensor, aleatoric: Tensor | None, inputs: Mapping[str, Any]) -> BatchPrediction:
@@ -254,22 +209,3 @@ def _regressed(mean: Tensor, epistemic: Tensor, aleatoric: Tensor | None, inputs
         batch.scores["squared_error"] = residual.square().mean(1)
         batch.mask = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
     return batch
-
-
-def infer_problem_type(output: Any, labels: Any) -> ProblemType:
-    """For a class that transformers does not know: classification if logits and integer labels look like it.
-
-    >>> infer_problem_type({"logits": torch.zeros(4, 3)}, torch.zeros(4, dtype=torch.long))
-    'single_label_classification'
-    """
-    logits = output_field(output, "logits") if isinstance(output, (Tensor, Mapping)) else None
-    if logits is None or not isinstance(labels, Tensor) or labels.is_floating_point() or logits.dim() < 2:
-        return "unknown"
-    if logits.dim() == 4 and labels.dim() == 3 and logits.shape[1] > 1:
-        return "semantic_segmentation"
-    if logits.shape[-1] < 2:
-        return "unknown"
-    if logits.dim() == 2 and labels.dim() == 1:
-        return "single_label_classification"
-    is_tokens = logits.dim() == 3 and logits.shape[:2] == labels.shape
-    return "token_classification" if is_tokens else "unknown"

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
-from ..likelihoods import ProblemType
+from ..likelihoods import ProblemType, get_likelihood
 from ..sampling.random_state import preserved as preserved_rng
 from .items import IGNORED, count_items
 
@@ -36,10 +36,6 @@ __all__ = [
     "kl_warmup",
     "preserved_rng",
 ]
-
-_COUNTED_BY_TOKEN = ("token_classification", "causal_lm", "seq2seq_lm", "semantic_segmentation")
-_COUNTED_BY_LABEL = (*_COUNTED_BY_TOKEN, "single_label_classification", "question_answering")
-"""Problem types in which an example may have no label, of -100 or outside its text, and is then no item."""
 
 _LABEL_COLUMNS = ("labels", "label", "label_ids")  # what transformers' collators make "labels" of
 
@@ -137,15 +133,15 @@ def infer_num_items(
         return given
     if dataset is None:
         raise ValueError("`num_training_items` must be given where there is no `train_dataset` to count.")
-    is_stream = isinstance(dataset, IterableDataset)
-    if not has_length(dataset) or (problem_type in _COUNTED_BY_TOKEN and is_stream):
+    is_stream, likelihood = isinstance(dataset, IterableDataset), get_likelihood(problem_type)
+    if not has_length(dataset) or (likelihood.has_many_items and is_stream):
         raise ValueError(
             "`num_training_items` must be given: `train_dataset` is an IterableDataset, whose N (examples, or label "
             "tokens of a per-token loss) cannot be counted, and the ELBO's KL is weighted by 1/N."
         )
     if len(dataset) == 0:
         raise ValueError("`train_dataset` is empty.")
-    counted = count() if problem_type in _COUNTED_BY_LABEL and not is_stream else len(dataset)
+    counted = count() if likelihood.may_be_unlabelled and not is_stream else len(dataset)
     if counted == 0:
         raise ValueError("`train_dataset` has no label to learn from: every one is -100, or outside its text.")
     return counted

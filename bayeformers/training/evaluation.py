@@ -20,19 +20,21 @@ from ..likelihoods import (
     NoiseStd,
     ProblemType,
     check_noise_std,
+    get_likelihood,
     record_problem_type,
     resolve_problem_type,
     unwrapped,
     without_ignored,
 )
+from ..likelihoods.registry import infer_problem_type
 from ..linearized.links import ignores_shift
 from ..linearized.methods import SAMPLING
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior, PointPosterior, VariationalPosterior
-from ..posteriors.base import has_many_logits
+from ..posteriors.heads import has_many_logits
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_test_dataset, check_variance_head
-from .columns import BatchPrediction, infer_problem_type, predict_batch, score_predictive
+from .columns import BatchPrediction, predict_batch, score_predictive
 from .elbo import preserved_rng
 from .items import LABEL_NAMES, as_labels
 from .lengths import LENGTHS, LengthCache
@@ -61,7 +63,6 @@ class MonteCarloTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._posterior: BasePosterior | None = None
         self._evaluated: BasePosterior | None = None
-        self._evaluated_type: ProblemType = "unknown"
         self._columns = Columns()
         self._added: set[str] = set()  # names of the metrics that no function of the user's returned
         self._residual: float | None = None
@@ -100,7 +101,7 @@ class MonteCarloTrainer(Trainer):
         Errors: ValueError for an empty dataset.
         """
         check_dataset(getattr(dataloader, "dataset", None), "eval_dataset")
-        self._columns, self._evaluated, self._evaluated_type = Columns(), self.posterior, "unknown"
+        self._columns, self._evaluated = Columns(), self.posterior
         order = RowOrder(self.args.world_size)
         if self._evaluated is None:
             self._say(
@@ -157,7 +158,7 @@ class MonteCarloTrainer(Trainer):
 
     def _add_metrics(self, found: dict[str, float], prefix: str) -> None:
         """The user's own names win, but for the loss: the stock one weights the batches wrongly."""
-        own = evaluation_metrics(self._columns, self._evaluated_type)
+        own = evaluation_metrics(self._columns)
         if math.isnan(own.get("nll", 0.0)):
             self._say("No label of the evaluated data counts (all are -100, or no answer is in its text): loss NaN.")
         if "nll" in own or "rmse" in own:
@@ -200,10 +201,9 @@ class MonteCarloTrainer(Trainer):
         inputs = dict(as_labels(given, self.args.label_names))
         problem_type = self._prediction_type(inputs)
         check_variance_head(self.args.noise_std, problem_type)
-        if problem_type == "unknown":
+        if not get_likelihood(problem_type).is_known:
             return super().prediction_step(model, given, prediction_loss_only, ignore_keys)
-        self._evaluated_type = problem_type
-        noise_std = self.noise_std() if problem_type == "regression" else None
+        noise_std = self.noise_std() if get_likelihood(problem_type).has_noise else None
         if self._is_linearized(problem_type):
             batch = self._linearized(inputs, problem_type, noise_std)
         else:

@@ -1,27 +1,24 @@
-"""The items of a batch: its labels, which of them count, and what is left for the model's forward."""
+"""The items of a batch, the unit in which the ELBO counts data: their labels, their number and their NLL.
+
+A model's `loss` is often no log-likelihood: it is a mean over whatever the head averages (labels, positions, tokens of
+this micro-batch), it halves the question-answering sum, and for regression it is a squared error without a variance.
+So the NLL comes from the logits and the labels, one number per *item*: an example, or, where every token or pixel has
+a label, each label other than -100. The classes of `likelihoods` say what it is.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
-from ..likelihoods import IGNORED, ProblemType
-from ..posteriors.base import without_labels
+from ..forward import IGNORED, labels_of, output_field
+from ..likelihoods import ItemNLL, NoiseStd, ProblemType, get_likelihood
+from ..likelihoods.classes import align_causal
+from ..likelihoods.gaussian import regression_labels
+from ..posteriors.heads import without_labels
 
-__all__ = [
-    "IGNORED",
-    "LABEL_NAMES",
-    "as_labels",
-    "attended_positions",
-    "check_label_names",
-    "count_items",
-    "item_mask",
-    "labels_of",
-    "model_inputs",
-    "span_end",
-]
+__all__ = ["IGNORED", "LABEL_NAMES", "ItemNLL", "align_causal", "as_labels", "check_label_names", "count_items",
+           "item_nll", "labels_of", "model_inputs", "output_field", "regression_labels"]  # fmt: skip
 
 LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
 
@@ -35,74 +32,54 @@ def as_labels(inputs: Mapping[str, Any], label_names: Sequence[str] | None) -> M
 
 
 def check_label_names(label_names: Sequence[str] | None, problem_type: ProblemType) -> None:
-    """Errors: ValueError for several `label_names` of a head with one likelihood."""
+    """Raise ValueError for several `label_names` of a head with one likelihood."""
     own = [name for name in label_names or () if name not in LABEL_NAMES]
-    if problem_type != "unknown" and len(own) > 1:
+    if get_likelihood(problem_type).is_known and len(own) > 1:
         raise ValueError(
             f"`label_names` must name one label of a {problem_type} head, got {list(own)}: the others would not be "
             "trained. Pass them on as inputs, and train them by `compute_loss_func`."
         )
 
 
-def model_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], problem_type: ProblemType | None = None
-) -> dict[str, Any]:
-    """What the forward takes: the batch less its labels, so that it computes no loss; an unknown head keeps them."""
-    if problem_type == "unknown":
-        return dict(inputs)
+def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the forward takes: the batch less its labels, so that it computes no loss."""
     kept = without_labels(model, inputs)
     assert isinstance(kept, Mapping)  # as `inputs` is
     return dict(kept)
 
 
-def labels_of(inputs: Mapping[str, Any], name: str = "labels") -> Tensor:
-    """A batch's labels; ValueError if they are missing or no tensor."""
-    labels = inputs.get(name)
-    if not isinstance(labels, Tensor):
-        raise ValueError(
-            f"`{name}` must be a tensor in every training batch, got {type(labels).__name__}; "
-            f"the batch has {sorted(inputs)}."
-        )
-    return labels
-
-
-def span_end(inputs: Mapping[str, Any], side: str, length: int) -> tuple[Tensor, Tensor]:
-    """An end of the answer (B,), and whether it lies on a token that is attended to."""
-    positions = labels_of(inputs, f"{side}_positions")
-    positions = positions.squeeze(-1) if positions.dim() > 1 else positions
-    inside = (positions >= 0) & (positions < length)
-    attended = attended_positions(inputs, length)
-    if attended is not None:
-        inside = inside & attended.gather(1, positions.clamp(0, length - 1)[:, None]).squeeze(1)
-    return positions, inside
-
-
-def attended_positions(inputs: Mapping[str, Any], length: int) -> Tensor | None:
-    """The attention mask (B, T) as bool, if there is one for sequences of ``length``."""
-    mask = inputs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length else None
-
-
-def item_mask(inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """Which positions of a batch are items: bool, (B,), (B, T) or (B, H, W); from the batch, before any forward."""
-    if problem_type == "question_answering":
-        main = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        sides = [span_end(inputs, side, main.shape[1])[1] for side in ("start", "end")]
-        return sides[0] | sides[1]
-    if problem_type == "causal_lm" and inputs.get("shift_labels") is not None:
-        return labels_of(inputs, "shift_labels") != IGNORED
-    if problem_type in ("unknown", "regression", "multi_label_classification"):
-        device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
-        return torch.ones(find_batch_size(inputs), dtype=torch.bool, device=device)
-    labels = labels_of(inputs)
-    return (labels[:, 1:] if problem_type == "causal_lm" else labels) != IGNORED
-
-
 def count_items(inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """Number of items in a batch, a 0-dimensional int64 tensor on the batch's device.
+    """Count the items of a batch.
 
+    Returns:
+        A 0-dimensional int64 tensor on the batch's device.
+
+    >>> import torch
     >>> labels = torch.tensor([[5, 6, 7], [5, 6, -100]])
     >>> count_items({"labels": labels}, "causal_lm").item()     # the first position is never predicted
     3
     """
-    return item_mask(inputs, problem_type).sum()
+    return get_likelihood(problem_type).item_mask(inputs).sum()
+
+
+def item_nll(
+    outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType, noise_std: NoiseStd | None = None
+) -> ItemNLL:
+    """Take -log p(y | x, w) of each item of a batch.
+
+    Args:
+        outputs: the model's output: a ModelOutput, dict, tuple or logits.
+        inputs: the batch, labels included.
+        problem_type: what the head predicts.
+        noise_std: the Gaussian likelihood's standard deviation, in the labels' unit, or "head" for outputs that are L
+            means and then L log variances; regression only.
+
+    Returns:
+        Nats, float32 or better, with gradient; a ValueError names labels that are missing or do not fit.
+
+    >>> import torch
+    >>> logits, labels = torch.zeros(2, 4), torch.tensor([1, 3])
+    >>> item_nll(logits, {"labels": labels}, "single_label_classification").values
+    tensor([1.3863, 1.3863])
+    """
+    return get_likelihood(problem_type).nll(outputs, inputs, noise_std)

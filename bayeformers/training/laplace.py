@@ -23,7 +23,7 @@ from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
 from ..laplace.targets import Subset
 from ..laplace.tuning import PriorChoice
-from ..likelihoods import HEAD, NoiseStd, resolve_problem_type
+from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
 from ..likelihoods.loss_hessian import Fisher
 from ..patterns import Patterns
 from .arguments import parse_noise_std
@@ -133,7 +133,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         size = self.args.per_device_eval_batch_size if batch_size is None else batch_size
         check_count("batch_size", size, 1)
         check_count("seed", seed, 0)
-        if noise_std is None and resolve_problem_type(self.model) == "regression":
+        if noise_std is None and get_likelihood(resolve_problem_type(self.model)).has_noise:
             given = parse_noise_std(self.args.noise_std)
             if given == HEAD:
                 raise ValueError(

@@ -1,42 +1,35 @@
 """What a model's own loss holds besides the likelihood: a mixture's balance loss, a z-loss, smoothing, class weights.
 
 The ELBO takes its likelihood from the logits, and such terms would vanish with the model's loss. They are what the own
-loss leaves when the plain mean that heads of this kind take is subtracted: loss - mean_loss.
+loss leaves when the plain mean that heads of this kind take is subtracted: loss - mean_loss. A `compute_loss_func`
+takes the place of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..likelihoods import ProblemType, without_ignored
+from ..forward import output_field
+from ..likelihoods import ProblemType, get_likelihood, without_ignored
 from ..nn.draws import posterior_mean
 from .elbo import preserved_rng
-from .items import labels_of
-from .likelihood import item_nll, output_field
 
-__all__ = ["OWN_TERMS", "ForwardPass", "has_own_terms", "own_terms"]
+__all__ = ["OWN_TERMS", "ForwardPass", "given_loss", "has_own_terms", "own_terms"]
 
 OWN_TERMS = (
     "The own loss of {} has terms besides the likelihood (a mixture's balance loss, class weights, ...): they are "
     "trained along, and logged as `own_terms`."
 )
 
-_MEANS: tuple[ProblemType, ...] = (
-    "single_label_classification",
-    "token_classification",
-    "causal_lm",
-    "seq2seq_lm",
-    "multi_label_classification",
-    "regression",
-    "question_answering",
-    "semantic_segmentation",
+_NO_LOSS = (
+    "`compute_loss_func` must return its loss as a tensor, got {}. The batch's labels are taken out of the model's "
+    "forward and handed to the function, so `outputs` has no `loss`: compute it from `outputs` and `labels`, the "
+    "function's second argument."
 )
-"""Problem types whose heads all take the same mean."""
 
 
 class ForwardPass(NamedTuple):
@@ -48,45 +41,42 @@ class ForwardPass(NamedTuple):
 
 
 def own_terms(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """The model's ``loss`` less the mean likelihood that it contains: a scalar with gradient.
+    """Subtract from the model's ``loss`` the mean likelihood that it contains.
 
-    ``inputs``: the batch, in which the label that counts for nothing is -100.
+    Args:
+        outputs: the model's output, of a forward with labels.
+        inputs: the batch, in which the label that counts for nothing is -100.
+        problem_type: what the head predicts.
+
+    Returns:
+        A scalar with gradient.
+
+    Raises:
+        ValueError: ``outputs`` have no loss.
     """
-    loss = output_field(outputs, "loss")
+    loss: Tensor | None = output_field(outputs, "loss")
     if loss is None:
         raise ValueError("The model's output has no `loss`, of which its own terms are a part.")
-    return loss.float().mean() - _mean_loss(outputs, inputs, problem_type)
-
-
-def _mean_loss(outputs: Any, inputs: Mapping[str, Any], problem_type: ProblemType) -> Tensor:
-    """As transformers' heads reduce it: over the labels that count, a multi-label head's over its labels too."""
-    if problem_type == "regression":
-        logits = outputs["logits"].float().squeeze()
-        return F.mse_loss(logits, inputs["labels"].to(logits).squeeze())
-    if problem_type == "question_answering":
-        return 0.5 * (_span_loss(outputs, inputs, "start") + _span_loss(outputs, inputs, "end"))
-    values, mask = item_nll(outputs, inputs, problem_type)
-    per_item = outputs["logits"].shape[-1] if problem_type == "multi_label_classification" else 1
-    return values.sum() / (mask.sum().clamp_min(1) * per_item)
-
-
-def _span_loss(outputs: Any, inputs: Mapping[str, Any], side: str) -> Tensor:
-    """Of one end, as the heads take it: padding competes, and what is negative counts as the first position."""
-    logits, positions = outputs[f"{side}_logits"].float(), labels_of(inputs, f"{side}_positions")
-    outside = logits.shape[1]
-    return F.cross_entropy(logits, positions.reshape(-1).clamp(0, outside), ignore_index=outside)
+    return loss.float().mean() - get_likelihood(problem_type).mean_loss(outputs, inputs)
 
 
 @torch.no_grad()
 def has_own_terms(
     model: nn.Module, inputs: Mapping[str, Any], labelled: Mapping[str, Any], problem_type: ProblemType
 ) -> bool:
-    """Whether the model's loss is more than its likelihood, tried on one batch at the posterior mean, in `eval()`.
+    """Try on one batch, at the posterior mean in `eval()`, whether the model's loss is more than its likelihood.
 
-    ``inputs``: the batch, its labels under "labels" or as ends of a span; ``labelled``: the same as the model takes it.
+    Args:
+        model: the model, whose mode and random state are left as they were.
+        inputs: the batch, its labels under "labels" or as ends of a span.
+        labelled: the same as the model takes it.
+        problem_type: what the head predicts.
+
+    Returns:
+        Whether it has terms of its own; False where it does not take these labels.
     """
-    label = "start_positions" if problem_type == "question_answering" else "labels"
-    if problem_type not in _MEANS or not isinstance(inputs.get(label), Tensor):
+    likelihood = get_likelihood(problem_type)
+    if not likelihood.has_stock_loss or not isinstance(inputs.get(likelihood.label_names[0]), Tensor):
         return False
     inputs = without_ignored(inputs, model, problem_type)
     modes = {module: module.training for module in model.modules()}
@@ -96,23 +86,34 @@ def has_own_terms(
             loss = output_field(outputs, "loss")
             if not isinstance(loss, Tensor):
                 return False
-            terms, plain = own_terms(outputs, inputs, problem_type), _mean_loss(outputs, inputs, problem_type)
+            terms, plain = own_terms(outputs, inputs, problem_type), likelihood.mean_loss(outputs, inputs)
     except (KeyError, RuntimeError, TypeError, ValueError, IndexError, AttributeError, NameError):
         # a loss that does not take these labels is not what would be trained; NameError: DPT's without auxiliary head
         return False
     finally:
         for module, mode in modes.items():
             module.training = mode
-    is_aligned = problem_type == "causal_lm" and outputs["logits"].shape[:2] == inputs["labels"].shape
-    if is_aligned and _is_close(loss, _mean_loss(outputs, inputs, "token_classification"), 1e-3):
-        return False  # BART's decoder and its kin take their labels shifted: another alignment is no other term
-    if problem_type == "multi_label_classification" and _is_close(loss, plain * outputs["logits"].shape[-1], 1e-3):
-        return False  # ViLT's sums over the labels of an example: the likelihood itself
+    if any(_is_close(loss, other, 1e-3) for other in likelihood.other_means(outputs, inputs)):
+        return False
     # a cross-entropy has the dtype that it is computed in; a squared error of float32 labels hides that of the logits
-    is_mixed = problem_type in ("multi_label_classification", "regression")
-    rounding = 2e-5 if (outputs["logits"] if is_mixed else loss).dtype.itemsize > 2 else 2e-2
+    has_float_labels = likelihood.has_noise or likelihood.is_bernoulli
+    rounding = 2e-5 if (outputs["logits"] if has_float_labels else loss).dtype.itemsize > 2 else 2e-2
     return bool(terms.isfinite()) and not _is_close(loss, plain, rounding)
 
 
 def _is_close(loss: Tensor, plain: Tensor, rounding: float) -> bool:
     return float((loss.float().mean() - plain).abs()) <= rounding * max(1.0, float(plain.abs()))
+
+
+def given_loss(function: Callable[..., Any], outputs: Any, labels: Any, num_items: Tensor) -> Tensor:
+    """``function(outputs, labels, num_items)``; ValueError where it is no tensor or reads a loss that is not there."""
+    try:
+        loss = function(outputs, labels, num_items_in_batch=num_items)
+    except (AttributeError, KeyError, TypeError) as error:
+        reads_loss = any(word in str(error) for word in ("'loss'", "NoneType"))
+        if not reads_loss or output_field(outputs, "loss") is not None:
+            raise
+        raise ValueError(_NO_LOSS.format(repr(error))) from error
+    if not isinstance(loss, Tensor):
+        raise ValueError(_NO_LOSS.format(repr(loss)))
+    return loss

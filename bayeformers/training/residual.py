@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.convert import is_bayesian
-from ..likelihoods import drawn_values
+from ..forward import labels_of, logits_of
+from ..likelihoods.gaussian import squeezed
 from ..posteriors import PointPosterior, VariationalPosterior
 from ..sampling.random_state import preserved
-from .items import labels_of, model_inputs
+from .items import model_inputs
 
 __all__ = ["residual_std"]
 
@@ -21,17 +22,24 @@ def residual_std(
     batches: Iterable[Mapping[str, Any]],
     gather: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> float:
-    """sqrt(mean (y - f(x; mu))^2) of ``model`` at its posterior mean, in the labels' unit.
+    """Measure sqrt(mean (y - f(x; mu))^2) of ``model`` at its posterior mean.
 
-    ``gather`` collects a batch's per-example values from all ranks. Mode and random state are left as they were.
+    Args:
+        model: the model, whose mode and random state are left as they were.
+        batches: the training data, with labels.
+        gather: collects a batch's per-example values from all ranks.
 
-    Errors: ValueError for a residual of 0, which is no noise.
+    Returns:
+        A standard deviation in the labels' unit.
+
+    Raises:
+        ValueError: a residual of 0, which is no noise.
     """
     squared = []
     posterior = VariationalPosterior(model, 0) if is_bayesian(model) else PointPosterior(model)
     with preserved(), posterior.recording_view() as view:
         for inputs in batches:
-            values = drawn_values(view.model(**model_inputs(model, inputs)), "regression", inputs).double()
+            values = squeezed(logits_of(view.model(**model_inputs(model, inputs)))).double()
             residual = (labels_of(inputs).to(values).reshape(values.shape) - values).reshape(len(values), -1)
             squared.append(gather(residual.square().mean(1)).cpu())
     rmse = float(torch.cat(squared).mean().sqrt())

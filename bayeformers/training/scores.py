@@ -7,14 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.trainer_utils import PredictionOutput
 
-from ..likelihoods import ProblemType
+from ..likelihoods.segmentation import CONFIDENCE, WRONG
 from ..metrics import aurc, brier_score, expected_calibration_error
 from ..metrics.calibration import DEFAULT_BINS, bins_of
 
-__all__ = ["CONFIDENCE", "WRONG", "BayesianPredictionOutput", "Columns", "evaluation_metrics"]
-
-CONFIDENCE, WRONG = "confidence", "wrong"
-"""Columns of pixels, whose probabilities are too many to gather."""
+__all__ = ["BayesianPredictionOutput", "Columns", "evaluation_metrics"]
 
 
 class BayesianPredictionOutput(PredictionOutput):
@@ -98,10 +95,13 @@ def _padded(arrays: list[NDArray[Any]]) -> NDArray[np.floating]:
     )
 
 
-def evaluation_metrics(columns: Columns, problem_type: ProblemType) -> dict[str, float]:
+def evaluation_metrics(columns: Columns) -> dict[str, float]:
     """Metrics over the items of an evaluation, unprefixed: means of the columns, and scores of the probabilities.
 
     `nll` is that of the averaged prediction; a regression adds `rmse`. Without labels only the uncertainties.
+
+    Returns:
+        Metrics by name.
     """
     items = columns.items()
     confidence, wrong = items.pop(CONFIDENCE, None), items.pop(WRONG, None)
@@ -112,7 +112,8 @@ def evaluation_metrics(columns: Columns, problem_type: ProblemType) -> dict[str,
     if "squared_error" in metrics:
         metrics["rmse"] = metrics.pop("squared_error") ** 0.5
     if "probs" in items and "labels" in items and len(items["labels"]):
-        probs, labels = _class_probabilities(items["probs"], items["labels"], problem_type)
+        probs = items["probs"].reshape(-1, items["probs"].shape[-1]).astype(np.float64)
+        probs, labels = probs / probs.sum(1, keepdims=True), items["labels"].ravel().astype(np.int64)
         metrics["ece"] = expected_calibration_error(probs, labels)
         metrics["brier"] = brier_score(probs, labels)
         metrics["aurc"] = aurc(probs.max(1), (probs.argmax(1) != labels).astype(np.float64))
@@ -120,13 +121,3 @@ def evaluation_metrics(columns: Columns, problem_type: ProblemType) -> dict[str,
         bins = bins_of(confidence.astype(np.float64), wrong == 0, DEFAULT_BINS, "width")
         metrics["ece"], metrics["aurc"] = bins.expected_error, aurc(confidence, wrong.astype(np.float64))
     return metrics
-
-
-def _class_probabilities(
-    probs: NDArray[Any], labels: NDArray[Any], problem_type: ProblemType
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(n, C) with (n,); every label of a multi-label head is a binary example of its own."""
-    probs = probs.astype(np.float64)
-    if problem_type == "multi_label_classification":
-        probs, labels = np.stack([1 - probs.ravel(), probs.ravel()], 1), labels.ravel()
-    return probs / probs.sum(1, keepdims=True), labels.astype(np.int64)

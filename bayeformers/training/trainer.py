@@ -14,20 +14,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..checkpoint.saving import saved_along
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config, without_stale_record
-from ..likelihoods import HEAD, ProblemType, resolve_problem_type, without_ignored
+from ..likelihoods import HEAD, ProblemType, get_likelihood, resolve_problem_type, without_ignored
 from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
 from ..nn.kl import kl_divergence, log_variational_posterior
 from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items, kl_warmup
-from .given_loss import given_loss
 from .items import as_labels, check_label_names, count_items, model_inputs
 from .laplace import LaplaceTrainer
-from .likelihood import item_nll
 from .objective_check import ObjectiveCheck, OwnObjective, check_bases
 from .optimizer import ScalesApart
-from .own_terms import OWN_TERMS, ForwardPass, has_own_terms, own_terms
+from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
 from .precision import lost_steps_warning
 from .records import SILENT_LAYERS, TrainingRecord
 from .resuming import Resuming
@@ -185,7 +183,7 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
             self.train_dataset, problem_type, lambda: self._count_labels(problem_type), self.args.num_training_items
         )
         update_config(self.model, num_training_items=num_items, kl_weight=float(self.args.kl_weight))
-        is_regression = problem_type == "regression"
+        is_regression = get_likelihood(problem_type).has_noise
         noise_std = self.noise_std() if is_regression else None
         if is_regression:
             update_config(self.model, noise_std=noise_std)
@@ -230,7 +228,8 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
     def _count_labels(self, problem_type: ProblemType) -> int:
         """Labels of the training data: those of its column, or each rank's share of the collated examples."""
         names = self.args.label_names
-        if problem_type == "single_label_classification":
+        likelihood = get_likelihood(problem_type)
+        if "labels" in likelihood.label_names and not likelihood.has_many_items:
             counted = count_label_column(self.train_dataset, names or ())
             if counted is not None:
                 return counted
@@ -318,7 +317,7 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         """This micro-batch's share of the calibration loss, weighted by its items as the NLL is; 0 without one."""
         if self._calibration is None:
             return 0.0
-        noise_std = self.noise_std() if self.problem_type(inputs) == "regression" else None
+        noise_std = self.noise_std() if get_likelihood(self.problem_type(inputs)).has_noise else None
         value = self._calibration(outputs, as_labels(inputs, self.args.label_names), noise_std, self.state.global_step)
         return 0.0 if value is None else elbo_loss(value * self.count_items(inputs), group)[0]
 
@@ -345,12 +344,15 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         """One forward under one training draw; a custom label's name is the model's, "labels" is the likelihood's."""
         inputs = as_labels(given, self.args.label_names)
         has_own_loss = self.compute_loss_func is not None
-        if not has_own_loss and not is_bayesian(self.model) and self.args.noise_std != HEAD:
+        problem_type = self.problem_type(inputs)
+        likelihood = get_likelihood(problem_type)
+        has_likelihood = is_bayesian(self.model) or self.args.noise_std == HEAD
+        has_likelihood = has_likelihood or (likelihood.is_known and not likelihood.has_stock_loss)
+        if not has_own_loss and not has_likelihood:
             loss, outputs = super().compute_loss(model, dict(given), return_outputs=True)
             return ForwardPass(loss * self.count_items(inputs), 0.0, outputs)
-        problem_type = self.problem_type(inputs)
         # as in the stock Trainer, a function is handed "labels", and others stay in the forward
-        is_labelled = problem_type == "unknown" or self._has_own_terms
+        is_labelled = not likelihood.is_known or self._has_own_terms
         is_labelled = "labels" not in inputs if has_own_loss else is_labelled
         with training_draw(self.model):
             outputs = model(**given) if is_labelled else model(**model_inputs(self.model, inputs))
@@ -359,10 +361,10 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
             count = self.count_items(inputs)
             loss = given_loss(self.compute_loss_func, outputs, inputs.get("labels"), count)
             return ForwardPass(loss * count, 0.0, outputs)
-        noise_std = self.noise_std() if problem_type == "regression" else None
+        noise_std = self.noise_std() if likelihood.has_noise else None
         labelled = without_ignored(inputs, self.model, problem_type)
         own = own_terms(outputs, labelled, problem_type) if self._has_own_terms else 0.0
-        return ForwardPass(item_nll(outputs, labelled, problem_type, noise_std).sum(), own, outputs)
+        return ForwardPass(likelihood.nll(outputs, labelled, noise_std).sum(), own, outputs)
 
     # -- reporting ---------------------------------------------------------------------------------------------------
 

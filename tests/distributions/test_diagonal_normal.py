@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayeformers.distributions import MIN_SCALE, DiagonalNormal, kl_divergence, rho_from_scale, scale_from_rho
-from bayeformers.distributions.normal_kl import normal_kl
+from bayeformers.distributions.block_kl import normal_kl
 from bayeformers.nn.variational import sample, variance
 from tests.reference import sigma, sigma_slope
 

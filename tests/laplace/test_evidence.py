@@ -23,7 +23,7 @@ from bayeformers.laplace.evidence import (
     optimal_precision_and_noise,
     optimal_prior_precision,
 )
-from bayeformers.likelihoods.loss_hessian import log_likelihood
+from bayeformers.likelihoods import get_likelihood
 
 
 def generator(seed: int) -> torch.Generator:
@@ -81,7 +81,7 @@ def test_it_is_the_exact_evidence_of_a_linear_model(noise_std: float, tau: float
     problem = Regression(noise_std, tau)
     fitted = problem.features @ problem.best_weight().T
     found = log_marginal_likelihood(
-        float(log_likelihood(fitted, problem.targets, "regression", noise_std)),
+        float(get_likelihood("regression").log_likelihood(fitted, problem.targets, noise_std)),
         {"layer": problem.spectrum()},
         tau,
         scale=1 / noise_std**2,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bayeformers.laplace import fit
-from bayeformers.likelihoods.loss_hessian import Likelihood
 from tests.laplace.networks import QUIET, batches, classes, fitted, mlp, reader, text
 from tests.laplace.reference import (
     Inputs,
@@ -24,7 +23,7 @@ from tests.laplace.reference import (
     outputs_of,
 )
 
-LABELS: dict[Likelihood, Tensor] = {
+LABELS: dict[str, Tensor] = {
     "classification": classes(6),
     "regression": normal(6, 3, seed=8),
     "multilabel": integers(2, 6, 3, seed=8).double(),
@@ -43,7 +42,7 @@ def token_task() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 @pytest.mark.protects("exact_fisher")
 @each_likelihood
 @pytest.mark.parametrize("labelled", [True, False])
-def test_exact_needs_no_labels(likelihood: Likelihood, labelled: bool) -> None:
+def test_exact_needs_no_labels(likelihood: str, labelled: bool) -> None:
     model, x, y = mlp(), normal(6, 4), LABELS[likelihood]
     given = y if labelled else None
     options: dict[str, Any] = {"likelihood": likelihood, "fisher": "exact"}
@@ -55,7 +54,7 @@ def test_exact_needs_no_labels(likelihood: Likelihood, labelled: bool) -> None:
 
 
 @each_likelihood
-def test_empirical_is_of_the_labels_gradients(likelihood: Likelihood) -> None:
+def test_empirical_is_of_the_labels_gradients(likelihood: str) -> None:
     model, x, y = mlp(), normal(6, 4), LABELS[likelihood]
     options: dict[str, Any] = {"likelihood": likelihood, "fisher": "empirical"}
     posterior = fitted(model, x, y, curvature="full", **options)

@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeformers.likelihoods.loss_hessian import (
-    Likelihood,
-    empirical_column,
-    hessian_columns,
-    label_mask,
-    log_likelihood,
-    num_columns,
-    sampled_columns,
-)
+from bayeformers.likelihoods.registry import likelihood_of_family
 
-LIKELIHOODS: list[Likelihood] = ["classification", "regression", "multilabel"]
+Likelihood = str
+
+
+def num_columns(num_outputs: int, likelihood: Likelihood) -> int:
+    return likelihood_of_family(likelihood).num_columns(num_outputs)
+
+
+def hessian_columns(logits: Tensor, likelihood: Likelihood) -> Iterator[Tensor]:
+    return likelihood_of_family(likelihood).hessian_columns(logits)
+
+
+def sampled_columns(logits: Tensor, likelihood: Likelihood, **options: Any) -> Iterator[Tensor]:
+    return likelihood_of_family(likelihood).sampled_columns(logits, **options)
+
+
+def empirical_column(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    return likelihood_of_family(likelihood).empirical_column(logits, labels)
+
+
+def log_likelihood(logits: Tensor, labels: Tensor, likelihood: Likelihood, noise_std: float = 1.0) -> Tensor:
+    return likelihood_of_family(likelihood).log_likelihood(logits, labels, noise_std)
+
+
+def label_mask(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    return likelihood_of_family(likelihood).label_mask(logits, labels)
+
+
+LIKELIHOODS: list[Likelihood] = ["classification", "regression", "multilabel", "ordinal"]
+
+
+def ordinal(f: Tensor) -> Tensor:
+    """P(y = c | f) as differences of cumulative probabilities, (..., C)."""
+    steps = torch.cat([f[..., 1:2] - f[..., :1], -F.softplus(f[..., 2:])], dim=-1)
+    at_least = steps.cumsum(-1).sigmoid()  # P(y >= 1), P(y >= 2), ...
+    ends = torch.ones_like(f[..., :1])
+    return torch.cat([ends, at_least], -1) - torch.cat([at_least, 0 * ends], -1)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "classification": lambda f, y: F.cross_entropy(f.flatten(0, -2), y.flatten(), reduction="sum"),
     "regression": lambda f, y: 0.5 * F.mse_loss(f, y, reduction="sum"),
     "multilabel": lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="sum"),
+    "ordinal": lambda f, y: -ordinal(f).gather(-1, y[..., None]).log().sum(),
 }
 
 
@@ -34,7 +65,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 def labels_for(logits: Tensor, likelihood: Likelihood) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    if likelihood == "classification":
+    if likelihood in ("classification", "ordinal"):
         return torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
     if likelihood == "multilabel":
         return torch.randint(2, logits.shape, generator=generator).double()
@@ -71,7 +102,7 @@ def test_softmax_columns_are_a_cholesky_factor(classes: int, scale: float) -> No
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4)])
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS[:3])
 def test_columns_match_the_autograd_hessian(likelihood: Likelihood, shape: tuple[int, ...]) -> None:
     logits = normal(*shape, scale=2.0)
     expected = autograd_hessians(logits, labels_for(logits, likelihood), likelihood)
@@ -79,6 +110,23 @@ def test_columns_match_the_autograd_hessian(likelihood: Likelihood, shape: tuple
     assert len(columns) == num_columns(shape[-1], likelihood)
     found = outer_sum(columns)
     torch.testing.assert_close(found.flatten(0, -3), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_ordinal_columns_match_the_expected_hessian(classes: int) -> None:
+    """Over all labels: a cumulative logit is no natural parameter, so the Hessian of one label is not H."""
+    logits = normal(4, classes, scale=2.0)
+    probs, expected = ordinal(logits), torch.zeros(4, classes, classes, dtype=torch.float64)
+    fisher = torch.zeros_like(expected)
+    for label in range(classes):
+        labels = torch.full((4,), label)
+        expected += probs[:, label, None, None] * autograd_hessians(logits, labels, "ordinal")
+        gradient = empirical_column(logits, labels, "ordinal")
+        fisher += probs[:, label, None, None] * gradient[:, :, None] * gradient[:, None, :]
+    columns = list(hessian_columns(logits, "ordinal"))
+    assert len(columns) == num_columns(classes, "ordinal") == classes - 1
+    torch.testing.assert_close(outer_sum(columns), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(outer_sum(columns), fisher, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("hot", [0, 1, 2])
@@ -193,6 +241,7 @@ def test_log_likelihood_matches_torch_distributions(likelihood: Likelihood, nois
         "classification": torch.distributions.Categorical(logits=logits),
         "multilabel": torch.distributions.Bernoulli(logits=logits),
         "regression": torch.distributions.Normal(logits, noise_std),
+        "ordinal": torch.distributions.Categorical(probs=ordinal(logits)),
     }
     found = log_likelihood(logits, labels, likelihood, noise_std)
     assert found.dtype == torch.float64 and found.shape == ()
@@ -251,8 +300,16 @@ def test_columns_of_labels() -> None:
 @pytest.mark.parametrize(
     ("logits", "labels", "likelihood", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(2), "poisson", "`likelihood` must be one of classification, regression"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2),
+            "poisson",
+            r"one of \('classification', 'multilabel', 'regression', 'ordinal'\)",
+        ),
         (torch.zeros(2, 1), torch.zeros(2).long(), "classification", "at least 2 .*got 1; one sigmoid logit"),
+        (torch.zeros(2, 1), torch.zeros(2).long(), "ordinal", "at least 2 .*got 1"),
+        (torch.tensor([[0.0, -math.inf]]), torch.zeros(1).long(), "ordinal", "finite, got -inf"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), "ordinal", r"in \[0, 3\) or be -100 \(ignored\), got 3"),
         (torch.zeros(3), torch.zeros(1), "regression", r"`logits` must be floating point \(\.\.\., C\), got .* \(3,\)"),
         (torch.zeros(2, 3).long(), torch.zeros(2), "regression", "got torch.int64"),
         (torch.tensor([[0.0, math.nan]]), torch.zeros(1).long(), "classification", "finite, got nan"),
@@ -261,12 +318,12 @@ def test_columns_of_labels() -> None:
         (torch.tensor([[-math.inf, math.nan]]), torch.zeros(1, 2), "multilabel", "finite, got nan"),
         (torch.tensor([[-math.inf]]), torch.zeros(1, 1), "regression", "finite, got -inf"),
         (torch.zeros(2, 3), torch.zeros(3).long(), "classification", r"shape \(2,\) .*, got \(3,\)"),
-        (torch.zeros(2, 3), torch.zeros(2), "classification", "must be integers, got torch.float32"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), "classification", r"in \[0, 3\) or -100, got 3"),
+        (torch.zeros(2, 3), torch.zeros(2), "classification", "must be integer classes .*, got torch.float32"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), "classification", r"in \[0, 3\) or be -100 \(ignored\), got 3"),
         (torch.zeros(2, 3), torch.tensor([0, -1]), "classification", "got -1"),
         (torch.zeros(2, 3), torch.zeros(2), "regression", r"shape \(2, 3\) .*, got \(2,\)"),
         (torch.zeros(1, 1), torch.tensor([math.nan]), "regression", "must be finite, got nan"),
-        (torch.zeros(1, 2), torch.tensor([[0.0, 2.0]]), "multilabel", r"in \[0, 1\] or -100, got 2"),
+        (torch.zeros(1, 2), torch.tensor([[0.0, 2.0]]), "multilabel", r"in \[0, 1\] or -100 \(ignored\), got 2"),
         (torch.zeros(1, 2), torch.tensor([[0.0, math.nan]]), "multilabel", "got nan"),
     ],
 )
@@ -279,7 +336,7 @@ def test_wrong_logits_and_labels(logits: Tensor, labels: Tensor, likelihood: Lik
 def test_wrong_arguments() -> None:
     logits, generator = torch.zeros(2, 3), torch.Generator()
     with pytest.raises(ValueError, match="`likelihood` must be one of"):
-        hessian_columns(logits, "poisson")  # type: ignore[arg-type]  # on the call, not on the first column
+        hessian_columns(logits, "poisson")  # on the call, not on the first column
     for number in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="`num_samples` must be an integer >= 1"):
             sampled_columns(logits, "regression", num_samples=number, generator=generator)  # type: ignore[arg-type]

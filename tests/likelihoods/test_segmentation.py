@@ -16,7 +16,7 @@ from bayeformers import BayesianTrainer, BayesianTrainingArguments, fixed_draw, 
 from bayeformers.laplace import fit
 from bayeformers.likelihoods import resolve_problem_type, without_ignored
 from bayeformers.metrics import aurc, brier_score, expected_calibration_error
-from bayeformers.training.likelihood import item_nll
+from bayeformers.training.items import item_nll
 
 CLASSES = 3
 

@@ -11,7 +11,8 @@ from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from bayeformers.linearized.blocks import GaussianBlock, TensorBlock
+from bayeformers.linearized import TENSOR
+from bayeformers.linearized.blocks import GaussianBlock
 
 
 def as_matrix(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -54,7 +55,7 @@ def jacobians(model: nn.Module, blocks: Sequence[GaussianBlock], inputs: Any) ->
     matrices = []
     for block in blocks:
         module = block.modules[0]
-        if isinstance(block, TensorBlock):
+        if block.rule is TENSOR:
             ((_, parameter),) = block.parameters.items()
             matrices.append(found[names[parameter]].detach().flatten(-parameter.ndim)[..., None, None, :])
             continue

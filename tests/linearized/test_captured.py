@@ -384,7 +384,7 @@ def test_a_layer_without_a_rule() -> None:
     other = nn.Linear(2, 1)
     block = mean_field_blocks(other, {other.weight: torch.ones_like(other.weight)})[0]
     object.__setattr__(block, "modules", (layer,))
-    with pytest.raises(ValueError, match="no rule for the Jacobian of Bilinear; see `register_curvature`"):
+    with pytest.raises(ValueError, match="no rule for the Jacobian of Bilinear; see `register_rule`"):
         linearize(layer, torch.ones(1, 2), [block], covariance)
 
 

@@ -149,20 +149,20 @@ def known(orders: float, tau: float = 1.0, sizes: tuple[int, int] = (40, 60)) ->
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
 def test_every_variance_is_within_the_tolerance(tolerance: float, orders: float, tau: float) -> None:
     variances = known(orders, tau)
-    separable = Separable.of(variances, tolerance)
+    separable = Separable.from_variances(variances, tolerance)
     assert separable is not None and len(separable.rows) <= MAX_RANK
     error = separable.rows.mT @ separable.columns / variances - 1
     assert float(error.abs().max()) <= tolerance * (1 + 1e-9)
 
 
 def test_variances_without_structure_are_refused() -> None:
-    assert Separable.of(torch.rand(40, 60, dtype=torch.float64) + 0.1, 1e-3) is None
-    assert Separable.of(known(12.0), 0.0) is None
+    assert Separable.from_variances(torch.rand(40, 60, dtype=torch.float64) + 0.1, 1e-3) is None
+    assert Separable.from_variances(known(12.0), 0.0) is None
 
 
 @pytest.mark.parametrize("value", [1e-12, 1.0, 1e12])
 def test_equal_variances_are_one_term(value: float) -> None:
-    separable = Separable.of(torch.full((4, 6), value, dtype=torch.float64), 1e-12)
+    separable = Separable.from_variances(torch.full((4, 6), value, dtype=torch.float64), 1e-12)
     assert separable is not None and len(separable.rows) == 1
 
 
@@ -176,7 +176,7 @@ def separable_case(positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 def test_separable_covariance(positions: int, tolerance: float) -> None:
     """(1 - tolerance) S <= found <= (1 + tolerance) S in the order of positive matrices, for S sums squares times V."""
     inputs, gradients, left, right, variances = separable_case(positions)
-    separable = Separable.of(variances, tolerance)
+    separable = Separable.from_variances(variances, tolerance)
     assert separable is not None
     found = separable_covariance(inputs, gradients, left, right, separable)
     exact = brute_force(inputs, gradients, left, right, variances[None, None])
@@ -189,7 +189,7 @@ def test_separable_covariance(positions: int, tolerance: float) -> None:
 
 def test_separable_examples_alone_are_the_same() -> None:
     inputs, gradients, left, right, variances = separable_case(7)
-    separable = Separable.of(variances, 1e-3)
+    separable = Separable.from_variances(variances, 1e-3)
     assert separable is not None
     whole = separable_covariance(inputs, gradients, left, right, separable)
     for b in range(BATCH):
@@ -208,7 +208,7 @@ def test_float32(strength: float, inside: bool) -> None:
     if inside:
         inputs, gradients = inputs @ right[..., :20] @ right[..., :20].mT, gradients @ left[..., :6] @ left[..., :6].mT
     exact = brute_force(inputs, gradients, left, right, variances[None, None])
-    separable = Separable.of(variances.float(), 1e-3)
+    separable = Separable.from_variances(variances.float(), 1e-3)
     assert (separable is None) == (strength >= 1e5)  # 2 eps strength > 10 tolerance
     if separable is None:
         return

@@ -300,7 +300,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: probs("softmax", MEAN, COVARIANCE), r"`link` must be one of \('auto', 'probit', .*got 'softmax'"),  # type: ignore[arg-type]
     (lambda: probs("bridge", MEAN, COVARIANCE, LABELS), "`link` must be 'auto', 'probit' or 'mc' .*got 'bridge'"),
     (lambda: probs("bridge", MEAN[:, :1], COVARIANCE[:, :1, :1]), "needs at least 2 classes, got 1"),
-    (lambda: probs("mc", MEAN, COVARIANCE, "regression"), "`link` must be 'auto' for a regression.*got 'mc'"),
+    (lambda: probs("mc", MEAN, COVARIANCE, "regression"), "`link` must be 'auto' for regression, got 'mc'"),
     (lambda: probs("auto", MEAN, COVARIANCE, "question_answering"), "`problem` must .*got 'question_answering'"),
     (lambda: probs("auto", MEAN[0], COVARIANCE[0]), r"`mean` must have shape .*got \(3,\)"),
     (lambda: probs("auto", MEAN, COVARIANCE[:1]), r"`covariance` must have shape \(2, 3, 3\), got \(1, 3, 3\)"),

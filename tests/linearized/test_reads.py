@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayeformers import predict, to_bayesian
 from bayeformers.laplace import fit
-from bayeformers.linearized.reads import read_outside
+from bayeformers.linearized.soundness import read_outside
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -11,9 +11,11 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bayeformers import laplace
 from bayeformers.laplace import fit
-from bayeformers.linearized import LayerRule, gradients, record, register_curvature, rule_of, supported_layers
+from bayeformers.linearized import TENSOR, LayerRule, gradients, record, register_rule, rule_of, supported_layers
 from bayeformers.linearized import rules as module_of_rules
+from bayeformers.linearized.kinds import AffineCaptured, Captured, GainCaptured, TableCaptured, TensorCaptured
 from bayeformers.linearized.rules import ConvRule, ConvTransposeRule, EmbeddingRule, LinearRule, NormRule
 from tests.laplace.networks import QUIET, classes, reader, text
 from tests.laplace.reference import close, dense, ggn, in_matrix_form, integers, jacobian, normal
@@ -120,6 +122,25 @@ def test_rules_by_class() -> None:
     assert known <= set(supported_layers().split(", "))
 
 
+def test_a_layer_is_of_one_kind() -> None:
+    """Its rule says once what its Jacobian is made of."""
+    kinds: dict[nn.Module, type[Captured]] = {
+        nn.Linear(2, 2): AffineCaptured,
+        Conv1D(2, 2): AffineCaptured,
+        nn.ConvTranspose2d(1, 1, 1): AffineCaptured,
+        nn.Embedding(2, 2): TableCaptured,
+        nn.RMSNorm(2): GainCaptured,
+    }
+    for module, expected in kinds.items():
+        rule = rule_of(module)
+        assert rule is not None and rule.kind is expected and rule.is_affine is (expected is AffineCaptured)
+    assert TENSOR.kind is TensorCaptured
+    # the flag alone, as rules had it, would give such a layer the Jacobian of an affine one
+    flagged = type("Flagged", (LinearRule,), {"is_affine": False})
+    with pytest.raises(TypeError, match="Flagged: name the `kind`"):
+        register_rule(nn.Tanh)(flagged)
+
+
 def test_another_output_size_has_no_rule() -> None:
     """The rule sees the layer's arguments, not those of the call; a size that they give is fine."""
 
@@ -169,7 +190,7 @@ def test_forwards_of_their_own() -> None:
     patched = nn.Linear(2, 2)
     patched.forward = lambda x: x
     assert rule_of(patched) is None
-    with pytest.raises(ValueError, match="no rule for the Jacobian of Other; see `register_curvature`"):
+    with pytest.raises(ValueError, match="no rule for the Jacobian of Other; see `register_rule`"):
         record(Other(2, 2), normal(1, 2).float(), [Other(2, 2)], lambda output: output)
 
 
@@ -188,7 +209,7 @@ def test_a_rule_of_ones_own_is_used_by_fit() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 3 * super().forward(x)
 
-    @register_curvature(Tripled)
+    @register_rule(Tripled)
     class TripledRule(LinearRule):
         def gradients(self, module: nn.Linear, gradient: Tensor) -> Tensor:
             return 3 * super().gradients(module, gradient)
@@ -198,6 +219,7 @@ def test_a_rule_of_ones_own_is_used_by_fit() -> None:
     posterior = fit(model, [(x, y)], prior_precision=1.0, curvature="full", **QUIET)
     close(dense(posterior.layers[""]), ggn(model, "", x, y), 1e-12)
     assert "Tripled" in supported_layers()
+    assert register_rule is laplace.register_rule is laplace.register_curvature
 
 
 # ------------------------------------------------------------------------------------------------------------ recording

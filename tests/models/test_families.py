@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 import bayeformers
 from bayeformers import BayesianTrainer, BayesianTrainingArguments, fixed_draw, models, summary, to_bayesian
-from bayeformers.training.likelihood import item_nll
+from bayeformers.training.items import item_nll
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]

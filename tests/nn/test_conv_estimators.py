@@ -15,7 +15,7 @@ from torch.func import functional_call
 import bayeformers.nn as bnn
 from bayeformers import NormalPrior, kl_divergence
 from bayeformers.nn.estimators import ESTIMATORS
-from bayeformers.nn.variational import Draw, TensorSpec
+from tests.nn.given_noise import GivenNoise, output
 from tests.reference import sigma, sigma_slope
 
 B = 2  # examples
@@ -52,31 +52,8 @@ def plain_copy(layer: Any) -> Any:
     return other
 
 
-class GivenNoise(Draw):
-    """A training draw whose noise is given; signs not given are fair, as ever."""
-
-    def __init__(self, noise: dict[str, Tensor], signs: Callable[..., Tensor] | None = None) -> None:
-        super().__init__(7, keep=False)
-        self.given, self.given_signs = noise, signs
-
-    def noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        return self.given[spec.name]
-
-    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        return (self.given_signs or super().signs)(spec, axis, shape, device)
-
-
 def zero_noise(layer: Any) -> dict[str, Tensor]:
     return {name: torch.zeros(getattr(layer, name).shape, dtype=torch.float64) for name in layer.specs}
-
-
-def output(layer: Any, x: Tensor, draw: Draw) -> Tensor:
-    layer.scope.running = draw
-    try:
-        result: Tensor = layer(x)
-    finally:
-        layer.scope.running = None
-    return result
 
 
 @torch.no_grad()

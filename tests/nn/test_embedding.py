@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from bayeformers import fixed_draw, kl_divergence, to_bayesian
 from bayeformers import nn as bnn
-from bayeformers.nn import variational_tensors
+from bayeformers.nn import training_draw, variational_tensors
+from bayeformers.nn.noise import Draw
 from tests.reference import key_of, row_noise, sigma, sigma_slope
+
+CPU = torch.device("cpu")
 
 
 def table(padding_idx: int | None = 2, rows: int = 11, width: int = 5) -> bnn.Embedding:
@@ -41,6 +46,38 @@ def test_a_row_is_the_same_everywhere(padding_idx: int | None, gradient: bool, w
         noise[padding_idx] = 0
         assert torch.equal(whole[padding_idx], layer.weight[padding_idx])
     torch.testing.assert_close(whole.double(), layer.weight + sigma(layer.weight_rho) * noise, rtol=1e-5, atol=1e-6)
+
+
+def test_a_held_draw_keeps_rows_then_the_whole_in_their_place() -> None:
+    """One entry per tensor, dropped when a weight moves; always bit for bit the value that has gradients."""
+    layer, draw, ids = table().eval(), Draw(3), torch.tensor([7, 1])
+    assert draw.kept == {}
+    layer.draw = draw
+    weight = layer.variational("weight")
+    expected = weight.sample().detach()
+    with torch.no_grad():
+        assert torch.equal(weight.sample_rows(ids), expected[ids])
+        made = draw.kept["weight"].made
+        assert made is not None and made.flatten().nonzero().flatten().tolist() == [1, 7]
+        assert torch.equal(weight.sample(), expected) and weight.sample() is weight.sample()
+        assert draw.kept["weight"].made is None and torch.equal(weight.sample_rows(ids), expected[ids])
+        layer.get_parameter("weight").mul_(2)
+        assert not torch.equal(weight.sample_rows(ids), expected[ids])
+        assert draw.kept["weight"].made is not None
+
+
+@pytest.mark.parametrize("rows", [slice(1, 4), torch.tensor([7, 2, 7])])
+def test_rows_are_a_tensor_of_their_own(rows: Any) -> None:
+    """Value, noise and signs are the whole's there; the padding row, which takes no noise, keeps its variance."""
+    layer = table().train()
+    with training_draw(layer):
+        whole = layer.variational("weight")
+        part = whole.rows(rows)
+        assert torch.equal(part.sample(), whole.sample()[rows])
+        assert torch.equal(part.perturbation, whole.perturbation[rows])
+        assert torch.equal(part.signs(0, (2, 3), CPU), whole.signs(0, (2, 11), CPU)[:, rows])
+        assert torch.equal(part.signs(1, (2, 5), CPU), whole.signs(1, (2, 5), CPU))
+    torch.testing.assert_close(part.variance.double(), sigma(layer.weight_rho)[rows].square(), rtol=1e-5, atol=1e-9)
 
 
 def test_training_rows_share_the_forward() -> None:

@@ -15,33 +15,11 @@ from torch import Tensor, nn
 import bayeformers.nn as bnn
 from bayeformers import bayesian_config, fixed_draw, predict, to_bayesian
 from bayeformers.nn.estimators import ESTIMATORS, Layout
-from bayeformers.nn.variational import Draw, TensorSpec
+from bayeformers.nn.noise import Draw
+from tests.nn.given_noise import GivenNoise, output
 from tests.reference import sigma, sigma_slope
 
 B, T, IN, OUT = 3, 4, 2, 3
-
-
-class GivenNoise(Draw):
-    """A training draw whose noise and signs are given; signs not given are fair, as ever."""
-
-    def __init__(self, noise: dict[str, Tensor], signs: Callable[..., Tensor] | None = None) -> None:
-        super().__init__(7, keep=False)
-        self.given, self.given_signs = noise, signs
-
-    def noise(self, spec: TensorSpec, loc: Tensor) -> Tensor:
-        return self.given[spec.name]
-
-    def rows(self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None) -> Tensor:
-        return loc[rows] + self.perturbed_rows(spec, loc, rho, rows)
-
-    def perturbed_rows(
-        self, spec: TensorSpec, loc: Tensor, rho: Tensor, rows: Tensor, floor: Tensor | None = None
-    ) -> Tensor:
-        return (sigma(rho).to(loc.dtype) * self.given[spec.name])[rows]
-
-    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        make = self.given_signs or super().signs
-        return make(spec, axis, shape, device)
 
 
 def layer_of(kind: str, estimator: str) -> tuple[Any, Tensor]:
@@ -54,16 +32,6 @@ def layer_of(kind: str, estimator: str) -> tuple[Any, Tensor]:
         return bnn.Conv1D(OUT, IN, delta=0.3, estimator=estimator).double(), x
     table = bnn.Embedding(5, OUT, padding_idx=0, dtype=torch.float64, delta=0.3, estimator=estimator)
     return table, torch.tensor([[1, 2, 1, 0], [2, 2, 3, 4], [4, 1, 0, 3]])
-
-
-def output(layer: Any, x: Tensor, draw: Draw) -> Tensor:
-    layer.scope.running = draw
-    try:
-        with torch.no_grad():
-            result: Tensor = layer.train()(x)
-    finally:
-        layer.scope.running = None
-    return result
 
 
 def noise_basis(layer: Any) -> list[dict[str, Tensor]]:
@@ -80,6 +48,7 @@ def noise_basis(layer: Any) -> list[dict[str, Tensor]]:
     return basis
 
 
+@torch.no_grad()
 def covariance(layer: Any, x: Tensor, signs: Callable[..., Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Mean and covariance (n, n) of all outputs together, given the signs."""
     zero = {name: torch.zeros(layer.get_parameter(name).shape, dtype=torch.float64) for name in layer.specs}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayeformers import fixed_draw, to_bayesian, to_deterministic
 from bayeformers.nn import training_draw
-from bayeformers.nn.generation import OneDraw
+from bayeformers.nn.draws import OneDraw
 from tests.cases import case
 
 NAMES = ["gpt2-lm", "t5", "bart-lm", "whisper"]

@@ -151,7 +151,7 @@ def test_estimators_see_one_scale(estimator: str) -> None:
         if tensor.spec.padding_idx is not None:
             variance[tensor.spec.padding_idx] = 0
             rows = torch.tensor([5, 2, 0])
-            torch.testing.assert_close(tensor.perturbed_rows(rows), tensor.perturbation[rows])
+            torch.testing.assert_close(tensor.rows(rows).perturbation, tensor.perturbation[rows])
             torch.testing.assert_close(tensor.sample_rows(rows)[[0, 2]], tensor.sample()[rows[[0, 2]]])
         torch.testing.assert_close(tensor.variance, variance)
 

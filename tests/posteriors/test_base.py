@@ -15,7 +15,7 @@ from transformers import BatchEncoding
 
 from bayeformers import to_bayesian
 from bayeformers.posteriors import BasePosterior, PointPosterior, Posterior, VariationalPosterior, predict
-from bayeformers.sampling.snapshot import rng_state
+from bayeformers.sampling.random_state import rng_state
 from tests.cases import CASES, Case, case
 
 

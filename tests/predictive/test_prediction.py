@@ -266,8 +266,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: Predictive(problem_type="regression", values=torch.zeros(2, 2)).log_prob(torch.zeros(2)), "`noise_std`"),
     (lambda: Predictive(problem_type="regression", values=torch.zeros(2, 2)).mutual_information, "no class prob"),
     (lambda: predictive(log_probs(2, 2, 3)).mean, "has no values"),
-    (lambda: predictive(log_probs(2, 2, 3)).log_prob(torch.tensor([0, 3])), r"`labels` must lie in 0\.\.2"),
-    (lambda: predictive(log_probs(2, 2, 3)).log_prob(torch.tensor([0, -1])), r"`labels` must lie in 0\.\.2"),
+    (lambda: predictive(log_probs(2, 2, 3)).log_prob(torch.tensor([0, 3])), r"`labels` must lie in \[0, 3\)"),
+    (lambda: predictive(log_probs(2, 2, 3)).log_prob(torch.tensor([0, -1])), r"`labels` must lie in \[0, 3\)"),
     (lambda: predictive(log_probs(2, 2, 3)).log_prob(torch.tensor([0])), r"shape \(2,\), got \(1,\)"),
     (lambda: predictive(torch.zeros(2, 2, 3)).predictive_entropy, "`log_probs` must be normalised"),
 ]

@@ -11,16 +11,8 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from bayeformers.sampling.snapshot import (
-    Refused,
-    flatten,
-    module_state,
-    rebuild,
-    rng_state,
-    set_rng_state,
-    unchanged,
-    versions,
-)
+from bayeformers.sampling.random_state import rng_state, set_rng_state
+from bayeformers.sampling.snapshot import Refused, flatten, module_state, rebuild, unchanged, versions
 
 Pair = namedtuple("Pair", "a b")
 

@@ -8,8 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from bayeformers.training.items import count_items
-from bayeformers.training.likelihood import align_causal, item_nll, output_field
+from bayeformers.training.items import align_causal, count_items, item_nll, output_field
 from tests.training import tiny
 
 KINDS = {
@@ -192,7 +191,7 @@ def test_regression_needs_a_noise(noise_std: float | None) -> None:
 
 
 def test_output_without_logits_or_loss() -> None:
-    with pytest.raises(ValueError, match="no `logits`"):
+    with pytest.raises(ValueError, match="needs `logits`, got dict with"):
         item_nll({"hidden": torch.zeros(1)}, {"labels": torch.zeros(1).long()}, "token_classification")
     with pytest.raises(ValueError, match="no `loss`"):
         item_nll({"logits": torch.zeros(1)}, {"labels": torch.zeros(1).long()}, "unknown")

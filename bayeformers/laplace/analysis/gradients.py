@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...likelihoods.loss_hessian import empirical_column
+from ...likelihoods.registry import likelihood_of_family
 from ...linearized import Inputs, gradients, record, separation
 from ...linearized.captured import Captured, captured_block
 from ...sampling.views import View
@@ -132,7 +132,8 @@ def _column(posterior: LaplacePosterior, outputs: Tensor, batch: Batch, output: 
     """d (log p or one output) / d outputs."""
     if output is None:
         assert batch.labels is not None  # checked before
-        return -empirical_column(outputs, batch.labels, posterior.record.config.likelihood) / posterior.noise_std**2
+        likelihood = likelihood_of_family(posterior.record.config.likelihood)
+        return -likelihood.empirical_column(outputs, batch.labels) / posterior.noise_std**2
     index = output if isinstance(output, tuple) else (output,)
     fits = len(index) == outputs.ndim - 1 and all(-n <= i < n for i, n in zip(index, outputs.shape[1:], strict=True))
     if not fits:

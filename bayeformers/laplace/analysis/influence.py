@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 
-from ...linearized import rule_of
-from ...linearized.captured import Captured
 from ...linearized.covariance import reached, rotated
-from ...linearized.rules import EmbeddingRule
+from ...linearized.kinds import AffineCaptured, Captured, TableCaptured
 from ..blocks import LaplaceBlock
 from ..posterior import LaplacePosterior, check_laplace
 from ..weights import as_matrix, by_parameter
@@ -48,7 +47,7 @@ def inner_products(posterior: LaplacePosterior, first: ExampleGradients, second:
     total = next(posterior.model.parameters()).new_zeros(len(first), len(second))
     for name in first.captured:
         if name in second.captured:
-            pair = (replace(each.captured[name], block=blocks[name]) for each in (first, second))
+            pair = [each.captured[name].under(blocks[name]) for each in (first, second)]
             total = total + _inner(*pair)
     return total
 
@@ -165,27 +164,30 @@ def _blocks(posterior: LaplacePosterior, *given: ExampleGradients) -> dict[str, 
 # -- one layer --------------------------------------------------------------------------------------------------------
 
 
+@singledispatch
 def _inner(first: Captured, second: Captured) -> Tensor:
-    rule = rule_of(first.block.modules[0])
-    assert rule is not None  # of a block
+    """u^T Sigma v, (B1, B2), of one block; by coordinates, but for kinds that need not form them."""
+
+    def of(captured: Captured, part: slice) -> Tensor:
+        return captured.part(part).coordinates()[:, :, 0].movedim(0, 1)
+
+    counts = (first.inputs.shape[1], second.inputs.shape[1])
     variances = first.block.variances()[0]
-    if isinstance(rule, EmbeddingRule) and not first.block.is_flat:
-        return table_inner(_looked_up(first), _looked_up(second), variances[0])
-    if not rule.is_affine or first.block.is_flat:
-        return _by_coordinates(first, second, variances)
+    return coordinates_inner(lambda part: of(first, part), lambda part: of(second, part), counts, variances)
+
+
+@_inner.register
+def _inner_affine(first: AffineCaptured, second: Captured) -> Tensor:
+    variances = first.block.variances()[0]
     (h1, q1), (h2, q2) = (_in_basis(_trimmed(each)) for each in (first, second))
     if q1.shape[2] == 1 == q2.shape[2]:
         return one_position_inner((h1[:, :, 0], q1[:, :, 0]), (h2[:, :, 0], q2[:, :, 0]), variances)
     return positions_inner((h1, q1), (h2, q2), variances)
 
 
-def _by_coordinates(first: Captured, second: Captured, variances: Tensor) -> Tensor:
-    def of(captured: Captured, part: slice) -> Tensor:
-        chunk = replace(captured, inputs=captured.inputs[:, part], gradients=captured.gradients[:, part])
-        return chunk.coordinates()[:, :, 0].movedim(0, 1)
-
-    counts = (first.inputs.shape[1], second.inputs.shape[1])
-    return coordinates_inner(lambda part: of(first, part), lambda part: of(second, part), counts, variances)
+@_inner.register
+def _inner_table(first: TableCaptured, second: Captured) -> Tensor:
+    return table_inner(_looked_up(first), _looked_up(second), first.block.variances()[0, 0])
 
 
 def _trimmed(captured: Captured) -> Captured:

@@ -202,6 +202,17 @@ def test_another_prior_needs_no_other_gradients() -> None:
     close(inner_products(other, found, found), dense_products(other, expected, expected))
 
 
+@pytest.mark.parametrize("name", ["mlp", "reader"])
+def test_gradients_serve_a_posterior_of_another_form(name: str) -> None:
+    """Of the same layers; each is judged by the other's covariance, Kronecker-factored or dense."""
+    model, inputs, labels, options = case(name)
+    made = [fitted(model, inputs, labels, curvature=curvature, **options) for curvature in ("kfac", "full")]
+    gradients = [example_gradients(posterior, inputs, output=0) for posterior in made]
+    for posterior in made:
+        first, second = (inner_products(posterior, each, each) for each in gradients)
+        close(first, second, 1e-10)
+
+
 def test_novelty_of_an_output_is_its_variance() -> None:
     model, inputs, labels, _ = case("mlp")
     posterior = fitted(model, inputs, labels, curvature="kfac")

@@ -33,7 +33,7 @@ class _Conv(VariationalLayer):
         self._announce()
         shift = check_number("posterior_mu_init", posterior_mu_init)
         options = self._options(prior_mean, prior_variance, posterior_rho_init, bias)
-        shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        shape: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         super().__init__(in_channels, out_channels, kernel_size, **shape, **options, **more)
         self._shift(shift)
 

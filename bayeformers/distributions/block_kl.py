@@ -1,7 +1,8 @@
-"""KL between Gaussians for large tensors: value and gradient in one pass over cache-sized blocks.
+"""KL of large tensors: value and gradient in one pass over cache-sized blocks.
 
-The plain expression of `kl.py` writes a dozen tensors of the size of the model to memory in every step; this one reads
-rho once and writes its gradient once. Both are the same formula, and tests hold them to each other.
+The plain expressions of `kl.py` write a dozen tensors of the size of the model to memory in every step; these read rho
+once and write its gradient once. Both are the same formula, and tests hold them to each other. Between Gaussians the
+gradient is written out; to any other prior that treats weights one by one, a block's is autograd's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from .diagonal_normal import LINEAR_FROM, MIN_SCALE, DiagonalNormal, unit_of
 
+BlockKL = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""KL of a block, a scalar, from its means, its rho and its centre: in the precision in which it is to be summed."""
 PriorOfBlock = Callable[[Tensor], DiagonalNormal]
 """The prior of a block of weights, given the block of trained weights (or of means, where they are frozen)."""
 
@@ -32,7 +35,7 @@ def normal_kl(
     prior_scale: Tensor | None = None,
     floor: Tensor | None = None,
 ) -> Tensor:
-    """Sum of log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2, sigma = max(softplus(rho), MIN_SCALE).
+    """Return the sum of log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2, sigma = max(softplus(rho), MIN_SCALE).
 
     Args:
         loc: means mu.
@@ -64,7 +67,7 @@ class _NormalKL(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(loc, rho, centre, prior_scale, floor)
         ctx.rest = prior, padding_idx, ctx.needs_input_grad
-        value, ctx.grads = _value_and_grads(loc, rho, centre, prior_scale, floor, *ctx.rest)
+        value, ctx.grads = _normal_value_and_grads(loc, rho, centre, prior_scale, floor, *ctx.rest)
         return value
 
     @staticmethod
@@ -72,11 +75,11 @@ class _NormalKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward through the same graph: the first one gave its buffers away
-            _, grads = _value_and_grads(*ctx.saved_tensors, *ctx.rest)
+            _, grads = _normal_value_and_grads(*ctx.saved_tensors, *ctx.rest)
         return *(None if g is None else g.mul_(grad) for g in grads), None, None, None, None, None
 
 
-def _value_and_grads(
+def _normal_value_and_grads(
     loc: Tensor,
     rho: Tensor,
     centre: Tensor | None,
@@ -111,6 +114,62 @@ def _value_and_grads(
         if grad_r is not None:  # d/d rho = (ratio^2 - 1) / softplus * sigmoid(rho), `scale_slope`
             slope = exp_rho.div_(exp_rho + 1).clamp_min_(MIN_SCALE)
             grad_r.copy_(excess.div_(scale).mul_(slope))
+    return torch.stack(values).sum(dtype=torch.float64).to(dtype), grads
+
+
+def separable_kl(
+    loc: Tensor, rho: Tensor, centre: Tensor | None, kl: BlockKL, padding_idx: int | None = None
+) -> Tensor:
+    """Return the sum of ``kl`` over the blocks of a tensor.
+
+    Args:
+        loc: means.
+        rho: of their scales.
+        centre: of the prior, passed on block by block; None where it is the mean itself or plays no part.
+        kl: of a block; a sum over its weights.
+        padding_idx: row that is not random: no part of the sum, gradient 0.
+
+    Shape: ``loc``, ``rho``, ``centre`` alike -> a scalar of their widest dtype, once differentiable.
+    """
+    value: Tensor = _SeparableKL.apply(loc, rho, centre, kl, padding_idx)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _SeparableKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loc: Tensor, rho: Tensor, centre: Tensor | None, kl: BlockKL, padding_idx: int | None
+    ) -> Tensor:
+        value, grads = _separable_value_and_grads(loc, rho, centre, kl, padding_idx, ctx.needs_input_grad)
+        ctx.save_for_backward(*grads)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None
+
+
+def _separable_value_and_grads(
+    loc: Tensor, rho: Tensor, centre: Tensor | None, kl: BlockKL, padding_idx: int | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    dtype = torch.promote_types(torch.promote_types(loc.dtype, rho.dtype), torch.float32)
+    grads = tuple(
+        torch.zeros_like(value, memory_format=torch.contiguous_format) if want else None
+        for value, want in zip((loc, rho), wanted, strict=False)
+    )
+    values = [torch.zeros((), dtype=dtype, device=rho.device)]
+    for mu, r, m, *slots in blocks(padding_idx, loc, rho, centre, *grads):
+        leaves = [x.to(dtype, copy=True).requires_grad_(want) for x, want in zip((mu, r), wanted, strict=False)]
+        with torch.enable_grad():
+            value = kl(leaves[0], leaves[1], None if m is None else m.to(dtype))
+        pairs = [(leaf, slot) for leaf, slot in zip(leaves, slots, strict=True) if slot is not None]
+        if pairs and value.requires_grad:
+            found = torch.autograd.grad(value, [leaf for leaf, _ in pairs], allow_unused=True)
+            for (_, slot), gradient in zip(pairs, found, strict=True):
+                if gradient is not None:
+                    slot.copy_(gradient)
+        values.append(value.detach())
     return torch.stack(values).sum(dtype=torch.float64).to(dtype), grads
 
 
