@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments.space(delta=arguments.model.delta or 1.0)  # a wrong space is refused before anything is trained
     logging.disable_progress_bar()  # of loading and saving weights; the trainings keep theirs
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    args, state, clock = arguments.training, PartialState(), experiments.Clock()
-    folder = Path(args.output_dir or ".")
+    state, clock, folder = PartialState(), experiments.Clock(), Path(arguments.training.output_dir or ".")
     with state.main_process_first():
         study = studies.open_study(folder, arguments.recorded())
         has_start = studies.check_start(study, folder / DETERMINISTIC)
@@ -169,8 +168,7 @@ def make_start(arguments: Arguments) -> Start:
         data = replace(experiments.load_glue_data(data_args, args.seed, past, embedded=generate), shifted=None)
     tokenizer, model = load_classifier(how.model_name_or_path, data)
     data = data.tokenized(tokenizer, data_args.max_seq_length)
-    experiment = data.experiment(args, tokenizer)
-    return Start(arguments, data, model, experiment)
+    return Start(arguments, data, model, data.experiment(args, tokenizer))
 
 
 def train_start(study: optuna.Study, start: Start) -> None:

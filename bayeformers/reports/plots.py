@@ -132,6 +132,9 @@ def uncertainty_figure(
         title: heading of the page.
         caption: foot of the page; the place to say what the groups are.
         aleatoric_reference: a value to mark in the aleatoric panel, such as a known true entropy, and its description.
+
+    Returns:
+        The figure.
     """
     return comparison_figure(
         methods,
@@ -163,6 +166,9 @@ def comparison_figure(
         caption: as in `uncertainty_figure`.
         aleatoric_reference: as in `uncertainty_figure`.
         caveats: by posterior, why its division of the uncertainty means nothing; said in its panels.
+
+    Returns:
+        The figure.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 

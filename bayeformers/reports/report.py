@@ -64,7 +64,10 @@ class ClassPredictions:
 
 
 def classification_report(predictions: ClassPredictions, labels: ArrayLike | None = None) -> dict[str, float | None]:
-    """Scores against the labels (N,), if there are any, and mean entropies; a metric without a value is None.
+    """Scores against the labels (N,), if there are any, and mean entropies.
+
+    Returns:
+        Numbers by name; None for a metric without a value.
 
     >>> predictions = ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4]]))
     >>> {name: round(value, 2) for name, value in classification_report(predictions, [0, 1, 1]).items()}
@@ -99,7 +102,15 @@ def _error_auroc(predictions: ClassPredictions, labels: NDArray[Any]) -> float |
 
 
 def majority_predictions(labels: ArrayLike, num_classes: int, num_examples: int) -> ClassPredictions:
-    """What one says without looking: every input gets the frequencies of the (training) ``labels`` (N,).
+    """What one says without looking: every input gets the frequencies of the training labels.
+
+    Args:
+        labels: of training, (N,).
+        num_classes: C.
+        num_examples: how many inputs are predicted, M.
+
+    Returns:
+        Probabilities (M, C).
 
     >>> majority_predictions([1, 1, 0, 1], 2, 1).probs
     array([[0.25, 0.75]])
@@ -140,6 +151,9 @@ def regression_report(predictions: RegressionPredictions, labels: ArrayLike | No
     """Scores against the labels (N,), if there are any, and standard deviations (roots of mean variances).
 
     The NLL is that of a Gaussian with the predictive mean and variance; AURC ranks squared errors by that variance.
+
+    Returns:
+        Numbers by name.
 
     >>> predictions = RegressionPredictions(np.array([1.0, 2.0]), np.array(0.25), np.array([0.0, 0.5]))
     >>> regression_report(predictions, [1.0, 3.0])["rmse"]
@@ -188,7 +202,16 @@ _NUMBER_SCORES: dict[str, Callable[[RegressionPredictions, NDArray[Any]], float]
 def bootstrap_intervals(
     predictions: ClassPredictions | RegressionPredictions, labels: ArrayLike, *, num_resamples: int = 300, seed: int = 0
 ) -> dict[str, Interval | None]:
-    """95 % bootstrap intervals over examples of the main scores; None where too few resamples have a value.
+    """95 % bootstrap intervals over examples of the main scores.
+
+    Args:
+        predictions: on N examples.
+        labels: (N,).
+        num_resamples: how often the examples are drawn again.
+        seed: of these draws.
+
+    Returns:
+        Ends by score; None where too few resamples have a value.
 
     >>> intervals = bootstrap_intervals(ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7]] * 8)), [0, 0] * 8)
     >>> intervals["accuracy"]["low"] < 0.5 < intervals["accuracy"]["high"]
@@ -217,6 +240,9 @@ def _interval(
 def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
     """AUROC of telling ``outside`` from ``inside`` by each score that the predictions have.
 
+    Returns:
+        AUROC by score.
+
     >>> sure, unsure = ClassPredictions(np.array([[0.9, 0.1]])), ClassPredictions(np.array([[0.5, 0.5]]))
     >>> ood_report(sure, unsure)
     {'entropy': 1.0, 'max_probability': 1.0}
@@ -229,7 +255,13 @@ def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
 def format_table(rows: Mapping[str, Row], *, corner: str = "", digits: int = 3) -> str:
     """A plain-text table: a line per row, the columns of all rows in order of appearance; "-" where there is no value.
 
-    Numbers have ``digits`` decimals; text stands as it is.
+    Args:
+        rows: by label, values by column; text stands as it is.
+        corner: heading of the labels.
+        digits: decimals of a number.
+
+    Returns:
+        The lines, without a last line feed.
 
     >>> print(format_table({"point": {"nll": 0.5}, "Bayesian": {"nll": 0.4, "epistemic": 0.1}}, corner="method"))
     method       nll  epistemic

@@ -22,7 +22,10 @@ MetricFunction = Callable[[ArrayLike, ArrayLike], float]
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The share of predictions, (N,) integers, equal to their labels.
+    """The share of (N,) predicted integers that equal their labels.
+
+    Returns:
+        The share, in [0, 1].
 
     >>> accuracy([1, 0, 1, 1], [1, 0, 0, 1])
     0.75
@@ -31,7 +34,10 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Harmonic mean of class 1's precision and recall; 0 where nothing is found.
+    """Harmonic mean of class 1's precision and recall.
+
+    Returns:
+        A number in [0, 1]; 0 where nothing is found.
 
     >>> round(f1([1, 0, 1, 1], [1, 0, 0, 1]), 3)
     0.8
@@ -42,7 +48,10 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Correlation of predicted and true classes, in [-1, 1]; 0 if all predictions are the same. Matthews 1975.
+    """Correlation of predicted and true classes. Matthews 1975.
+
+    Returns:
+        A number in [-1, 1]; 0 if all predictions are the same.
 
     >>> round(matthews_correlation([1, 0, 1, 1], [1, 0, 0, 1]), 3)
     0.577
@@ -53,7 +62,10 @@ def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Linear correlation of (N,) predicted and true numbers, in [-1, 1]; 0 if either side is constant.
+    """Linear correlation of (N,) predicted and true numbers.
+
+    Returns:
+        A number in [-1, 1]; 0 if either side is constant.
 
     >>> round(pearson([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]), 3)
     0.982
@@ -64,7 +76,10 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Correlation of the ranks of (N,) predicted and true numbers, in [-1, 1]; 0 if either side is constant.
+    """Correlation of the ranks of (N,) predicted and true numbers.
+
+    Returns:
+        A number in [-1, 1]; 0 if either side is constant.
 
     >>> round(spearman([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]), 3)
     1.0
@@ -124,14 +139,19 @@ class GlueTask:
 
     @property
     def num_labels(self) -> int:
+        """How many outputs a model needs: one for a regression."""
         return len(self.label_names) or 1
 
     @property
     def is_regression(self) -> bool:
+        """Whether the labels are numbers."""
         return not self.label_names
 
     def compute_metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """The task's official metrics of (N,) predicted classes, or numbers in a regression.
+
+        Returns:
+            Values by the metric's name.
 
         >>> GLUE_TASKS["sst2"].compute_metrics([1, 0], [1, 1])
         {'accuracy': 0.5}
@@ -154,6 +174,9 @@ class GlueTask:
 
     def parse_label(self, text: str) -> int | float:
         """The label that a TSV file writes as `text`.
+
+        Returns:
+            A position in ``label_names``; in a regression a number.
 
         Raises:
             ValueError: not one of ``label_values``; in a regression, not a number within ``label_range``.
@@ -225,9 +248,11 @@ def read_task(task: GlueTask, directory: str | PathLike[str]) -> dict[str, Split
 
     Where there is a shifted file, its rows are taken out of the validation split.
 
+    Returns:
+        Split -> columns; a malformed row is an error that names file and line.
+
     Raises:
         FileNotFoundError: `directory` does not exist, or has none of the task's files.
-        ValueError: a malformed row, named by file and line.
     """
     folder = _folder(directory)
     splits = [split for split, name in task.tsv.files.items() if (folder / name).is_file()]
@@ -237,11 +262,18 @@ def read_task(task: GlueTask, directory: str | PathLike[str]) -> dict[str, Split
 
 
 def read_split(task: GlueTask, directory: str | PathLike[str], split: str) -> Split:
-    """One labelled split: ``train``, ``validation`` (MNLI: ``validation_matched``, ``…_mismatched``) or ``shifted``.
+    """One labelled split.
+
+    Args:
+        task: a row of `GLUE_TASKS`.
+        directory: of its official files.
+        split: ``train``, ``validation`` (MNLI: ``validation_matched``, ``validation_mismatched``) or ``shifted``.
+
+    Returns:
+        Its columns. A malformed row is an error that names file and line; that of a missing file lists the folder.
 
     Raises:
-        ValueError: the task has no such split, or a row is malformed (named by file and line).
-        FileNotFoundError: the file is missing; the message lists what the folder has.
+        ValueError: the task has no such split.
     """
     folder, files = _folder(directory), task.tsv.files
     if split not in files:
@@ -253,14 +285,16 @@ def read_split(task: GlueTask, directory: str | PathLike[str], split: str) -> Sp
 
 
 def read_tsv(task: GlueTask, path: str | PathLike[str], *, labelled: bool = True) -> Split:
-    """The rows of one file in `task`'s official layout; with ``labelled=False`` the text columns alone (test files).
+    """The rows of one file in a task's official layout: tabs separate, quotation marks mean nothing.
 
-    Tabs separate, quotation marks mean nothing, a byte-order mark is skipped.
+    Args:
+        task: a row of `GLUE_TASKS`.
+        path: the file, in UTF-8; a byte-order mark is skipped.
+        labelled: whether it has labels; test files have text columns alone.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8; a column missing from the header; a row with another number of columns than the header,
-            or a label outside the allowed set: both named by file and line.
+    Returns:
+        Its columns. A missing file or column, a row with another number of columns than the header, and a label
+        outside the allowed set are errors that name file and line.
     """
     path = _file(path)
     lines = _lines(path)
