@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "delta": ("conversion", "distributions", "likelihoods", "linearized", "nn", "posteriors", "predictive", "sampling"),
     "models": (),
     "tasks": ("metrics", "predictive"),
-    "reports": ("metrics", "tasks"),
+    "reports": ("metrics", "predictive", "tasks"),
     "training": EVERYTHING_ABOVE,
     "experiments": EVERYTHING_ABOVE,
     "quantization": EVERYTHING_ABOVE,

@@ -174,7 +174,7 @@ def comparison_figure(
 
     height = 5.25 * (1 + len(posteriors)) + 0.15 * len(methods)
     figure = Figure(figsize=(12, height), layout="constrained")
-    (reliability, risk), *rows = figure.subplots(1 + len(posteriors), 2)
+    (reliability, risk), *rows = figure.subplots(1 + len(posteriors), 2, squeeze=False)
     reliability_diagram(reliability, {name: method.probs for name, method in methods.items()}, labels)
     risk_coverage(
         risk,

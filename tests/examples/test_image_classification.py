@@ -5,22 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
 import bayeformers
-from bayeformers.reports import ClassPredictions
-from examples.image_classification import main
-from examples.images.classifier_arguments import parse_arguments
-from examples.images.data import ImageData, load_images
-from examples.images.models import MODELS, load_model
-from examples.images.rotation import agreement, rotate, rotation_curve
-from examples.images.turned import Turned, angles
+from bayeformers.experiments.image_classification import ImageData, load_classifier, load_image_data
+from bayeformers.models.catalogue import IMAGE_CLASSIFIERS
+from examples.image_classification import angles, main, parse_arguments
 
 SMALL = [
     "--max_train_samples", "96", "--max_eval_samples", "48", "--num_train_epochs", "6", "--bayesian_epochs", "2",
@@ -81,7 +75,7 @@ def test_sizes_are_those_of_the_tensors_and_files(acc: Run) -> None:
 
 def test_saved_posteriors_predict_the_same(acc: Run, tmp_path: Path) -> None:
     results, folder = acc
-    test = load_images(*data_arguments(SMALL)).test
+    test = load_image_data(*data_arguments(SMALL)).test
     _, _, args = parse_arguments([*SMALL, "--output_dir", str(tmp_path)])
     for name, title in (("variational", "Bayesian (ELBO)"), ("laplace", "Laplace")):
         trainer = bayeformers.BayesianTrainer(bayeformers.from_pretrained(folder / name), args, eval_dataset=test)
@@ -91,7 +85,7 @@ def test_saved_posteriors_predict_the_same(acc: Run, tmp_path: Path) -> None:
 
 def data_arguments(argv: list[str]) -> tuple[Any, int, int]:
     model_args, data_args, args = parse_arguments(argv)
-    return data_args, args.seed, MODELS[model_args.model].image_size
+    return data_args, args.seed, IMAGE_CLASSIFIERS[model_args.model].image_size
 
 
 # --- init ------------------------------------------------------------------------------------------------------------
@@ -138,41 +132,12 @@ def test_curves_of_rotated_images(acc: Run, trained: list[str], tmp_path: Path) 
     assert is_png(tmp_path / "uncert.png")
 
 
-@pytest.mark.parametrize("quarter", range(-1, 5))
-def test_quarter_turns_are_exact(quarter: int) -> None:
-    images = torch.rand(2, 3, 7, 7, dtype=torch.float64)
-    torch.testing.assert_close(rotate(images, 90 * quarter), torch.rot90(images, quarter, (2, 3)))
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (5, 8)])
-def test_rotation_matches_bilinear_interpolation_pixel_by_pixel(shape: tuple[int, int]) -> None:
-    image = torch.rand(shape, dtype=torch.float64)
-    turned = rotate(image[None, None], 25)[0, 0]
-    torch.testing.assert_close(turned, turned_by_hand(image, math.radians(25)))
-
-
-def turned_by_hand(image: Tensor, angle: float) -> Tensor:
-    """Each pixel's value is read where a counter-clockwise turn about the centre took it from; y points down."""
-    height, width = image.shape
-    out = torch.zeros_like(image)
-    for row in range(height):
-        for column in range(width):
-            x, y = column - (width - 1) / 2, row - (height - 1) / 2
-            from_x = x * math.cos(angle) - y * math.sin(angle) + (width - 1) / 2
-            from_y = x * math.sin(angle) + y * math.cos(angle) + (height - 1) / 2
-            for j in (math.floor(from_x), math.floor(from_x) + 1):
-                for i in (math.floor(from_y), math.floor(from_y) + 1):
-                    if 0 <= i < height and 0 <= j < width:
-                        out[row, column] += (1 - abs(from_x - j)) * (1 - abs(from_y - i)) * image[i, j]
-    return out
-
-
 def test_what_is_turned_in_is_black() -> None:
-    split = load_images(*data_arguments(SMALL)).test
-    turned = Turned.by(split, 45)
+    split = load_image_data(*data_arguments(SMALL)).test
+    turned = split.rotated(45)
     black = split.preprocessing.normalize(torch.zeros(1, 1, 1))
     assert torch.equal(turned.pixel_values[:, :, 0, 0], black[0].expand(len(split), 1))
-    torch.testing.assert_close(Turned.by(split, 0).pixel_values, split.pixel_values)
+    torch.testing.assert_close(split.rotated(0).pixel_values, split.pixel_values)
 
 
 def test_angles_reach_180() -> None:
@@ -180,41 +145,13 @@ def test_angles_reach_180() -> None:
     assert angles(70) == [0, 70, 140]
 
 
-def test_agreement_of_known_orders() -> None:
-    error = np.array([[0.0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 0]])
-    rising = np.array([[0.1, 0.1, 0.1, 0.2], [0.1, 0.1, 0.3, 0.3], [0.9, 0.9, 0.9, 0.1]])
-    found = agreement(rising, error)
-    assert found["angles"] == pytest.approx(1) and found["auroc"] == 1
-    assert agreement(-rising, error)["angles"] == pytest.approx(-1)
-    # Pearson's correlation of average ranks: tied uncertainties share a rank, as do all right and all wrong images
-    ranks = np.array([3.5, 3.5, 3.5, 7, 3.5, 3.5, 8.5, 8.5, 11, 11, 11, 3.5])
-    wrong = np.where(error.ravel() == 1, 9.5, 3.5)
-    assert found["images"] == pytest.approx(np.corrcoef(ranks, wrong)[0, 1])
-
-
-def test_agreement_is_nan_where_nothing_varies() -> None:
-    found = agreement(np.full((3, 4), 0.5), np.eye(3, 4))
-    assert math.isnan(found["angles"]) and math.isnan(found["images"]) and found["auroc"] == 0.5
-    assert math.isnan(agreement(np.random.rand(2, 3), np.zeros((2, 3)))["auroc"])
-
-
-def test_a_curve_holds_means_over_images() -> None:
-    sure, unsure = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([[0.6, 0.4], [0.6, 0.4]])
-    curve = rotation_curve(
-        [ClassPredictions(sure, np.zeros(2)), ClassPredictions(unsure, np.full(2, 0.1))], np.array([0, 1])
-    )
-    assert curve.error.tolist() == [0, 0.5] and curve.epistemic.tolist() == pytest.approx([0, 0.1])
-    entropy = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4))
-    assert curve.entropy[1] == pytest.approx(entropy) and curve.aleatoric[1] == pytest.approx(entropy - 0.1)
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name", ["lenet5", "scnn", "vgg11", "vgg13", "vgg16", "vgg19", "resnet20", "resnet18", "resnet50"]
 )
 def test_models_fit_the_images(name: str) -> None:
-    data = images_like(MODELS[name].image_size, classes=4)
-    model = load_model(name, None, 0.125, data)
+    data = images_like(IMAGE_CLASSIFIERS[name].image_size, classes=4)
+    model = load_classifier(name, None, 0.125, data)
     logits = model(pixel_values=torch.zeros(2, *data.shape)).logits
     assert logits.shape == (2, 4) and model.config.id2label[3] == "3"
     assert model.config.problem_type == "single_label_classification"
@@ -223,13 +160,13 @@ def test_models_fit_the_images(name: str) -> None:
 def test_names_reach_the_papers_depths() -> None:
     depths = {"vgg": (11, 13, 16, 19), "resnet": (18, 20, 32, 34, 44, 50, 56, 101, 110, 152)}
     expected = {f"{family}{depth}" for family, of in depths.items() for depth in of}
-    assert set(MODELS) == expected | {"lenet5", "scnn"}
+    assert set(IMAGE_CLASSIFIERS) == expected | {"lenet5", "scnn"}
 
 
 def images_like(size: int, classes: int) -> ImageData:
     """The digits below `classes`, at another size."""
     _, data_args, args = parse_arguments([*SMALL, "--image_size", str(size)])
-    data = load_images(data_args, args.seed)
+    data = load_image_data(data_args, args.seed)
     return ImageData(data.name, data.train, data.validation, data.test, data.class_names[:classes])
 
 
@@ -264,7 +201,7 @@ def test_unknown_choices_are_refused() -> None:
 
 def test_a_checkpoint_for_other_images_is_refused(acc: Run) -> None:
     with pytest.raises(ValueError, match="'num_labels': 10"):
-        load_model("lenet5", str(acc[1] / "deterministic"), 1.0, images_like(28, classes=4))
+        load_classifier("lenet5", str(acc[1] / "deterministic"), 1.0, images_like(28, classes=4))
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:

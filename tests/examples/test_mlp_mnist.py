@@ -13,13 +13,9 @@ import torch
 from torch import nn
 
 from bayeformers import VariationalPosterior, from_pretrained, kl_divergence, signal_to_noise
+from bayeformers.experiments.image_classification import ImageArguments, load_image_data
 from bayeformers.nn import variational_tensors
-from examples.images.arguments import DataArguments
-from examples.images.data import load_images
-from examples.mlp.arguments import MlpArguments, parse_arguments
-from examples.mlp.removal import decibels, remove_smallest
-from examples.mlp.training import new_network
-from examples.mlp_mnist import main
+from examples.mlp_mnist import MlpArguments, decibels, main, new_network, parse_arguments, remove_smallest
 
 SMALL = [
     "--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--num_eval_samples", "4", "--seed", "3",
@@ -70,7 +66,7 @@ def test_files_and_models(run: tuple[dict[str, Any], Path]) -> None:
     assert written["methods"] == results["methods"] and written["removal"] == results["removal"]
     for name in ("uncertainty.png", "pruning.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG" and (folder / name).stat().st_size > 20_000
-    data = load_images(DataArguments(max_eval_samples=150), 3, centre=False)
+    data = load_image_data(ImageArguments(max_eval_samples=150), 3, centre=False)
     for name, title in (("scratch", "Bayes by Backprop"), ("moped", "MOPED")):
         model = from_pretrained(folder / name).eval()
         predictive = VariationalPosterior(model).predict({"pixel_values": data.test.pixel_values}, num_samples=4)
@@ -134,7 +130,7 @@ def test_decibels_are_of_matrices_and_of_powers(run: tuple[dict[str, Any], Path]
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
 def test_the_network_fits_the_images_and_knows_their_classes() -> None:
-    data = load_images(DataArguments(image_size=10), 0)
+    data = load_image_data(ImageArguments(image_size=10), 0)
     config = new_network(MlpArguments(hidden_sizes=[7, 5]), data).config
     assert (config.image_size, config.hidden_sizes, config.num_labels, config.id2label[3]) == (10, [7, 5], 10, "3")
 

@@ -22,7 +22,7 @@ def comparison() -> AnswerComparison:
     questions = [Question(str(i), "?", "t", ((0, "t"),) if i % 2 else (), "answerable") for i in range(SIZE)]
     found = AnswerComparison({"test": questions, "shifted": questions})
     right = np.arange(SIZE) % 4 > 0
-    for name, noise in (("noisy", 1.0), ("exact", 0.01)):
+    for name, noise in (("noisy", 3.0), ("exact", 0.01)):
         entropy = np.where(right, 0.5, 1.5) + noise * rng.random(SIZE)
         sets = {"test": answers(entropy, right * 1.0), "shifted": answers(entropy + 9, right * 1.0)}
         found.add(name, sets)

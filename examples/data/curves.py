@@ -1,10 +1,9 @@
-"""Points on a line: generated with a known truth, or read from a file; standardised for the network."""
+"""Points on a line: generated with a known truth, or read from a CSV file."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,62 +20,6 @@ TEST_POINTS = 1000
 """Per region."""
 
 
-@dataclass(frozen=True)
-class Points:
-    """x (N,), y (N,) in the data's own units, and the region that each belongs to."""
-
-    x: Array
-    y: Array
-    region: NDArray[np.str_]
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What the generated data come from: y ~ N(mean(x), noise_std(x)^2)."""
-
-    mean: Callable[[Array], Array]
-    noise_std: Callable[[Array], Array]
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """From the data's units to the network's and back: (value - centre) / scale."""
-
-    x_centre: float
-    x_scale: float
-    y_centre: float
-    y_scale: float
-
-    def x(self, values: Array) -> Array:
-        return (values - self.x_centre) / self.x_scale
-
-    def y(self, values: Array) -> Array:
-        return (values - self.y_centre) / self.y_scale
-
-
-@dataclass(frozen=True)
-class CurveData:
-    """Fitting sees `train`; the deterministic baseline's noise is fitted on `validation`; `test` is only reported."""
-
-    train: Points
-    validation: Points
-    test: Points
-    truth: Truth | None
-
-    @property
-    def scaling(self) -> Scaling:
-        """Moments of the training data."""
-        x, y = self.train.x, self.train.y
-        return Scaling(float(x.mean()), float(x.std()), float(y.mean()), float(y.std()))
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """What the picture shows: the training range and a fifth of it on each side, at least the test points."""
-        x = np.concatenate([self.train.x, self.test.x])
-        low, high, margin = float(x.min()), float(x.max()), 0.2 * float(np.ptp(self.train.x))
-        return (low, high) if self.truth is not None else (low - margin, high + margin)
-
-
 def true_mean(x: Array) -> Array:
     """sin(2 x) + x / 4."""
     return np.sin(2 * x) + x / 4
@@ -87,6 +30,55 @@ def true_noise_std(x: Array) -> Array:
     return np.maximum(0.2 + 0.05 * x, 0.05)
 
 
+@dataclass(frozen=True)
+class Points:
+    """x (N,), y (N,) in the data's own units, and the region that each belongs to."""
+
+    x: Array
+    y: Array
+    region: NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class CurveData:
+    """Fitting sees `train`; the deterministic baseline's noise is fitted on `validation`; `test` is only reported.
+
+    ``is_generated``: the truth is known, y ~ N(true_mean(x), true_noise_std(x)^2).
+    """
+
+    train: Points
+    validation: Points
+    test: Points
+    is_generated: bool
+
+    def scaled_x(self, x: Array) -> Array:
+        """Some x in the network's units: standardised by the training points."""
+        return (x - self.train.x.mean()) / self.train.x.std()
+
+    def scaled_y(self, y: Array) -> Array:
+        """Some y in the network's units: standardised by the training points."""
+        return (y - self.train.y.mean()) / self.train.y.std()
+
+    @property
+    def question(self) -> str:
+        """A picture's heading."""
+        points = f"{len(self.train.x)} training points"
+        if self.is_generated:
+            return f"Which band is right? {points}, none in the middle, with noise that grows to the right"
+        return f"What does each method say about {points}?"
+
+    def truth(self, x: Array) -> tuple[Array, Array] | None:
+        """The true mean and noise at some x, (N,) each."""
+        return (true_mean(x), true_noise_std(x)) if self.is_generated else None
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """What the picture shows: the generated test points, or the points and a fifth of the training range beyond."""
+        x = np.concatenate([self.train.x, self.test.x])
+        margin = 0.0 if self.is_generated else 0.2 * float(np.ptp(self.train.x))
+        return float(x.min()) - margin, float(x.max()) + margin
+
+
 def generate(seed: int, num_points: int = 160) -> CurveData:
     """Training and validation points on `SUPPORT`; test points there, in the gap, and beyond both ends."""
     rng = np.random.default_rng(seed)
@@ -95,7 +87,7 @@ def generate(seed: int, num_points: int = 160) -> CurveData:
     tests = [_drawn(rng, region, regions[region], TEST_POINTS) for region in regions]
     test = Points(*(np.concatenate([getattr(part, name) for part in tests]) for name in ("x", "y", "region")))
     train, validation = (_drawn(rng, DATA, SUPPORT, size) for size in (num_points, num_points // 2))
-    return CurveData(train, validation, test, Truth(true_mean, true_noise_std))
+    return CurveData(train, validation, test, is_generated=True)
 
 
 def _drawn(rng: np.random.Generator, region: str, intervals: tuple[tuple[float, float], ...], size: int) -> Points:
@@ -110,7 +102,8 @@ def read_points(path: str, seed: int) -> CurveData:
     """A CSV file with columns x and y, shuffled: 60 % train, 20 % validation, 20 % test; the truth is unknown.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, or not of that form.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not of that form.
     """
     values = _read_csv(path)
     if len(values) < 20:
@@ -120,7 +113,7 @@ def read_points(path: str, seed: int) -> CurveData:
     values = values[np.random.default_rng(seed).permutation(len(values))]
     parts = np.split(values, [6 * len(values) // 10, 8 * len(values) // 10])
     train, validation, test = (Points(part[:, 0], part[:, 1], np.full(len(part), DATA)) for part in parts)
-    return CurveData(train, validation, test, None)
+    return CurveData(train, validation, test, is_generated=False)
 
 
 def _read_csv(path: str) -> Array:

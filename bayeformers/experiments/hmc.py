@@ -1,11 +1,9 @@
-"""Hamiltonian Monte Carlo on many chains at once: exact draws, up to their number, from any differentiable density.
+"""Hamiltonian Monte Carlo on many chains at once: draws of a small network's true posterior, to judge others by.
 
 A proposal follows the Hamiltonian H(w, v) = -log p(w) + |v|^2 / 2 for L leapfrog steps from a fresh momentum v ~
 N(0, 1) and is accepted with probability min(1, exp(H - H')), which leaves p invariant whatever the step size. The step
 size follows the acceptance rate during the warm-up only. Neal 2011 (arXiv 1206.1901).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+__all__ = ["Chains", "LogDensity", "hmc", "leapfrog", "split_r_hat"]
 
 LogDensity = Callable[[Tensor], Tensor]
 """From C chains (C, P) to their log densities (C,), up to a constant."""
@@ -39,7 +39,22 @@ def hmc(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Chains:
-    """Run C chains from ``start`` (C, P): ``num_warmup`` proposals that are thrown away, then ``num_samples`` draws."""
+    """Run C chains side by side.
+
+    Args:
+        log_density: of the weights, up to a constant.
+        start: where the chains begin, (C, P).
+        num_samples: draws of each chain that are kept.
+        num_warmup: proposals of each chain before these.
+        num_steps: leapfrog steps of a proposal.
+        step_size: of a leapfrog step when the warm-up begins.
+        target_acceptance: share of accepted proposals that the warm-up aims at.
+        generator: of all random numbers.
+        progress: show a progress bar.
+
+    Returns:
+        The draws, and the sampler's acceptance and step size.
+    """
     position, kept, rates = start.detach(), [], []
     value, slope = _value_and_slope(log_density, position)
     for index in tqdm(range(num_warmup + num_samples), "HMC", disable=not progress, leave=False):
@@ -62,9 +77,18 @@ def hmc(
 def leapfrog(
     log_density: LogDensity, position: Tensor, slope: Tensor, momentum: Tensor, step: float, num_steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Position, log density and its gradient there, and momentum after L steps; ``slope`` is the gradient at the start.
+    """A trajectory: reversible and volume-preserving, so with the momentum negated it leads back.
 
-    Reversible and volume-preserving: with the momentum negated it leads back, so the proposal is symmetric.
+    Args:
+        log_density: as of `hmc`.
+        position: where it starts, (C, P).
+        slope: gradient of the log density there, (C, P).
+        momentum: at the start, (C, P).
+        step: size of a step.
+        num_steps: how many.
+
+    Returns:
+        Position, log density and its gradient there, and momentum at the end.
     """
     momentum, value = momentum + 0.5 * step * slope, slope
     for index in range(num_steps):
@@ -83,9 +107,13 @@ def _value_and_slope(log_density: LogDensity, position: Tensor) -> tuple[Tensor,
 
 
 def split_r_hat(values: Tensor) -> Tensor:
-    """Gelman & Rubin's ratio of total to within-chain standard deviation, chains halved: (S, C, ...) -> (...).
+    """Gelman & Rubin's ratio of total to within-chain standard deviation, chains halved.
 
-    1 where all halves agree; above about 1.05 the chains have not mixed.
+    Args:
+        values: what C chains say in S draws, (S, C, ...).
+
+    Returns:
+        1 where all halves agree, (...); above about 1.05 the chains have not mixed.
     """
     half = len(values) // 2
     halves = torch.cat([values[:half], values[half : 2 * half]], dim=1)

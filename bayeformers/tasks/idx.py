@@ -1,29 +1,32 @@
 """IDX files, the format of MNIST: unsigned bytes behind their sizes, as they are or in gzip."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["find_idx", "read_idx", "read_idx_pair"]
+
 _GZIP = b"\x1f\x8b"
 _UNSIGNED_BYTES = b"\x00\x00\x08"
 
 
-def read_idx(path: str | Path, axes: int) -> NDArray[np.uint8]:
+def read_idx(path: str | PathLike[str], axes: int) -> NDArray[np.uint8]:
     """The array of an IDX file: two zero bytes, type 8, the number of axes; their sizes, big-endian; the values.
 
     Args:
         path: the file; gzip is known by its content, whatever the name says.
         axes: what the file must have: 3 of images (N, H, W), 1 of labels (N,).
 
+    Returns:
+        The values, with the sizes that the header promises.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no IDX file of unsigned bytes, has another number of axes, or is cut short or too long.
+        ValueError: the file is no IDX file of unsigned bytes, has another number of axes, or is cut short or too long.
     """
     data = _bytes(Path(path))
     if data[:3] != _UNSIGNED_BYTES:
@@ -52,11 +55,14 @@ def _bytes(path: Path) -> bytes:
         raise ValueError(f"{path} is damaged: gzip says {error}.") from None
 
 
-def read_idx_pair(folder: str | Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images (N, H, W) and labels (N,) of ``{prefix}-images-idx3-ubyte`` and ``{prefix}-labels-idx1-ubyte``.
+def read_idx_pair(folder: str | PathLike[str], prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The images and labels of ``{prefix}-images-idx3-ubyte`` and ``{prefix}-labels-idx1-ubyte``.
+
+    Returns:
+        Images (N, H, W) and labels (N,).
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or the two disagree on N, or N is 0.
+        ValueError: the two files disagree on N, or N is 0.
     """
     paths = [find_idx(folder, prefix, kind) for kind in ("images", "labels")]
     images, labels = (read_idx(path, axes) for path, axes in zip(paths, (3, 1), strict=True))
@@ -65,8 +71,16 @@ def read_idx_pair(folder: str | Path, prefix: str) -> tuple[NDArray[np.uint8], N
     return images, labels
 
 
-def find_idx(folder: str | Path, prefix: str, kind: str) -> Path:
+def find_idx(folder: str | PathLike[str], prefix: str, kind: str) -> Path:
     """The file by MNIST's official name, with or without ``.gz``.
+
+    Args:
+        folder: where the file lies.
+        prefix: "train" or "t10k".
+        kind: "images" or "labels".
+
+    Returns:
+        The path of the first that exists.
 
     Raises:
         FileNotFoundError: there is neither; the message has the name.

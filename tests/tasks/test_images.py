@@ -1,6 +1,7 @@
-"""Image data: every value from files made on the spot, splits, sizes, normalisation, and errors."""
+"""Image data: every value from files made on the spot, splits, sizes, normalisation, rotation, and errors."""
 
 import gzip
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from examples.images.arguments import DataArguments
-from examples.images.data import ImageData, digits, load_images, resized
-from examples.images.idx import read_idx
+from bayeformers.experiments.image_classification import ImageArguments, ImageData, load_image_data
+from bayeformers.tasks.idx import read_idx
+from bayeformers.tasks.images import load_images, resized, rotate
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -39,7 +41,7 @@ def write(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray, com
 
 
 def load(folder: Path, **changes: Any) -> ImageData:
-    return load_images(DataArguments(data_dir=str(folder), **changes), seed=0)
+    return load_image_data(ImageArguments(data_dir=str(folder), **changes), seed=0)
 
 
 def first_pixels(part: Any) -> list[int]:
@@ -71,15 +73,15 @@ def test_the_official_split_where_it_is(tmp_path: Path) -> None:
 
 def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
     write(tmp_path, "t10k", *images_of(50))
-    args = DataArguments(data_dir=str(tmp_path))
-    parts = [first_pixels(load_images(args, seed).validation) for seed in (0, 0, 1)]
+    args = ImageArguments(data_dir=str(tmp_path))
+    parts = [first_pixels(load_image_data(args, seed).validation) for seed in (0, 0, 1)]
     assert parts[0] == parts[1] != parts[2]
 
 
 def test_digits_are_all_there_once_in_their_seventeen_greys() -> None:
     from sklearn.datasets import load_digits
 
-    data = load_images(DataArguments(), seed=0)
+    data = load_image_data(ImageArguments(), seed=0)
     assert (len(data.train), len(data.validation), len(data.test)) == (1258, 180, 359)
     stored = torch.cat([part.pixels for part in (data.train, data.validation, data.test)])
     labels = torch.cat([part.labels for part in (data.train, data.validation, data.test)])
@@ -88,7 +90,7 @@ def test_digits_are_all_there_once_in_their_seventeen_greys() -> None:
     grey = np.rint(bunch.data * 255 / 16).astype(int)
     assert len(np.unique(grey)) == 17
     assert ours == sorted(map(tuple, np.concatenate([bunch.target[:, None], grey], 1).tolist()))
-    tests = [set(map(tuple, digits(seed).test[0].flatten(1).tolist())) for seed in (0, 0, 1)]
+    tests = [set(map(tuple, load_images(seed=seed).test[0].flatten(1).tolist())) for seed in (0, 0, 1)]
     assert tests[0] == tests[1] != tests[2]
 
 
@@ -109,7 +111,7 @@ def test_items_are_normalised_by_the_training_images(tmp_path: Path) -> None:
 
 def test_without_centring_black_is_zero(tmp_path: Path) -> None:
     write(tmp_path, "t10k", *images_of(60))
-    data = load_images(DataArguments(data_dir=str(tmp_path)), 0, centre=False)
+    data = load_image_data(ImageArguments(data_dir=str(tmp_path)), 0, centre=False)
     train = data.train.pixels.double() / 255
     torch.testing.assert_close(data.train.pixel_values.double(), train / train.std(correction=0), rtol=0, atol=1e-5)
 
@@ -132,10 +134,40 @@ def test_sizes(tmp_path: Path) -> None:
     assert torch.equal(framed[:, :, 1:5, 1:5], raw) and framed.sum() == pytest.approx(float(raw.sum()), rel=1e-5)
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)  # bilinear is exact on a ramp, between the outer pixels' centres
     torch.testing.assert_close(resized(ramp, 8, "bilinear")[0, 0, 0, 1:7], (torch.arange(1, 7) + 0.5) / 2 - 0.5)
-    assert load_images(DataArguments(data_dir=str(tmp_path)), 0, image_size=6).shape == (1, 6, 6)
-    assert load_images(DataArguments(data_dir=str(tmp_path), image_size=5), 0, image_size=6).shape == (1, 5, 5)
+    assert load_image_data(ImageArguments(data_dir=str(tmp_path)), 0, image_size=6).shape == (1, 6, 6)
+    assert load_image_data(ImageArguments(data_dir=str(tmp_path), image_size=5), 0, image_size=6).shape == (1, 5, 5)
     with pytest.raises(ValueError, match="`resize` 'pad' cannot shrink images of 4 x 4 to 3"):
         load(tmp_path, image_size=3, resize="pad")
+
+
+# --- Rotation --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("quarter", range(-1, 5))
+def test_quarter_turns_are_exact(quarter: int) -> None:
+    images = torch.rand(2, 3, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(rotate(images, 90 * quarter), torch.rot90(images, quarter, (2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 8)])
+def test_rotation_matches_bilinear_interpolation_pixel_by_pixel(shape: tuple[int, int]) -> None:
+    image = torch.rand(shape, dtype=torch.float64)
+    turned = rotate(image[None, None], 25)[0, 0]
+    torch.testing.assert_close(turned, turned_by_hand(image, math.radians(25)))
+
+
+def turned_by_hand(image: Tensor, angle: float) -> Tensor:
+    """Each pixel's value is read where a counter-clockwise turn about the centre took it from; y points down."""
+    height, width = image.shape
+    out = torch.zeros_like(image)
+    for row in range(height):
+        for column in range(width):
+            x, y = column - (width - 1) / 2, row - (height - 1) / 2
+            from_x = x * math.cos(angle) - y * math.sin(angle) + (width - 1) / 2
+            from_y = x * math.sin(angle) + y * math.cos(angle) + (height - 1) / 2
+            for j in (math.floor(from_x), math.floor(from_x) + 1):
+                for i in (math.floor(from_y), math.floor(from_y) + 1):
+                    if 0 <= i < height and 0 <= j < width:
+                        out[row, column] += (1 - abs(from_x - j)) * (1 - abs(from_y - i)) * image[i, j]
+    return out
 
 
 # --- The hub ---------------------------------------------------------------------------------------------------------
@@ -152,12 +184,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (6,), splits: 
         columns = {"img": pictures, "fine": [i % 2 for i in range(count)], "n": list(range(count))}
         return datasets.Dataset.from_dict(columns, features=features)
 
-    monkeypatch.setattr("datasets.load_dataset", lambda name: datasets.DatasetDict({key: split(20) for key in splits}))
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config: datasets.DatasetDict({key: split(20) for key in splits})
+    )
 
 
 def test_coloured_images_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch)
-    data = load_images(DataArguments(dataset_name="pets"), seed=0)
+    data = load_image_data(ImageArguments(dataset_name="pets"), seed=0)
     assert (data.shape, data.class_names, data.name) == ((3, 6, 6), ("cat", "dog"), "pets")
     assert data.test.pixels[7, :, 2, 3].tolist() == [7, 0, 14] and data.test.labels.tolist() == [0, 1] * 10
     assert torch.isfinite(data.train.pixel_values).all()  # the green channel is constant
@@ -167,21 +201,21 @@ def test_coloured_images_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_of_several_sizes_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, sizes=(6, 9))
     with pytest.raises(ValueError, match="several sizes: `image_size` must be given"):
-        load_images(DataArguments(dataset_name="pets"), seed=0)
-    assert load_images(DataArguments(dataset_name="pets", image_size=8), seed=0).shape == (3, 8, 8)
+        load_image_data(ImageArguments(dataset_name="pets"), seed=0)
+    assert load_image_data(ImageArguments(dataset_name="pets", image_size=8), seed=0).shape == (3, 8, 8)
 
 
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, splits=("train", "extra"))
     with pytest.raises(ValueError, match=r"needs a split train and one test or validation, got \['train', 'extra'\]"):
-        load_images(DataArguments(dataset_name="pets"), seed=0)
+        load_image_data(ImageArguments(dataset_name="pets"), seed=0)
 
-    def offline(name: str) -> None:
+    def offline(name: str, config: str | None) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(OSError, match=r"no network\nWithout network, give --data_dir a folder of MNIST's IDX files"):
-        load_images(DataArguments(dataset_name="pets"), seed=0)
+        load_image_data(ImageArguments(dataset_name="pets"), seed=0)
 
 
 # --- Damaged files ---------------------------------------------------------------------------------------------------
@@ -255,4 +289,4 @@ def test_a_share_that_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataArguments(**changes)
+        ImageArguments(**changes)

@@ -1,0 +1,310 @@
+"""An image data set as an experiment sees it: what trains, what is held out of it, and the record of what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, default_data_collator
+
+from ..models.catalogue import IMAGE_CLASSIFIERS
+from ..nn import posterior_mean
+from ..reports import ClassPredictions, classification_report
+from ..tasks.images import ImageDataset, ImageSource, Resize, load_images
+from ..training import BayesianTrainer
+from .arguments import BestEpochArguments, HoldOutArguments
+from .evaluation import predict_sets
+from .phases import Experiment, OneLineProgress
+from .rows import (
+    FRESH,
+    SPLIT_AGAIN,
+    Hashes,
+    History,
+    Split,
+    TrainingRows,
+    check_known,
+    check_split_seed,
+    fingerprint,
+    row_hashes,
+    say_split,
+    unseen_sets,
+)
+
+__all__ = [
+    "ImageArguments",
+    "ImageData",
+    "ImageTrainingArguments",
+    "further",
+    "image_size_of",
+    "learning_curve",
+    "load_classifier",
+    "load_image_data",
+    "predict_by_mean",
+    "predict_images",
+    "predict_rotated",
+]
+
+SCORES = ("accuracy", "nll", "ece", "brier", "aurc", "entropy", "aleatoric", "epistemic")
+REMEDIES = f"Give {SPLIT_AGAIN}, or take them of the official test images: --held_out_of test."
+
+
+@dataclass
+class ImageArguments(HoldOutArguments):
+    """Which images, and from where."""
+
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of IDX files by MNIST's names (Fashion-MNIST's too), gzip or not; with t10k files alone "
+            "the first four fifths train, the others test. Left out, with --dataset_name too: scikit-learn's digits."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Image classification data set of the hub: ylecun/mnist, uoft-cs/cifar10, ..."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images that the model sees; the model's own if not given."}
+    )
+    resize: Resize = field(
+        default="bilinear",
+        metadata={"help": "How images get that size: bilinear, nearest, or pad (a black frame; never smaller)."},
+    )
+    validation_share: float = field(
+        default=0.125, metadata={"help": "Share of the training images held out, by the seed, for every choice."}
+    )
+    held_out_of: Literal["train", "test"] = field(
+        default="train",
+        metadata={
+            "help": "Which images that share is taken of; test: of the test images, for a --model_name_or_path that "
+            "was trained on all training images."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse two sources, and sizes that leave nothing to see."""
+        if self.data_dir is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"`data_dir` {self.data_dir!r} and `dataset_name` {self.dataset_name!r} each name the images: give one."
+            )
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"`resize` must be one of {', '.join(get_args(Resize))}, got {self.resize!r}.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"`image_size` must be at least 1, got {self.image_size}.")
+        super().__post_init__()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, with the seed, which images are held out."""
+        return {name: getattr(self, name) for name in ("validation_share", "held_out_of", "max_train_samples")}
+
+
+@dataclass
+class ImageTrainingArguments(BestEpochArguments):
+    """Those of an image classifier's trainings, which keep the epoch of least validation NLL."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the deterministic training."})
+    per_device_eval_batch_size: int = field(default=200, metadata={"help": "Images per evaluation batch."})
+    patience: int = field(
+        default=10, metadata={"help": "Stop the deterministic training after so many epochs without a better NLL."}
+    )
+    save_only_model: bool = field(default=True, metadata={"help": "Keep no optimizer state of the epochs."})
+    metric_for_best_model: str | None = field(default="eval_nll", metadata={"help": "What is best: this alone."})
+    bayesian_epochs: float = field(default=4.0, metadata={"help": "Epochs of every further training, the ELBO's too."})
+    bayesian_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of trainable means in them; 0.3 times --learning_rate if not given."},
+    )
+
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        **BestEpochArguments.fixed,
+        "metric_for_best_model": ("eval_nll", BestEpochArguments.fixed["metric_for_best_model"][1]),
+    }
+
+    def __post_init__(self) -> None:
+        """Refuse a training without an epoch."""
+        super().__post_init__()
+        if self.bayesian_epochs < 1:
+            raise ValueError(f"`bayesian_epochs` must be at least 1, got {self.bayesian_epochs}.")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Three disjoint sets of images. Fitting sees `train`, every choice `validation`; `test` is only reported.
+
+    Attributes:
+        name: of the data set.
+        train: images to train on.
+        validation: held-out images.
+        test: images that results are about.
+        class_names: by label.
+        rows: the record of a model that this run saves; None where it cannot be known.
+    """
+
+    name: str
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+    class_names: tuple[str, ...]
+    rows: TrainingRows | None = None
+
+    def described(self, model: str) -> str:
+        """Model and test images, for the heading of a picture."""
+        channels, height, width = self.shape
+        size = f"{height} x {width}" if channels == 1 else f"{height} x {width} x {channels}"
+        return f"{model} on {self.name}: {len(self.test):,} test images of {size}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pixel values."""
+        channels, height, width = self.train[0]["pixel_values"].shape
+        return channels, height, width
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Name and sizes, for results.json."""
+        return {"name": self.name, **{part: len(getattr(self, part)) for part in ("train", "validation", "test")}}
+
+    def scores(self, predictions: ClassPredictions, part: str = "test") -> dict[str, float | None]:
+        """The columns of every table, of predictions on the ``part`` of that name."""
+        images: ImageDataset = getattr(self, part)
+        report = classification_report(predictions, images.labels.numpy())
+        return {name: report[name] for name in SCORES}
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """What the configuration of a model for these images says of them."""
+        names = dict(enumerate(self.class_names))
+        labels = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        return {"num_channels": self.shape[0], "image_size": self.shape[1], **labels}
+
+
+def load_image_data(
+    args: ImageArguments,
+    seed: int,
+    image_size: int | None = None,
+    *,
+    centre: bool = True,
+    history: History = FRESH,
+) -> ImageData:
+    """The images that the arguments name, split by `seed`, or as the model that the run starts from was.
+
+    Args:
+        args: the arguments.
+        seed: the run's.
+        image_size: the model's, where the arguments have none.
+        centre: False divides pixels by their standard deviation alone, so that black stays 0.
+        history: what is known of the images which that model was trained on.
+
+    Returns:
+        The three sets; a ValueError says that held-out images are ones that the model has seen, or may have.
+    """
+    size = image_size if args.image_size is None else args.image_size
+    own = Split(seed if args.split_seed is None else args.split_seed, args.settings)
+    history = replace(history, unknown="") if args.split_seed is not None else history
+    if args.held_out_of == "train" or not (args.data_dir or args.dataset_name):
+        check_known(history, REMEDIES)
+    images = _source(args, own.seed, size)
+    source = fingerprint(np.concatenate([hashes_of(images.train[0]), hashes_of(images.test[0])]))
+    split = history.split(own, source)
+    check_split_seed(args.split_seed, split)
+    say_split("Images", own, split)
+    images = _source(args, split.seed, size) if split.seed != own.seed else images  # the digits' test images
+
+    sets = images.split(split.seed, **split.settings, size=size, resize=args.resize, centre=centre)
+    train = hashes_of(sets.train.pixels)
+    held_out = {"validation": sets.validation, "test": sets.test}
+    kept = unseen_sets(history, train, {name: hashes_of(of.pixels) for name, of in held_out.items()}, REMEDIES)
+    seen = {name: of.select(kept[name][: args.max_eval_samples]) for name, of in held_out.items()}
+    rows = history.after(images.name, source, split, train)
+    return ImageData(images.name, sets.train, seen["validation"], seen["test"], images.class_names, rows)
+
+
+def image_size_of(model: str, name_or_path: str | None = None) -> int | None:
+    """Side of the images that a model is for; None where a loaded model's configuration does not say."""
+    if name_or_path is None:
+        return IMAGE_CLASSIFIERS[model].image_size
+    size = getattr(AutoConfig.from_pretrained(name_or_path), "image_size", None)
+    return size if isinstance(size, int) else None
+
+
+def load_classifier(model: str, name_or_path: str | None, width: float, data: ImageData) -> PreTrainedModel:
+    """A new model for these images, or a trained one.
+
+    Args:
+        model: a name of `IMAGE_CLASSIFIERS`.
+        name_or_path: the trained one's folder, or its name on the hub.
+        width: factor of the new one's widths.
+        data: the images.
+
+    Returns:
+        The deterministic model.
+
+    Raises:
+        ValueError: the trained model is for another number of channels or of classes.
+    """
+    fields = data.model_fields
+    if name_or_path is None:
+        return IMAGE_CLASSIFIERS[model].make(width, fields)
+    trained: PreTrainedModel = AutoModelForImageClassification.from_pretrained(name_or_path)
+    needed = {name: fields[name] for name in ("num_channels", "num_labels")}
+    own = {name: getattr(trained.config, name, value) for name, value in needed.items()}
+    if own != needed:
+        raise ValueError(f"`model_name_or_path` {name_or_path} has {own}; the images of {data.name} need {needed}.")
+    return trained
+
+
+def further(experiment: Experiment, model: nn.Module, name: str) -> BayesianTrainer:
+    """A trainer of weights, or means, that are trained already: for ``--bayesian_epochs``, without an early end."""
+    args = experiment.args
+    rate = 0.3 * args.learning_rate if args.bayesian_learning_rate is None else args.bayesian_learning_rate
+    changes: dict[str, Any] = {"num_train_epochs": args.bayesian_epochs, "learning_rate": rate}
+    return experiment.trainer(model, name, stop_early=False, **changes)
+
+
+def learning_curve(trainer: BayesianTrainer) -> list[float]:
+    """Validation NLL after each epoch of the trainer's training."""
+    return [float(logs["eval_nll"]) for logs in trainer.state.log_history if "eval_nll" in logs and "epoch" in logs]
+
+
+def predict_images(trainer: BayesianTrainer, images: ImageDataset) -> ClassPredictions:
+    """Predictions of the trainer's posterior, or of its point estimate."""
+    predictions: ClassPredictions = predict_sets(trainer, {"images": images})["images"]
+    return predictions
+
+
+def predict_rotated(
+    trainers: Mapping[str, BayesianTrainer], images: ImageDataset, degrees: Sequence[float], *, progress: bool
+) -> dict[str, list[ClassPredictions]]:
+    """By trainer, its predictions on images turned by each angle, with one progress bar for all."""
+    for trainer in trainers.values():
+        trainer.pop_callback(OneLineProgress)
+    found: dict[str, list[ClassPredictions]] = {name: [] for name in trainers}
+    for angle in tqdm(degrees, desc="angles", disable=not progress):
+        for name, trainer in trainers.items():
+            found[name].append(predict_images(trainer, images.rotated(angle)))
+    return found
+
+
+@torch.no_grad()
+def predict_by_mean(trainer: BayesianTrainer, images: ImageDataset) -> ClassPredictions:
+    """Predictions of the network at the posterior's mean, without noise."""
+    loader = DataLoader(images, trainer.args.per_device_eval_batch_size, collate_fn=default_data_collator)
+    model, device = trainer.model.to(trainer.args.device).eval(), trainer.args.device
+    with posterior_mean(model):
+        logits = [model(pixel_values=batch["pixel_values"].to(device)).logits for batch in loader]
+    return ClassPredictions(torch.cat(logits).double().softmax(-1).cpu().numpy())
+
+
+def _source(args: ImageArguments, seed: int, size: int | None) -> ImageSource:
+    return load_images(data_dir=args.data_dir, dataset_name=args.dataset_name, image_size=size, seed=seed)
+
+
+def hashes_of(pixels: Tensor) -> Hashes:
+    """Of each stored image."""
+    return row_hashes(image.tobytes() for image in pixels.numpy())
