@@ -1,4 +1,4 @@
 """Call patterns of BayeTorch, under its module paths: `layers`, `models`, `metrics`, `convert`.
 
-Read `docs/migration_bayetorch.md` for what gives other numbers here, and why.
+Read `docs/migration/bayetorch.md` for what gives other numbers here, and why.
 """
