@@ -6,7 +6,7 @@
     python -m examples.bert_glue --method all                         # every method in one table
     torchrun --standalone --nproc_per_node 2 -m examples.bert_glue --use_cpu      # on two processes
 
-Every flag: ``--help``. See docs/glue_example.md.
+Every flag: ``--help``. See docs/guides/glue.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ EMBEDDED: dict[str, Any] = {
 """Defaults of the embedded task: a small model that has never seen a word, and over-fits.
 
 Its means train on, under weight noise, with the standard deviation that the weights were initialised with as the
-prior's. Chosen by the validation NLL of three seeds: docs/results.md.
+prior's. Chosen by the validation NLL of three seeds: docs/results/embedded.md.
 """
 
 PRETRAINED: dict[str, Any] = {
@@ -82,7 +82,7 @@ class ModelArguments(ConversionArguments, LaplaceArguments):
         default="variational",
         metadata={
             "help": "How the posterior is found: the ELBO; noise of one held-out delta around the deterministic model, "
-            "linearised, without another training (docs/results.md recommends it for pretrained models); the curvature "
+            "linearised, without another training (docs/results/glue.md recommends it for pretrained models); the curvature "
             "around that model; or all, with Laplace once for all layers and once for the last."
         },
     )
