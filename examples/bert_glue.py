@@ -82,8 +82,8 @@ class ModelArguments(ConversionArguments, LaplaceArguments):
         default="variational",
         metadata={
             "help": "How the posterior is found: the ELBO; noise of one held-out delta around the deterministic model, "
-            "linearised, without another training (docs/results/glue.md recommends it for pretrained models); the curvature "
-            "around that model; or all, with Laplace once for all layers and once for the last."
+            "linearised, without another training (docs/results/glue.md recommends it for pretrained models); the "
+            "curvature around that model; or all, with Laplace once for all layers and once for the last."
         },
     )
 
