@@ -85,7 +85,7 @@ def test_the_site_lists_every_page() -> None:
 
 
 ROOMS = (
-    "distributions", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization", "reports", "tasks",
+    "distributions", "experiments", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization", "reports", "tasks",
     "training",
 )  # fmt: skip
 
