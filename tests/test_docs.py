@@ -85,8 +85,8 @@ def test_the_site_lists_every_page() -> None:
 
 
 ROOMS = (
-    "distributions", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization", "reports", "tasks",
-    "training",
+    "distributions", "experiments", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization",
+    "reports", "tasks", "training",
 )  # fmt: skip
 
 
