@@ -106,9 +106,9 @@ class LaplaceBlock:
         return None if found is None else found.to(self.device)
 
     def _variances(self) -> Tensor:
-        found = torch.stack(
-            [self.eigen.precision(tau, self.likelihood_precision).reciprocal() for tau in self.prior_precisions]
-        )
+        found = torch.stack([
+            self.eigen.precision(tau, self.likelihood_precision).reciprocal() for tau in self.prior_precisions
+        ])
         padding = getattr(self.modules[0], "padding_idx", None)
         if padding is not None and not self.is_flat:  # a dense block's coordinates are no rows of the table
             found[:, :, padding] = 0
