@@ -22,6 +22,7 @@ from .distributions import (
 )
 from .laplace import LaplacePosterior
 from .moved import keep_old_paths
+from .moved import old_module as __getattr__  # an old module as an attribute: bayeformers.calibration
 from .nn import fixed_draw, posterior_mean
 from .nn.kl import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict
@@ -69,4 +70,5 @@ __all__ = [
     "to_bayesian",
     "to_deterministic",
     "unfreeze",
+    "__getattr__",
 ]

@@ -10,7 +10,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["MOVED", "keep_old_paths"]
+__all__ = ["MOVED", "keep_old_paths", "old_module"]
 
 # old module -> where its names are now, within the package
 MOVED = {
@@ -108,6 +108,13 @@ class _OldPaths(MetaPathFinder, Loader):
         old, new = module.__name__, f"{_PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
         warnings.warn(f"`{old}` has moved: import from `{new}`.", DeprecationWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)
+
+
+def old_module(name: str) -> ModuleType:
+    """Return the module that an attribute of the package named, before it moved; AttributeError if none did."""
+    if name not in MOVED:
+        raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}")
+    return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 def keep_old_paths() -> None:

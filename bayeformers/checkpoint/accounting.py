@@ -113,7 +113,8 @@ class Files:
         return (
             f"Its weights hold the scales of {count} Bayesian tensors, but its `config.json` has lost the record of "
             "them: restore the one that was saved with these weights. (Of a model that was converted as a part of "
-            "another module there never was one: convert the model itself.) "
+            "another module, or with layers built by hand, there never was one: convert the model itself, or build it "
+            "as it was and load its state dict.) "
         )
 
 

@@ -80,6 +80,13 @@ def check_recorded(model: nn.Module) -> None:
                 "on this model itself.",
                 type(model).__name__,
             )
+        elif bayesian_modules(model):
+            logger.warning(
+                "This %s has Bayesian layers that were built by hand: the saved folder has their scales, but "
+                "`bayeformers.from_pretrained` cannot build them. Build the model as you did, and call "
+                "`model.load_state_dict` of the folder's tensors.",
+                type(model).__name__,
+            )
         return
     if (told := told_of_adapters(model)) is not None:
         logger.warning("`save_pretrained` of a %s", told)

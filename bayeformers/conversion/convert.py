@@ -336,8 +336,13 @@ def _check_convertible(model: nn.Module) -> None:
         by_hand = conversion_record(model) is None
         raise ValueError(
             "`model` is Bayesian already: "
-            + ("it has `bayeformers.nn` layers" if by_hand else "`to_bayesian` was called twice")
-            + ". Call `to_deterministic(model)` first, or name the layers to convert in one call."
+            + (
+                "it has `bayeformers.nn` layers. Call `to_deterministic(model)` first and convert all layers in one "
+                "call, or build the others of `bayeformers.nn` too."
+                if by_hand
+                else "`to_bayesian` was called twice. Call `to_deterministic(model)` first, or name the layers to "
+                "convert in one call."
+            )
         )
 
 

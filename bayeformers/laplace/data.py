@@ -82,11 +82,19 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
 
     Args:
         model: whose head says what its labels are.
-        batch: as the loader gives it; another kind is refused with a TypeError.
+        batch: as the loader gives it.
         device: of the result.
         keep: number of leading examples that are no padding duplicates.
+
+    Raises:
+        TypeError: of another kind, as a row of a dataset is.
     """
     given, labels = _split(batch)
+    if not holds_tensor(given):
+        raise TypeError(
+            f"`dataloader` must give batches of tensors, got {type(given).__name__} without any: wrap a dataset in "
+            "`torch.utils.data.DataLoader`."
+        )
     size = batch_size(given)
     if keep is not None and keep < size:
         given, labels = rows(given, slice(keep), size), None if labels is None else labels[:keep]

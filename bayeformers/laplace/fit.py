@@ -254,6 +254,11 @@ def _measured(
 def _check_kinds(model: Any, prior_mean: Any, logits: Any, seed: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if any(name.endswith("_rho") for name, _ in model.named_parameters()):
+        raise ValueError(
+            "`model` has one set of weights for a Laplace posterior, but this one's layers are Bayesian already: call "
+            "`to_deterministic(model)` first, which takes the posterior mean."
+        )
     if not is_whole(seed):
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
     if not callable(logits):

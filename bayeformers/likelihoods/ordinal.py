@@ -14,6 +14,8 @@ and log p_0 = log sigmoid(-g_1), log p_{C-1} = log sigmoid(g_{C-1}): no probabil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,11 @@ class OrdinalRegression(Categorical):
     links = ("auto", "mc")
     remedy = "Ordered classes need `num_labels` >= 2."
     _diverged = Likelihood._diverged  # every logit must be finite: differences of two of them are taken
+
+    def check_head(self, config: Any) -> None:
+        """At least two classes: one is the answer whatever the model has learned."""
+        if getattr(config, "num_labels", None) == 1:
+            raise ValueError(f"`config.num_labels` of an ordinal head must be at least 2, got 1. {self.remedy}")
 
     def class_logits(self, logits: Tensor) -> Tensor:
         """The logarithms of the classes' probabilities, (..., C)."""

@@ -36,17 +36,28 @@ _BY_NAME: dict[str, Likelihood] = {}
 _BY_FAMILY: dict[str, Likelihood] = {}  # the first of a family stands for it
 
 
+_NEEDED = ("problem_type", "nll")
+
+
 def register(likelihood: Likelihood) -> None:
     """Let `config.problem_type`, `predict(problem_type=...)` and, with a family, `laplace.fit(likelihood=...)` name it.
 
     Raises:
-        TypeError: no `Likelihood`.
-        ValueError: its name is taken.
+        TypeError: no `Likelihood`, or one that lacks its name or its NLL.
+        ValueError: its name is another class's.
     """
     if not isinstance(likelihood, Likelihood):
         raise TypeError(f"`likelihood` must be an instance of a Likelihood, got {likelihood!r}.")
-    if likelihood.problem_type in _BY_NAME:
-        raise ValueError(f"`likelihood` {likelihood.problem_type!r} is registered already.")
+    kind = type(likelihood)
+    lacking = [name for name in _NEEDED if getattr(kind, name, None) is getattr(Likelihood, name, None)]
+    if lacking:
+        raise TypeError(f"`likelihood` {kind.__name__} must define {lacking}: its own name, and what it is.")
+    known = _BY_NAME.get(likelihood.problem_type)
+    is_redefined = (
+        type(known) is not kind and type(known).__qualname__ == kind.__qualname__
+    )  # a notebook's cell ran again
+    if known is not None and not is_redefined:
+        raise ValueError(f"`likelihood` {likelihood.problem_type!r} is registered already, as {known!r}.")
     _BY_NAME[likelihood.problem_type] = likelihood
     if likelihood.family is not None:
         _BY_FAMILY.setdefault(likelihood.family, likelihood)

@@ -29,7 +29,8 @@ DECISIVE = (
 
 def check_bases(kind: type, own: type) -> None:
     """Errors: TypeError where another Trainer stands before ``own`` among the bases of ``kind`` and replaces its loss
-    or its evaluation."""
+    or its evaluation.
+    """
     for base in _before(kind, own):
         replaced = [name for name in DECISIVE if name in vars(base)]
         if issubclass(base, Trainer) and not issubclass(base, own) and replaced:
