@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..forward import output_field
 from ..likelihoods import ProblemType, get_likelihood, without_ignored
 from ..nn.draws import posterior_mean
-from .elbo import preserved_rng
+from ..sampling.random_state import preserved
 
 __all__ = ["OWN_TERMS", "ForwardPass", "given_loss", "has_own_terms", "own_terms"]
 
@@ -81,7 +81,7 @@ def has_own_terms(
     inputs = without_ignored(inputs, model, problem_type)
     modes = {module: module.training for module in model.modules()}
     try:
-        with preserved_rng(), posterior_mean(model.eval()):
+        with preserved(), posterior_mean(model.eval()):
             outputs = model(**labelled)
             loss = output_field(outputs, "loss")
             if not isinstance(loss, Tensor):

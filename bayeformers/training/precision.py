@@ -38,7 +38,7 @@ def lost_steps_warning(model: nn.Module, learning_rate: float) -> str | None:
 
 @torch.no_grad()
 def lost_steps(model: nn.Module, learning_rate: float) -> tuple[float, torch.dtype | None]:
-    """Share of the trainable 16-bit means that a step of ``learning_rate`` leaves where they are, and their dtype.
+    """Return the share of trainable 16-bit means that a step of ``learning_rate`` does not move, and their dtype.
 
     A number w = m 2^e, 1/2 <= m < 1, has neighbours 2^(e - 1) eps away: less than half of that rounds to w again.
     """

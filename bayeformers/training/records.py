@@ -68,23 +68,11 @@ class TrainingRecord:
     Attributes:
         num_items: N.
         fits_noise: whether a regression's noise is estimated from the residual.
-        has_calibration: whether a calibration loss is logged.
-        has_own_terms: whether the model's own terms beside the likelihood are logged.
         starts_step: whether the next micro-batch is the first of its optimizer step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        num_items: int,
-        *,
-        fits_noise: bool,
-        watch_calls: bool,
-        has_calibration: bool = False,
-        has_own_terms: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, num_items: int, *, fits_noise: bool, watch_calls: bool) -> None:
         self.num_items, self.fits_noise, self.starts_step = num_items, fits_noise, False
-        self.has_calibration, self.has_own_terms = has_calibration, has_own_terms
         self._model, self._shift = model, ScaleShift(model)
         self._watch = CallWatch(bayesian_modules(model)) if watch_calls else None
         self._sums: Tensor | None = None
@@ -116,18 +104,14 @@ class TrainingRecord:
         nll, kl, log_posterior, calibration, own_terms = (mean_over_ranks(self._sums) / self._steps).tolist()
         self._sums, self._steps = None, 0
         return {
-            **({"calibration_loss": calibration} if self.has_calibration else {}),
-            **({"own_terms": own_terms} if self.has_own_terms else {}),
+            "calibration_loss": calibration,
+            "own_terms": own_terms,
             "nll": nll,
             "kl": kl,
             "log_prior": log_posterior - kl,
             "log_variational_posterior": log_posterior,
             "median_log_scale_change": self._shift.median(self._model),
         }
-
-    def close(self) -> None:
-        """Leave the model: the training is over, or begins anew."""
-        self.silent_layers()
 
     def silent_layers(self) -> list[str]:
         """After the first forward, the Bayesian layers that it did not call; afterwards none."""
