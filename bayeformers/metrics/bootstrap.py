@@ -44,7 +44,7 @@ def bootstrap_ci(
     confidence_level: float = 0.95,
     seed: int = 0,
 ) -> BootstrapInterval:
-    """Percentile interval of ``metric(*arrays)``, the first axis of each array being examples. Efron 1979.
+    """Return the percentile interval of ``metric(*arrays)``, the first axis of each array being examples. Efron 1979.
 
     Further arguments of a metric go in by `functools.partial` or a lambda.
 
@@ -65,9 +65,12 @@ def paired_bootstrap(
     confidence_level: float = 0.95,
     seed: int = 0,
 ) -> BootstrapInterval:
-    """Interval of ``metric(*first) - metric(*second)``: two methods on the same examples, resampled together.
+    """Return the interval of ``metric(*first) - metric(*second)``: two methods on one set, resampled together.
 
     Much narrower than two separate intervals, as the examples' own difficulty cancels.
+
+    Raises:
+        ValueError: the two methods have different numbers of examples.
 
     >>> from bayeformers.metrics import brier_score
     >>> labels = [0, 1] * 20

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..laplace.weights import holding
+from ..laplace.moved import holding
 from ..likelihoods import NoiseStd, ProblemType
 from ..posteriors.base import BasePosterior
 from ..sampling.views import View, alone

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 def one_position_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], variances: Tensor) -> Tensor:
-    """sum_kij (h1_i h2_i) V_ij (q1_j q2_j).
+    """Return sum_kij (h1_i h2_i) V_ij (q1_j q2_j).
 
     Shape: ``first`` and ``second`` are (h (K, B, d_out), q (K, B, d_in')), V (K, d_out, d_in') -> (B1, B2).
     """
@@ -37,7 +37,7 @@ def one_position_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tenso
 
 
 def positions_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], variances: Tensor) -> Tensor:
-    """sum_kij N1_ij N2_ij V_ij with N = sum_t h_t q_t^T, made chunk by chunk.
+    """Return sum_kij N1_ij N2_ij V_ij with N = sum_t h_t q_t^T, made chunk by chunk.
 
     Shape: ``first`` and ``second`` are (h (K, B, T, d_out), q (K, B, T, d_in')), V (K, d_out, d_in') -> (B1, B2).
     """
@@ -55,7 +55,7 @@ def coordinates_inner(
     counts: tuple[int, int],
     variances: Tensor,
 ) -> Tensor:
-    """sum_kij N1_kij N2_kij V_kij of any gradients; no more coordinates are held than of two chunks of examples.
+    """Return sum_kij N1_kij N2_kij V_kij of any gradients; no more coordinates are held than of two chunks of examples.
 
     Shape: ``first(part)`` and ``second(part)`` give N (b, K, d_out, d_in') of some examples; V (K, d_out, d_in') ->
     ``counts`` = (B1, B2).
@@ -70,7 +70,7 @@ def coordinates_inner(
 
 
 def table_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], variances: Tensor) -> Tensor:
-    """Of a table: only rows that both examples look up meet, sum_tu [id_t = id_u] sum_j r1_tj r2_uj V_(id_t)j.
+    """Return the sum over table rows that both examples look up, sum_tu [id_t = id_u] sum_j r1_tj r2_uj V_(id_t)j.
 
     Shape: ``first`` and ``second`` are (ids (B, T), r (B, T, d), the gradients in the basis of the features), V (rows,
     d) -> (B1, B2).
