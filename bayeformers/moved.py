@@ -87,6 +87,7 @@ MOVED = {
     "training.likelihood": "training.items",
     "training.number_checks": "checks",
     "training.objective_check": "training.objective",
+    "training.precision": "training.records",
     "training.residual": "training.items",
     "training.resuming": "training.trainer",
     "training.scores": "training.evaluator",

@@ -22,11 +22,11 @@ from ..metrics.calibration import DEFAULT_BINS, bins_of
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior, PointPosterior
 from ..posteriors.heads import has_many_logits
+from ..sampling.views import unwrapped_forward
 from .arguments import BayesianTrainingArguments
 from .checks import check_variance_head
 from .columns import BatchPrediction, predict_batch, score_predictive
 from .items import settled_problem_type
-from .precision import own_precision
 
 __all__ = ["BayesianPredictionOutput", "Columns", "Evaluation", "evaluation_metrics"]
 
@@ -225,10 +225,11 @@ class Evaluation:
     def _linearized(
         self, inputs: dict[str, Any], likelihood: Likelihood, noise_std: NoiseStd | None
     ) -> BatchPrediction:
-        """In the model's own precision, not autocast's: covariances are sums of squares of gradients."""
+        """In the model's own precision: covariances are sums of squares of gradients, which need their bits."""
         assert self.posterior is not None  # else `method` samples
+        # Without the autocast that accelerate puts into `forward`, where `torch.autocast(enabled=False)` has no say.
         # Jacobians are taken by autograd, whatever the caller has switched off.
-        with torch.enable_grad(), own_precision(self.model):
+        with torch.enable_grad(), unwrapped_forward(self.model):
             predictive = self.posterior.predict(
                 inputs,
                 num_samples=self.num_samples,

@@ -1,4 +1,4 @@
-"""What training reports besides the loss: the ELBO's parts, how far the scales moved, and layers that never ran."""
+"""What training reports besides the loss: the ELBO's parts, how far scales moved, layers and steps without effect."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,7 @@ from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
 
-__all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord"]
+__all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord", "lost_steps", "lost_steps_warning"]
 
 SAMPLED_PER_TENSOR = 4096
 SILENT_LAYERS = (
@@ -118,3 +118,35 @@ class TrainingRecord:
         silent = self._watch.finish() if self._watch is not None else []
         self._watch = None
         return silent
+
+
+def lost_steps_warning(model: nn.Module, learning_rate: float) -> str | None:
+    """What to say of :func:`lost_steps`; None where few are lost."""
+    share, dtype = lost_steps(model, learning_rate)
+    if share <= 0.05:
+        return None
+    return (
+        f"The means are {dtype}, in which a step of `learning_rate`={learning_rate} leaves {share:.0%} of them where "
+        "they are. Load the model with `dtype=torch.float32`; `bf16=True` computes in 16 bits all the same."
+    )
+
+
+@torch.no_grad()
+def lost_steps(model: nn.Module, learning_rate: float) -> tuple[float, torch.dtype | None]:
+    """Return the share of trainable 16-bit means that a step of ``learning_rate`` does not move, and their dtype.
+
+    A number w = m 2^e, 1/2 <= m < 1, has neighbours 2^(e - 1) eps away: less than half of that rounds to w again.
+    """
+    means = [tensor.loc for tensor in variational_tensors(model)]
+    narrow = [mean for mean in means if mean.requires_grad and mean.dtype in (torch.bfloat16, torch.float16)]
+    if not narrow:
+        return 0.0, None
+    lost = torch.cat([_is_lost(mean, learning_rate).cpu() for mean in narrow])
+    return float(lost.float().mean()), narrow[0].dtype
+
+
+def _is_lost(mean: Tensor, learning_rate: float) -> Tensor:
+    sampled = mean.flatten()[:: max(1, mean.numel() // SAMPLED_PER_TENSOR)].float()
+    exponent = torch.frexp(sampled).exponent
+    half_spacing = torch.ldexp(torch.full_like(sampled, torch.finfo(mean.dtype).eps), exponent - 2)
+    return (half_spacing > learning_rate) & (sampled != 0)

@@ -26,8 +26,7 @@ from .laplace import LaplaceTrainer
 from .objective import Objective, ObjectiveCheck, check_bases
 from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
-from .precision import lost_steps_warning
-from .records import TrainingRecord
+from .records import TrainingRecord, lost_steps_warning
 
 __all__ = ["BayesianTrainer"]
 
