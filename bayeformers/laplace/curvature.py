@@ -66,7 +66,14 @@ class Curvature:
     digests: dict[str, str] = field(default_factory=dict)
 
     def add(self, layer: str, name: str, value: Tensor, device: torch.device | None = None) -> None:
-        """Add to one sum, on ``device`` if given."""
+        """Add to one sum, which begins at the first value.
+
+        Args:
+            layer: the layer's name.
+            name: which of the layer's sums, as in the module's table.
+            value: what to add, of the sum's shape; a sum that exists keeps its device and dtype.
+            device: where a new sum is kept; by default with its first value.
+        """
         value = value.detach() if device is None else value.detach().to(device)
         own = self.sums.setdefault(layer, {})
         if name in own:
@@ -75,7 +82,14 @@ class Curvature:
             own[name] = value.clone()
 
     def add_second_moment(self, layer: str, name: str, rows: Tensor, device: torch.device | None = None) -> None:
-        """Add sum_p r_p r_p^T of rows (K, P, d) to one sum, of which the upper triangle alone is meant."""
+        """Add sum_p r_p r_p^T to one sum, of which the upper triangle alone is meant.
+
+        Args:
+            layer: the layer's name.
+            name: which of the layer's sums, as in the module's table.
+            rows: the vectors r_p, (K, P, d).
+            device: where a new sum is kept; by default with its first rows.
+        """
         own = self.sums.setdefault(layer, {})
         if name not in own:
             own[name] = torch.zeros(

@@ -103,10 +103,15 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
 
 
 def real_examples(loader: Iterable[Any], number: int, length: int) -> int | None:
-    """Return how many examples of batch ``number`` (of ``length``) are no duplicates; None: all.
+    """Return how many examples of a batch are no duplicates; None: all.
 
     Two samplers repeat examples so that every process has as many: torch's DistributedSampler, at the end, and that of
     a loader that accelerate prepared, in its last round.
+
+    Args:
+        loader: the loader that the batch came from.
+        number: the batch's place in this process's pass, from 0.
+        length: the number of examples in the batch.
     """
     sampler = getattr(loader, "sampler", None)
     if isinstance(loader, DataLoader) and isinstance(sampler, DistributedSampler) and not sampler.drop_last:

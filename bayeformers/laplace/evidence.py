@@ -111,7 +111,13 @@ def effective_parameters(
 ) -> dict[str, float]:
     """Return gamma of each layer: sum_i scale L_i / (scale L_i + tau), between 0 and the number of its weights.
 
-    Arguments and errors are those of :func:`log_marginal_likelihood`.
+    Args:
+        spectra: the eigenvalues L of each layer, by its name.
+        prior_precision: one tau > 0, or one per layer.
+        scale: 1 / (temperature s^2), which multiplies all eigenvalues.
+
+    Raises:
+        ValueError: as of :func:`log_marginal_likelihood`.
 
     >>> effective_parameters({"layer": Spectrum(torch.tensor([3.0, 0.0]), 1.0)}, 1.0)
     {'layer': 0.75}

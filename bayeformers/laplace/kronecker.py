@@ -38,7 +38,14 @@ class KroneckerEigen:
 
     @classmethod
     def from_product(cls, left: Tensor | None, right: Tensor | None, gamma: Tensor, alpha: Tensor) -> Self:
-        """Of the eigenvalues L_ij = gamma_i alpha_j."""
+        """Return the curvature with the eigenvalues L_ij = gamma_i alpha_j.
+
+        Args:
+            left: the eigenvectors U_G, (K, d_out, d_out); None: the identity.
+            right: the eigenvectors U_A, (K, d_in', d_in'); None: the identity.
+            gamma: the eigenvalues of G, (K, d_out).
+            alpha: the eigenvalues of A, (K, d_in').
+        """
         return cls(left, right, gamma.unsqueeze(-1) * alpha.unsqueeze(-2), (gamma, alpha))
 
     @classmethod
@@ -63,7 +70,13 @@ class KroneckerEigen:
         return _product(self.left, coordinates, None if self.right is None else self.right.mT)
 
     def draw(self, noise: Tensor, prior_precision: float, scale: float = 1.0) -> Tensor:
-        """Deviation from the mean, N(0, (F + tau)^-1): U (Lambda^-1/2 * noise) for standard normal ``noise``."""
+        """Return a deviation from the mean, N(0, (scale F + tau)^-1): U (Lambda^-1/2 * noise), of the noise's shape.
+
+        Args:
+            noise: one standard normal per weight, (..., K, d_out, d_in').
+            prior_precision: tau > 0.
+            scale: 1 / (temperature s^2), which multiplies the curvature.
+        """
         return self.rotate_back(noise * self.precision(prior_precision, scale).rsqrt())
 
     def marginal_variance(self, prior_precision: float, scale: float = 1.0) -> Tensor:
@@ -80,11 +93,23 @@ class KroneckerEigen:
         return self.precision(prior_precision, scale).double().log().sum()
 
     def covariance_product(self, matrix: Tensor, prior_precision: float, scale: float = 1.0) -> Tensor:
-        """Sigma vec(M) as a matrix; (..., K, d_out, d_in') -> the same."""
+        """Return Sigma vec(M) as a matrix, of the shape of M.
+
+        Args:
+            matrix: M, (..., K, d_out, d_in').
+            prior_precision: tau > 0.
+            scale: 1 / (temperature s^2), which multiplies the curvature.
+        """
         return self.rotate_back(self.rotate(matrix) / self.precision(prior_precision, scale))
 
     def direction(self, block: int, row: int, column: int) -> Tensor:
-        """The unit eigenvector with eigenvalue L[block, row, column], as a matrix (K, d_out, d_in')."""
+        """Return the unit eigenvector with eigenvalue L[block, row, column], as a matrix (K, d_out, d_in').
+
+        Args:
+            block: which of the K independent blocks.
+            row: which column of U_G.
+            column: which column of U_A.
+        """
         unit = torch.zeros_like(self.eigenvalues)
         unit[block, row, column] = 1
         return self.rotate_back(unit)

@@ -73,7 +73,13 @@ class MovedPosterior(BasePosterior):
 
     @contextlib.contextmanager
     def draw_in(self, view: View, index: int, seed: int) -> Iterator[None]:
-        """As `draw`, in a private view: the trained weights stay where they are."""
+        """As `draw`, in a private view: the trained weights stay where they are.
+
+        Args:
+            view: a view with room for drawn weights, see `own_parameters`.
+            index: the draw's place in the sequence, >= 0.
+            seed: which sequence of draws.
+        """
         with torch.no_grad():
             for parameter, moved in self._deviation(index, seed).items():
                 view.parameter(parameter).copy_(parameter + moved.to(parameter))
@@ -123,7 +129,13 @@ def by_parameter(target: Target, matrix: Tensor) -> dict[nn.Parameter, Tensor]:
 
 
 def as_matrix(target: Target, tensors: Mapping[nn.Parameter, Tensor], *, is_flat: bool = False) -> Tensor:
-    """The inverse of `by_parameter`: (K, d_out, d_in'), or (1, 1, p) of a dense block."""
+    """Return a layer's tensors as one matrix, the inverse of `by_parameter`: (K, d_out, d_in').
+
+    Args:
+        target: the layer.
+        tensors: a tensor of each of its Parameters' shape, by Parameter.
+        is_flat: whether to give (1, 1, p), as a dense block has it.
+    """
     given = {name: tensors[parameter] for name, parameter in target.parameters.items()}
     matrix = to_matrix(target.modules[0], given)
     return matrix.reshape(1, 1, -1) if is_flat else matrix

@@ -90,7 +90,13 @@ class FitRecord:
     def from_sums(
         cls, sums: Curvature, skipped: Mapping[str, str], distances: Mapping[str, float] | None = None
     ) -> FitRecord:
-        """Read what the sums say about the data; ``distances`` of the weights from a prior mean that is not 0."""
+        """Return what the sums say about the data.
+
+        Args:
+            sums: the sums of the whole fit, over all processes.
+            skipped: layer name -> why it stays deterministic.
+            distances: layer name -> |theta* - mu0|^2, where the prior's mean mu0 is not 0.
+        """
         return cls(
             config=sums.config,
             num_data=round(sums.num_examples * sums.data_scale),
@@ -333,10 +339,14 @@ class LaplacePosterior(MovedPosterior):
     ) -> LaplacePosterior:
         """Return the posterior that `save` wrote, around the model that it was fitted to.
 
-        A file that is missing, damaged or changed, and a model of other layers or weights, are refused (ValueError).
+        Args:
+            directory: the folder of `save`, or the file itself.
+            model: the model that the posterior was fitted to, with the same weights.
+            outputs_of: from what the model returns to its logits; it is not saved.
 
         Raises:
-            TypeError: ``model`` is none.
+            TypeError: ``model`` is not a module.
+            ValueError: a file is missing, damaged or changed, or the model has other layers or weights.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")

@@ -142,7 +142,12 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
 
 
 def squared_distances(targets: Sequence[Target], model: nn.Module, prior_mean: nn.Module) -> dict[str, float]:
-    """Return |theta* - mu0|^2 of each target: mu0 are ``prior_mean``'s weights by name, 0 where it has none such.
+    """Return |theta* - mu0|^2 of each target, by its name.
+
+    Args:
+        targets: the layers that the posterior covers.
+        model: the trained model, with the weights theta*.
+        prior_mean: the model whose weights, found by name, are mu0; 0 where it has none of a name and shape.
 
     Raises:
         ValueError: ``prior_mean`` has none of the targets' weights.

@@ -115,8 +115,15 @@ def holdout_nll(
 ) -> dict[float, float]:
     """Return the mean NLL per label of the linearised predictive at each scalar prior precision, over all processes.
 
+    Args:
+        posterior: the posterior at any prior precision.
+        batches: this process's held-out batches, with labels.
+        grid: the prior precisions tau > 0 to judge.
+        link: from Gaussian logits to probabilities: see `linearized.links`.
+        seed: the seed of the logit draws that some links take.
+
     Raises:
-        ValueError: no labels.
+        ValueError: there are no labels.
     """
     blocks, problem = posterior.blocks_at(list(grid)), posterior.problem_type()
     likelihood, contrasts = get_likelihood(problem), ignores_shift(problem, link)

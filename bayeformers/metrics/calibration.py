@@ -66,6 +66,12 @@ def reliability_bins(
 ) -> ReliabilityBins:
     """Return the reliability diagram's numbers: counts, accuracy and mean confidence of each confidence bin.
 
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
+
     >>> bins = reliability_bins([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=2)
     >>> bins.counts.tolist(), bins.edges.tolist()
     ([0, 3], [0.0, 0.5, 1.0])
@@ -77,7 +83,13 @@ def reliability_bins(
 def expected_calibration_error(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
-    """Return ECE = sum_b (n_b / n) |acc_b - conf_b|, in [0, 1]; "mass" gives the adaptive ECE. Guo et al. 2017.
+    """Return ECE = sum_b (n_b / n) |acc_b - conf_b|, in [0, 1]. Guo et al. 2017.
+
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", which gives the adaptive ECE.
 
     >>> round(expected_calibration_error([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=2), 4)
     0.1333
@@ -90,6 +102,12 @@ def maximum_calibration_error(
 ) -> float:
     """Return MCE = max_b |acc_b - conf_b| over the bins that are not empty, in [0, 1].
 
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
+
     >>> round(maximum_calibration_error([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=10), 4)
     0.7
     """
@@ -100,6 +118,12 @@ def classwise_calibration_error(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
     """Return the mean over classes k of the ECE of p_ik against 1[y_i = k], in [0, 1]. Kull et al. 2019.
+
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins of each class, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
 
     >>> round(classwise_calibration_error([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=2), 4)
     0.2667
@@ -156,7 +180,14 @@ def _unit_temperature(logits: FloatArray, classes: IntArray) -> float:
 
 
 def bins_of(confidence: FloatArray, correct: NDArray[np.bool_], num_bins: int, binning: Binning) -> ReliabilityBins:
-    """`reliability_bins` of confidences (N,) and whether each was right."""
+    """Return the `reliability_bins` of confidences and hits.
+
+    Args:
+        confidence: confidences in [0, 1], (N,).
+        correct: whether each was right, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
+    """
     positive_integer(num_bins, "num_bins")
     choice(binning, BINNINGS, "binning")
     edges = np.linspace(0.0, 1.0, num_bins + 1)

@@ -46,10 +46,14 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def gaussian_negative_log_likelihood(means: ArrayLike, noise_std: ArrayLike, targets: ArrayLike) -> float:
-    r"""Return the regression NLL of the mixture over draws: mean_i -log (1/S) sum_s N(y_i | f_s(x_i), noise_std^2).
+    """Return the regression NLL of the mixture over draws: mean_i -log (1/S) sum_s N(y_i | f_s(x_i), noise_std^2).
 
-    Shape: ``means`` (S, N), ``noise_std`` > 0 a number or (S, N), ``targets`` (N,). Computed by logsumexp over draws;
-    the density is in units of 1/target, so the value may be negative.
+    Computed by logsumexp over draws, in nats; the density is in units of 1/target, so the value may be negative.
+
+    Args:
+        means: f_s(x_i) of S draws, (S, N).
+        noise_std: the noise's standard deviation in the targets' unit, > 0: a number or (S, N).
+        targets: the values y_i, (N,).
 
     Raises:
         ValueError: the shapes do not belong together, or a ``noise_std`` is not > 0.

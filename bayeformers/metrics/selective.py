@@ -118,7 +118,12 @@ def prr(confidence: ArrayLike, error: ArrayLike) -> float:
 
 
 def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -> float:
-    """Return R(k) at the smallest k >= 1 with k/n >= ``coverage``, a share in [0, 1].
+    """Return R(k) at the smallest k >= 1 with k/n >= ``coverage``.
+
+    Args:
+        confidence: a score that is higher for more certain examples, (N,).
+        error: 0/1, or any loss >= 0, (N,).
+        coverage: the share in [0, 1] of examples to answer.
 
     >>> risk_at_coverage([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1], coverage=0.5)
     0.0
@@ -130,6 +135,11 @@ def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -
 
 def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> float:
     """Return the largest coverage k/n with R(k) <= ``risk``; 0 where there is none.
+
+    Args:
+        confidence: a score that is higher for more certain examples, (N,).
+        error: 0/1, or any loss >= 0, (N,).
+        risk: the mean error >= 0 that is accepted, in the errors' unit.
 
     >>> coverage_at_risk([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1], risk=0.4)
     0.75
@@ -143,7 +153,12 @@ def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> fl
 def refusal_table(
     confidence: ArrayLike, error: ArrayLike, target_accuracies: Sequence[float] = (0.8, 0.9, 0.95, 0.99)
 ) -> list[Refusal]:
-    """Return how large a share to refuse to reach each accuracy; ``error`` in [0, 1], as accuracy is 1 - risk.
+    """Return how large a share to refuse to reach each accuracy, which is 1 - risk.
+
+    Args:
+        confidence: a score that is higher for more certain examples, (N,).
+        error: the error of each example, (N,), in [0, 1].
+        target_accuracies: the accuracies to reach, shares in [0, 1].
 
     Raises:
         TypeError: ``target_accuracies`` is no list.
@@ -167,9 +182,13 @@ def accuracy_vs_uncertainty(
 ) -> AccuracyVersusUncertainty:
     """Return AvU(t) = (n_AC + n_IU) / n: the share of accurate and certain (u <= t) or inaccurate and uncertain ones.
 
-    ``error`` (N,) is 0/1. ``thresholds``, strictly increasing, default to 21 evenly spaced from the least to the
-    greatest uncertainty. The area (AUAvU) is the trapezoid over thresholds rescaled to [0, 1]. Krishnan & Tickoo 2020,
-    arXiv 2012.07923.
+    The area (AUAvU) is the trapezoid over thresholds rescaled to [0, 1]. Krishnan & Tickoo 2020, arXiv 2012.07923.
+
+    Args:
+        uncertainty: a score u that is higher for less certain examples, (N,).
+        error: 0 for an accurate prediction, 1 for an inaccurate one, (N,).
+        thresholds: the thresholds t, strictly increasing, in the unit of u; by default 21 evenly spaced from the least
+            to the greatest uncertainty.
 
     Raises:
         ValueError: the thresholds are not at least 2, strictly increasing.

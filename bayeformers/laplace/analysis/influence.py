@@ -28,8 +28,15 @@ from .inner import coordinates_inner, one_position_inner, positions_inner, table
 def inner_products(posterior: LaplacePosterior, first: ExampleGradients, second: ExampleGradients) -> Tensor:
     """Return u^T Sigma v for every u of ``first`` and v of ``second``, (B1, B2), Sigma = (F / (T s^2) + tau)^-1.
 
-    sum_l <N1, N2 / Lambda> over the layers: exactly the posterior's precision, no damping split. Here and below,
-    gradients of layers that the posterior does not cover are refused with a ValueError.
+    sum_l <N1, N2 / Lambda> over the layers: exactly the posterior's precision, no damping split.
+
+    Args:
+        posterior: the posterior whose covariance Sigma is the metric.
+        first: gradients u of B1 examples, as `example_gradients` gives them.
+        second: gradients v of B2 examples; layers that only one of the two has add nothing.
+
+    Raises:
+        ValueError: there are gradients of layers that the posterior does not cover.
 
     >>> from torch import nn
     >>> from bayeformers.laplace import example_gradients, fit
@@ -64,6 +71,9 @@ def influence(posterior: LaplacePosterior, test: ExampleGradients, train: Exampl
             its gradients with ``output``, and reverse the sign.
         train: `example_gradients` of the log-likelihood.
 
+    Raises:
+        ValueError: there are gradients of layers that the posterior does not cover.
+
     >>> from bayeformers.laplace import example_gradients, fit
     >>> net, x, y = nn.Linear(3, 2), torch.randn(20, 3), torch.randint(2, (20,))
     >>> posterior = fit(net, [(x, y)], progress=False)
@@ -79,6 +89,9 @@ def novelty(posterior: LaplacePosterior, examples: ExampleGradients) -> Tensor:
     """Return g^T Sigma g of every example, (B,): large where g points to weights that the data do not determine.
 
     Of an output, the variance of the linearised network there.
+
+    Raises:
+        ValueError: there are gradients of layers that the posterior does not cover.
     """
     blocks = _blocks(posterior, examples)
     total = next(posterior.model.parameters()).new_zeros(len(examples))
@@ -88,7 +101,16 @@ def novelty(posterior: LaplacePosterior, examples: ExampleGradients) -> Tensor:
 
 
 def similarity(posterior: LaplacePosterior, first: ExampleGradients, second: ExampleGradients) -> Tensor:
-    """Return the cosine between gradients in the posterior's metric, (B1, B2), in [-1, 1]; 0 for a gradient of 0."""
+    """Return the cosine between gradients in the posterior's metric, (B1, B2), in [-1, 1]; 0 for a gradient of 0.
+
+    Args:
+        posterior: the posterior whose covariance is the metric.
+        first: gradients of B1 examples.
+        second: gradients of B2 examples.
+
+    Raises:
+        ValueError: there are gradients of layers that the posterior does not cover.
+    """
     norms = [novelty(posterior, each).clamp_min(0).sqrt() for each in (first, second)]
     scale = norms[0][:, None] * norms[1]
     products = inner_products(posterior, first, second)

@@ -125,7 +125,13 @@ class LowRankPlusDiagonal:
         return inverse.root * self._deflate(_checked(noise, "noise", self.unclamped_diagonal), inverse, s * (s + 1))
 
     def covariance_product(self, x: Tensor, tau: float, *, scale: float = 1.0) -> Tensor:
-        """P^-1 x, by Woodbury's identity; arguments and errors as for :meth:`draw`."""
+        """Return P^-1 x, of the shape of x, by Woodbury's identity.
+
+        Args:
+            x: one number per weight, (..., d_out, d_in).
+            tau: the prior precision, > 0.
+            scale: the factor of the curvature, > 0.
+        """
         inverse = self._inverse(tau, scale)
         x = inverse.root * _checked(x, "x", self.unclamped_diagonal)
         return inverse.root * self._deflate(x, inverse, 1 + inverse.values)

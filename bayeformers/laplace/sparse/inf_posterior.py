@@ -114,6 +114,11 @@ class InfPosterior(MovedPosterior):
     ) -> InfPosterior:
         """Return what `save` wrote, around the model that the posterior was fitted to.
 
+        Args:
+            directory: the folder of `save`, or the file itself.
+            model: the model that the posterior was fitted to, with the same weights.
+            outputs_of: from what the model returns to its logits; it is not saved.
+
         Raises:
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
