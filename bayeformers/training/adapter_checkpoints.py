@@ -78,7 +78,16 @@ def is_complete(model: Any, folder: str | os.PathLike[str]) -> bool:
 
 
 def check_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
-    """Raise ValueError unless the files in ``folder`` hold exactly the scales that ``model`` has."""
+    """Check that the files in ``folder`` hold exactly the scales that ``model`` has.
+
+    Args:
+        model: a `PeftModel`, unwrapped.
+        folder: the checkpoint.
+        what: what the folder is, for the error.
+
+    Raises:
+        ValueError: they do not.
+    """
     what, beside = f"{what} {str(folder)!r}", _beside(folder)
     saved = {name for file in adapter_files(folder) for name in read(file)} | set(beside)
     scales, expected = {name for name in saved if name.endswith(RHO)}, _rho_names(model)

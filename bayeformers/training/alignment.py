@@ -237,7 +237,13 @@ class CalibrationTerm:
         self._observe(error <= mean, spread, error)
 
     def fold(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device, step: int) -> None:
-        """Adds the finished step's items of all ranks; called by every rank, before the next step and before a save."""
+        """Add the finished step's items of all ranks; called by every rank, before the next step and before a save.
+
+        Args:
+            sum_over_ranks: of a tensor (5,).
+            device: where that is done.
+            step: the optimizer steps so far.
+        """
         if not self._args.estimates_threshold or (step > self._warmup_steps and self._sums is not None):
             return
         own = torch.zeros(5, device=device) if self._pending is None else self._pending

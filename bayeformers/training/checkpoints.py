@@ -167,7 +167,13 @@ def unconverted(what: str, scales: list[str]) -> str:
 
 
 def misfit(what: str, missing: list[str], unknown: list[str]) -> str:
-    """The error where checkpoint and model do not have the same tensors."""
+    """Return the error's text where checkpoint and model do not have the same tensors.
+
+    Args:
+        what: the checkpoint.
+        missing: names that only the model has.
+        unknown: names that only the checkpoint has.
+    """
     by_scale = any(name.endswith(RHO) for name in missing + unknown)
     fits, remedy = ("model's conversion", "Convert the same layers") if by_scale else ("model", "Make the model")
     return (
@@ -217,7 +223,16 @@ def recorded_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None
 
 
 def check_same_conversion(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
-    """Raise ValueError if the checkpoint's model was converted otherwise than ``model``."""
+    """Check that the checkpoint's model was converted as ``model`` was.
+
+    Args:
+        model: unwrapped.
+        folder: the checkpoint.
+        what: what the folder is, for the error.
+
+    Raises:
+        ValueError: it was not.
+    """
     recorded, record = recorded_config(folder), conversion_record(model)
     if recorded is None or record is None:
         return

@@ -58,7 +58,10 @@ class Group:
 def elbo_loss(nll_sum: Tensor, group: Group, kl_term: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """Return this micro-batch's (W * s / n_G, kl_term / k); the loss is their sum.
 
-    ``nll_sum``: s, summed NLL of the micro-batch's items; ``kl_term``: kl_weight * KL / N.
+    Args:
+        nll_sum: s, summed NLL of the micro-batch's items.
+        group: of its optimizer step.
+        kl_term: kl_weight * KL / N.
 
     >>> group = Group(torch.tensor(8), num_batches=2)
     >>> nll, kl = elbo_loss(torch.tensor(4.0), group, kl_term=1.0)
@@ -71,6 +74,11 @@ def elbo_loss(nll_sum: Tensor, group: Group, kl_term: Tensor | float = 0.0) -> t
 
 def kl_warmup(step: int, max_steps: int, ratio: float) -> float:
     """Return the KL's share at an optimizer step (from 0): min(1, step / (ratio * max_steps)); 1 without warm-up.
+
+    Args:
+        step: the optimizer step.
+        max_steps: of the training.
+        ratio: the warm-up's share of them.
 
     >>> [kl_warmup(step, max_steps=10, ratio=0.4) for step in (0, 2, 4, 9)]
     [0.0, 0.5, 1.0, 1.0]
@@ -92,6 +100,14 @@ def count_training_items(
 
     With random masks the count of one pass stands for the expected count (its relative error is below 1/sqrt(N)).
     The global generators are left untouched.
+
+    Args:
+        dataset: of known length.
+        collate: from examples to a batch with labels.
+        problem_type: what the head predicts.
+        batch_size: of the examples that are collated at once.
+        rank: of this process.
+        world_size: number of processes.
     """
     share = Subset(dataset, range(rank, len(dataset), world_size))
     generator = torch.Generator().manual_seed(rank)  # else the DataLoader draws its seed from the global one

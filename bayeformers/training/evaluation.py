@@ -81,7 +81,18 @@ class MonteCarloTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The stock loop, plus metrics of the averaged prediction; the global generators are left as they were."""
+        """Run the stock loop, and add metrics of the averaged prediction; the global generators are left as they were.
+
+        Args:
+            dataloader: the batches; a ValueError names an empty dataset.
+            description: of the progress bar.
+            prediction_loss_only: whether the loss is enough.
+            ignore_keys: outputs that are no predictions.
+            metric_key_prefix: before every metric's name.
+
+        Returns:
+            As of `Trainer.evaluation_loop`, with rows in the dataset's order.
+        """
         check_dataset(getattr(dataloader, "dataset", None), "eval_dataset")
         evaluation = self._evaluation = self._begin_evaluation(self.posterior)
         self._columns, order = evaluation.columns, RowOrder(self.args.world_size)
@@ -196,7 +207,14 @@ class MonteCarloTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """(mean NLL, log mean probabilities, labels) of one batch; None for what there is not."""
+        """Return (mean NLL, log mean probabilities, labels) of one batch; None for what there is not.
+
+        Args:
+            model: the network, perhaps wrapped.
+            inputs: the batch.
+            prediction_loss_only: whether the loss is enough.
+            ignore_keys: outputs that are no predictions.
+        """
         given = self._prepare_inputs(inputs)
         named = dict(as_labels(given, self.args.label_names))
         evaluation = self._evaluation or self._begin_evaluation(None)

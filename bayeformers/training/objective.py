@@ -51,7 +51,13 @@ def check_bases(kind: type, own: type) -> None:
 
 
 def overriding(kind: type, own: type, name: str) -> str | None:
-    """`Class.method` of the first class before ``own`` that defines the method ``name``; None if none does."""
+    """Return `Class.method` of the first class before ``own`` that defines a method; None if none does.
+
+    Args:
+        kind: the trainer's class.
+        own: one of its bases.
+        name: of the method.
+    """
     return next((f"{base.__name__}.{name}" for base in _before(kind, own) if name in vars(base)), None)
 
 

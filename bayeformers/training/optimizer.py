@@ -86,6 +86,11 @@ def clip_separately(rhos: Iterable[nn.Parameter], rest_norm: Tensor, max_norm: f
     """Return the norm of all gradients, sqrt(rest_norm^2 + rho_norm^2), after clipping ``rhos`` by their own.
 
     The KL's gradient grows with the number of weights: clipped jointly, it would shrink the steps of the means.
+
+    Args:
+        rhos: the parameters of the scales.
+        rest_norm: the norm of all other gradients, which are clipped by now.
+        max_norm: of the gradient of ``rhos``.
     """
     rho_norm = torch.nn.utils.clip_grad_norm_(list(rhos), max_norm)
     norms = torch.stack([torch.as_tensor(rest_norm).to(rho_norm), rho_norm])

@@ -33,8 +33,13 @@ def example_lengths(
     """Return the length of every example, or of those at ``indices``; None where it is not known.
 
     Read from a column where there is one. The examples of another map-style dataset are made once for it, if the first
-    ones are texts or hold token ids and nothing larger, and differ in length. ``collate`` makes tokens of texts, whose
-    characters are counted without it.
+    ones are texts or hold token ids and nothing larger, and differ in length.
+
+    Args:
+        dataset: anything; a stream has no length.
+        indices: of the examples; all by default.
+        names: columns that tell how long an example is.
+        collate: makes tokens of texts, whose characters are counted without it.
 
     >>> example_lengths([{"input_ids": [5, 6, 7]}, {"input_ids": [5]}]), example_lengths([1.0, 2.0])
     ([3, 1], None)

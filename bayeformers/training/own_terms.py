@@ -106,7 +106,23 @@ def _is_close(loss: Tensor, plain: Tensor, rounding: float) -> bool:
 
 
 def given_loss(function: Callable[..., Any], outputs: Any, labels: Any, num_items: Tensor) -> Tensor:
-    """``function(outputs, labels, num_items)``; ValueError where it is no tensor or reads a loss that is not there."""
+    """Call ``function(outputs, labels, num_items)``.
+
+    Args:
+        function: the user's loss.
+        outputs: of the model, which was given no labels.
+        labels: of the batch.
+        num_items: of the batch.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: the function returns no tensor, or reads a loss that is not there.
+        AttributeError: an error of the function's own.
+        KeyError: the same.
+        TypeError: the same.
+    """
     try:
         loss = function(outputs, labels, num_items_in_batch=num_items)
     except (AttributeError, KeyError, TypeError) as error:

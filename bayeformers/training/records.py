@@ -91,7 +91,15 @@ class TrainingRecord:
         calibration: Tensor | float = 0.0,
         own_terms: Tensor | float = 0.0,
     ) -> None:
-        """One micro-batch's share of its step: mean NLL, KL, (once per step) E_q[log q], calibration, own terms."""
+        """Add one micro-batch's share of its step, in nats.
+
+        Args:
+            nll: mean NLL.
+            kl: KL divergence.
+            log_posterior: E_q[log q], once per step.
+            calibration: the calibration loss.
+            own_terms: the model's own terms beside the likelihood.
+        """
         values = (nll, kl, log_posterior, calibration, own_terms)
         share = torch.stack([torch.as_tensor(value, device=nll.device).detach().float() for value in values])
         self._sums = share if self._sums is None else self._sums + share

@@ -70,7 +70,13 @@ def share_of(
 ) -> list[int]:
     """Return indices of a rank's examples, the longest first: batches of neighbours need next to no padding.
 
-    ``limit``: so many examples of all ranks together, chosen at random; the longest or shortest would be no sample.
+    Args:
+        num_examples: of the dataset.
+        lengths: of all its examples, if they are known.
+        rank: of this process.
+        world_size: number of processes.
+        limit: so many examples of all ranks, chosen at random; the longest or shortest would be no sample.
+        seed: of this choice.
 
     >>> share_of(5, [3, 9, 3, 7, 1], rank=0, world_size=2), share_of(5, [3, 9, 3, 7, 1], rank=1, world_size=2)
     ([1, 0, 4], [3, 2])
