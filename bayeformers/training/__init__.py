@@ -1,8 +1,8 @@
 """Training by variational inference, and Monte-Carlo evaluation, with transformers' Trainer."""
 
 from .arguments import BayesianTrainingArguments
+from .evaluator import BayesianPredictionOutput
 from .items import ItemNLL, count_items, item_nll
-from .scores import BayesianPredictionOutput
 from .trainer import BayesianTrainer
 
 __all__ = [

@@ -5,7 +5,7 @@ prompts what the encoder computes. Some names that it writes it cannot read. So 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ..conversion.persistence import peft_state, saved_by_peft
 from ..nn.base import is_bayesian, variational_tensors
-from .checkpoints import ADDED, RESUMED, RHO, misfit, read, same, unconverted
+from .checkpoints import ADDED, RESUMED, RHO, misfit, read, restore, same, unconverted, weight_files
 
-__all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "save_beside"]
+__all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "save_beside", "take_up"]
 
 BESIDE = "bayesian_tensors.safetensors"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -32,6 +32,34 @@ def is_peft(model: nn.Module) -> bool:
 def adapter_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The files of PEFT's adapters; none if there are none."""
     return [file for name in _ADAPTERS for file in sorted(Path(folder).rglob(name))]
+
+
+def take_up(
+    model: nn.Module,
+    folder: str,
+    stock: Callable[[], object],
+    what: str = RESUMED,
+    *,
+    is_sharded: bool = False,
+) -> None:
+    """Write a checkpoint into ``model``, and verify every tensor.
+
+    Args:
+        model: unwrapped.
+        folder: the checkpoint.
+        stock: the Trainer's own way of reading it, which knows PEFT's adapters and shards.
+        what: what the folder is, for the error.
+        is_sharded: whether no process has whole parameters.
+    """
+    if is_peft(model):
+        check_adapter(model, folder, what)
+    if weight_files(folder) and not is_sharded:
+        restore(model, folder, what)
+        return
+    if not is_complete(model, folder):
+        stock()
+    if is_peft(model):
+        restore_adapter(model, folder, what)
 
 
 def save_beside(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -50,7 +78,16 @@ def is_complete(model: Any, folder: str | os.PathLike[str]) -> bool:
 
 
 def check_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
-    """Errors: ValueError unless the files in ``folder`` hold exactly the scales that ``model`` has."""
+    """Check that the files in ``folder`` hold exactly the scales that ``model`` has.
+
+    Args:
+        model: a `PeftModel`, unwrapped.
+        folder: the checkpoint.
+        what: what the folder is, for the error.
+
+    Raises:
+        ValueError: they do not.
+    """
     what, beside = f"{what} {str(folder)!r}", _beside(folder)
     saved = {name for file in adapter_files(folder) for name in read(file)} | set(beside)
     scales, expected = {name for name in saved if name.endswith(RHO)}, _rho_names(model)
@@ -69,7 +106,13 @@ def check_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str = 
 def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
     """After PEFT has read its files: write what it left out into ``model``, and verify every tensor.
 
-    Errors: RuntimeError unless the adapters, and what was saved beside them, are those that ``model`` has then.
+    Args:
+        model: whose adapters PEFT has filled.
+        folder: the checkpoint.
+        what: what the folder is, for the error.
+
+    Raises:
+        RuntimeError: the adapters, or what was saved beside them, are not those that ``model`` has then.
     """
     own, differing = model.state_dict(keep_vars=True), []
     ids = {id(tensor) for tensor in own.values()}

@@ -1,4 +1,4 @@
-r"""The calibration loss of a `train()`: its thresholds, estimated during warm-up, and its value per micro-batch.
+r"""The calibration loss of a `train()`: its arguments, the thresholds that its warm-up estimates, and its value.
 
 Until step ceil(calibration_warmup_ratio * max_steps) there is no term; the items seen estimate the threshold, as
 Krishnan & Tickoo 2020 (arXiv 2012.07923) do:
@@ -16,34 +16,141 @@ of it. Errors and uncertainties then enter the loss divided by tau, so that it d
 | "eac" | e = abs(y - mean) / tau | erf(tau / sqrt(2 variance)), the predictive's own chance of an error up to tau |
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..likelihoods import NoiseStd, ProblemType, get_likelihood, regression_values
+from ..checks import check_choice, check_number
+from ..forward import labels_of
+from ..likelihoods import HEAD, NoiseStd, ProblemType, get_likelihood, regression_values
+from ..likelihoods.registry import likelihoods
 from ..losses import auavu_loss, avuc_loss, eac_loss, eau_loss
-from ..losses.avu import confidence_and_uncertainty
-from .alignment_arguments import CalibrationArguments, check_calibration_head
-from .items import labels_of
+from ..losses.avu import UNCERTAINTIES, Uncertainty, confidence_and_uncertainty
 
-__all__ = ["CALIBRATION_NAME", "CalibrationTerm"]
+__all__ = ["CALIBRATION_LOSSES", "CALIBRATION_NAME", "CalibrationArguments", "CalibrationLoss", "CalibrationTerm",
+           "check_calibration", "check_calibration_head", "option"]  # fmt: skip
+
+CalibrationLoss = Literal["avuc", "auavu", "eau", "eac"]
+CALIBRATION_LOSSES: tuple[CalibrationLoss, ...] = get_args(CalibrationLoss)
+
+_OF_CLASSES = ("avuc", "auavu")
 
 CALIBRATION_NAME = "calibration_loss.json"
 _TINY = 1e-12  # a warm-up without any error: tau divides
 
 
-class CalibrationTerm:
-    """See the module's docstring. ``warmup_steps`` is the first step with a term.
+def option(default: Any, help: str) -> Any:
+    """A dataclass's field that `HfArgumentParser` shows with its ``help``."""
+    return field(default=default, metadata={"help": help})
 
-    Errors: ValueError for a head that the loss is not for.
-    """
+
+@dataclass
+class CalibrationArguments:
+    """What `BayesianTrainingArguments` has for a calibration loss beside the ELBO; see `training.calibration_term`."""
+
+    calibration_loss: CalibrationLoss | None = option(
+        None,
+        'A loss beside the ELBO that aligns uncertainty with error: "avuc" or "auavu" for classes, "eau" or "eac" '
+        "for regressions.",
+    )
+    calibration_weight: float = option(1.0, "Factor of the calibration loss, > 0.")
+    calibration_warmup_ratio: float = option(
+        0.1, "Share of the steps before the calibration loss sets in; they estimate its thresholds."
+    )
+    calibration_threshold: float | None = option(
+        None, "Largest uncertainty that counts as certain: nats, or a regression's unit. Estimated if none."
+    )
+    calibration_error_threshold: float | None = option(
+        None, "Largest error of a regression that counts as low, in its unit. Estimated if not given."
+    )
+    calibration_uncertainty: Uncertainty = option(
+        "predictive_entropy", 'Of classes: "predictive_entropy", or "mutual_information" of several draws per step.'
+    )
+
+    @property
+    def estimates_threshold(self) -> bool:
+        """Whether the warm-up's steps estimate the thresholds."""
+        return self.calibration_loss in ("avuc", "eau", "eac") and self.calibration_threshold is None
+
+
+def check_calibration(args: Any) -> None:
+    """Raise ValueError for the first calibration argument that is out of range or does not go with the others."""
+    check_number("calibration_weight", args.calibration_weight, 0.0, strict=True)
+    check_number("calibration_warmup_ratio", args.calibration_warmup_ratio, 0.0, 1.0)
+    check_choice("calibration_uncertainty", args.calibration_uncertainty, UNCERTAINTIES)
+    thresholds = ("calibration_threshold", "calibration_error_threshold")
+    given = [name for name in thresholds if getattr(args, name) is not None]
+    for name in given:
+        check_number(name, getattr(args, name), 0.0, strict=True)
+    loss = args.calibration_loss
+    if loss is None:
+        if given:
+            raise ValueError(f"`{given[0]}` needs `calibration_loss`, one of {CALIBRATION_LOSSES}, got None.")
+        return
+    check_choice("calibration_loss", loss, CALIBRATION_LOSSES)
+    _check_thresholds(args, given)
+    _check_spread(args)
+
+
+def _check_thresholds(args: Any, given: list[str]) -> None:
+    loss = args.calibration_loss
+    if args.calibration_warmup_ratio == 1:
+        raise ValueError("`calibration_warmup_ratio` must be below 1, got 1: the calibration loss would never set in.")
+    if args.estimates_threshold and args.calibration_warmup_ratio == 0:
+        raise ValueError(
+            "`calibration_warmup_ratio` must be > 0 for the warm-up to estimate a threshold, got 0: "
+            "or give `calibration_threshold`."
+        )
+    if loss == "auavu" and given:
+        raise ValueError(
+            f'`{given[0]}` must be None with `calibration_loss`="auavu", which integrates over thresholds.'
+        )
+    if loss == "avuc" and "calibration_error_threshold" in given:
+        raise ValueError(
+            '`calibration_error_threshold` is a regression\'s ("eau", "eac"), got `calibration_loss`="avuc".'
+        )
+    if loss in ("eau", "eac") and len(given) == 1:
+        raise ValueError(
+            f"`calibration_threshold` and `calibration_error_threshold` go together for {loss!r}, got one: give "
+            "both, or neither to have them estimated."
+        )
+
+
+def _check_spread(args: Any) -> None:
+    """A loss of an uncertainty that is the same for all inputs would have no gradient."""
+    if args.num_train_samples > 1:
+        return
+    if args.calibration_loss in _OF_CLASSES and args.calibration_uncertainty == "mutual_information":
+        raise ValueError(
+            '`calibration_uncertainty`="mutual_information" is 0 for one draw: set `num_train_samples` >= 2, '
+            f"got {args.num_train_samples}."
+        )
+    if args.calibration_loss in ("eau", "eac") and args.noise_std != HEAD:
+        raise ValueError(
+            f"`calibration_loss`={args.calibration_loss!r} needs an uncertainty that differs between inputs: set "
+            f'`num_train_samples` >= 2, got {args.num_train_samples}, or `noise_std`="head", got {args.noise_std!r}.'
+        )
+
+
+def check_calibration_head(loss: CalibrationLoss, problem_type: ProblemType) -> None:
+    """Raise ValueError for a head that the loss is not for."""
+    is_of_classes = loss in _OF_CLASSES
+    allowed = [own.problem_type for own in likelihoods() if (own.has_item_logits if is_of_classes else own.has_noise)]
+    if problem_type not in allowed:
+        other = 'a regression takes "eau" or "eac"' if is_of_classes else 'classes take "avuc" or "auavu"'
+        raise ValueError(
+            f"`calibration_loss`={loss!r} is for {', '.join(allowed)}, got a {problem_type} head: {other}."
+        )
+
+
+class CalibrationTerm:
+    """See the module's docstring. ``warmup_steps`` is the first step with a term."""
 
     def __init__(self, args: CalibrationArguments, problem_type: ProblemType, warmup_steps: int) -> None:
         assert args.calibration_loss is not None
@@ -130,7 +237,13 @@ class CalibrationTerm:
         self._observe(error <= mean, spread, error)
 
     def fold(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device, step: int) -> None:
-        """Adds the finished step's items of all ranks; called by every rank, before the next step and before a save."""
+        """Add the finished step's items of all ranks; called by every rank, before the next step and before a save.
+
+        Args:
+            sum_over_ranks: of a tensor (5,).
+            device: where that is done.
+            step: the optimizer steps so far.
+        """
         if not self._args.estimates_threshold or (step > self._warmup_steps and self._sums is not None):
             return
         own = torch.zeros(5, device=device) if self._pending is None else self._pending
@@ -157,10 +270,7 @@ class CalibrationTerm:
             (folder / CALIBRATION_NAME).write_text(json.dumps({"sums": self._sums}))
 
     def load(self, folder: Path, step: int) -> None:
-        """Go on from `save`.
-
-        Errors: ValueError where the warm-up is over and the checkpoint has no threshold.
-        """
+        """Go on from `save`; raise ValueError where the warm-up is over and the checkpoint has no threshold."""
         path = folder / CALIBRATION_NAME
         if not self._args.estimates_threshold:
             return

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
@@ -11,10 +11,9 @@ from ..checks import check_choice, check_count, check_number
 from ..likelihoods import HEAD, NoiseStd
 from ..linearized.links import LINKS, Link
 from ..linearized.methods import METHODS, SAMPLING, Method
-from .alignment_arguments import CalibrationArguments, check_calibration
-from .direction import CONTRADICTED, is_lower_better
+from .alignment import CalibrationArguments, check_calibration, option
 
-__all__ = ["BayesianTrainingArguments", "parse_noise_std"]
+__all__ = ["LOWER_IS_BETTER", "BayesianTrainingArguments", "is_lower_better", "parse_noise_std"]
 
 DRAW_CACHE_BYTES = 2 * 1024**3
 
@@ -46,6 +45,32 @@ def parse_noise_std(value: str | float) -> NoiseStd | None:
     return number
 
 
+LOWER_IS_BETTER = frozenset(
+    {"nll", "ece", "brier", "aurc", "rmse", "predictive_entropy", "expected_entropy", "mutual_information"}
+    | {"epistemic_variance", "aleatoric_variance"}
+)
+"""What an evaluation adds: all of them. transformers takes larger for better unless a name ends in "loss"."""
+
+CONTRADICTED = (
+    "`greater_is_better` is True, but a smaller `metric_for_best_model`={!r} is better: the worst model would be kept "
+    "as the best. Leave `greater_is_better` out, or set it to False."
+)
+
+
+def is_lower_better(metric: str | None, datasets: Iterable[str] = ()) -> bool:
+    """Return whether ``metric`` is ours, named as transformers takes it: "nll", "eval_nll" or "eval_<dataset>_nll".
+
+    ``datasets``: names of the evaluation datasets where there are several.
+
+    >>> is_lower_better("nll"), is_lower_better("eval_dev_nll", ["dev"]), is_lower_better("eval_accuracy")
+    (True, True, False)
+    """
+    if metric is None:
+        return False
+    name, prefixes = metric.removeprefix("eval_"), ("", *(f"{dataset}_" for dataset in datasets))
+    return any(name.removeprefix(prefix) in LOWER_IS_BETTER for prefix in prefixes)
+
+
 @dataclass
 class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
     """`TrainingArguments` with the ELBO's and the Monte-Carlo evaluation's choices; works with `HfArgumentParser`.
@@ -55,55 +80,37 @@ class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
     (16, 0.01)
     """
 
-    num_train_samples: int = field(
-        default=1, metadata={"help": "Weight draws per training forward; the NLL is averaged over them."}
+    num_train_samples: int = option(1, "Weight draws per training forward; the NLL is averaged over them.")
+    kl_weight: float = option(1.0, "Factor of the KL in the loss; 1 is the ELBO, below 1 a colder posterior.")
+    kl_warmup_ratio: float = option(
+        0.0, "Share of the training steps over which the KL's weight rises linearly from 0."
     )
-    kl_weight: float = field(
-        default=1.0, metadata={"help": "Factor of the KL in the loss; 1 is the ELBO, below 1 a colder posterior."}
+    rho_learning_rate: float = option(
+        1e-2, "Learning rate of rho, which sets the scales; Adam moves log sigma by about that."
     )
-    kl_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the training steps over which the KL's weight rises linearly from 0."}
+    num_eval_samples: int = option(16, "Weight draws that `evaluate` and `predict` average over.")
+    num_eval_samples_during_training: int | None = option(
+        None, "Draws of the evaluations inside `train`; as `num_eval_samples` if not given."
     )
-    rho_learning_rate: float = field(
-        default=1e-2,
-        metadata={"help": "Learning rate of rho, which sets the scales; Adam moves log sigma by about that."},
+    eval_seed: int = option(0, "Seed of the evaluation draws: the same networks on every batch and process.")
+    eval_method: Method | None = option(
+        None,
+        'How to predict: "sample" (or "nn") the network, or linearise it: "glm" with the exact covariance of its '
+        'logits, or "mc_glm", "one_glm", "lr_glm", "e_glm". The posterior\'s own default if not given.',
     )
-    num_eval_samples: int = field(
-        default=16, metadata={"help": "Weight draws that `evaluate` and `predict` average over."}
+    eval_link: Link = option(
+        "auto",
+        'Of a linearised prediction, from Gaussian logits to probabilities: "probit", "mc", "bridge" or '
+        '"probit_diagonal"; "auto": probit for two classes and for labels, Monte Carlo for more classes.',
     )
-    num_eval_samples_during_training: int | None = field(
-        default=None, metadata={"help": "Draws of the evaluations inside `train`; as `num_eval_samples` if not given."}
+    num_training_items: int | None = option(
+        None, "N of the ELBO in the loss's unit (examples or label tokens); counted if not given."
     )
-    eval_seed: int = field(
-        default=0, metadata={"help": "Seed of the evaluation draws: the same networks on every batch and process."}
-    )
-    eval_method: Method | None = field(
-        default=None,
-        metadata={
-            "help": 'How to predict: "sample" (or "nn") the network, or linearise it: "glm" with the exact covariance '
-            'of its logits, or "mc_glm", "one_glm", "lr_glm", "e_glm". The posterior\'s own default if not given.'
-        },
-    )
-    eval_link: Link = field(
-        default="auto",
-        metadata={
-            "help": 'Of a linearised prediction, from Gaussian logits to probabilities: "probit", "mc", "bridge" or '
-            '"probit_diagonal"; "auto": probit for two classes and for labels, Monte Carlo for more classes.'
-        },
-    )
-    num_training_items: int | None = field(
-        default=None,
-        metadata={"help": "N of the ELBO in the loss's unit (examples or label tokens); counted if not given."},
-    )
-    draw_cache_bytes: int = field(
-        default=DRAW_CACHE_BYTES, metadata={"help": "Memory in which evaluation may keep its weight draws, in bytes."}
-    )
-    noise_std: NoiseArgument = field(
-        default="residual",
-        metadata={
-            "help": 'Standard deviation of the noise of a regression; "residual": its RMSE on training data; "head": '
-            "the model predicts it, with L means and then L log variances for L targets."
-        },
+    draw_cache_bytes: int = option(DRAW_CACHE_BYTES, "Memory in which evaluation may keep its weight draws, in bytes.")
+    noise_std: NoiseArgument = option(
+        "residual",
+        'Standard deviation of the noise of a regression; "residual": its RMSE on training data; "head": the model '
+        "predicts it, with L means and then L log variances for L targets.",
     )
 
     def __post_init__(self) -> None:

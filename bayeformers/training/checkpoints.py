@@ -22,9 +22,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ..conversion.record import conversion_record
 from ..nn.base import WIDE_BUFFERS, variational_tensors
-from .checks import recorded_config
 
-__all__ = ["check_same_conversion", "restore", "unwrapped", "weight_files"]
+__all__ = ["check_same_conversion", "recorded_config", "restore", "unwrapped", "weight_files"]
 
 RESUMED = "`resume_from_checkpoint`"
 _COMPARED = ("delta", "freeze", "prior", "estimator", "modules", "padding")
@@ -64,9 +63,9 @@ def restore(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUME
         what: what the folder is, for the error.
 
     Raises:
-        ValueError: before anything changes, if the checkpoint lacks a tensor of the model or has another, if a shape
-            differs, or if two names that share one tensor in the model have two values.
-        RuntimeError: a tensor of the model is not the checkpoint's afterwards.
+        RuntimeError: a tensor of the model is not the checkpoint's afterwards. A ValueError comes before anything
+            changes: the checkpoint lacks a tensor of the model or has another, a shape differs, or two names that share
+            one tensor in the model have two values.
     """
     raw: dict[str, Tensor] = {}
     for file in weight_files(folder):
@@ -168,7 +167,13 @@ def unconverted(what: str, scales: list[str]) -> str:
 
 
 def misfit(what: str, missing: list[str], unknown: list[str]) -> str:
-    """The error where checkpoint and model do not have the same tensors."""
+    """Return the error's text where checkpoint and model do not have the same tensors.
+
+    Args:
+        what: the checkpoint.
+        missing: names that only the model has.
+        unknown: names that only the checkpoint has.
+    """
     by_scale = any(name.endswith(RHO) for name in missing + unknown)
     fits, remedy = ("model's conversion", "Convert the same layers") if by_scale else ("model", "Make the model")
     return (
@@ -210,8 +215,24 @@ def same(tensor: Tensor, value: Tensor) -> bool:
     return torch.equal(tensor, expected) or bool(((tensor == expected) | (tensor.isnan() & expected.isnan())).all())
 
 
+def recorded_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The "bayesian" entry of a checkpoint's `config.json`; None if it has none."""
+    path = Path(checkpoint) / "config.json"
+    recorded: dict[str, Any] | None = json.loads(path.read_text()).get("bayesian") if path.is_file() else None
+    return recorded
+
+
 def check_same_conversion(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUMED) -> None:
-    """Errors: ValueError if the checkpoint's model was converted otherwise than ``model``."""
+    """Check that the checkpoint's model was converted as ``model`` was.
+
+    Args:
+        model: unwrapped.
+        folder: the checkpoint.
+        what: what the folder is, for the error.
+
+    Raises:
+        ValueError: it was not.
+    """
     recorded, record = recorded_config(folder), conversion_record(model)
     if recorded is None or record is None:
         return

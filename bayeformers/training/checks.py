@@ -1,9 +1,7 @@
-"""What `BayesianTrainer` refuses before anything runs, and what a resumed checkpoint must hold."""
+"""What `BayesianTrainer` refuses before anything runs."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,14 +20,13 @@ __all__ = [
     "check_test_dataset",
     "check_uncalibrated",
     "check_variance_head",
-    "recorded_config",
 ]
 
 _OWN_STEP = ("lomo", "adalomo")
 
 
 def check_arguments(args: Any) -> None:
-    """Errors: TypeError unless ``args`` are `BayesianTrainingArguments`; ValueError for `nn.DataParallel`."""
+    """Raise TypeError unless ``args`` are `BayesianTrainingArguments`."""
     if not isinstance(args, BayesianTrainingArguments):
         raise TypeError(
             f"`args` must be a BayesianTrainingArguments, got {type(args).__name__}; "
@@ -38,7 +35,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_data_parallel(args: BayesianTrainingArguments, model: nn.Module | None) -> None:
-    """Errors: ValueError where the Trainer would wrap the model in `nn.DataParallel`."""
+    """Raise ValueError where the Trainer would wrap the model in `nn.DataParallel`."""
     if args.n_gpu > 1 and getattr(model, "hf_device_map", None) is None:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible without a launcher, for which the Trainer takes nn.DataParallel: its "
@@ -53,7 +50,7 @@ def check_classes(model: nn.Module, problem_type: ProblemType) -> None:
 
 
 def check_converted(args: BayesianTrainingArguments) -> None:
-    """Errors: ValueError for an argument under which the ELBO of a converted model would be wrong."""
+    """Raise ValueError for an argument under which the ELBO of a converted model would be wrong."""
     if args.label_smoothing_factor != 0:
         raise ValueError(
             f"`label_smoothing_factor` must be 0 for a Bayesian model, got {args.label_smoothing_factor}: "
@@ -73,12 +70,8 @@ def check_converted(args: BayesianTrainingArguments) -> None:
                 "layer among processes: the items of a Bayesian model's loss cannot be counted then. Use data "
                 "parallelism alone: `accelerate launch --multi_gpu your_script.py`."
             )
-    engines = {
-        "fsdp": bool(args.fsdp) or _env("ACCELERATE_USE_FSDP"),
-        "deepspeed": bool(args.deepspeed) or _env("ACCELERATE_USE_DEEPSPEED"),
-    }
-    for name, used in engines.items():
-        if used:
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name) or _env(f"ACCELERATE_USE_{name.upper()}"):
             raise ValueError(
                 f"`{name}` shards parameters, which the KL must read whole outside the forward: it is not supported "
                 "for a Bayesian model. Use DistributedDataParallel: `accelerate launch --multi_gpu your_script.py`."
@@ -93,7 +86,7 @@ def check_converted(args: BayesianTrainingArguments) -> None:
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Errors: ValueError for a dataset of known length 0, named ``name``; TypeError for an iterator."""
+    """Raise ValueError for a dataset of known length 0, named ``name``; TypeError for an iterator."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
@@ -107,7 +100,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def check_test_dataset(dataset: Any) -> None:
-    """Errors: TypeError for what `predict` cannot read, such as several datasets; ValueError for an empty one."""
+    """Raise TypeError for what `predict` cannot read, such as several datasets; ValueError for an empty one."""
     if dataset is None:
         raise TypeError("`test_dataset` must hold the rows to predict, got None.")
     if isinstance(dataset, Mapping) and len(dataset) > 0 and 0 not in dataset:
@@ -119,7 +112,7 @@ def check_test_dataset(dataset: Any) -> None:
 
 
 def check_uncalibrated(args: BayesianTrainingArguments) -> None:
-    """Errors: ValueError for a calibration loss of an unconverted model."""
+    """Raise ValueError for a calibration loss of an unconverted model."""
     if args.calibration_loss is not None:
         raise ValueError(
             f"`calibration_loss`={args.calibration_loss!r} is a term beside the ELBO, and the model is not Bayesian: "
@@ -138,10 +131,3 @@ def check_variance_head(noise_std: Any, problem_type: ProblemType) -> None:
 
 def _env(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
-
-
-def recorded_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The "bayesian" entry of a checkpoint's `config.json`; None if it has none."""
-    path = Path(checkpoint) / "config.json"
-    recorded: dict[str, Any] | None = json.loads(path.read_text()).get("bayesian") if path.is_file() else None
-    return recorded

@@ -56,9 +56,12 @@ class Group:
 
 
 def elbo_loss(nll_sum: Tensor, group: Group, kl_term: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """This micro-batch's (W * s / n_G, kl_term / k); the loss is their sum.
+    """Return this micro-batch's (W * s / n_G, kl_term / k); the loss is their sum.
 
-    ``nll_sum``: s, summed NLL of the micro-batch's items; ``kl_term``: kl_weight * KL / N.
+    Args:
+        nll_sum: s, summed NLL of the micro-batch's items.
+        group: of its optimizer step.
+        kl_term: kl_weight * KL / N.
 
     >>> group = Group(torch.tensor(8), num_batches=2)
     >>> nll, kl = elbo_loss(torch.tensor(4.0), group, kl_term=1.0)
@@ -70,7 +73,12 @@ def elbo_loss(nll_sum: Tensor, group: Group, kl_term: Tensor | float = 0.0) -> t
 
 
 def kl_warmup(step: int, max_steps: int, ratio: float) -> float:
-    """The KL's share at an optimizer step (from 0): min(1, step / (ratio * max_steps)); 1 without warm-up.
+    """Return the KL's share at an optimizer step (from 0): min(1, step / (ratio * max_steps)); 1 without warm-up.
+
+    Args:
+        step: the optimizer step.
+        max_steps: of the training.
+        ratio: the warm-up's share of them.
 
     >>> [kl_warmup(step, max_steps=10, ratio=0.4) for step in (0, 2, 4, 9)]
     [0.0, 0.5, 1.0, 1.0]
@@ -88,10 +96,18 @@ def count_training_items(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """This rank's share of N, counted over every ``world_size``-th collated example; sum over ranks for N.
+    """Return this rank's share of N, counted over every ``world_size``-th collated example; their sum is N.
 
     With random masks the count of one pass stands for the expected count (its relative error is below 1/sqrt(N)).
     The global generators are left untouched.
+
+    Args:
+        dataset: of known length.
+        collate: from examples to a batch with labels.
+        problem_type: what the head predicts.
+        batch_size: of the examples that are collated at once.
+        rank: of this process.
+        world_size: number of processes.
     """
     share = Subset(dataset, range(rank, len(dataset), world_size))
     generator = torch.Generator().manual_seed(rank)  # else the DataLoader draws its seed from the global one
@@ -101,7 +117,7 @@ def count_training_items(
 
 
 def count_label_column(dataset: Any, names: Iterable[str] = ()) -> int | None:
-    """Labels other than -100 in the label column of a `datasets.Dataset`, of which no row is made; else None.
+    """Return the number of labels other than -100 in the column of a `datasets.Dataset`, making no row; else None.
 
     ``names``: what the column may be called besides. A transform or a collator that takes labels away is not seen.
     """
@@ -120,11 +136,19 @@ def infer_num_items(
     count: Callable[[], int],
     given: int | None = None,
 ) -> int:
-    """N: ``given``, else the number of examples, or of labels by ``count()`` where an example may have none or many.
+    """N: ``given``, else the number of examples, or of labels where an example may have none or many.
 
-    A stream of known length is counted by its length, but for a loss per token.
+    Args:
+        dataset: the training data; a stream of known length is counted by its length, but for a loss per token.
+        problem_type: what the head predicts.
+        count: counts the labels.
+        given: N, if it is known.
 
-    Errors: ValueError for a dataset that is missing, empty or without a length and no ``given``; for no label at all.
+    Returns:
+        N.
+
+    Raises:
+        ValueError: a dataset that is missing, empty, without a length or without any label, and no ``given``.
 
     >>> infer_num_items([0] * 7, "regression", count=lambda: 0)
     7

@@ -47,6 +47,14 @@ def choose_rows(
 ) -> HeldOut:
     """Return ``validation``, else ``evaluation``, for "holdout" or where nothing is said; the evidence if neither can.
 
+    Args:
+        model: the trained model, whose head must have labels to be scored by.
+        prior_precision: what the caller asks for.
+        validation: held-out data that the caller gives.
+        evaluation: the trainer's.
+        training: the data that the posterior is fitted to.
+        label_names: columns that labels may be in.
+
     Raises:
         ValueError: "holdout" is asked for, or ``validation`` is given without another wish, and they cannot serve.
     """
@@ -99,7 +107,13 @@ def _has_labels(data: Any, label_names: set[str]) -> bool:
 
 
 def said_choice(posterior: LaplacePosterior, held_out: HeldOut, num_training: int | None) -> str:
-    """One line: tau, how it was chosen, on which rows; and what speaks against believing the posterior."""
+    """Return a line: tau, how it was chosen, on which rows; and what speaks against believing the posterior.
+
+    Args:
+        posterior: the fit.
+        held_out: how its prior precision was found.
+        num_training: rows of the fit; None where that is not known.
+    """
     tau = posterior.prior_precision
     shown = f"{tau:.4g}" if isinstance(tau, float) else f"{min(tau.values()):.4g} to {max(tau.values()):.4g} by layer"
     rows = "the training data" if num_training is None else f"{num_training:,} training rows"

@@ -6,21 +6,44 @@ So the NLL comes from the logits and the labels, one number per *item*: an examp
 a label, each label other than -100. The classes of `likelihoods` say what it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..forward import IGNORED, labels_of, output_field
-from ..likelihoods import ItemNLL, NoiseStd, ProblemType, get_likelihood
+from ..conversion.convert import is_bayesian
+from ..forward import IGNORED, labels_of, logits_of, output_field
+from ..likelihoods import (
+    ItemNLL,
+    Likelihood,
+    NoiseStd,
+    ProblemType,
+    get_likelihood,
+    record_problem_type,
+    resolve_problem_type,
+)
 from ..likelihoods.classes import align_causal
-from ..likelihoods.gaussian import regression_labels
+from ..likelihoods.gaussian import regression_labels, squeezed
+from ..posteriors import PointPosterior, VariationalPosterior
 from ..posteriors.heads import without_labels
+from ..sampling.random_state import preserved
 
-__all__ = ["IGNORED", "LABEL_NAMES", "ItemNLL", "align_causal", "as_labels", "check_label_names", "count_items",
-           "item_nll", "labels_of", "model_inputs", "output_field", "regression_labels"]  # fmt: skip
+__all__ = [
+    "IGNORED", "LABEL_NAMES", "ItemNLL", "LabelledBatch", "align_causal", "as_labels", "check_label_names",
+    "count_items", "item_nll", "labels_of", "model_inputs", "output_field", "regression_labels", "residual_std",
+    "settled_problem_type",
+]  # fmt: skip
 
 LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
+
+
+_OPEN = (
+    "`config.problem_type` is not set and the labels are floating-point numbers: the head is evaluated as multi-label, "
+    "and read as a softmax where there are no labels. Set it."
+)
 
 
 def as_labels(inputs: Mapping[str, Any], label_names: Sequence[str] | None) -> Mapping[str, Any]:
@@ -39,6 +62,54 @@ def check_label_names(label_names: Sequence[str] | None, problem_type: ProblemTy
             f"`label_names` must name one label of a {problem_type} head, got {list(own)}: the others would not be "
             "trained. Pass them on as inputs, and train them by `compute_loss_func`."
         )
+
+
+@dataclass
+class LabelledBatch:
+    """A batch as the training loss reads it, once per micro-batch.
+
+    Attributes:
+        given: what the model takes, labels under its own names.
+        inputs: the same with the label under "labels".
+        labelled: the same in which the label that counts for nothing is -100.
+        likelihood: of the labels.
+        count: counts the items; asked for when a loss needs it.
+    """
+
+    given: dict[str, Any]
+    inputs: Mapping[str, Any]
+    labelled: Mapping[str, Any]
+    likelihood: Likelihood
+    count: Callable[[], Tensor]
+
+    @cached_property
+    def num_items(self) -> Tensor:
+        """Items of the batch in the unit of its loss, 0-dimensional."""
+        return self.count()
+
+
+def settled_problem_type(
+    model: nn.Module, labels: Any, say: Callable[[str], None], *, has_own_loss: bool, or_unknown: bool
+) -> ProblemType:
+    """The problem type of a model's head, which first labels decide as they do in the model's own loss.
+
+    Args:
+        model: the model, in whose configuration they are recorded.
+        labels: of a batch, if it has any.
+        say: tells the user of labels that do not go with the configuration.
+        has_own_loss: whether a function of the user's is the loss, and labels decide nothing.
+        or_unknown: whether a head of no known kind is "unknown", else an error.
+
+    Returns:
+        The problem type.
+    """
+    if isinstance(labels, Tensor) and not has_own_loss:
+        record_problem_type(model, labels)
+    elif isinstance(labels, Tensor) and labels.is_floating_point():
+        unlabelled = resolve_problem_type(model, or_unknown=True)
+        if unlabelled == "single_label_classification":
+            say(_OPEN)
+    return resolve_problem_type(model, labels, or_unknown=or_unknown)
 
 
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,3 +154,35 @@ def item_nll(
     tensor([1.3863, 1.3863])
     """
     return get_likelihood(problem_type).nll(outputs, inputs, noise_std)
+
+
+@torch.no_grad()
+def residual_std(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    gather: Callable[[Tensor], Tensor] = lambda values: values,
+) -> float:
+    """Measure sqrt(mean (y - f(x; mu))^2) of ``model`` at its posterior mean.
+
+    Args:
+        model: the model, whose mode and random state are left as they were.
+        batches: the training data, with labels.
+        gather: collects a batch's per-example values from all ranks.
+
+    Returns:
+        A standard deviation in the labels' unit.
+
+    Raises:
+        ValueError: a residual of 0, which is no noise.
+    """
+    squared = []
+    posterior = VariationalPosterior(model, 0) if is_bayesian(model) else PointPosterior(model)
+    with preserved(), posterior.recording_view() as view:
+        for inputs in batches:
+            values = squeezed(logits_of(view.model(**model_inputs(model, inputs)))).double()
+            residual = (labels_of(inputs).to(values).reshape(values.shape) - values).reshape(len(values), -1)
+            squared.append(gather(residual.square().mean(1)).cpu())
+    rmse = float(torch.cat(squared).mean().sqrt())
+    if not rmse > 0:
+        raise ValueError(f'`noise_std`="residual" is {rmse} on this training data; give a number > 0.')
+    return rmse

@@ -21,13 +21,13 @@ from ..laplace.config import PriorChoice, settled
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
 from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
+from ..sampling.views import unwrapped_forward
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
 from .evaluation import MonteCarloTrainer
 from .held_out import COLLATED, choose_rows, said_choice
 from .items import LABEL_NAMES, as_labels
-from .precision import own_precision
 from .sharding import sharded_batches
 
 __all__ = ["LaplaceTrainer"]
@@ -157,8 +157,8 @@ class LaplaceTrainer(MonteCarloTrainer):
 
     @contextlib.contextmanager
     def _measuring(self, seed: int) -> Iterator[None]:
-        """The model in its place and precision; a collator that draws masks draws them again in a resumed pass."""
-        with preserved_rng(), own_precision(self.model):
+        """The model in place, without accelerate's autocast; a collator's masks are drawn again in a resumed pass."""
+        with preserved_rng(), unwrapped_forward(self.model):
             set_seed(seed)
             if self.place_model_on_device:
                 self._move_model_to_device(self.model, self.args.device)

@@ -8,37 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import variational_tensors
-from .evaluation import MonteCarloTrainer
 
-__all__ = ["ScalesApart", "clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
-
-
-class ScalesApart(MonteCarloTrainer):
-    """A trainer whose optimizer steps, decays and clips the scales of a Bayesian model apart from its means."""
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Stock names less rho and the means of Bayesian layers, which the KL already pulls to their prior."""
-        managed = kl_regularised_names(model)
-        return [name for name in super().get_decay_parameter_names(model) if name not in managed]
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        rhos = rho_parameters(self.model)
-        if is_new:
-            separate_rho(optimizer, rhos, self.args.rho_learning_rate)
-        elif not holds_some(optimizer, rhos):
-            self._say("The optimizer that was passed in holds no scale of the model: make it after `to_bayesian`.")
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        rhos = {id(rho): rho for rho in rho_parameters(self.model)}
-        if not rhos:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in rhos]
-        norm = self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm)  # also unscales fp16, rho's included
-        return clip_separately(rhos.values(), norm, self.args.max_grad_norm)
+__all__ = ["clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
 
 
 def rho_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -66,7 +37,10 @@ def separate_rho(optimizer: torch.optim.Optimizer, rhos: Iterable[nn.Parameter],
     In a group of their own; a layer-wise optimizer has one optimizer per Parameter, whose groups are changed. Groups
     that become empty are dropped, so with frozen means the logged learning rate is that of rho.
 
-    Errors: ValueError for an optimizer that takes no such group.
+    Args:
+        optimizer: the optimizer; one that takes no such group is a ValueError.
+        rhos: of the model.
+        learning_rate: their step size.
     """
     trainable = {id(rho): rho for rho in rhos if rho.requires_grad}
     own: dict[str, Any] = {"lr": learning_rate, "weight_decay": 0.0}
@@ -109,9 +83,14 @@ def _check_separate(
 
 
 def clip_separately(rhos: Iterable[nn.Parameter], rest_norm: Tensor, max_norm: float) -> Tensor:
-    """Clip the gradient of ``rhos`` by its own norm; returns the norm of all, sqrt(rest_norm^2 + rho_norm^2).
+    """Return the norm of all gradients, sqrt(rest_norm^2 + rho_norm^2), after clipping ``rhos`` by their own.
 
     The KL's gradient grows with the number of weights: clipped jointly, it would shrink the steps of the means.
+
+    Args:
+        rhos: the parameters of the scales.
+        rest_norm: the norm of all other gradients, which are clipped by now.
+        max_norm: of the gradient of ``rhos``.
     """
     rho_norm = torch.nn.utils.clip_grad_norm_(list(rhos), max_norm)
     norms = torch.stack([torch.as_tensor(rest_norm).to(rho_norm), rho_norm])

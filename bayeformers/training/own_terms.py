@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..forward import output_field
 from ..likelihoods import ProblemType, get_likelihood, without_ignored
 from ..nn.draws import posterior_mean
-from .elbo import preserved_rng
+from ..sampling.random_state import preserved
 
 __all__ = ["OWN_TERMS", "ForwardPass", "given_loss", "has_own_terms", "own_terms"]
 
@@ -81,7 +81,7 @@ def has_own_terms(
     inputs = without_ignored(inputs, model, problem_type)
     modes = {module: module.training for module in model.modules()}
     try:
-        with preserved_rng(), posterior_mean(model.eval()):
+        with preserved(), posterior_mean(model.eval()):
             outputs = model(**labelled)
             loss = output_field(outputs, "loss")
             if not isinstance(loss, Tensor):
@@ -106,7 +106,23 @@ def _is_close(loss: Tensor, plain: Tensor, rounding: float) -> bool:
 
 
 def given_loss(function: Callable[..., Any], outputs: Any, labels: Any, num_items: Tensor) -> Tensor:
-    """``function(outputs, labels, num_items)``; ValueError where it is no tensor or reads a loss that is not there."""
+    """Call ``function(outputs, labels, num_items)``.
+
+    Args:
+        function: the user's loss.
+        outputs: of the model, which was given no labels.
+        labels: of the batch.
+        num_items: of the batch.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: the function returns no tensor, or reads a loss that is not there.
+        AttributeError: an error of the function's own.
+        KeyError: the same.
+        TypeError: the same.
+    """
     try:
         loss = function(outputs, labels, num_items_in_batch=num_items)
     except (AttributeError, KeyError, TypeError) as error:

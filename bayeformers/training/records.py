@@ -1,4 +1,4 @@
-"""What training reports besides the loss: the ELBO's parts, how far the scales moved, and layers that never ran."""
+"""What training reports besides the loss: the ELBO's parts, how far scales moved, layers and steps without effect."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,7 @@ from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
 
-__all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord"]
+__all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord", "lost_steps", "lost_steps_warning"]
 
 SAMPLED_PER_TENSOR = 4096
 SILENT_LAYERS = (
@@ -68,23 +68,11 @@ class TrainingRecord:
     Attributes:
         num_items: N.
         fits_noise: whether a regression's noise is estimated from the residual.
-        has_calibration: whether a calibration loss is logged.
-        has_own_terms: whether the model's own terms beside the likelihood are logged.
         starts_step: whether the next micro-batch is the first of its optimizer step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        num_items: int,
-        *,
-        fits_noise: bool,
-        watch_calls: bool,
-        has_calibration: bool = False,
-        has_own_terms: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, num_items: int, *, fits_noise: bool, watch_calls: bool) -> None:
         self.num_items, self.fits_noise, self.starts_step = num_items, fits_noise, False
-        self.has_calibration, self.has_own_terms = has_calibration, has_own_terms
         self._model, self._shift = model, ScaleShift(model)
         self._watch = CallWatch(bayesian_modules(model)) if watch_calls else None
         self._sums: Tensor | None = None
@@ -103,7 +91,15 @@ class TrainingRecord:
         calibration: Tensor | float = 0.0,
         own_terms: Tensor | float = 0.0,
     ) -> None:
-        """One micro-batch's share of its step: mean NLL, KL, (once per step) E_q[log q], calibration, own terms."""
+        """Add one micro-batch's share of its step, in nats.
+
+        Args:
+            nll: mean NLL.
+            kl: KL divergence.
+            log_posterior: E_q[log q], once per step.
+            calibration: the calibration loss.
+            own_terms: the model's own terms beside the likelihood.
+        """
         values = (nll, kl, log_posterior, calibration, own_terms)
         share = torch.stack([torch.as_tensor(value, device=nll.device).detach().float() for value in values])
         self._sums = share if self._sums is None else self._sums + share
@@ -116,8 +112,8 @@ class TrainingRecord:
         nll, kl, log_posterior, calibration, own_terms = (mean_over_ranks(self._sums) / self._steps).tolist()
         self._sums, self._steps = None, 0
         return {
-            **({"calibration_loss": calibration} if self.has_calibration else {}),
-            **({"own_terms": own_terms} if self.has_own_terms else {}),
+            "calibration_loss": calibration,
+            "own_terms": own_terms,
             "nll": nll,
             "kl": kl,
             "log_prior": log_posterior - kl,
@@ -125,12 +121,40 @@ class TrainingRecord:
             "median_log_scale_change": self._shift.median(self._model),
         }
 
-    def close(self) -> None:
-        """Leave the model: the training is over, or begins anew."""
-        self.silent_layers()
-
     def silent_layers(self) -> list[str]:
         """After the first forward, the Bayesian layers that it did not call; afterwards none."""
         silent = self._watch.finish() if self._watch is not None else []
         self._watch = None
         return silent
+
+
+def lost_steps_warning(model: nn.Module, learning_rate: float) -> str | None:
+    """What to say of :func:`lost_steps`; None where few are lost."""
+    share, dtype = lost_steps(model, learning_rate)
+    if share <= 0.05:
+        return None
+    return (
+        f"The means are {dtype}, in which a step of `learning_rate`={learning_rate} leaves {share:.0%} of them where "
+        "they are. Load the model with `dtype=torch.float32`; `bf16=True` computes in 16 bits all the same."
+    )
+
+
+@torch.no_grad()
+def lost_steps(model: nn.Module, learning_rate: float) -> tuple[float, torch.dtype | None]:
+    """Return the share of trainable 16-bit means that a step of ``learning_rate`` does not move, and their dtype.
+
+    A number w = m 2^e, 1/2 <= m < 1, has neighbours 2^(e - 1) eps away: less than half of that rounds to w again.
+    """
+    means = [tensor.loc for tensor in variational_tensors(model)]
+    narrow = [mean for mean in means if mean.requires_grad and mean.dtype in (torch.bfloat16, torch.float16)]
+    if not narrow:
+        return 0.0, None
+    lost = torch.cat([_is_lost(mean, learning_rate).cpu() for mean in narrow])
+    return float(lost.float().mean()), narrow[0].dtype
+
+
+def _is_lost(mean: Tensor, learning_rate: float) -> Tensor:
+    sampled = mean.flatten()[:: max(1, mean.numel() // SAMPLED_PER_TENSOR)].float()
+    exponent = torch.frexp(sampled).exponent
+    half_spacing = torch.ldexp(torch.full_like(sampled, torch.finfo(mean.dtype).eps), exponent - 2)
+    return (half_spacing > learning_rate) & (sampled != 0)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
-from .lengths import LENGTHS, example_lengths
+from .order import LENGTHS, LongestFirst, example_lengths
 
 __all__ = ["example_lengths", "share_of", "sharded_batches"]
 
@@ -24,7 +24,7 @@ def sharded_batches(
     length_names: Sequence[str] = LENGTHS,
     **options: Any,
 ) -> Iterable[Any]:
-    """This rank's batches: the same ones in the same order at every pass, and none of them in two ranks.
+    """Return this rank's batches: the same ones in the same order at every pass, and none of them in two ranks.
 
     Nothing is repeated to give all ranks as many. Of a stream every rank reads all and takes each ``world_size``-th
     batch; ``num_batches`` is then for the reader to count.
@@ -68,9 +68,15 @@ def share_of(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Indices of a rank's examples, the longest first: neighbours are as long, so that batches need next to no padding.
+    """Return indices of a rank's examples, the longest first: batches of neighbours need next to no padding.
 
-    ``limit``: so many examples of all ranks together, chosen at random; the longest or shortest would be no sample.
+    Args:
+        num_examples: of the dataset.
+        lengths: of all its examples, if they are known.
+        rank: of this process.
+        world_size: number of processes.
+        limit: so many examples of all ranks, chosen at random; the longest or shortest would be no sample.
+        seed: of this choice.
 
     >>> share_of(5, [3, 9, 3, 7, 1], rank=0, world_size=2), share_of(5, [3, 9, 3, 7, 1], rank=1, world_size=2)
     ([1, 0, 4], [3, 2])
@@ -87,10 +93,7 @@ def _chosen(num_examples: int, limit: int | None, seed: int) -> list[int]:
 
 
 def _longest_first(indices: Sequence[int], lengths: Sequence[int] | None) -> list[int]:
-    """Stable: examples of one length keep their order."""
-    if lengths is None:
-        return list(indices)
-    return [index for index, _ in sorted(zip(indices, lengths, strict=True), key=lambda pair: -pair[1])]
+    return list(indices) if lengths is None else [indices[place] for place in LongestFirst(lengths).order]
 
 
 class EveryNth:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..checkpoint.saving import saved_along
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config, without_stale_record
-from ..likelihoods import HEAD, ProblemType, get_likelihood, resolve_problem_type, without_ignored
+from ..likelihoods import HEAD, Likelihood, ProblemType, get_likelihood, without_ignored
 from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
 from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
-from .elbo import Group, count_label_column, count_training_items, elbo_loss, infer_num_items
-from .items import as_labels, check_label_names, count_items, model_inputs
+from .elbo import Group, count_label_column, count_training_items, infer_num_items
+from .items import LabelledBatch, as_labels, check_label_names, model_inputs, settled_problem_type
 from .laplace import LaplaceTrainer
-from .objective import Objective
-from .objective_check import ObjectiveCheck, OwnObjective, check_bases
-from .optimizer import ScalesApart
+from .objective import Objective, ObjectiveCheck, check_bases
+from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
-from .precision import lost_steps_warning
-from .records import TrainingRecord
-from .resuming import Resuming
+from .records import TrainingRecord, lost_steps_warning
 
 __all__ = ["BayesianTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
+class BayesianTrainer(LaplaceTrainer):
     """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
@@ -45,12 +43,17 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         mean NLL of its items + (kl_weight / N) * KL
 
     whatever the batch size, accumulation and number of processes (see `training.elbo`); with `num_train_samples` > 1
-    the NLL is averaged over as many draws. A `calibration_loss` is added with its weight (`training.calibration_term`).
+    the NLL is averaged over as many draws. A `calibration_loss` is added with its weight (`training.alignment`).
     An unconverted model trains on its own loss, scaled as exactly, or, with `noise_std`="head", on its Gaussian NLL.
 
-    Errors: TypeError for other training arguments; ValueError for what would make the ELBO wrong (label smoothing),
-    for `nn.DataParallel`, FSDP and DeepSpeed, and for an empty dataset.
+    Raises:
+        TypeError: other training arguments, or bases whose order would replace the loss.
+        ValueError: what would make the ELBO wrong (label smoothing), `nn.DataParallel`, FSDP and DeepSpeed, and an
+            empty dataset.
     """
+
+    _scaled: bool | None = None  # what the user says of the loss's scale
+    _resumed: Path | None = None  # the checkpoint that the training goes on from
 
     def __init__(
         self,
@@ -70,34 +73,58 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
                 args.ddp_find_unused_parameters = False
         checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
         checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
-        self._objective = Objective()
-        self.start_anew()
+        self._objective = Objective(args, self._say)
         super().__init__(model, args, *positional, **kwargs)
         self.add_callback(ObjectiveCheck(self, BayesianTrainer))
 
     def start_anew(self) -> None:
         """Forget a training that has ended, or that begins again with smaller batches."""
         self._objective.close()
-        self._objective = Objective()
-        self.forget_loss()
+        self._objective = Objective(self.args, self._say)
+
+    @property
+    def loss_is_scaled_for_ga(self) -> bool | None:
+        """Our loss is a share of its group's. An override's is a mean of its own, for the stock step to divide."""
+        return self._objective.loss_is_ours if self._scaled is None else self._scaled
+
+    @loss_is_scaled_for_ga.setter
+    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        self._scaled = value
 
     def problem_type(self, inputs: Mapping[str, Any]) -> ProblemType:
         """The problem type of the model's head, for a batch whose labels may decide between single and multi label."""
         labels = as_labels(inputs, self.args.label_names).get("labels")
-        self._settle_problem_type(labels)
+        has_own_loss = self.compute_loss_func is not None
         # a plain model trains on its own loss, and a function that is given needs no likelihood of ours
-        needs_none = self.compute_loss_func is not None or not is_bayesian(self.model)
-        problem_type = resolve_problem_type(self.model, labels, or_unknown=needs_none)
-        checks.check_variance_head(self.args.noise_std, problem_type)
-        if self.compute_loss_func is None:
-            checks.check_classes(self.model, problem_type)
-        return problem_type
+        or_unknown = has_own_loss or not is_bayesian(self.model)
+        found = settled_problem_type(self.model, labels, self._say, has_own_loss=has_own_loss, or_unknown=or_unknown)
+        checks.check_variance_head(self.args.noise_std, found)
+        if not has_own_loss:
+            checks.check_classes(self.model, found)
+        return found
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Items of a batch in the unit of its loss: a 0-dimensional tensor. Override it along with a custom loss."""
-        problem_type = self.problem_type(inputs)
-        labelled = as_labels(inputs, self.args.label_names)
-        return count_items(without_ignored(labelled, self.model, problem_type), problem_type)
+        named = as_labels(inputs, self.args.label_names)
+        likelihood = self._likelihood(named)
+        return likelihood.item_mask(self._without_ignored(named, likelihood)).sum()
+
+    def _likelihood(self, named: Mapping[str, Any]) -> Likelihood:
+        """The head's, resolved once in a training for every kind of labels."""
+        labels, known = named.get("labels"), self._objective.likelihoods
+        kind = labels.dtype if isinstance(labels, Tensor) else None
+        if kind not in known:
+            known[kind] = get_likelihood(self.problem_type(named))
+        return known[kind]
+
+    def _without_ignored(self, named: Mapping[str, Any], likelihood: Likelihood) -> Mapping[str, Any]:
+        return without_ignored(named, self.model, likelihood.problem_type) if likelihood.is_per_pixel else named
+
+    def _read(self, given: dict[str, Any]) -> LabelledBatch:
+        named = as_labels(given, self.args.label_names)
+        likelihood = self._likelihood(named)
+        labelled = self._without_ignored(named, likelihood)
+        return LabelledBatch(given, named, labelled, likelihood, lambda: self.count_items(given))
 
     # -- train -------------------------------------------------------------------------------------------------------
 
@@ -107,10 +134,7 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As `Trainer.train`. Records N, the KL's weight and a regression's noise in `config.bayesian`.
-
-        Errors: ValueError where N is unknown, labels do not fit the head, or a checkpoint is of another conversion.
-        """
+        """As `Trainer.train`; records N, the KL's weight and a regression's noise in `config.bayesian`."""
         self.start_anew()
         self._resumed = None
         self._drop_posterior()
@@ -135,13 +159,20 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
     def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As `Trainer.hyperparameter_search`. A trial's objective is that of the model that it ends with.
+        """Search as `Trainer.hyperparameter_search` does. A trial's objective is that of the model that it ends with.
 
         It is evaluated after training with `num_eval_samples` draws; with `load_best_model_at_end` that is the best
         epoch's model, where the stock search takes the last epoch's. The evaluations inside `train` serve to prune.
         Without ``compute_objective`` it is the loss, or the sum of the metrics that `compute_metrics` returns.
 
-        Errors: ValueError for a value of a trial that is out of the argument's range.
+        Args:
+            hp_space: from a trial to the values of its arguments; one out of range is a ValueError.
+            compute_objective: from metrics to a number.
+            *args: as of `Trainer`.
+            **kwargs: as of `Trainer`.
+
+        Returns:
+            The best run, or runs.
         """
         return super().hyperparameter_search(hp_space, compute_objective or self.default_objective, *args, **kwargs)
 
@@ -158,7 +189,7 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         super()._hp_search_setup(trial)
         self.args.check_bayesian()
 
-    def _begin(self, inputs: Mapping[str, Any]) -> TrainingRecord | None:
+    def _begin(self, inputs: Mapping[str, Any]) -> None:
         """At the first batch of a `train()`: by then `model_init` has made the model and a checkpoint is loaded."""
         if not is_bayesian(self.model):
             checks.check_uncalibrated(self.args)
@@ -166,51 +197,112 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
                 "The model is not Bayesian: this is ordinary training of a point estimate. Call `to_bayesian(model)` "
                 "before making the trainer for variational inference, or `fit_laplace()` after training."
             )
-            return None
+            return
         checks.check_converted(self.args)
         if conversion_record(self.model) is None:
             one_draw_per_forward(self.model)  # built by hand: ties share a draw, as after a conversion
-        problem_type = self.problem_type(inputs)
-        check_label_names(self.args.label_names, problem_type)
+        objective, likelihood = self._objective, self._read(dict(inputs)).likelihood
+        check_label_names(self.args.label_names, likelihood.problem_type)
         if (warning := lost_steps_warning(self.model, self.args.learning_rate)) is not None:
             self._say(warning)
-        objective = self._objective
-        objective.has_own_terms = self._find_own_terms(inputs, problem_type)
-        objective.calibration = self._calibration_term(problem_type)
-        num_items = infer_num_items(
-            self.train_dataset, problem_type, lambda: self._count_labels(problem_type), self.args.num_training_items
-        )
+        objective.has_own_terms = self._find_own_terms(inputs, likelihood)
+        objective.calibration = self._calibration_term(likelihood)
+        data, count = self.train_dataset, lambda: self._count_labels(likelihood)
+        num_items = infer_num_items(data, likelihood.problem_type, count, self.args.num_training_items)
         update_config(self.model, num_training_items=num_items, kl_weight=float(self.args.kl_weight))
-        is_regression = get_likelihood(problem_type).has_noise
-        noise_std = self.noise_std() if is_regression else None
-        if is_regression:
+        noise_std = self.noise_std() if likelihood.has_noise else None
+        if likelihood.has_noise:
             update_config(self.model, noise_std=noise_std)
-        return TrainingRecord(
-            self.model,
-            num_items,
-            fits_noise=is_regression and noise_std != HEAD and parse_noise_std(self.args.noise_std) is None,
-            watch_calls=not self.args.torch_compile,
-            has_calibration=objective.calibration is not None,
-            has_own_terms=objective.has_own_terms,
-        )
+        is_estimated = likelihood.has_noise and noise_std != HEAD and parse_noise_std(self.args.noise_std) is None
+        watches = not self.args.torch_compile
+        objective.record = TrainingRecord(self.model, num_items, fits_noise=is_estimated, watch_calls=watches)
 
-    def _find_own_terms(self, inputs: Mapping[str, Any], problem_type: ProblemType) -> bool:
+    def _find_own_terms(self, inputs: Mapping[str, Any], likelihood: Likelihood) -> bool:
         if self.compute_loss_func is not None or self.args.noise_std == HEAD:
             return False
         given = self._prepare_inputs(dict(inputs))
-        if not has_own_terms(self.model, as_labels(given, self.args.label_names), given, problem_type):
+        named = as_labels(given, self.args.label_names)
+        if not has_own_terms(self.model, named, given, likelihood.problem_type):
             return False
         self._say(OWN_TERMS.format(type(self.model).__name__))
         return True
 
-    def _calibration_term(self, problem_type: ProblemType) -> CalibrationTerm | None:
+    def _calibration_term(self, likelihood: Likelihood) -> CalibrationTerm | None:
         if self.args.calibration_loss is None:
             return None
         warmup_steps = math.ceil(self.args.calibration_warmup_ratio * self.state.max_steps)
-        term = CalibrationTerm(self.args, problem_type, warmup_steps)
+        term = CalibrationTerm(self.args, likelihood.problem_type, warmup_steps)
         if self._resumed is not None:
             term.load(self._resumed, self.state.global_step)
         return term
+
+    def _count_labels(self, likelihood: Likelihood) -> int:
+        """Labels of the training data: those of its column, or each rank's share of the collated examples."""
+        names, is_column = self.args.label_names or (), "labels" in likelihood.label_names
+        if is_column and not likelihood.has_many_items:
+            counted = count_label_column(self.train_dataset, names)
+            if counted is not None:
+                return counted
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        share = count_training_items(
+            self.train_dataset,
+            lambda rows: self._without_ignored(as_labels(collate(rows), names), likelihood),
+            likelihood.problem_type,
+            batch_size=self.args.train_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        return int(self.accelerator.gather(torch.tensor([share], device=self.args.device)).sum())
+
+    # -- optimizer: rho has its own step size and clipping, and no weight decay ---------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Stock names less rho and the means of Bayesian layers, which the KL already pulls to their prior."""
+        managed = kl_regularised_names(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in managed]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rhos = rho_parameters(self.model)
+        if is_new:
+            separate_rho(optimizer, rhos, self.args.rho_learning_rate)
+        elif not holds_some(optimizer, rhos):
+            self._say("The optimizer that was passed in holds no scale of the model: make it after `to_bayesian`.")
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        rhos = {id(rho): rho for rho in rho_parameters(self.model)}
+        if not rhos:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in rhos]
+        norm = self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm)  # also unscales fp16, rho's included
+        return clip_separately(rhos.values(), norm, self.args.max_grad_norm)
+
+    # -- checkpoints: every tensor that is taken up is verified -------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = checkpoints.unwrapped(self.model if model is None else model)
+        stock = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        adapter_checkpoints.take_up(target, resume_from_checkpoint, stock, is_sharded=self._is_sharded())
+        self._resumed = Path(resume_from_checkpoint)
+        recorded = checkpoints.recorded_config(resume_from_checkpoint)
+        if recorded is not None and recorded.get("noise_std") is not None:
+            update_config(self.model, noise_std=recorded["noise_std"])  # that of the training that goes on
+
+    def _load_best_model(self) -> None:
+        if self._is_sharded():
+            super()._load_best_model()
+            return
+        folder, target = str(self.state.best_model_checkpoint), checkpoints.unwrapped(self.model)
+        if not (checkpoints.weight_files(folder) or adapter_checkpoints.adapter_files(folder)):
+            raise ValueError(f"The best checkpoint {folder!r} holds no weights for `load_best_model_at_end` to load.")
+        logger.info("Loading the best model from %s (score: %s).", folder, self.state.best_metric)
+        adapter_checkpoints.take_up(target, folder, super()._load_best_model, "The best checkpoint")
+
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._fold_calibration()
@@ -223,25 +315,6 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         term = self._objective.calibration
         if term is not None:
             term.fold(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.device, self.state.global_step)
-
-    def _count_labels(self, problem_type: ProblemType) -> int:
-        """Labels of the training data: those of its column, or each rank's share of the collated examples."""
-        names = self.args.label_names
-        likelihood = get_likelihood(problem_type)
-        if "labels" in likelihood.label_names and not likelihood.has_many_items:
-            counted = count_label_column(self.train_dataset, names or ())
-            if counted is not None:
-                return counted
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        share = count_training_items(
-            self.train_dataset,
-            lambda items: without_ignored(as_labels(collate(items), names), self.model, problem_type),
-            problem_type,
-            batch_size=self.args.train_batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        return int(self.accelerator.gather(torch.tensor([share], device=self.args.device)).sum())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with the fitted posterior of an unconverted model beside the weights.
@@ -266,10 +339,11 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
     ) -> tuple[list[Any], None]:
         """One optimizer step's micro-batches. The Trainer's own item count is not used: it is wrong for most heads."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self.forget_loss(has_batches=True)
         objective = self._objective
+        objective.loss_is_ours, objective.has_batches = False, True
         if batches and not objective.has_begun:
-            objective.record, objective.has_begun = self._begin(batches[0]), True
+            self._begin(batches[0])
+            objective.has_begun = True
         self._fold_calibration()
         counts = [self.count_items(batch).to(device) for batch in batches]
         own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
@@ -285,57 +359,34 @@ class BayesianTrainer(OwnObjective, ScalesApart, Resuming, LaplaceTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of its optimizer step's loss in training; the plain mean NLL in `eval()` mode."""
-        if not model.training:
-            nll, _, outputs = self._pass(model, inputs)
-            loss = nll / self.count_items(inputs)
-            return (loss, outputs) if return_outputs else loss
-        self.loss_is_ours, bayesian = True, is_bayesian(self.model)
-        passes = [self._pass(model, inputs) for _ in range(self.args.num_train_samples if bayesian else 1)]
-        nll = torch.stack([found.nll for found in passes]).mean()
-        objective = self._objective
-        group = objective.group or Group(self.count_items(inputs), 1)
-        if bayesian:
-            own_terms = objective.own_terms(passes, lambda: self.count_items(inputs), group)
-            beside = (self._calibrated([found.outputs for found in passes], inputs, group), own_terms)
-            loss = objective.loss(self.model, self.args, self.state, group, nll, beside, self._say)
+        batch, objective = self._read(inputs), self._objective
+        draws = self.args.num_train_samples if model.training and is_bayesian(self.model) else 1
+        passes = [self._pass(model, batch) for _ in range(draws)]
+        if model.training:
+            objective.loss_is_ours = True
+            loss = objective.loss(self.model, self.state, passes, batch, self.noise_std)
         else:
-            loss = elbo_loss(nll, group)[0]
+            loss = passes[0].nll / batch.num_items
         return (loss, passes[-1].outputs) if return_outputs else loss
 
-    def _calibrated(self, outputs: list[Any], inputs: dict[str, Any], group: Group) -> Tensor | float:
-        """This micro-batch's share of the calibration loss, weighted by its items as the NLL is; 0 without one."""
-        term = self._objective.calibration
-        if term is None:
-            return 0.0
-        noise_std = self.noise_std() if get_likelihood(self.problem_type(inputs)).has_noise else None
-        value = term(outputs, as_labels(inputs, self.args.label_names), noise_std, self.state.global_step)
-        return 0.0 if value is None else elbo_loss(value * self.count_items(inputs), group)[0]
-
-    def _pass(self, model: nn.Module, given: dict[str, Any]) -> ForwardPass:
+    def _pass(self, model: nn.Module, batch: LabelledBatch) -> ForwardPass:
         """One forward under one training draw; a custom label's name is the model's, "labels" is the likelihood's."""
-        inputs = as_labels(given, self.args.label_names)
-        has_own_loss = self.compute_loss_func is not None
-        problem_type = self.problem_type(inputs)
-        likelihood = get_likelihood(problem_type)
-        has_likelihood = is_bayesian(self.model) or self.args.noise_std == HEAD
-        has_likelihood = has_likelihood or (likelihood.is_known and not likelihood.has_stock_loss)
-        if not has_own_loss and not has_likelihood:
-            loss, outputs = super().compute_loss(model, dict(given), return_outputs=True)
-            return ForwardPass(loss * self.count_items(inputs), 0.0, outputs)
+        likelihood, own_loss, trains_own = batch.likelihood, self.compute_loss_func, self._objective.has_own_terms
+        is_ours = is_bayesian(self.model) or self.args.noise_std == HEAD
+        if own_loss is None and not is_ours and (likelihood.has_stock_loss or not likelihood.is_known):
+            loss, outputs = super().compute_loss(model, dict(batch.given), return_outputs=True)
+            return ForwardPass(loss * batch.num_items, 0.0, outputs)
         # as in the stock Trainer, a function is handed "labels", and others stay in the forward
-        is_labelled = not likelihood.is_known or self._objective.has_own_terms
-        is_labelled = "labels" not in inputs if has_own_loss else is_labelled
+        keeps_labels = trains_own or not likelihood.is_known if own_loss is None else "labels" not in batch.inputs
         with training_draw(self.model):
-            outputs = model(**given) if is_labelled else model(**model_inputs(self.model, inputs))
-        if self.compute_loss_func is not None:
+            outputs = model(**(batch.given if keeps_labels else model_inputs(self.model, batch.inputs)))
+        if own_loss is not None:
             # Given the batch's own count, a function that divides by it and one that takes a mean agree.
-            count = self.count_items(inputs)
-            loss = given_loss(self.compute_loss_func, outputs, inputs.get("labels"), count)
-            return ForwardPass(loss * count, 0.0, outputs)
+            loss = given_loss(own_loss, outputs, batch.inputs.get("labels"), batch.num_items)
+            return ForwardPass(loss * batch.num_items, 0.0, outputs)
+        own = own_terms(outputs, batch.labelled, likelihood.problem_type) if trains_own else 0.0
         noise_std = self.noise_std() if likelihood.has_noise else None
-        labelled = without_ignored(inputs, self.model, problem_type)
-        own = own_terms(outputs, labelled, problem_type) if self._objective.has_own_terms else 0.0
-        return ForwardPass(likelihood.nll(outputs, labelled, noise_std).sum(), own, outputs)
+        return ForwardPass(likelihood.nll(outputs, batch.labelled, noise_std).sum(), own, outputs)
 
     # -- reporting ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bayeformers.training.direction import LOWER_IS_BETTER
+from bayeformers.training.arguments import LOWER_IS_BETTER
 from tests.training import tiny
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

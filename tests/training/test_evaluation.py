@@ -1,5 +1,6 @@
 """Monte-Carlo evaluation: metrics against brute force over draws, and everything the stock evaluation loop offers."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bayeformers import fixed_draw, metrics, posterior_mean
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
 from bayeformers.training import BayesianPredictionOutput
 from bayeformers.training.columns import predict_batch
+from bayeformers.training.evaluator import Evaluation
 from tests.training import tiny
 
 DRAWS = 3
@@ -388,3 +390,25 @@ def test_unknown_head_is_evaluated_by_its_own_loss(tmp_path: Path, caplog: pytes
     assert found["eval_loss"] > 0
     assert "eval_nll" not in found
     assert any("likelihood of Odd is unknown" in record.message for record in caplog.records)
+
+
+def test_an_evaluation_needs_no_loop(tmp_path: Path, data: tiny.Rows) -> None:
+    """Batches of other sizes, kept one by one, have the metrics of the trainer's loop."""
+    model = tiny.bayesian(delta=1.0)
+    trainer = tiny.trainer(tmp_path, model, eval_dataset=data)
+    evaluation = Evaluation(
+        model,
+        trainer.args,
+        VariationalPosterior(model),
+        num_samples=DRAWS,
+        has_own_loss=False,
+        noise_std=lambda: None,
+        autocast=contextlib.nullcontext,
+        say=pytest.fail,
+    )
+    for rows in (slice(0, 5), slice(5, 9)):
+        batch = evaluation.predict({name: column[rows] for name, column in data.columns.items()})
+        evaluation.keep(batch, lambda column: column.numpy())
+    expected = trainer.evaluate()
+    for name, value in evaluation.metrics().items():
+        assert value == pytest.approx(expected[f"eval_{name}"], rel=1e-5), name

@@ -1,6 +1,7 @@
 """Each item's NLL against its definition, item counts, and labels that do not fit."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from bayeformers.likelihoods import resolve_problem_type
 from bayeformers.training.items import align_causal, count_items, item_nll, output_field
 from tests.training import tiny
 
@@ -195,3 +197,15 @@ def test_output_without_logits_or_loss() -> None:
         item_nll({"hidden": torch.zeros(1)}, {"labels": torch.zeros(1).long()}, "token_classification")
     with pytest.raises(ValueError, match="no `loss`"):
         item_nll({"logits": torch.zeros(1)}, {"labels": torch.zeros(1).long()}, "unknown")
+
+
+def test_a_training_resolves_its_likelihood_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = []
+
+    def count(*args: Any, **kwargs: Any) -> str:
+        resolved.append(resolve_problem_type(*args, **kwargs))
+        return resolved[-1]
+
+    monkeypatch.setattr("bayeformers.training.items.resolve_problem_type", count)
+    tiny.trainer(tmp_path, max_steps=4, num_train_samples=2, gradient_accumulation_steps=2).train()
+    assert resolved == ["single_label_classification"]

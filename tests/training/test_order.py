@@ -20,7 +20,7 @@ from transformers import EvalPrediction, Trainer
 
 from bayeformers.posteriors import VariationalPosterior
 from bayeformers.training import BayesianTrainer
-from bayeformers.training.lengths import LengthCache, example_lengths
+from bayeformers.training.order import LengthCache, example_lengths
 from tests.training import tiny
 
 NUM = 23

@@ -336,7 +336,7 @@ def test_steps_that_16_bits_lose_are_said(
 
 def test_the_share_is_what_adam_leaves_unmoved() -> None:
     """Against one step of the optimizer itself, at a constant gradient."""
-    from bayeformers.training.precision import lost_steps
+    from bayeformers.training.records import lost_steps
 
     layer = to_bayesian(nn.Linear(200, 100).to(torch.bfloat16), freeze=False)
     before = layer.weight.detach().clone()
