@@ -31,7 +31,7 @@ from bayeformers.experiments.image_classification import ImageArguments, ImageDa
 from bayeformers.models import MLPConfig, MLPForImageClassification
 from bayeformers.nn import variational_tensors
 from bayeformers.reports import comparison_figure, format_table, recalibrate
-from bayeformers.reports.pruning import pruning_figure
+from bayeformers.reports.conversion import pruning_figure
 from bayeformers.reports.writing import write_results
 
 DETERMINISTIC, TEMPERED = "deterministic", "deterministic + temperature"

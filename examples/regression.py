@@ -27,8 +27,6 @@ from transformers import set_seed
 
 from bayeformers import BayesianTrainer, LaplacePosterior, NormalPrior, experiments, laplace, predict, to_bayesian
 from bayeformers.experiments import flag
-from bayeformers.experiments.linear_regression import LinearRegression
-from bayeformers.experiments.mlp_regression import MLPRegression, TanhMLP
 from bayeformers.likelihoods import gaussian_nll
 from bayeformers.predictive import Predictive
 from bayeformers.reports import format_table
@@ -36,6 +34,7 @@ from bayeformers.reports.bands import Bands, bands_figure, write_bands
 from bayeformers.reports.writing import write_results
 from examples.data import curves
 from examples.data.curves import CurveData
+from examples.data.true_posterior import LinearRegression, MLPRegression, TanhMLP
 
 HMC, HMC_HEAD = "HMC, the reference", "HMC, noise head"
 GRID_POINTS, NUM_FUNCTIONS = 241, 12
