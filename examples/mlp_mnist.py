@@ -104,8 +104,7 @@ class MlpTrainingArguments(image_classification.ImageTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.moped_epochs < 1:
-            raise ValueError(f"`moped_epochs` must be at least 1, got {self.moped_epochs}.")
+        experiments.check_least(self, moped_epochs=1)
         if not 0 <= self.moped_kl_weight < math.inf:
             raise ValueError(f"`moped_kl_weight` must be a finite number >= 0, got {self.moped_kl_weight}.")
 

@@ -70,9 +70,7 @@ class CurveArguments:
 
     def __post_init__(self) -> None:
         least = {"num_points": 20, "map_steps": 1, "variational_steps": 1, "hmc_steps": 1, "hmc_chains": 1}
-        for name, limit in least.items():
-            if (value := getattr(self, name)) < limit:
-                raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
+        experiments.check_least(self, **least)
         if self.hmc_warmup < 0:
             raise ValueError(f"`hmc_warmup` must not be negative, got {self.hmc_warmup}.")
         if self.hmc_samples != 0 and self.hmc_samples < 4:

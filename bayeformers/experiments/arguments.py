@@ -67,6 +67,13 @@ def parse_prior_precision(text: str) -> str | float:
     return value
 
 
+def check_least(group: Any, **least: float) -> None:
+    """Raise ValueError where a flag of the group is given and less than its least value."""
+    for name, limit in least.items():
+        if (value := getattr(group, name)) is not None and value < limit:
+            raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
+
+
 @dataclass
 class ConversionArguments:
     """How a trained model becomes Bayesian: the arguments of `to_bayesian`."""
@@ -138,9 +145,7 @@ class HoldOutArguments:
         """Refuse shares and limits that leave nothing to train on or to choose by."""
         if not 0 < self.validation_share < 1:
             raise ValueError(f"`validation_share` must lie between 0 and 1, got {self.validation_share}.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise ValueError(f"`{name}` must be at least 2, got {value}.")
+        check_least(self, max_train_samples=2, max_eval_samples=2)
 
 
 @dataclass
@@ -192,8 +197,7 @@ class BestEpochArguments(ExperimentArguments):
 
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
         **ExperimentArguments.fixed,
-        "eval_strategy": ("epoch", _CHOOSES),
-        "save_strategy": ("epoch", _CHOOSES),
+        **dict.fromkeys(("eval_strategy", "save_strategy"), ("epoch", _CHOOSES)),
         "load_best_model_at_end": (True, _CHOOSES),
         "metric_for_best_model": ("eval_loss", _CHOOSES),
         "greater_is_better": (False, _CHOOSES),
@@ -202,8 +206,7 @@ class BestEpochArguments(ExperimentArguments):
     def __post_init__(self) -> None:
         """Refuse a training without an end."""
         super().__post_init__()
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1 epoch, got {self.patience}.")
+        check_least(self, patience=1)
         if self.bayesian_epochs < 0:
             raise ValueError(f"`bayesian_epochs` must not be negative, got {self.bayesian_epochs}.")
 

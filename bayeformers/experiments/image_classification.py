@@ -18,7 +18,7 @@ from ..nn import posterior_mean
 from ..reports import ClassPredictions, classification_report
 from ..tasks.images import ImageDataset, ImageSource, Resize, load_images
 from ..training import BayesianTrainer
-from .arguments import BestEpochArguments, HoldOutArguments, flag
+from .arguments import BestEpochArguments, HoldOutArguments, check_least, flag
 from .evaluation import predict_sets
 from .phases import Experiment, OneLineProgress
 from .rows import FRESH, SPLIT_AGAIN, Hashes, History, Split, TrainingRows, row_hashes
@@ -64,8 +64,7 @@ class ImageArguments(HoldOutArguments):
             )
         if self.resize not in get_args(Resize):
             raise ValueError(f"`resize` must be one of {', '.join(get_args(Resize))}, got {self.resize!r}.")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"`image_size` must be at least 1, got {self.image_size}.")
+        check_least(self, image_size=1)
         super().__post_init__()
 
     @property
@@ -96,8 +95,7 @@ class ImageTrainingArguments(BestEpochArguments):
     def __post_init__(self) -> None:
         """Refuse a training without an epoch."""
         super().__post_init__()
-        if self.bayesian_epochs < 1:
-            raise ValueError(f"`bayesian_epochs` must be at least 1, got {self.bayesian_epochs}.")
+        check_least(self, bayesian_epochs=1)
 
 
 @dataclass(frozen=True)
@@ -155,15 +153,14 @@ def load_image_data(
 ) -> ImageData:
     """Return the images that the arguments name, split by `seed`, or as the model that the run starts from was.
 
+    Held-out images that the model has seen, or may have, are an error.
+
     Args:
         args: the arguments.
         seed: the run's.
         image_size: the model's, where the arguments have none.
         centre: False divides pixels by their standard deviation alone, so that black stays 0.
         history: what is known of the images which that model was trained on.
-
-    Raises:
-        ValueError: held-out images are ones that the model has seen, or may have.
     """
     is_digits = not (args.data_dir or args.dataset_name)
     size = image_size if args.image_size is None else args.image_size
@@ -177,19 +174,11 @@ def load_image_data(
 
     source = stored(seed if args.split_seed is None else args.split_seed)
     sets, rows = hold_out(
-        make,
-        args,
-        seed,
-        history,
-        task=source.name,
-        noun="Images",
-        hashes=lambda images: hashes_of(images.pixels),
-        source=np.concatenate([hashes_of(source.train[0]), hashes_of(source.test[0])]),
-        settings=args.settings,
-        held_out=("validation", "test"),
+        make, args, seed, history, task=source.name, noun="Images", hashes=lambda images: hashes_of(images.pixels),
+        source=np.concatenate([hashes_of(source.train[0]), hashes_of(source.test[0])]), settings=args.settings,
+        held_out=("validation", "test"), remedies=REMEDIES,
         given=("validation", "test") if args.held_out_of == "test" and not is_digits else (),
-        remedies=REMEDIES,
-    )
+    )  # fmt: skip
     return ImageData(source.name, **sets, class_names=source.class_names, rows=rows)
 
 

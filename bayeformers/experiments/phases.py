@@ -25,7 +25,7 @@ from ..delta import calibrate_delta
 from ..training import BayesianTrainer
 from .arguments import BestEpochArguments, ConversionArguments
 from .evaluation import is_regression, training_rmse
-from .rows import RecordRows, TrainingRows, save_rows
+from .rows import FILE, RecordRows, TrainingRows
 from .saved import BAYESIAN, DETERMINISTIC, LINEARIZED, load_saved
 
 SHOWN = ("epoch", "loss", "nll", "kl", "eval_nll", "eval_ece", "eval_mutual_information")
@@ -119,7 +119,9 @@ class Experiment:
         """The model, its posterior if there is one, and the record of the rows it was trained on."""
         trainer.save_model(str(self.folder / name))
         if trainer.is_world_process_zero():
-            save_rows(self.rows, self.folder / name)
+            (self.folder / name / FILE).unlink(missing_ok=True)  # of an earlier run
+            if self.rows is not None:
+                self.rows.save(self.folder / name)
 
     def load(self, name: str, folder: str | Path, auto_class: Any) -> BayesianTrainer:
         """A trainer around a saved model, with the posterior that was saved beside it; see `load_saved`."""

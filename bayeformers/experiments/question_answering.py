@@ -145,18 +145,11 @@ def load_squad_data(
         return row_hashes(f"{question.text}\x1f{question.context}" for question in questions)
 
     sets, rows = hold_out(
-        make,
-        args,
-        seed,
-        history,
-        task="squad",
-        noun="Questions",
-        hashes=hashes,
+        make, args, seed, history, task="squad", noun="Questions", hashes=hashes,
         source=hashes(_all(articles["train"])) if files else None,
         settings={name: getattr(args, name) for name in ("validation_share", "test_share", "max_train_samples")},
-        held_out=("validation", "test"),
-        given=files,
-    )
+        held_out=("validation", "test"), given=files,
+    )  # fmt: skip
     if not any(question.answers for question in sets["train"]):
         raise ValueError("the training questions have no answer among them: a span head needs some.")
     return SquadData(Path(files["train"]).stem if files else "written articles", sets, rows)

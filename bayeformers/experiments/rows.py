@@ -207,11 +207,3 @@ class RecordRows(TrainerCallback):
         """Beside the checkpoint that was just written."""
         if self.record is not None and state.is_world_process_zero:
             self.record.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-
-
-def save_rows(record: TrainingRows | None, folder: str | Path) -> None:
-    """The record beside a saved model; without one, none of an earlier run stays there."""
-    if record is not None:
-        record.save(folder)
-    else:
-        (Path(folder) / FILE).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..distributions import MopedPrior, NormalPrior, Prior
-from .arguments import BestEpochArguments, ConversionArguments, flag, parse_prior
+from .arguments import BestEpochArguments, ConversionArguments, check_least, flag, parse_prior
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -44,9 +44,7 @@ class SearchArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, minimum in (("n_trials", 2), ("startup_trials", 1), ("confirm_seeds", 0)):
-            if (value := getattr(self, name)) < minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        check_least(self, n_trials=2, startup_trials=1, confirm_seeds=0)
         if self.confirm_seeds == 1:
             raise ValueError("`confirm_seeds` must be 0 (no confirmation) or at least 2, got 1: it has no spread.")
         if unknown := sorted(set(self.search or ()) - set(SEARCHED)):
@@ -56,8 +54,8 @@ class SearchArguments:
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides a trial's value: not how many there are."""
-        names = {"search": self.search, "space": self.read_space()}
-        return {**names, "startup_trials": self.startup_trials, "prune": self.prune}
+        own = {name: getattr(self, name) for name in ("search", "startup_trials", "prune")}
+        return {**own, "space": self.read_space()}
 
     def read_space(self) -> dict[str, list[Any]]:
         """``space`` as an object; empty where it is not given."""
@@ -120,16 +118,7 @@ class Space:
 
 
 def make_space(search: SearchArguments, how: ConversionArguments, args: BestEpochArguments, delta: float) -> Space:
-    """The space around the setting of the flags.
-
-    Args:
-        search: what is searched.
-        how: the conversion's flags.
-        args: the training's flags.
-        delta: of the setting; it may have been calibrated.
-
-    Returns:
-        The space; its first trial is the flags' setting.
+    """Return the space around the setting of the flags and a ``delta`` that may have been calibrated.
 
     Raises:
         ValueError: something to be searched has no value that it could be searched around, or a range is malformed.

@@ -152,15 +152,14 @@ class GlueData:
 def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, embedded: Generate) -> GlueData:
     """Return the data that the arguments name, split by `seed`, or as the model that the run starts from was.
 
+    Held-out rows that the model has seen or may have, missing or malformed files, and a hub that cannot be reached are
+    errors that say what to do.
+
     Args:
         args: the arguments.
         seed: the run's.
         history: what is known of the rows which that model was trained on.
         embedded: generates the data where no task is named.
-
-    Raises:
-        ValueError: held-out rows that the model has seen, or may have. Missing or malformed files, and a hub that
-            cannot be reached, are errors that say what to do.
     """
     from datasets import Dataset
 
@@ -196,19 +195,11 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
         return sets
 
     sets, rows = hold_out(
-        make,
-        args,
-        seed,
-        history,
-        task=task.name,
-        noun="Held-out rows" if official else "Sentences",
-        hashes=lambda rows: hashes_of(rows, task),
-        source=hashes_of(official["train"], task) if official else None,
-        settings=args.settings,
-        given=() if file is None else ("validation",),
-        then=with_files,
+        make, args, seed, history, task=task.name, noun="Held-out rows" if official else "Sentences",
+        hashes=lambda rows: hashes_of(rows, task), source=hashes_of(official["train"], task) if official else None,
+        settings=args.settings, given=() if file is None else ("validation",), then=with_files,
         called={} if file is None else {"validation": f"rows of `validation_file` {file}"},
-    )
+    )  # fmt: skip
     return GlueData(task, **{"shifted": None, **sets}, rows=rows)
 
 

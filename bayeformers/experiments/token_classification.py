@@ -114,17 +114,10 @@ def load_conll_data(
         return row_hashes(" ".join(sentence.words) for sentence in sentences)
 
     sets, rows = hold_out(
-        make,
-        args,
-        seed,
-        history,
-        task="conll",
-        noun="Sentences",
-        hashes=hashes,
+        make, args, seed, history, task="conll", noun="Sentences", hashes=hashes,
         source=hashes(named["train"]) if named else None,
-        held_out=("validation", "test") if args.is_generated else ("validation",),
-        given=named,
-    )
+        held_out=("validation", "test") if args.is_generated else ("validation",), given=named,
+    )  # fmt: skip
     data = ConllData(sets, {name: scheme for name, (_, scheme) in labelled.items()}, rows)
     if len(data.labels) < 2:
         raise ValueError("Every label of the data is O: there is no entity to find.")

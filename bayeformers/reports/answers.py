@@ -97,28 +97,23 @@ class AnswerComparison(Comparison):
         masks = self.masks()
         groups: dict[str, Answers] = {group: sets[masks[group][0]][masks[group][1]] for group in self._disjoint()}
         group_histograms(
-            aleatoric,
-            {group: answers.aleatoric for group, answers in groups.items()},
-            title=ALEATORIC,
+            aleatoric, {group: of.aleatoric for group, of in groups.items()}, title=ALEATORIC,
             explanation=f"{name}: mean entropy of the draws over spans and no answer.",
-            xlabel="mean span entropy of the draws, in nats",
-            reference=aleatoric_reference,
-        )
+            xlabel="mean span entropy of the draws, in nats", reference=aleatoric_reference,
+        )  # fmt: skip
         group_histograms(
-            epistemic,
-            {group: answers.epistemic for group, answers in groups.items()},
-            title=EPISTEMIC,
+            epistemic, {group: of.epistemic for group, of in groups.items()}, title=EPISTEMIC,
             explanation=f"{name}: its draws disagree; should be large on unfamiliar questions.",
             xlabel="mutual information of span and weights, in nats",
-        )
+        )  # fmt: skip
         return figure
 
 
 def _reported(rows: Sequence[Question]) -> ReportedSet:
     """Questions with the columns that a CSV file has of them."""
     columns = {"id": [row.id for row in rows], "group": [row.group for row in rows]}
-    columns |= {"question": [row.text for row in rows]}
-    columns |= {"truths": [" | ".join(dict.fromkeys(row.truths)) for row in rows]}
+    columns["question"] = [row.text for row in rows]
+    columns["truths"] = [" | ".join(dict.fromkeys(row.truths)) for row in rows]
     return ReportedSet(len(rows), groups=columns["group"], columns=columns)
 
 
@@ -144,11 +139,11 @@ def _difference(first: Answers, second: Answers) -> dict[str, dict[str, float]]:
     }
     if not reachable.any():
         del compared["nll"]
-    differences = {
+    found = {
         name: _interval("difference", paired_bootstrap, metric, arrays(first), arrays(second))
         for name, (metric, arrays) in compared.items()
     }
-    return {name: ends for name, ends in differences.items() if ends}
+    return {name: ends for name, ends in found.items() if ends}
 
 
 def _mean(values: Any) -> float:

@@ -203,8 +203,8 @@ def pruning_figure(
     panel_title(distribution, "What does a threshold remove?", "Read upwards: the share of weights left of a ratio.")
     shares = [point["share"] for point in next(iter(curves.values()))]
     for index, (name, curve) in enumerate(curves.items()):
-        values = [100 * point["accuracy"] for point in curve]
-        accuracy.plot(range(len(values)), values, "o", markersize=4, label=name, **_style(index))
+        percent = [100 * point["accuracy"] for point in curve]
+        accuracy.plot(range(len(percent)), percent, "o", markersize=4, label=name, **_style(index))
     # at equal distances: what matters happens between 90 and 98 %
     accuracy.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
     accuracy.set(xlabel="% of the weights removed (not to scale)", ylabel="accuracy on test images, %")

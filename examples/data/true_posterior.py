@@ -4,8 +4,8 @@ Hamiltonian Monte Carlo draws it: a proposal follows H(w, v) = -log p(w) + |v|^2
 momentum v ~ N(0, 1) and is accepted with probability min(1, exp(H - H')), which leaves p invariant whatever the step
 size. The step size follows the acceptance rate during the warm-up only. Neal 2011 (arXiv 1206.1901).
 
-The posterior of the last layer alone has a closed form, which a last-layer Laplace posterior of a regression equals: its
-GGN of a linear layer is X^T X. MacKay 1992 (Neural Computation 4(3), 415-447); Bishop 2006, section 3.5.
+The posterior of the last layer alone has a closed form, which a last-layer Laplace posterior of a regression equals:
+the GGN of a linear layer is X^T X. MacKay 1992 (Neural Computation 4(3), 415-447); Bishop 2006, section 3.5.
 """
 
 from __future__ import annotations
