@@ -39,7 +39,12 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def check_draw(index: int, seed: int, num_draws: int | None = None) -> None:
-    """Whole numbers >= 0, and an ``index`` that exists.
+    """Check that a draw's index and seed are whole numbers >= 0, and that there is such a draw.
+
+    Args:
+        index: number of the draw, from 0.
+        seed: of the sequence of draws.
+        num_draws: how many draws there are; None: no end of them.
 
     Raises:
         TypeError: not a whole number.
@@ -62,13 +67,33 @@ def plain(value: Any) -> Any:
 
 
 def check_count(name: str, value: Any, minimum: int) -> None:
-    """Raise ValueError for anything but a whole number >= ``minimum``."""
+    """Raise ValueError for anything but a whole number >= ``minimum``.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave for it.
+        minimum: the least number that is allowed.
+
+    Raises:
+        ValueError: it is no whole number, or below the least.
+    """
     if not is_whole(value) or value < minimum:
         raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, strict: bool = False) -> None:
-    """Raise ValueError for anything but a finite number in [minimum, maximum], above ``minimum`` if ``strict``."""
+    """Raise ValueError for anything but a finite number in a closed interval, or one that is open below.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave for it.
+        minimum: the lower end of the interval.
+        maximum: the upper end, which is allowed.
+        strict: whether the number must be above the lower end.
+
+    Raises:
+        ValueError: it is no finite number, or outside of the interval.
+    """
     if not is_finite(value) or not minimum <= value <= maximum or (strict and value == minimum):
         allowed = f"> {minimum:g}" if strict else f">= {minimum:g}"
         allowed += f" and <= {maximum:g}" if math.isfinite(maximum) else ""
@@ -76,6 +101,15 @@ def check_number(name: str, value: Any, minimum: float, maximum: float = math.in
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    """Raise ValueError unless ``value`` is one of ``allowed``.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave for it.
+        allowed: all values that the argument can have.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")

@@ -151,7 +151,13 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def rows(inputs: Inputs, part: slice | Tensor, size: int) -> Inputs:
-    """Some examples of a batch of ``size``, by number or by a mask; what has another length is shared by all."""
+    """Return some examples of a batch, as a batch of the same form.
+
+    Args:
+        inputs: the batch's tensors, nested as they may be; one of another length is shared by all examples.
+        part: which examples: a slice, row numbers, or a mask (B,).
+        size: B, the number of examples in the batch.
+    """
     cut: Inputs = mapped(inputs, lambda tensor: tensor[part] if tensor.ndim and len(tensor) == size else tensor)
     return cut
 
@@ -228,7 +234,13 @@ def labels_of(batch: Mapping[str, Any], name: str = "labels") -> Tensor:
 
 
 def attended_positions(batch: Any, length: int, name: str = "attention_mask") -> Tensor | None:
-    """The attention mask (B, T) as bool, if there is one for sequences of ``length``."""
+    """Return the attention mask as bool, (B, T), if there is one for sequences of this length, else None.
+
+    Args:
+        batch: what a data loader gives; only a mapping has a mask.
+        length: T, the number of positions in each sequence.
+        name: the mask's key in the batch.
+    """
     mask = batch.get(name) if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length else None
 

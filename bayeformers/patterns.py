@@ -9,7 +9,17 @@ Patterns = str | Sequence[str]
 
 
 def matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:
-    """PEFT's rule: a string is one regular expression matched in full, a list holds name suffixes."""
+    """Return the names that match, by PEFT's rule.
+
+    Args:
+        names: of all modules of a model.
+        patterns: one regular expression matched in full, or a list of name suffixes.
+        argument: the name of the user's argument, for the message.
+
+    Raises:
+        TypeError: ``patterns`` is neither a string nor a list of strings.
+        ValueError: it is no valid regular expression, or a pattern matches nothing.
+    """
     names = list(names)
     if isinstance(patterns, str):
         try:
@@ -28,7 +38,17 @@ def matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str
 
 
 def matches(name: str, pattern: str, argument: str) -> bool:
-    """Whether ``pattern`` is a suffix of the module's name, or a regular expression that matches it in full."""
+    """Return whether a pattern is a suffix of a module's name, or a regular expression that matches it in full.
+
+    Args:
+        name: of the module in its model.
+        pattern: a name suffix, or a regular expression.
+        argument: the name of the user's argument, for the message.
+
+    Raises:
+        TypeError: ``pattern`` is no string.
+        ValueError: it is no suffix, nor a valid regular expression.
+    """
     if not isinstance(pattern, str):
         raise TypeError(f"`{argument}` must have strings as module patterns, got {pattern!r}.")
     if name == pattern or name.endswith(f".{pattern}"):

@@ -89,7 +89,14 @@ def _of_file(job: tuple[str, str]) -> tuple[str, str]:
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, kind: str) -> None:
-    """Tensors, one that has several names once, and JSON-able ``meta``."""
+    """Write tensors, one that has several names once, and what JSON can hold into a file, whole or not at all.
+
+    Args:
+        path: of the file, whose folder is made if it is not there.
+        tensors: by name, of any shapes and devices.
+        meta: what else a reader needs, JSON-able.
+        kind: what the file is, which a reader asks for.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     first: dict[int, str] = {}
@@ -150,7 +157,12 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
 
 
 def check_whole(tensors: Mapping[str, Tensor], expected: Iterable[str], what: str) -> None:
-    """The tensors ``expected`` of a file, and no others; none with NaN or infinite values.
+    """Check that a file has the tensors that it should, and no others; none with NaN or infinite values.
+
+    Args:
+        tensors: by name, as they were read.
+        expected: the names that the file should have.
+        what: the file in words, which begin the message.
 
     Raises:
         ValueError: otherwise.

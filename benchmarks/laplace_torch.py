@@ -142,9 +142,9 @@ def _covariances(
 
 
 def _row(case: str, against: str, found: dict[str, Tensor], reference: Tensor) -> dict[str, str | float]:
-    return {"case": case, "reference": against} | _columns(
-        {side: _relative(value, reference) for side, value in found.items()}
-    )
+    return {"case": case, "reference": against} | _columns({
+        side: _relative(value, reference) for side, value in found.items()
+    })
 
 
 def _columns(distances: dict[str, float]) -> dict[str, str | float]:

@@ -94,15 +94,13 @@ def main() -> None:
     for name in VARIANTS:
         step, process = ([round_[name][i] for round_ in rounds] for i in (0, 1))
         base_step, base_process = ([round_[baseline][i] for round_ in rounds] for i in (0, 1))
-        rows.append(
-            {
-                "step": name,
-                "step MiB": statistics.median(step),
-                "step ratio": median_ratio(step, base_step),
-                "process MiB": statistics.median(process),
-                "process ratio": median_ratio(process, base_process),
-            }
-        )
+        rows.append({
+            "step": name,
+            "step MiB": statistics.median(step),
+            "step ratio": median_ratio(step, base_step),
+            "process MiB": statistics.median(process),
+            "process ratio": median_ratio(process, base_process),
+        })
     report("Peak memory / deterministic fine-tuning", rows, args.json, repeats=args.repeats, steps=STEPS)
 
 

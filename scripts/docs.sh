@@ -7,4 +7,4 @@ source scripts/environment.sh
 environment docs
 say "mkdocs build --strict $*"
 # the theme's notice about a future mkdocs is no warning about these pages
-NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict "$@"
+NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --config-file scripts/mkdocs.yml "$@"

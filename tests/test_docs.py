@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_page_is_short(page: Path) -> None:
 
 
 def test_the_site_lists_every_page() -> None:
-    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((ROOT / "scripts" / "mkdocs.yml").read_text(encoding="utf-8"))
 
     def pages(entry: object) -> list[str]:
         if isinstance(entry, dict):
@@ -84,9 +86,17 @@ def test_the_site_lists_every_page() -> None:
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    """Strict: an anchor that is not there, a page in no group or an entry of no object fails."""
+    command = f"-m mkdocs build --strict --quiet --config-file scripts/mkdocs.yml --site-dir {tmp_path}"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").is_file()
+
+
 ROOMS = (
-    "distributions", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization", "reports", "tasks",
-    "training",
+    "distributions", "experiments", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization",
+    "reports", "tasks", "training",
 )  # fmt: skip
 
 

@@ -118,7 +118,13 @@ class Files:
 
 
 def told_missing(model: nn.Module, directory: str, missing: Collection[str]) -> str:
-    """What to say of a checkpoint that lacks the tensors ``missing``."""
+    """Return what to say of a checkpoint that lacks some tensors.
+
+    Args:
+        model: as it was loaded, with other values for these tensors.
+        directory: the checkpoint's folder or its name on the hub, for the message.
+        missing: names of the tensors that the checkpoint lacks, one at least.
+    """
     scales = sorted(key for key in missing if posterior_like(key))
     if len(scales) < len(missing):
         means = sorted(key for key in missing if not posterior_like(key))
@@ -152,10 +158,15 @@ def _lacks_all(layer: nn.Module, name: str, missing: set[str]) -> bool:
 
 
 def check_values(model: nn.Module, directory: str, *, is_verified: bool) -> None:
-    """Of a loaded model: all weights are in memory and finite; scales that were not verified are not blank.
+    """Check that all weights of a loaded model are in memory and finite, and that unverified scales are not blank.
+
+    Args:
+        model: as it was loaded.
+        directory: the checkpoint's folder or its name on the hub, for the message.
+        is_verified: whether the tensors were compared with the record of what was saved.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: a weight is elsewhere, has NaN or infinite values, or a scale that was not verified is all zeros.
     """
     for name, module in model.named_modules():
         if (reason := why_not_plain(module)) is not None:

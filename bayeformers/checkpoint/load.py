@@ -209,6 +209,11 @@ def _converting(original: type[PreTrainedModel], recorded: BayesianConfig) -> ty
 def architecture(config: Any, directory: str | os.PathLike[str], hub: dict[str, Any]) -> type[PreTrainedModel]:
     """Return the class that a configuration names: of transformers, of an Auto class's table, or the checkpoint's.
 
+    Args:
+        config: the checkpoint's, of transformers.
+        directory: the checkpoint's folder or its name on the hub, where code of its own is looked for.
+        hub: arguments of the download, of which ``trust_remote_code`` allows such code to run.
+
     Raises:
         ValueError: there is none.
     """

@@ -78,7 +78,14 @@ def store_posterior(
     posterior: Mapping[str, DiagonalNormal],
     owners: list[tuple[str, str]],
 ) -> None:
-    """Give each tensor that is not fresh its own prior, and start it there; a reload fills in the values."""
+    """Give each tensor that is not fresh its own prior, and start it there; a reload fills in the values.
+
+    Args:
+        model: whose layers have become Bayesian.
+        prior: tells which tensors are fresh, and so keep the layer's prior.
+        posterior: of the last task, by the tensor's name; empty while a checkpoint is loaded.
+        owners: the first module's name, and the Parameter's name there, of each random tensor.
+    """
     for name, parameter in owners:
         key, module = ".".join(filter(None, (name, parameter))), model.get_submodule(name)
         assert isinstance(module, BayesianModule)

@@ -157,6 +157,12 @@ def convert(
 ) -> nn.Module:
     """Return ``model`` after a checked conversion, or the one that ``config`` records (a checkpoint being loaded).
 
+    Args:
+        model: to be converted, in place.
+        config: what the conversion is to do.
+        chosen: the modules to convert with their Bayesian class; None: those that ``config`` records.
+        skipped: the other modules with the reason why they stay deterministic; None: no reason is kept.
+
     Raises:
         ValueError: ``config`` names modules that ``model`` has not, or of another class.
     """

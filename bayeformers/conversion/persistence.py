@@ -42,7 +42,11 @@ def without_lost(
 ) -> tuple[dict[str, type[BayesianModule]], dict[str, str]]:
     """Return the layers whose scales a checkpoint brings back, and the others with the reason.
 
-    ``is_whole``: the layers are all that there are, not a choice of the user's, who would miss one.
+    Args:
+        model: to be converted.
+        chosen: the modules to convert with their Bayesian class.
+        is_multiplicative: whether the scales are multiplicative, so that their floors are saved too.
+        is_whole: whether the layers are all that there are, not a choice of the user's, who would miss one.
 
     Raises:
         ValueError: a layer of the user's choice is lost; or all are; or the floors of multiplicative scales are.
@@ -222,7 +226,10 @@ def told_of_adapters(model: nn.Module) -> str | None:
 def peft_state(model: Any, own: dict[str, Any], adapter: str) -> dict[str, Tensor]:
     """Return what PEFT saves of an adapter, by the names that it gives them: tensors of ``own``, or computed ones.
 
-    ``own``: ``model.state_dict(keep_vars=True)``, so that a tensor is told by its identity.
+    Args:
+        model: a PEFT model whose layers have become Bayesian.
+        own: ``model.state_dict(keep_vars=True)``, so that a tensor is told by its identity.
+        adapter: the adapter's name in the model.
     """
     from peft import get_peft_model_state_dict  # an extra
 

@@ -27,9 +27,12 @@ _LOAD_WHOLE = "Load the model onto its device, without offloading"
 
 
 def check_plain_weights(model: nn.Module, names: Collection[str], *, whole: bool) -> None:
-    """Before a conversion: the weights of the modules ``names`` can be read and become posterior means.
+    """Check before a conversion that the weights of some modules can be read and become posterior means.
 
-    ``whole``: the conversion is meant for all of the model, so that its being quantised is an error by itself.
+    Args:
+        model: to be converted; nothing in it changes.
+        names: of the modules that are to become Bayesian.
+        whole: whether the conversion is meant for all of the model, so that its being quantised is an error by itself.
 
     Raises:
         ValueError: they are quantised, offloaded, sharded, on the meta device, not yet made, or of a class of its own.

@@ -72,7 +72,10 @@ def is_layer(module: nn.Module) -> bool:
 def bayesian_class(module: nn.Module, owner: nn.Module | None = None, attribute: str = "") -> Found:
     """Return the Bayesian class for this instance, or None and the reason why it stays deterministic.
 
-    ``owner``: the module that has it as its ``attribute``.
+    Args:
+        module: the instance that is to become Bayesian.
+        owner: the module that holds it; None: it is the whole model.
+        attribute: the name under which ``owner`` holds it.
     """
     if is_put_aside(owner):
         return None, ASIDE

@@ -66,7 +66,15 @@ def choose(
 def meant(
     model: nn.Module, chosen: Chosen, target: Patterns, exclude: Patterns | None, saved: list[str]
 ) -> frozenset[str]:
-    """Modules that a conversion is meant for, whether or not they can be converted: of "all" all but those left out."""
+    """Return the modules that a conversion is meant for, whether or not they can be converted.
+
+    Args:
+        model: to be converted.
+        chosen: the modules that are converted, which are the answer unless ``target`` is "all".
+        target: `target_modules`; of "all" the answer is all modules but those left out.
+        exclude: `exclude_modules`, which are left out with all inside them.
+        saved: names of modules that stay deterministic, with all inside them.
+    """
     if not isinstance(target, str) or target != "all":
         return frozenset(chosen)
     names = [name for name, _ in model.named_modules()]
@@ -146,7 +154,16 @@ def owner_shapes(model: nn.Module, chosen: Chosen) -> dict[str, tuple[int, ...]]
 
 
 def check_ties(model: nn.Module, chosen: Chosen, skipped: dict[str, str]) -> None:
-    """A tied weight is one random tensor: all layers that use it convert, or none."""
+    """Check that of a tied weight, which is one random tensor, all layers that use it convert, or none.
+
+    Args:
+        model: to be converted.
+        chosen: the modules to convert with their Bayesian class.
+        skipped: the other modules with the reason why they stay deterministic.
+
+    Raises:
+        ValueError: a layer stays deterministic and shares a weight with one that converts.
+    """
     owners = owners_of(model, chosen)
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():

@@ -28,10 +28,14 @@ def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def tie(owners: list[tuple[nn.Module, str]], name: str, noise_version: int, *, predicts_padding: bool = False) -> None:
-    """Tied means share rho, noise key and padding row; the prior's centre stays with the first owner.
+    """Let tied means share rho, noise key and padding row; the prior's centre stays with the first owner.
 
-    ``predicts_padding``: the padding row stands for a token that a head predicts, so it is a row as any other; only
-    its lookups give no gradient, as in torch.
+    Args:
+        owners: every layer that uses the tensor, and the Parameter's name there; often it is one.
+        name: the tensor's first name in the model, which is the key of its noise.
+        noise_version: of its draws, see `bayeformers.sampling.generators`.
+        predicts_padding: whether the padding row stands for a token that a head predicts, so that it is a row as any
+            other; only its lookups give no gradient, as in torch.
     """
     bayesian = [(m, p) for m, p in owners if isinstance(m, BayesianModule) and p in m.specs]
     specs = [module.specs[parameter] for module, parameter in bayesian]
@@ -83,7 +87,13 @@ def padding_rows(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
 
 
 def set_padding_rows(model: nn.Module, names: Iterable[str], rows: Mapping[str, int]) -> None:
-    """Give the tables the recorded rows: they were built anew from a configuration whose padding id may be another."""
+    """Give the tables the recorded rows: they were built anew from a configuration whose padding id may be another.
+
+    Args:
+        model: whose tables are set, in place.
+        names: of the modules to look at, of which those that are no tables stay as they are.
+        rows: by the table's name, its padding row; a table without an entry has none.
+    """
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, _TABLES):
@@ -145,7 +155,13 @@ def _is_factor(kind: Hashable, attribute: str) -> bool:
 
 
 def set_dropout(model: nn.Module, key: str, rate: float) -> None:
-    """Set the rate that `dropout_rates` has called ``key``; a part that was replaced since is left alone."""
+    """Set one dropout rate of a model; a part that was replaced since is left alone.
+
+    Args:
+        model: whose rate is set, in place.
+        key: what `dropout_rates` has called it.
+        rate: the new probability of dropping an element, in [0, 1].
+    """
     if key == "config.layerdrop":
         model.config.layerdrop = rate  # type: ignore[union-attr]
         return

@@ -29,10 +29,15 @@ def ties_of(model: nn.Module, owners: Iterable[Sequence[Owner]]) -> dict[str, st
 
 
 def declare_ties(model: nn.Module, ties: Mapping[str, str], random: Iterable[str]) -> None:
-    """Let transformers' list of ties say of the tensors ``random`` exactly ``ties``, and the same of their scales.
+    """Let transformers' list of ties say of the random tensors exactly what is tied, and the same of their scales.
 
     A checkpoint so holds a shared scale once, and a reload ties what was tied: the list is made from the
     configuration, which may call a head tied that has a weight of its own.
+
+    Args:
+        model: whose list changes, in place; a model without one stays as it is.
+        ties: by every further name of a tensor, its first one.
+        random: names of the tensors of which the list is to say this; of others it stays.
     """
     declared: dict[str, str] | None = vars(model).get(TIES)
     if declared is None:

@@ -30,7 +30,13 @@ class InitialScale:
 
     @classmethod
     def from_weight(cls, weight: Tensor, delta: float, padding_idx: int | None = None) -> InitialScale:
-        """The rule for one tensor; ``weight`` is all of it, and its row ``padding_idx`` does not count."""
+        """Return the rule for one tensor.
+
+        Args:
+            weight: all of the tensor's trained values, of any shape.
+            delta: initial scale relative to |w|.
+            padding_idx: row of ``weight`` that does not count in the mean of |w|; None: all rows do.
+        """
         total, count = _norm1(weight), weight.numel()
         if padding_idx is not None:
             total, count = total - _norm1(weight[padding_idx]), count - weight[padding_idx].numel()

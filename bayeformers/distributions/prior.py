@@ -106,7 +106,16 @@ def check_prior(prior: object) -> None:
 
 
 def check_positive(name: str, value: float, meaning: str = "a standard deviation") -> None:
-    """Raise ValueError unless ``value`` is a finite number > 0."""
+    """Raise ValueError unless ``value`` is a finite number > 0.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave for it.
+        meaning: what the number is, in words that end the message.
+
+    Raises:
+        ValueError: it is no finite number, or not above 0.
+    """
     if not (is_number(value) and value > 0):
         raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}; it is {meaning}.")
 

@@ -4,12 +4,12 @@ from ..linearized import register_curvature, register_rule
 from .analysis.directions import EigenDirection, FactorSpectrum, draw_along, eigen_direction, factor_spectrum
 from .analysis.gradients import ExampleGradients, example_gradients
 from .analysis.influence import influence, inner_products, natural_gradient, novelty, similarity
-from .choice import PrecisionChoice
-from .curvature import Curvature, CurvatureConfig
+from .config import CurvatureConfig, LaplaceConfig, LaplaceOptions
+from .curvature import Curvature
 from .fit import fit
 from .from_sums import posterior_of
 from .kronecker import KroneckerEigen
-from .posterior import LaplacePosterior
+from .posterior import LaplacePosterior, PrecisionChoice
 from .sparse.inf_posterior import InfPosterior, inf_posterior
 from .tuning import tune
 
@@ -21,6 +21,8 @@ __all__ = [
     "FactorSpectrum",
     "InfPosterior",
     "KroneckerEigen",
+    "LaplaceConfig",
+    "LaplaceOptions",
     "LaplacePosterior",
     "PrecisionChoice",
     "draw_along",

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -62,10 +63,8 @@ class Accumulator:
     def add(self, batch: Batch) -> None:
         """One forward pass, one backward pass per column; one example at a time where a layer does not keep them apart.
 
-        Of the examples with a loss term; the others are counted.
-
-        Raises:
-            ValueError: outputs or labels that are not finite or do not fit.
+        Of the examples with a loss term; the others are counted. Outputs or labels that are not finite or do not fit
+        are refused with a ValueError.
         """
         labelled = batch.labelled(self._likelihood)
         if len(labelled):
@@ -87,13 +86,12 @@ class Accumulator:
         with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             self._count(outputs.detach(), batch)
             columns = list(self._columns(outputs.detach(), batch, generators))
-            reached = _Reached(batch, self._masked(batch, uses))
+            positions = _Positions(batch, self._masked(batch, uses), self.curvature.config.weight_sharing)
             for number, column in enumerate(columns, start=1):
                 grads = gradients(outputs, uses, column, last=number == len(columns))
-                self._add_column(owned, dict(zip(uses, grads, strict=True)), batch, reached)
+                self._add_column(owned, dict(zip(uses, grads, strict=True)), batch, positions)
             if not self.is_second_pass:
-                inputs = _Inputs(batch, reached.masks, self.curvature.config.weight_sharing)
-                self._add_inputs(inputs, [(target, found) for target, found in owned if self._is_factored(target)])
+                self._add_inputs(positions, [(target, found) for target, found in owned if self._is_factored(target)])
 
     def _masked(self, batch: Batch, uses: Sequence[Use]) -> set[Use]:
         """Uses whose positions may be the tokens: elsewhere there may be as many of another kind."""
@@ -115,14 +113,8 @@ class Accumulator:
             and not self.is_second_pass
         )
 
-    def _sum(self, target: Target, name: str, value: Tensor) -> None:
-        self.curvature.add(target.name, name, value, self.device)
-
-    def _sum_moment(self, target: Target, name: str, rows: Tensor) -> None:
-        self.curvature.add_second_moment(target.name, name, rows, self.device)
-
     def _generators(self, batch: Batch) -> list[torch.Generator]:
-        """Of the Monte-Carlo labels, one per example: the same in batches of any size, and after a resume.
+        """Return a generator of Monte-Carlo labels per example: the same in batches of any size, and after a resume.
 
         An example is known by its place in the dataset, else by its number among those that this process saw: a loader
         in the dataset's order gives the same.
@@ -161,18 +153,14 @@ class Accumulator:
             return batch.attended.unsqueeze(-1).to(outputs.dtype)
         return None
 
-    def _num_terms(self, outputs: Tensor, batch: Batch) -> int:
-        """N C of the batch: outputs that a loss term reads."""
-        counted = self._counted(outputs, batch)
-        return outputs.numel() if counted is None else int(counted.expand_as(outputs).count_nonzero())
-
     def _count(self, outputs: Tensor, batch: Batch) -> None:
         sums, likelihood = self.curvature, self._likelihood
         if self.is_second_pass:
             return
         sums.num_examples += len(batch)
-        if not likelihood.has_noise:
-            sums.num_outputs += self._num_terms(outputs, batch)
+        if not likelihood.has_noise:  # N C of the batch: outputs that a loss term reads
+            counted = self._counted(outputs, batch)
+            sums.num_outputs += outputs.numel() if counted is None else int(counted.expand_as(outputs).count_nonzero())
         if batch.labels is None:
             sums.log_likelihood = float("nan")
             return
@@ -184,7 +172,7 @@ class Accumulator:
 
     # -- sums of gradients -------------------------------------------------------------------------------------------
 
-    def _add_column(self, owned: Owned, grads: Mapping[Use, Tensor], batch: Batch, reached: _Reached) -> None:
+    def _add_column(self, owned: Owned, grads: Mapping[Use, Tensor], batch: Batch, positions: _Positions) -> None:
         for target, uses in owned:
             found = [(grads[use],) for use in uses]
             block = cast(GaussianBlock, _near(target))  # of which captures need all but a variance
@@ -192,47 +180,58 @@ class Accumulator:
                 self._add_squares(target, captured_block(block, uses, found, len(batch)))
             elif self.curvature.config.weight_sharing == "reduce" and target.rule.is_affine:
                 summed = captured_block(block, uses, found, len(batch)).gradients[:, :, 0].sum(2)  # (K, B, d_out)
-                self._sum_moment(target, "gradients", summed)
-                reached.note(uses, grads)
+                self.curvature.add_second_moment(target.name, "gradients", summed, self.device)
+                positions.note(uses, grads)
             else:
                 for use in uses:
                     g = _trained_rows(use, use.rule.gradients(use.module, grads[use]))
-                    self._sum_moment(target, "gradients", g.flatten(1, 2))
-                reached.note(uses, grads)
+                    self.curvature.add_second_moment(target.name, "gradients", g.flatten(1, 2), self.device)
+                positions.note(uses, grads)
 
-    def _add_inputs(self, inputs: _Inputs, owned: Owned) -> None:
+    def _add_inputs(self, positions: _Positions, owned: Owned) -> None:
         """Layers that read the same tensor (query, key, value) share its second moment."""
-        readers = Counter(inputs.key(target, use) for target, uses in owned for use in uses)
+        readers = Counter(positions.key(target, use) for target, uses in owned for use in uses)
         moments: dict[Any, Tensor] = {}
         for target, uses in owned:
+            add = partial(self.curvature.add, target.name, device=self.device)
             if isinstance(target.rule, EmbeddingRule):
-                counts = torch.stack([inputs.counts(use) for use in uses]).sum(0)
-                self._sum(target, "inputs", counts)
-                self._sum(target, "count", counts.sum())
+                counts = torch.stack([positions.counts(use) for use in uses]).sum(0)
+                add("inputs", counts)
+                add("count", counts.sum())
                 continue
-            for use, rows in inputs.rows(target, uses):
-                key = inputs.key(target, use)
+            for use, rows in positions.rows(target, uses):
+                key = positions.key(target, use)
                 if readers[key] == 1:
-                    self._sum_moment(target, "inputs", rows)
+                    self.curvature.add_second_moment(target.name, "inputs", rows, self.device)
                 else:
                     moments[key] = rows.mT @ rows if key not in moments else moments[key]
-                    self._sum(target, "inputs", moments[key])
-                self._sum(target, "count", rows.new_tensor(float(rows.shape[1])))
+                    add("inputs", moments[key])
+                add("count", rows.new_tensor(float(rows.shape[1])))
 
     def _add_squares(self, target: Target, captured: Captured) -> None:
-        if self.curvature.config.curvature == "full":
+        if self.curvature.config.curvature == "dense":
             rows = captured.jacobian().movedim(0, 2).flatten(2).flatten(0, 1)
-            self._sum_moment(target, "products", rows.unsqueeze(0))
+            self.curvature.add_second_moment(target.name, "products", rows.unsqueeze(0), self.device)
             return
         for part in captured.split(max(1, _CHUNK_ELEMENTS // target.num_weights)):
-            self._sum(target, "squares", part.squares())
+            self.curvature.add(target.name, "squares", part.squares(), self.device)
 
 
-class _Inputs:
-    """What the layers of a batch read, as rows (K, P, d_in') whose second moment is A."""
+class _Positions:
+    """Which positions of a batch count, and what layers read there: rows (K, P, d_in') whose second moment is A.
 
-    def __init__(self, batch: Batch, reached: Mapping[Use, Tensor], sharing: str) -> None:
-        self._batch, self._reached, self._sharing = batch, reached, sharing
+    By the attention mask where the positions are the tokens. Elsewhere all, or, in a model with padding, those that a
+    gradient reaches (a pooler has one position, a mixture's expert some tokens of all examples).
+
+    Args:
+        batch: of which.
+        masked: uses whose positions are tokens if they are as many.
+        sharing: "expand" or "reduce".
+    """
+
+    def __init__(self, batch: Batch, masked: set[Use], sharing: str) -> None:
+        self._batch, self._masked, self._sharing = batch, masked, sharing
+        self._reached: dict[Use, Tensor] = {}
 
     def key(self, target: Target, use: Use) -> Any:
         """Equal where the rows are: linear layers that read the same memory, and the same positions of it."""
@@ -270,16 +269,30 @@ class _Inputs:
         return torch.bincount(kept, minlength=len(table)).to(use.dtype)
 
     def _mask(self, a: Tensor, use: Use) -> Tensor:
-        """Which positions (B, T) of inputs (K, B, T, ...) count.
-
-        By the attention mask where the positions are the tokens. Elsewhere all, or, in a model with padding, those that
-        a gradient reaches (a pooler has one position, a mixture's expert some tokens of all examples).
-        """
+        """Which positions (B, T) of inputs (K, B, T, ...) count."""
         if use in self._reached:
             return self._reached[use]
         if self._batch.attended is not None and a.shape[1:3] == self._batch.attended.shape:
             return self._batch.attended
         return torch.ones(a.shape[1:3], dtype=torch.bool, device=a.device)
+
+    def note(self, uses: Sequence[Use], grads: Mapping[Use, Tensor]) -> None:
+        """Of one column's gradients."""
+        for use in uses if self._batch.has_padding else ():
+            g = use.rule.gradients(use.module, grads[use])
+            if not self._has_own_mask(use, g.shape[1:3]):
+                now = self._beyond_rounding(use, g.abs().amax((0, -1)))
+                self._reached[use] = now | self._reached[use] if use in self._reached else now
+
+    def _beyond_rounding(self, use: Use, sizes: Tensor) -> Tensor:
+        """Of largest gradients (B, T): a query with one key has gradient 0, of which rounding may leave a trace."""
+        peak = sizes.amax(1, keepdim=True) if use in self._masked else sizes.amax()
+        return sizes > _ROUNDING * torch.finfo(sizes.dtype).eps * peak
+
+    def _has_own_mask(self, use: Use, shape: torch.Size) -> bool:
+        attended = self._batch.attended
+        is_pooled = shape == (len(self._batch), 1)
+        return attended is not None and use in self._masked and (shape == attended.shape or is_pooled)
 
 
 def _generator(name: str) -> torch.Generator:
@@ -294,35 +307,6 @@ def _by_position(column: Tensor) -> Iterator[Tensor]:
         alone[:, position] = column[:, position]
         if bool(alone.any()):
             yield alone
-
-
-class _Reached:
-    """Positions (B, T) that a gradient reaches, of uses in a model with padding whose positions are not the tokens.
-
-    ``masked``: uses whose positions are tokens if they are as many.
-    """
-
-    def __init__(self, batch: Batch, masked: set[Use]) -> None:
-        self.masks: dict[Use, Tensor] = {}
-        self._batch, self._masked = batch, masked
-
-    def note(self, uses: Sequence[Use], grads: Mapping[Use, Tensor]) -> None:
-        """Of one column's gradients."""
-        for use in uses if self._batch.has_padding else ():
-            g = use.rule.gradients(use.module, grads[use])
-            if not self._has_own_mask(use, g.shape[1:3]):
-                now = self._beyond_rounding(use, g.abs().amax((0, -1)))
-                self.masks[use] = now | self.masks[use] if use in self.masks else now
-
-    def _beyond_rounding(self, use: Use, sizes: Tensor) -> Tensor:
-        """Of largest gradients (B, T): a query with one key has gradient 0, of which rounding may leave a trace."""
-        peak = sizes.amax(1, keepdim=True) if use in self._masked else sizes.amax()
-        return sizes > _ROUNDING * torch.finfo(sizes.dtype).eps * peak
-
-    def _has_own_mask(self, use: Use, shape: torch.Size) -> bool:
-        attended = self._batch.attended
-        is_pooled = shape == (len(self._batch), 1)
-        return attended is not None and use in self._masked and (shape == attended.shape or is_pooled)
 
 
 def _trained_rows(use: Use, gradients: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One layer of a Laplace posterior: N(theta*, (scale F + tau)^-1), a `GaussianBlock` for one or several tau.
+"""One layer of a Laplace posterior: N(theta*, (F / (T s^2) + tau)^-1), a `GaussianBlock` for one or several tau.
 
 The curvature may live on another device than the layer, where a GPU has no room for all of it, and in another dtype,
 for the model may have been cast since: what is asked for is moved to the layer, one layer at a time, and forgotten
@@ -28,7 +28,7 @@ class LaplaceBlock:
         target: the layer.
         eigen: its curvature F; of shape (1, 1, p) where the block is dense.
         prior_precisions: tau of each of the n posteriors.
-        scale: 1 / (temperature noise_std^2).
+        likelihood_precision: 1 / (temperature noise_std^2), which multiplies F.
         is_flat: whether the block is dense.
         noise_version: which draws, see `bayeformers.sampling.generators`.
     """
@@ -36,21 +36,24 @@ class LaplaceBlock:
     target: Target
     eigen: KroneckerEigen
     prior_precisions: tuple[float, ...]
-    scale: float = 1.0
+    likelihood_precision: float = 1.0
     is_flat: bool = False
     noise_version: int = NOISE_VERSION
     _known: dict[tuple[float, torch.dtype], Separable | None] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
+        """The layer's name."""
         return self.target.name
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
+        """The layers that use the parameters."""
         return self.target.modules
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The Parameters, by "weight" and "bias"."""
         return self.target.parameters
 
     @property
@@ -60,10 +63,12 @@ class LaplaceBlock:
 
     @property
     def left(self) -> Tensor | None:
+        """U_G on the layer's device; None: the identity."""
         return None if self.eigen.left is None else self.placed(self.eigen.left)
 
     @property
     def right(self) -> Tensor | None:
+        """U_A on the layer's device; None: the identity."""
         return None if self.eigen.right is None else self.placed(self.eigen.right)
 
     @property
@@ -81,7 +86,7 @@ class LaplaceBlock:
         return tensor.to(self.device, self.dtype)
 
     def variances(self) -> Tensor:
-        """1 / (scale L + tau), (n, K, d_out, d_in'); 0 in a table's padding row, which is not random."""
+        """1 / (L / (T s^2) + tau), (n, K, d_out, d_in'); 0 in a table's padding row, which is not random."""
         return self.placed(self._variances())
 
     def prior_variances(self) -> Tensor:
@@ -101,7 +106,9 @@ class LaplaceBlock:
         return None if found is None else found.to(self.device)
 
     def _variances(self) -> Tensor:
-        found = torch.stack([self.eigen.precision(tau, self.scale).reciprocal() for tau in self.prior_precisions])
+        found = torch.stack([
+            self.eigen.precision(tau, self.likelihood_precision).reciprocal() for tau in self.prior_precisions
+        ])
         padding = getattr(self.modules[0], "padding_idx", None)
         if padding is not None and not self.is_flat:  # a dense block's coordinates are no rows of the table
             found[:, :, padding] = 0

@@ -5,7 +5,7 @@
 | "kfac" | G (x) A, A = mean of a a^T, G = sum of g g^T | ``inputs`` sum a a^T, ``count`` of positions, ``gradients`` |
 | "ekfac" | the same basis U, eigenvalues sum (U^T vec M)^2 | and ``squares`` of a second pass |
 | "diagonal" | diag of the GGN | ``squares`` sum M^2 |
-| "full" | the dense GGN | ``products`` sum vec(M) vec(M)^T |
+| "dense" | the dense GGN | ``products`` sum vec(M) vec(M)^T |
 
 An Embedding's input factor is the diagonal of its counts, (V,); a normalisation always has the exact diagonal. Martens
 & Grosse 2015; Eschenhagen et al. 2023 (arXiv 2311.00636: expand, reduce); George et al. 2018 (EKFAC).
@@ -17,41 +17,18 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..likelihoods.loss_hessian import Fisher
 from ..processes import gathered, num_processes, summed
 from ..storage import check_whole, read, write
+from .config import CurvatureConfig
 from .kronecker import KroneckerEigen, add_second_moment, symmetric, symmetric_eigen
+from .targets import Target
 
-CurvatureKind = Literal["kfac", "ekfac", "diagonal", "full"]
-WeightSharing = Literal["expand", "reduce"]
 _SCALARS = ("num_examples", "num_batches", "log_likelihood", "squared_error", "num_outputs", "num_unlabelled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvatureConfig:
-    """How curvature is measured; sums of different configurations do not add.
-
-    Attributes:
-        curvature: form of each layer's block.
-        fisher: "exact": the generalised Gauss-Newton matrix; "mc": its Monte-Carlo estimate from labels that the model
-            draws; "empirical": gradients of the given labels, which vanish on an over-fitted model.
-        weight_sharing: "expand" or "reduce" (Eschenhagen et al. 2023); reduce makes G = 0 in attention's keys.
-        likelihood: of the outputs.
-        num_mc_samples: label draws per item of "mc".
-        seed: of these draws.
-    """
-
-    curvature: CurvatureKind = "kfac"
-    fisher: Fisher = "exact"
-    weight_sharing: WeightSharing = "expand"
-    likelihood: str = "classification"
-    num_mc_samples: int = 1
-    seed: int = 0
 
 
 @dataclass(eq=False)
@@ -89,7 +66,14 @@ class Curvature:
     digests: dict[str, str] = field(default_factory=dict)
 
     def add(self, layer: str, name: str, value: Tensor, device: torch.device | None = None) -> None:
-        """Add to one sum, on ``device`` if given."""
+        """Add to one sum, which begins at the first value.
+
+        Args:
+            layer: the layer's name.
+            name: which of the layer's sums, as in the module's table.
+            value: what to add, of the sum's shape; a sum that exists keeps its device and dtype.
+            device: where a new sum is kept; by default with its first value.
+        """
         value = value.detach() if device is None else value.detach().to(device)
         own = self.sums.setdefault(layer, {})
         if name in own:
@@ -98,7 +82,14 @@ class Curvature:
             own[name] = value.clone()
 
     def add_second_moment(self, layer: str, name: str, rows: Tensor, device: torch.device | None = None) -> None:
-        """Add sum_p r_p r_p^T of rows (K, P, d) to one sum, of which the upper triangle alone is meant."""
+        """Add sum_p r_p r_p^T to one sum, of which the upper triangle alone is meant.
+
+        Args:
+            layer: the layer's name.
+            name: which of the layer's sums, as in the module's table.
+            rows: the vectors r_p, (K, P, d).
+            device: where a new sum is kept; by default with its first rows.
+        """
         own = self.sums.setdefault(layer, {})
         if name not in own:
             own[name] = torch.zeros(
@@ -107,7 +98,7 @@ class Curvature:
         add_second_moment(own[name], rows.detach().to(own[name].device))
 
     def merge(self, other: Curvature) -> Curvature:
-        """Add the sums of other data, in place.
+        """Return these sums with those of other data, added in place.
 
         Raises:
             ValueError: they were measured in another way, or of other layers; or are squares of "ekfac", which stand in
@@ -145,7 +136,7 @@ class Curvature:
         return self
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """(G, A) of a layer: G (K, d_out, d_out), a sum over the data; A (K, d_in', d_in') or (V,), an average.
+        """Return (G, A) of a layer: G (K, d_out, d_out), a sum over the data; A (K, d_in', d_in') or (V,), an average.
 
         Raises:
             ValueError: the layer has no Kronecker factors.
@@ -157,12 +148,10 @@ class Curvature:
         return symmetric(sums["gradients"]) * self.data_scale, inputs if inputs.ndim == 1 else symmetric(inputs)
 
     def eigen(self, layer: str, known: list[tuple[Tensor, Tensor, Tensor]] | None = None) -> KroneckerEigen:
-        """The layer's curvature, eigendecomposed.
+        """Return the layer's curvature, eigendecomposed.
 
         ``known``: input factors decomposed so far; layers that read the same tensor (query, key, value) share one.
-
-        Raises:
-            ValueError: some sum is not finite.
+        A sum that is not finite is refused with a ValueError.
         """
         sums = self._layer(layer)
         check_finite(layer, sums)
@@ -174,13 +163,18 @@ class Curvature:
         gradients, inputs = self.factors(layer)
         gamma, left = symmetric_eigen(gradients)
         if inputs.ndim == 1:  # a table: rows are eigenvectors, and the row's features are rotated
-            eigen = KroneckerEigen.of_product(None, left, inputs[None], gamma)
+            eigen = KroneckerEigen.from_product(None, left, inputs[None], gamma)
         else:
             alpha, right = _shared_spectrum(inputs, [] if known is None else known)
-            eigen = KroneckerEigen.of_product(left, right, gamma, alpha)
+            eigen = KroneckerEigen.from_product(left, right, gamma, alpha)
         if "squares" not in sums:
             return eigen
         return replace(eigen, eigenvalues=self.data_scale * sums["squares"], factors=None)
+
+    def decomposed(self, targets: Iterable[Target]) -> list[tuple[Target, KroneckerEigen]]:
+        """Each layer with its eigendecomposed curvature; layers that read the same tensor share one basis."""
+        known: list[tuple[Tensor, Tensor, Tensor]] = []
+        return [(target, self.eigen(target.name, known)) for target in targets]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums to one safetensors file; a crash while writing leaves the former file whole."""
@@ -195,11 +189,7 @@ class Curvature:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Curvature:
-        """What `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, damaged, or holds something else.
-        """
+        """Return what `save` wrote; a file that is missing, damaged or of another kind is refused with a ValueError."""
         tensors, meta = read(path, kind="curvature")
         check_whole(tensors, tensors, f"{str(path)!r}")
         sums: dict[str, dict[str, Tensor]] = {}

@@ -1,19 +1,21 @@
-"""Batches as curvature needs them: inputs for the forward, labels, which positions count, no padding duplicates."""
+"""A dataloader's batches as curvature needs them: inputs, labels, which positions count, no padding duplicates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
+from tqdm.auto import tqdm
 
 from ..forward import Inputs, batch_size, holds_tensor, mapped, rows
 from ..likelihoods import IGNORED, Likelihood, get_likelihood, resolve_problem_type, unwrapped
 from ..linearized import examples
 from ..posteriors.heads import without_labels
+from ..processes import gathered, process_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class Batch:
             yield Batch(inputs, labels, attended, self.has_padding)
 
     def labelled(self, likelihood: Likelihood) -> Batch:
-        """The examples with a loss term: of a classification those with a label, at some position, that is not -100.
+        """Return the examples with a loss term: of a classification those with a label, somewhere, that is not -100.
 
         The others' curvature is 0, and what they read must not enter the average A of what the layers read. A
         regression has no ignored label, and without labels every example counts.
@@ -61,7 +63,7 @@ class Batch:
 
 
 def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> str:
-    """The likelihood of the model's head; classification for a model that transformers does not know.
+    """Return the likelihood of the model's head; classification for a model that transformers does not know.
 
     ``labels``: of a batch; they tell single from multi label where the configuration does not.
 
@@ -76,12 +78,13 @@ def likelihood_of(model: nn.Module, labels: Tensor | None = None) -> str:
 
 
 def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None = None) -> Batch:
-    """A batch of a DataLoader as a `Batch` on a device: a mapping with labels inside, (inputs, labels), or inputs.
+    """Return a batch of a DataLoader on a device; it is a mapping with labels inside, (inputs, labels), or inputs.
 
-    ``keep``: number of leading examples that are no padding duplicates.
-
-    Raises:
-        TypeError: a batch of another kind.
+    Args:
+        model: whose head says what its labels are.
+        batch: as the loader gives it; another kind is refused with a TypeError.
+        device: of the result.
+        keep: number of leading examples that are no padding duplicates.
     """
     given, labels = _split(batch)
     size = batch_size(given)
@@ -100,10 +103,15 @@ def prepare(model: nn.Module, batch: Any, device: torch.device, keep: int | None
 
 
 def real_examples(loader: Iterable[Any], number: int, length: int) -> int | None:
-    """How many examples of batch ``number`` (of ``length``) are no duplicates; None: all.
+    """Return how many examples of a batch are no duplicates; None: all.
 
     Two samplers repeat examples so that every process has as many: torch's DistributedSampler, at the end, and that of
     a loader that accelerate prepared, in its last round.
+
+    Args:
+        loader: the loader that the batch came from.
+        number: the batch's place in this process's pass, from 0.
+        length: the number of examples in the batch.
     """
     sampler = getattr(loader, "sampler", None)
     if isinstance(loader, DataLoader) and isinstance(sampler, DistributedSampler) and not sampler.drop_last:
@@ -114,6 +122,54 @@ def real_examples(loader: Iterable[Any], number: int, length: int) -> int | None
         first = torch.distributed.get_rank() * length
         return max(0, min(length, remainder - first))
     return None
+
+
+class Loader:
+    """The dataloader's batches on the model's device, without duplicates, with a progress bar."""
+
+    def __init__(
+        self, model: nn.Module, loader: Iterable[Any], num_batches: int | None, num_data: int | None, progress: bool
+    ) -> None:
+        if isinstance(loader, Iterator):
+            raise TypeError("`dataloader` is read more than once: give a DataLoader or a list, not an iterator.")
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"`dataloader` must give batches, got {type(loader).__name__}.")
+        self.model, self.loader, self.num_batches, self.progress = model, loader, num_batches, progress
+        dataset = getattr(loader, "dataset", None)
+        self.num_data = len(dataset) if num_data is None and isinstance(dataset, Sized) else num_data
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if num_batches is not None and self.num_data is None:
+            raise ValueError("`num_batches` needs `num_data` (N): the dataloader's dataset has no length.")
+
+    def first(self) -> Batch:
+        """Return the first batch; the loader must give one in every process."""
+        first = next((prepare(self.model, batch, self.device) for batch in self.loader), None)
+        is_empty = any(gathered(first is None))  # in all processes or in none: the others would wait for ever
+        if first is None or is_empty:
+            raise ValueError("`dataloader` is empty: it must give at least one batch (in every process).")
+        return first
+
+    def batches(self, description: str, skip: int = 0) -> Iterator[Batch]:
+        """Give the batches from number ``skip`` on, with a progress bar of this ``description``."""
+        total = len(self.loader) if isinstance(self.loader, Sized) else None
+        total = total if self.num_batches is None else min(self.num_batches, total or self.num_batches)
+        is_shown = self.progress and process_index() == 0
+        numbers, size = getattr(self.loader, "example_numbers", None), getattr(self.loader, "batch_size", None) or 1
+        with tqdm(total=total, initial=skip, desc=description, disable=not is_shown) as bar:
+            for number, batch in enumerate(self.loader):
+                if self.num_batches is not None and number >= self.num_batches:
+                    return
+                if number < skip:
+                    continue
+                whole = prepare(self.model, batch, self.device)
+                keep = real_examples(self.loader, number, len(whole))
+                if keep is not None and keep < len(whole):
+                    whole = prepare(self.model, batch, self.device, keep)
+                if numbers is not None:  # the Trainer's own loader, which repeats no example
+                    whole = replace(whole, numbers=numbers[number * size : number * size + len(whole)])
+                if len(whole):
+                    yield whole
+                bar.update()
 
 
 def _split(batch: Any) -> tuple[Any, Tensor | None]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..likelihoods import logits_of
 from ..linearized.captured import OutputOf
+from .config import PriorChoice
 from .curvature import Curvature
 from .evidence import Precision
-from .fit import decompose, record_of
-from .posterior import LaplacePosterior
+from .posterior import FitRecord, LaplacePosterior
 from .targets import Target, targets_of
-from .tuning import PriorChoice, default_choice, tune
+from .tuning import default_choice, tune
 
 
 def posterior_of(
@@ -31,7 +31,7 @@ def posterior_of(
     device: torch.device | str | None = None,
     **tuning: Any,
 ) -> LaplacePosterior:
-    """The posterior that `fit` would have given for the data whose sums ``curvature`` holds.
+    """Return the posterior that `fit` would have given for the data whose sums ``curvature`` holds.
 
     Sums of parts of the data, each written by ``fit(..., checkpoint=path)`` in a process or at a time of its own, add
     with `Curvature.merge`. They know the layers by name: ``model`` must be the one they were taken of.
@@ -74,8 +74,8 @@ def posterior_of(
         curvature = curvature.to(torch.device(device))
     posterior = LaplacePosterior(
         model,
-        decompose(curvature, targets),
-        record_of(curvature, {}),
+        curvature.decomposed(targets),
+        FitRecord.from_sums(curvature, {}),
         temperature=temperature,
         noise_std=noise_std or 1.0,
         outputs_of=logits,

@@ -37,18 +37,25 @@ class KroneckerEigen:
     factors: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of_product(cls, left: Tensor | None, right: Tensor | None, gamma: Tensor, alpha: Tensor) -> Self:
-        """With L_ij = gamma_i alpha_j."""
+    def from_product(cls, left: Tensor | None, right: Tensor | None, gamma: Tensor, alpha: Tensor) -> Self:
+        """Return the curvature with the eigenvalues L_ij = gamma_i alpha_j.
+
+        Args:
+            left: the eigenvectors U_G, (K, d_out, d_out); None: the identity.
+            right: the eigenvectors U_A, (K, d_in', d_in'); None: the identity.
+            gamma: the eigenvalues of G, (K, d_out).
+            alpha: the eigenvalues of A, (K, d_in').
+        """
         return cls(left, right, gamma.unsqueeze(-1) * alpha.unsqueeze(-2), (gamma, alpha))
 
     @classmethod
     def from_factors(cls, gradients: Tensor, inputs: Tensor) -> Self:
-        """Of F = G (x) A with ``gradients`` G (K, d_out, d_out) and ``inputs`` A (K, d_in', d_in').
+        """Return F = G (x) A of ``gradients`` G (K, d_out, d_out) and ``inputs`` A (K, d_in', d_in').
 
         Decomposed in float64, for the small eigenvalues decide the variance; stored in the factors' dtype.
         """
         (gamma, left), (alpha, right) = symmetric_eigen(gradients), symmetric_eigen(inputs)
-        return cls.of_product(left, right, gamma, alpha)
+        return cls.from_product(left, right, gamma, alpha)
 
     def precision(self, prior_precision: float, scale: float = 1.0) -> Tensor:
         """Lambda = scale L + tau, (K, d_out, d_in'): the posterior's precision along each eigen-direction."""
@@ -63,35 +70,53 @@ class KroneckerEigen:
         return _product(self.left, coordinates, None if self.right is None else self.right.mT)
 
     def draw(self, noise: Tensor, prior_precision: float, scale: float = 1.0) -> Tensor:
-        """Deviation from the mean, N(0, (F + tau)^-1): U (Lambda^-1/2 * noise) for standard normal ``noise``."""
+        """Return a deviation from the mean, N(0, (scale F + tau)^-1): U (Lambda^-1/2 * noise), of the noise's shape.
+
+        Args:
+            noise: one standard normal per weight, (..., K, d_out, d_in').
+            prior_precision: tau > 0.
+            scale: 1 / (temperature s^2), which multiplies the curvature.
+        """
         return self.rotate_back(noise * self.precision(prior_precision, scale).rsqrt())
 
     def marginal_variance(self, prior_precision: float, scale: float = 1.0) -> Tensor:
-        """diag of the covariance: (U_G^2) (1 / Lambda) (U_A^2)^T, (K, d_out, d_in')."""
+        """The diagonal of the covariance: (U_G^2) (1 / Lambda) (U_A^2)^T, (K, d_out, d_in')."""
         squares = KroneckerEigen(_square(self.left), _square(self.right), self.eigenvalues)
         return squares.rotate_back(self.precision(prior_precision, scale).reciprocal())
 
     def diagonal(self) -> Tensor:
-        """diag of F itself: (U_G^2) L (U_A^2)^T, (K, d_out, d_in')."""
+        """The diagonal of F itself: (U_G^2) L (U_A^2)^T, (K, d_out, d_in')."""
         return KroneckerEigen(_square(self.left), _square(self.right), self.eigenvalues).rotate_back(self.eigenvalues)
 
     def log_determinant(self, prior_precision: float, scale: float = 1.0) -> Tensor:
-        """log det of the precision, sum_ij log Lambda_ij, a float64 scalar."""
+        """The log determinant of the precision, sum_ij log Lambda_ij, a float64 scalar."""
         return self.precision(prior_precision, scale).double().log().sum()
 
     def covariance_product(self, matrix: Tensor, prior_precision: float, scale: float = 1.0) -> Tensor:
-        """Sigma vec(M) as a matrix; (..., K, d_out, d_in') -> the same."""
+        """Return Sigma vec(M) as a matrix, of the shape of M.
+
+        Args:
+            matrix: M, (..., K, d_out, d_in').
+            prior_precision: tau > 0.
+            scale: 1 / (temperature s^2), which multiplies the curvature.
+        """
         return self.rotate_back(self.rotate(matrix) / self.precision(prior_precision, scale))
 
     def direction(self, block: int, row: int, column: int) -> Tensor:
-        """The unit eigenvector with eigenvalue L[block, row, column], as a matrix (K, d_out, d_in')."""
+        """Return the unit eigenvector with eigenvalue L[block, row, column], as a matrix (K, d_out, d_in').
+
+        Args:
+            block: which of the K independent blocks.
+            row: which column of U_G.
+            column: which column of U_A.
+        """
         unit = torch.zeros_like(self.eigenvalues)
         unit[block, row, column] = 1
         return self.rotate_back(unit)
 
 
 def add_second_moment(total: Tensor, rows: Tensor) -> None:
-    """total += sum_p r_p r_p^T, in place, for rows (K, P, d): only the blocks on and above the diagonal of (K, d, d).
+    """Add sum_p r_p r_p^T of rows (K, P, d) to the blocks on and above the diagonal of ``total`` (K, d, d).
 
     Half the multiplications for wide layers; `symmetric` gives the whole. Rows of zeros (padding, positions that no
     gradient reaches) are left out.

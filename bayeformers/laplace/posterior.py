@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_finite
+from ..checks import check_number
 from ..likelihoods import ProblemType, get_likelihood, logits_of, resolve_problem_type
 from ..likelihoods.registry import likelihood_of_family
 from ..linearized.blocks import GaussianBlock, block_draw
@@ -19,18 +19,46 @@ from ..linearized.captured import OutputOf, Statistic
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 from ..storage import folder, read, write
 from .blocks import LaplaceBlock
-from .choice import PrecisionChoice
-from .curvature import CurvatureConfig
-from .evidence import Precision, Spectrum, effective_parameters, log_marginal_likelihood
-from .fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers, set_padding
+from .config import CurvatureConfig
+from .curvature import Curvature
+from .evidence import Precision, Spectrum, checked_precision, effective_parameters, log_marginal_likelihood
 from .kronecker import KroneckerEigen
-from .moved import MovedPosterior
-from .parts import PARTS, check_parts, packed, unpacked
-from .targets import Target, targets_named
-from .weights import by_parameter
+from .moved import MovedPosterior, by_parameter
+from .saving import PARTS, check_parts, packed, recorded_layers, saved_targets, unpacked
+from .targets import Fingerprint, Target
 
 FILE = "laplace.safetensors"
 DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
+
+
+End = Literal["smallest", "largest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionChoice:
+    """How tau was found.
+
+    Attributes:
+        method: "given", the evidence ("marglik", "marglik_per_layer"), or held-out NLL ("holdout").
+        at_grid_end: the end of the range that was searched where tau lies there (of any layer), else None: the true
+            optimum lies beyond, or there is none.
+    """
+
+    method: Literal["given", "marglik", "marglik_per_layer", "holdout"] = "given"
+    at_grid_end: End | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PrecisionChoice:
+        """Return what a file says.
+
+        Raises:
+            ValueError: it is no such choice.
+        """
+        methods, ends = ("given", "marglik", "marglik_per_layer", "holdout"), (None, "smallest", "largest")
+        method, end = data.get("method"), data.get("at_grid_end")
+        if method not in methods or end not in ends:
+            raise ValueError(f"The file's choice of the prior precision must be one of {methods}, got {data!r}.")
+        return cls(method=method, at_grid_end=end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +85,27 @@ class FitRecord:
     skipped: Mapping[str, str] = field(default_factory=dict)
     squared_distances: Mapping[str, float] = field(default_factory=dict)
     noise_version: int = NOISE_VERSION
+
+    @classmethod
+    def from_sums(
+        cls, sums: Curvature, skipped: Mapping[str, str], distances: Mapping[str, float] | None = None
+    ) -> FitRecord:
+        """Return what the sums say about the data.
+
+        Args:
+            sums: the sums of the whole fit, over all processes.
+            skipped: layer name -> why it stays deterministic.
+            distances: layer name -> |theta* - mu0|^2, where the prior's mean mu0 is not 0.
+        """
+        return cls(
+            config=sums.config,
+            num_data=round(sums.num_examples * sums.data_scale),
+            log_likelihood=sums.log_likelihood * sums.data_scale,
+            squared_error=sums.squared_error * sums.data_scale,
+            num_outputs=round(sums.num_outputs * sums.data_scale),
+            skipped=dict(skipped),
+            squared_distances=dict(distances or {}),
+        )
 
 
 class LaplacePosterior(MovedPosterior):
@@ -93,14 +142,15 @@ class LaplacePosterior(MovedPosterior):
         fingerprints: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         names = [target.name for target, _ in layers]
-        check_positive("temperature", temperature)
-        check_positive("noise_std", noise_std)
+        check_number("temperature", temperature, 0.0, strict=True)
+        check_number("noise_std", noise_std, 0.0, strict=True)
         self.model, self.record, self.draw_cache_bytes = model, record, draw_cache_bytes
         self.prior_precision = checked_precision(prior_precision, names)
         self.temperature, self.noise_std = float(temperature), float(noise_std)
+        self.likelihood_precision = 1 / (self.temperature * self.noise_std**2)
         self.choice = PrecisionChoice() if choice is None else choice
         self._layers, self._outputs_of = list(layers), outputs_of
-        self.fingerprints = fingerprints_of(self.targets) if fingerprints is None else fingerprints
+        self.fingerprints = fingerprints or {target.name: target.fingerprint for target in self.targets}
         self._blocks = self.blocks_at([self.prior_precision])
         self._cache: dict[tuple[int, int], dict[nn.Parameter, Tensor]] = {}
         self._kept: tuple[str, Statistic] | None = None
@@ -114,11 +164,6 @@ class LaplacePosterior(MovedPosterior):
         )
 
     # -- the Gaussian ------------------------------------------------------------------------------------------------
-
-    @property
-    def scale(self) -> float:
-        """1 / (temperature noise_std^2): what multiplies the curvature."""
-        return 1 / (self.temperature * self.noise_std**2)
 
     @property
     def layers(self) -> dict[str, KroneckerEigen]:
@@ -141,7 +186,7 @@ class LaplacePosterior(MovedPosterior):
 
     @property
     def log_marginal_likelihood(self) -> float:
-        """log p(D | tau) by Laplace's method, in nats (Immer et al. 2021); comparable between posteriors of one model.
+        """The evidence log p(D | tau) in nats (Immer et al. 2021); comparable between posteriors of one model.
 
         Raises:
             ValueError: the fit saw no labels.
@@ -150,12 +195,12 @@ class LaplacePosterior(MovedPosterior):
         if math.isnan(log_likelihood):
             raise ValueError("The fit's data had no labels: only differences between prior precisions are known.")
         spectra = self.spectra
-        return log_marginal_likelihood(log_likelihood, spectra, self.prior_precision, scale=self.scale)
+        return log_marginal_likelihood(log_likelihood, spectra, self.prior_precision, scale=self.likelihood_precision)
 
     @property
     def effective_parameters(self) -> dict[str, float]:
         """Layer name -> sum L / (L + tau / scale): how many of its weights the data determine (MacKay 1992)."""
-        return effective_parameters(self.spectra, self.prior_precision, scale=self.scale)
+        return effective_parameters(self.spectra, self.prior_precision, scale=self.likelihood_precision)
 
     @property
     def exceeds_data(self) -> bool:
@@ -214,14 +259,14 @@ class LaplacePosterior(MovedPosterior):
 
     def blocks_at(self, prior_precisions: Sequence[Precision]) -> list[LaplaceBlock]:
         """Blocks of several posteriors at once, which differ in their prior: one pass predicts with all."""
-        is_full = self.record.config.curvature == "full"
+        is_dense = self.record.config.curvature == "dense"
         return [
             LaplaceBlock(
                 target,
                 eigen,
                 tuple(p if isinstance(p, float) else p[target.name] for p in prior_precisions),
-                self.scale,
-                is_full and eigen.eigenvalues.shape[1] == 1 and eigen.left is None and eigen.right is not None,
+                self.likelihood_precision,
+                is_dense and eigen.eigenvalues.shape[1] == 1 and eigen.left is None and eigen.right is not None,
                 self.record.noise_version,
             )
             for target, eigen in self._layers
@@ -243,7 +288,7 @@ class LaplacePosterior(MovedPosterior):
         """Marginal variance of every covered Parameter."""
         found: dict[nn.Parameter, Tensor] = {}
         for (target, eigen), block in zip(self._layers, self._blocks, strict=True):
-            values = eigen.marginal_variance(block.prior_precisions[0], self.scale)
+            values = eigen.marginal_variance(block.prior_precisions[0], self.likelihood_precision)
             found |= by_parameter(target, block.placed(values))
         return found
 
@@ -275,9 +320,7 @@ class LaplacePosterior(MovedPosterior):
 
         In the precision of the fit (float32 but for a float64 model), and nothing twice: layers that read one tensor
         share their basis, and the eigenvalues of "kfac" are products of two vectors. A reload has the same bits.
-
-        Raises:
-            ValueError: the model's weights have moved since the fit.
+        Weights that have moved since the fit are refused with a ValueError.
         """
         layers = recorded_layers(self.targets, self.fingerprints)
         meta = {
@@ -294,19 +337,23 @@ class LaplacePosterior(MovedPosterior):
     def load(
         cls, directory: str | os.PathLike[str], model: nn.Module, *, outputs_of: OutputOf = logits_of
     ) -> LaplacePosterior:
-        """The posterior that `save` wrote, around the model that it was fitted to.
+        """Return the posterior that `save` wrote, around the model that it was fitted to.
+
+        Args:
+            directory: the folder of `save`, or the file itself.
+            model: the model that the posterior was fitted to, with the same weights.
+            outputs_of: from what the model returns to its logits; it is not saved.
 
         Raises:
-            ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
+            TypeError: ``model`` is not a module.
+            ValueError: a file is missing, damaged or changed, or the model has other layers or weights.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         path = folder(directory)
         saved, meta = read(path if path.is_file() else path / FILE, kind="laplace")
         tensors, factors = unpacked(saved)
-        targets = targets_named(model, meta["layers"])
-        set_padding(targets, meta["layers"])
-        check_weights(targets, meta["layers"])
+        targets = saved_targets(model, meta["layers"])
         check_parts(tensors, targets, meta["record"]["config"]["curvature"], f"{str(path)!r}")
         layers = []
         for target in targets:
@@ -333,30 +380,3 @@ def check_laplace(posterior: Any) -> None:
     """
     if not isinstance(posterior, LaplacePosterior):
         raise TypeError(f"`posterior` must be a LaplacePosterior, as `fit` returns it, got {type(posterior).__name__}.")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """A finite number > 0.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if not (is_finite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}.")
-
-
-def checked_precision(prior_precision: Any, names: Sequence[str]) -> float | dict[str, float]:
-    """One tau, or one for each of the layers ``names``.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if not isinstance(prior_precision, Mapping):
-        check_positive("prior_precision", prior_precision)
-        return float(prior_precision)
-    if set(prior_precision) != set(names):
-        wrong = sorted(set(prior_precision) ^ set(names))[:3]
-        raise ValueError(f"`prior_precision` must name each of the {len(names)} layers once; these differ: {wrong}.")
-    for name in names:
-        check_positive(f"prior_precision[{name!r}]", prior_precision[name])
-    return {name: float(prior_precision[name]) for name in names}

@@ -1,12 +1,11 @@
-"""Which layers a Laplace posterior covers, and why it leaves the others deterministic."""
+"""Which layers a Laplace posterior covers, by which weights, and why it leaves the others deterministic."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..linearized import LayerRule, rule_of, supported_layers
@@ -14,7 +13,9 @@ from ..linearized.blocks import to_matrix
 from ..patterns import Patterns, matching, subtrees
 from ..storage import digest
 
-Subset = Literal["all", "last_layer"]
+_NARROWER = (torch.float32, torch.bfloat16, torch.float16)
+Fingerprint = Mapping[str, Mapping[str, str]]
+"""Name of a parameter -> dtype -> digest of its values in it; its own dtype is the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +58,26 @@ class Target:
         """A hash of the parameters' values, in their own precision."""
         return " ".join(digest(parameter) for parameter in self.parameters.values())
 
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Hashes of the parameters' values as they are now, in their own precision and in narrower ones.
+
+        A model that is loaded in fewer bits has other values, which rounding determines: with hashes of the rounded
+        weights every precision is recognised, and no other weights pass.
+        """
+        return {name: _digests(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    def has_weights(self, recorded: Fingerprint) -> bool:
+        """Whether the parameters are those recorded, or those rounded to fewer bits or copied into more."""
+        return recorded.keys() == self.parameters.keys() and all(
+            _matches(parameter.detach(), recorded[name]) for name, parameter in self.parameters.items()
+        )
+
 
 def choose_targets(
     model: nn.Module, target: Patterns | None = None, exclude: Patterns | None = None
 ) -> tuple[list[Target], dict[str, str]]:
-    """Targets in the model's order, and the reason of every other layer that has parameters.
+    """Return targets in the model's order, and the reason of every other layer that has parameters.
 
     Args:
         model: any module.
@@ -77,7 +93,7 @@ def choose_targets(
     targeted = set(names) if target is None or target == "all" else matching(names, target, "target_modules")
     by_default = target is None or target == "all"
     excluded = set() if exclude is None else subtrees(names, matching(names, exclude, "exclude_modules"))
-    owners = _owners(model)
+    owners = owners_of(model)
     kept = {id(module) for name, module in model.named_modules() if name in excluded}
     found: list[Target] = []
     skipped: dict[str, str] = {}
@@ -105,12 +121,12 @@ def choose_targets(
 
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
-    """The targets of layers by name, in the model's order, with those of their parameters that are trained.
+    """Return the targets of layers by name, in the model's order, with those of their parameters that are trained.
 
     Raises:
         ValueError: the model lacks such a layer, or it has no rule or no trained parameters.
     """
-    modules, owners, wanted = dict(model.named_modules()), _owners(model), set(names)
+    modules, owners, wanted = dict(model.named_modules()), owners_of(model), set(names)
     if wanted - set(modules):
         missing = sorted(wanted - set(modules))
         raise ValueError(f"The curvature is of layers that the model does not have: {missing[:5]}.")
@@ -126,7 +142,12 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
 
 
 def squared_distances(targets: Sequence[Target], model: nn.Module, prior_mean: nn.Module) -> dict[str, float]:
-    """|theta* - mu0|^2 of each target: mu0 are ``prior_mean``'s weights by name, 0 where it has none of that shape.
+    """Return |theta* - mu0|^2 of each target, by its name.
+
+    Args:
+        targets: the layers that the posterior covers.
+        model: the trained model, with the weights theta*.
+        prior_mean: the model whose weights, found by name, are mu0; 0 where it has none of a name and shape.
 
     Raises:
         ValueError: ``prior_mean`` has none of the targets' weights.
@@ -144,36 +165,6 @@ def squared_distances(targets: Sequence[Target], model: nn.Module, prior_mean: n
         found[target.name] = total
     if known == 0:
         raise ValueError("`prior_mean` has none of the covered layers' weights: give the model before fine-tuning.")
-    return found
-
-
-def targets_named(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> list[Target]:
-    """The targets of a saved posterior, checked against the model's layers and weights.
-
-    Args:
-        model: the model.
-        layers: by name, the ``parameters`` covered and the ``squared_norm`` of their trained values.
-
-    Raises:
-        ValueError: the model lacks a layer, or its weights are not those that the posterior was fitted to.
-    """
-    modules, owners, found = dict(model.named_modules()), _owners(model), []
-    for name, recorded in layers.items():
-        module = modules.get(name)
-        rule = None if module is None else rule_of(module)
-        parameters = {key: getattr(module, key, None) for key in recorded["parameters"]}
-        if module is None or rule is None or any(value is None for value in parameters.values()):
-            raise ValueError(
-                f"The posterior covers {name!r} ({recorded['parameters']}), which the model does not have."
-            )
-        given = {key: value for key, value in parameters.items() if value is not None}
-        target = Target(name, tuple(owners[id(next(iter(given.values())))]), given, rule)
-        if not math.isclose(target.squared_norm, recorded["squared_norm"], rel_tol=1e-3, abs_tol=1e-12):
-            raise ValueError(
-                f"The posterior was fitted to other weights: those of {name!r} have squared norm "
-                f"{target.squared_norm:.6g}, the posterior's {recorded['squared_norm']:.6g}."
-            )
-        found.append(target)
     return found
 
 
@@ -200,7 +191,8 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in given.items() if parameter is not None and parameter.requires_grad}
 
 
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+def owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the modules that use each Parameter, by its id."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -235,3 +227,22 @@ def _shared(module: nn.Module, owners: dict[int, list[nn.Module]], kept: set[int
         others = {type(other).__name__ for group in groups for other in group if other is not module}
         return f"tied to a layer that uses the weight in another way ({', '.join(sorted(others))})"
     return None
+
+
+def _digests(values: Tensor) -> dict[str, str]:
+    own = values.dtype
+    if values.is_meta:
+        return {}
+    dtypes = [own, *(dtype for dtype in _NARROWER if dtype != own and dtype.itemsize <= own.itemsize)]
+    return {str(dtype).removeprefix("torch."): digest(values.to(dtype)) for dtype in dtypes}
+
+
+def _matches(values: Tensor, recorded: Mapping[str, str]) -> bool:
+    if values.is_meta:
+        return True
+    known = recorded.get(str(values.dtype).removeprefix("torch."))
+    if known is not None:
+        return digest(values) == known
+    name = next(iter(recorded))  # of fewer bits than these values have: nothing may be lost
+    narrow = values.to(getattr(torch, name))
+    return torch.equal(narrow.to(values.dtype), values) and digest(narrow) == recorded[name]

@@ -1,19 +1,35 @@
-"""The prior precision and a regression's noise: given, of largest evidence, or chosen by held-out data."""
+"""The prior precision and a regression's noise: given, of largest evidence, or of least held-out NLL.
+
+One pass over the held-out data serves the whole grid of precisions, for the predictive that will be used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal, get_args
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
+from torch import nn
+
+from ..likelihoods import get_likelihood
 from ..likelihoods.registry import likelihood_of_family
-from ..linearized.links import Link
-from .choice import PrecisionChoice, by_evidence
-from .evidence import Precision, optimal_precision_and_noise, optimal_prior_precision
-from .holdout import checked_validation, grid_end, holdout_nll, holdout_precision
-from .loading import Loader
-from .posterior import LaplacePosterior
+from ..linearized.captured import bare_tensors, covariance, linearize
+from ..linearized.links import Link, ignores_shift, linearized_predictive
+from ..posteriors.heads import has_many_logits, known_problem_type
+from ..processes import process_index, summed
+from .config import PriorChoice, check_precision_choice
+from .data import Batch, Loader
+from .evidence import DEFAULT_BOUNDS, Precision, optimal_precision_and_noise, optimal_prior_precision
+from .posterior import End, LaplacePosterior, PrecisionChoice
 
-PriorChoice = Literal["marglik", "marglik_per_layer", "holdout"]
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+GRID: tuple[float, ...] = tuple(np.logspace(-4, 6, 21).tolist())
+"""Two values per decade; a parabola refines the best."""
 
 
 def default_choice(validation: object) -> PriorChoice:
@@ -30,14 +46,19 @@ def tune(
     link: Link = "auto",
     progress: bool = True,
 ) -> LaplacePosterior:
-    """The posterior at a prior precision (and noise) that is given, or found as `fit` says; no curvature is refitted.
+    """Return the posterior at a prior precision (and noise) that is given, or found as `fit` says.
 
-    Raises:
-        ValueError: as for `fit`.
+    No curvature is refitted.
+
+    Args:
+        posterior: at any prior precision.
+        prior_precision: tau, one per layer name, or how to find it.
+        noise_std: s of a regression; by default the one of largest evidence.
+        validation: held-out batches with labels, of "holdout".
+        link: of the predictive that "holdout" judges.
+        progress: whether to show a progress bar.
     """
-    choices = get_args(PriorChoice)
-    if isinstance(prior_precision, str) and prior_precision not in choices:
-        raise ValueError(f"`prior_precision` must be a number, or one of {choices}, got {prior_precision!r}.")
+    check_precision_choice(prior_precision)
     record = posterior.record
     posterior = posterior if noise_std is None else posterior.with_noise_std(noise_std)
     spectra = posterior.spectra
@@ -55,13 +76,118 @@ def tune(
         )
         posterior = posterior.with_noise_std(noise)
     elif isinstance(prior_precision, str) and prior_precision != "holdout":
-        best = optimal_prior_precision(spectra, per_layer=per_layer, scale=posterior.scale)
+        best = optimal_prior_precision(spectra, per_layer=per_layer, scale=posterior.likelihood_precision)
     if not isinstance(prior_precision, str):
         return posterior.with_prior_precision(prior_precision)
     if prior_precision == "holdout":
         validation = checked_validation(posterior.model, validation)
         held_out = Loader(posterior.model, validation, None, None, progress).batches("Held-out NLL")
         nll = holdout_nll(posterior, held_out, link=link)
-        choice = PrecisionChoice(method="holdout", at_grid_end=grid_end(nll))
+        choice = PrecisionChoice(method="holdout", at_grid_end=_grid_end(nll))
         return posterior.with_prior_precision(holdout_precision(nll), choice)
-    return posterior.with_prior_precision(best, by_evidence(best, per_layer=per_layer))
+    end = _end_of(list(best.values()) if isinstance(best, Mapping) else [best], *DEFAULT_BOUNDS)
+    return posterior.with_prior_precision(best, PrecisionChoice(method=prior_precision, at_grid_end=end))
+
+
+def checked_validation(model: nn.Module, validation: T | None) -> T:
+    """Return held-out data as they are, of a model whose predictive can be linearised.
+
+    Raises:
+        ValueError: ``validation`` is None, or the head has too many logits.
+    """
+    if validation is None:
+        raise ValueError('`prior_precision`="holdout" needs `validation`: held-out batches with labels.')
+    if has_many_logits(model, known_problem_type(model)):
+        raise ValueError(
+            '`prior_precision`="holdout" judges the linearised predictive, for which this head has too many logits: '
+            'use "marglik", or give a number.'
+        )
+    return validation
+
+
+def holdout_nll(
+    posterior: LaplacePosterior,
+    batches: Iterable[Batch],
+    grid: tuple[float, ...] = GRID,
+    *,
+    link: Link = "auto",
+    seed: int = 0,
+) -> dict[float, float]:
+    """Return the mean NLL per label of the linearised predictive at each scalar prior precision, over all processes.
+
+    Args:
+        posterior: the posterior at any prior precision.
+        batches: this process's held-out batches, with labels.
+        grid: the prior precisions tau > 0 to judge.
+        link: from Gaussian logits to probabilities: see `linearized.links`.
+        seed: the seed of the logit draws that some links take.
+
+    Raises:
+        ValueError: there are no labels.
+    """
+    blocks, problem = posterior.blocks_at(list(grid)), posterior.problem_type()
+    likelihood, contrasts = get_likelihood(problem), ignores_shift(problem, link)
+    totals, count = np.zeros(len(grid)), 0
+    for batch in batches:
+        if batch.labels is None:
+            raise ValueError('`validation` needs labels for `prior_precision`="holdout".')
+        with posterior.recording_view(bare_tensors(blocks)) as view:
+            mean, stacked = linearize(
+                view,
+                batch.inputs,
+                blocks,
+                covariance,
+                posterior.outputs_of,
+                contrasts=contrasts,
+                of_softmax=likelihood.ignores_shift,
+            )
+        problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
+        values = mean.squeeze(-1) if likelihood.has_noise and mean.shape[-1] == 1 else mean
+        labels = batch.labels.reshape(values.shape) if likelihood.has_noise else batch.labels
+        for number, matrix in enumerate(stacked):
+            predictive = linearized_predictive(
+                mean, matrix, problem, link=link, seed=seed, noise_std=posterior.noise_std
+            )
+            found = predictive.log_prob(labels)
+            kept = found[~found.isnan()]
+            totals[number] -= float(kept.double().sum())
+        count += kept.numel()
+    sums = summed(torch.tensor([*totals, count], dtype=torch.float64)).tolist()
+    if sums[-1] == 0:
+        raise ValueError("`validation` holds no labelled example.")
+    return dict(zip(grid, (total / sums[-1] for total in sums[:-1]), strict=True))
+
+
+def _grid_end(nll: dict[float, float]) -> End | None:
+    """The end of the grid where the least NLL lies, else None."""
+    taus = list(nll)
+    return _end_of([taus[int(np.nanargmin(list(nll.values())))]], taus[0], taus[-1])
+
+
+def holdout_precision(nll: dict[float, float]) -> float:
+    """The minimum, refined by the parabola through it and its neighbours in log tau; a warning at the grid's end."""
+    grid, values = np.log(list(nll)), np.array(list(nll.values()))
+    best = int(np.nanargmin(values))
+    if _grid_end(nll) is not None:
+        found = float(list(nll)[best])
+        if process_index() == 0:
+            side = "smallest: the widest posterior" if best == 0 else "largest: next to no posterior at all"
+            logger.warning(
+                'prior_precision="holdout" found the least NLL at the end of its grid, tau = %.4g (the %s), and the '
+                "true minimum may lie beyond. A validation set that is small or unlike the training data does this; "
+                'compare "marglik", or give a number.',
+                found,
+                side,
+            )
+        return found
+    low, middle, high = values[best - 1 : best + 2]
+    curvature = low - 2 * middle + high
+    shift = 0.5 * (low - high) / curvature if curvature > 0 else 0.0
+    return float(np.exp(grid[best] + shift * (grid[best + 1] - grid[best])))
+
+
+def _end_of(values: Sequence[float], low: float, high: float) -> End | None:
+    """Which end of [low, high] one of the values has reached, if any; the smallest first."""
+    if min(values) <= low:
+        return "smallest"
+    return "largest" if max(values) >= high else None

@@ -65,7 +65,13 @@ class Likelihood(LossHessian):
         return torch.ones(batch_size(batch), dtype=torch.bool, device=device)
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """-log p(y | f) of each item of a model's output, with gradient; ``noise_std`` is a regression's."""
+        """Return -log p(y | f) of each item in nats, with gradient.
+
+        Args:
+            outputs: what the model returned for the batch.
+            batch: what its forward took, with labels.
+            noise_std: the noise s > 0 of a regression, or "head" of a model that predicts it; other heads ignore it.
+        """
         raise NotImplementedError
 
     def mean_loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -84,9 +90,12 @@ class Likelihood(LossHessian):
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """Log-probabilities of one draw's output, class axis last, or a regression's values, in float32 or wider.
+        """Return one draw's log-probabilities, class axis last, or a regression's values, in float32 or wider.
 
-        The attention mask of ``batch`` may matter. ``is_stacked``: of the logits of several draws at once, (S, ...).
+        Args:
+            output: what the model returned under the draw.
+            batch: what its forward took, of which the attention mask may matter.
+            is_stacked: whether the logits are those of several draws at once, (S, ...).
         """
         raise NotImplementedError
 

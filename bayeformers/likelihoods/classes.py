@@ -55,11 +55,26 @@ class Categorical(Likelihood):
         return labels_of(batch) != IGNORED
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """-log softmax(g(f))[label]."""
+        """Return -log softmax(g(f))[label] of each item, in nats.
+
+        Args:
+            outputs: what the model returned, with logits (B, C) or (B, T, C).
+            batch: what its forward took, with labels (B,) or (B, T); those of -100 do not count.
+            noise_std: ignored, as classes have no noise.
+        """
         return cross_entropy(*self.labelled_logits(outputs, batch))
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """(B, C) or (B, T, C)."""
+        """Return the log-probabilities, (B, C) or (B, T, C).
+
+        Args:
+            output: what the model returned, with logits of the same shape.
+            batch: what its forward took, which does not matter here.
+            is_stacked: whether the logits have an axis S of draws before the others.
+
+        Raises:
+            ValueError: the logits have another number of axes, or one class only.
+        """
         logits = logits_of(output)
         if logits.dim() > 3 + is_stacked:
             raise ValueError(
@@ -232,7 +247,16 @@ class Unknown(SingleLabel):
     item_mask = Likelihood.item_mask  # every example
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """The model's own `loss`, taken as a mean over examples."""
+        """Return the model's own `loss`, taken as a mean over examples, for each of them.
+
+        Args:
+            outputs: what the model returned, with a `loss`.
+            batch: what its forward took.
+            noise_std: ignored, as the model's own loss says all.
+
+        Raises:
+            ValueError: the model returned no `loss`.
+        """
         loss = output_field(outputs, "loss")
         if loss is None:
             raise ValueError(
@@ -281,7 +305,14 @@ def check_classes(labels: Tensor, shape: torch.Size, mask: Tensor, name: str = "
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None, name: str = "labels") -> ItemNLL:
-    """-log softmax(logits)[label] of logits (..., C) and labels (...), where ``mask``, by default the label, counts."""
+    """Return -log softmax(logits)[label] of each item, in nats.
+
+    Args:
+        logits: the logits f, (..., C).
+        labels: integer classes, (...).
+        mask: which items count, bool (...); by default those whose label is not -100.
+        name: what an error calls the labels.
+    """
     mask = labels != IGNORED if mask is None else mask
     target = check_classes(labels, logits.shape, mask, name).masked_fill(~mask, IGNORED)
     values = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="none")
@@ -289,7 +320,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None, na
 
 
 def class_scores(nll: Tensor, log_probs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The columns of a classification; "probs" (..., C) and "labels" of few classes, for ECE and Brier score."""
+    """Return the columns of a classification; "probs" and "labels" of few classes, for ECE and Brier score.
+
+    Args:
+        nll: the negative log-likelihood of each item in nats, (...).
+        log_probs: the averaged log-probabilities, (..., C).
+        labels: integer classes, (...).
+    """
     few = {"probs": log_probs.exp(), "labels": labels} if log_probs.shape[-1] <= MAX_CLASSES else {}
     return {"nll": nll, **few}
 

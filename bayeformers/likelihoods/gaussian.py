@@ -49,7 +49,13 @@ def check_noise_std(noise_std: Any) -> NoiseStd | None:
 
 
 def gaussian_log_prob(value: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """Elementwise log N(value; mean, exp(log_scale)^2) in nats; the arguments broadcast."""
+    """Return log N(value; mean, exp(log_scale)^2) in nats, elementwise; the arguments broadcast.
+
+    Args:
+        value: the point y, in the targets' unit.
+        mean: the mean, in the same unit.
+        log_scale: the log of the standard deviation in that unit.
+    """
     inverse = math.exp(-log_scale) if isinstance(log_scale, float) else (-log_scale).exp()
     return -(0.5 * ((value - mean) * inverse).square() + log_scale + 0.5 * math.log(2 * math.pi))
 
@@ -187,7 +193,16 @@ class Regression(Likelihood):
     links = ("auto",)
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """Summed over the outputs of an example."""
+        """Return the Gaussian NLL of each example in nats, (B,), summed over its outputs.
+
+        Args:
+            outputs: what the model returned, with values (B, L), or (B, 2 L) of a variance head.
+            batch: what its forward took, with labels (B, L).
+            noise_std: s > 0 in the targets' unit, or "head" of a variance head.
+
+        Raises:
+            ValueError: ``noise_std`` is neither.
+        """
         output = logits_of(outputs)
         if noise_std == HEAD:
             labels = regression_labels(batch, split_variance_head(output)[0])
@@ -205,7 +220,13 @@ class Regression(Likelihood):
         return F.mse_loss(logits, batch["labels"].to(logits).squeeze())
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """(B,), or (B, L) with several outputs; `mean_and_variance` splits those of a variance head."""
+        """Return the outputs, (B,), or (B, L) of several; `mean_and_variance` splits those of a variance head.
+
+        Args:
+            output: what the model returned, with values (B, L).
+            batch: what its forward took, which does not matter here.
+            is_stacked: whether there is an axis S of draws before the others, which changes nothing here.
+        """
         return squeezed(logits_of(output))
 
     # -- Laplace -----------------------------------------------------------------------------------------------------

@@ -163,7 +163,14 @@ def uniform(like: Tensor, generator: Generators) -> Tensor:
 
 
 def made(draw: Callable[..., Tensor], shape: torch.Size, generator: Generators, dtype: torch.dtype) -> Tensor:
-    """Numbers of one generator, or of one for each of the first axis."""
+    """Return random numbers of one generator, or of one for each of the first axis, on the CPU.
+
+    Args:
+        draw: a function of torch such as `torch.rand`.
+        shape: the shape of the result.
+        generator: one generator, or as many as the first axis is long.
+        dtype: the numbers' dtype.
+    """
     if isinstance(generator, torch.Generator):
         return draw(shape, generator=generator, dtype=dtype)
     return torch.stack([draw(shape[1:], generator=one, dtype=dtype) for one in generator])

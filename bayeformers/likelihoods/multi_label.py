@@ -29,7 +29,16 @@ class MultiLabel(Likelihood):
     links = ("auto", "probit", "mc")
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """Summed over the labels of an example."""
+        """Return the NLL of each example in nats, (B,), summed over its labels.
+
+        Args:
+            outputs: what the model returned, with logits (B, L).
+            batch: what its forward took, with labels (B, L) in [0, 1].
+            noise_std: ignored, as labels have no noise.
+
+        Raises:
+            ValueError: the labels have another shape than the logits, or lie outside [0, 1].
+        """
         logits, labels = logits_of(outputs), labels_of(batch)
         if labels.shape != logits.shape:
             raise ValueError(f"`labels` must have shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
@@ -53,7 +62,13 @@ class MultiLabel(Likelihood):
         return torch.stack([torch.zeros_like(logits), logits], dim=-1), (labels_of(batch) > 0.5).long()
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """(B, L, 2): absent and present."""
+        """Return the log-probabilities of absent and present, (B, L, 2).
+
+        Args:
+            output: what the model returned, with logits (B, L).
+            batch: what its forward took, which does not matter here.
+            is_stacked: whether there is an axis S of draws before the others, which changes nothing here.
+        """
         logits = logits_of(output)
         return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
 

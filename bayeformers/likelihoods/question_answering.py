@@ -32,7 +32,13 @@ class QuestionAnswering(Likelihood):
         return start | end
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """Start NLL + end NLL over attended positions; one outside them adds nothing."""
+        """Return start NLL + end NLL over attended positions in nats, (B,); an end outside them adds nothing.
+
+        Args:
+            outputs: what the model returned, with `start_logits` and `end_logits` (B, T).
+            batch: what its forward took, with `start_positions` and `end_positions` (B,).
+            noise_std: ignored, as positions have no noise.
+        """
         parts = []
         for side in _SIDES:
             logits = logits_of(outputs, f"{side}_logits")
@@ -51,7 +57,13 @@ class QuestionAnswering(Likelihood):
         return 0.5 * (losses[0] + losses[1])
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """(B, 2, T): start and end, over the positions that ``attention_mask`` admits."""
+        """Return the log-probabilities of start and end, (B, 2, T), over the positions that ``attention_mask`` admits.
+
+        Args:
+            output: what the model returned, with `start_logits` and `end_logits` (B, T).
+            batch: what its forward took, with `attention_mask` (B, T) if it has one.
+            is_stacked: ignored, as several draws at once are not supported here.
+        """
         sides = [_attended(logits_of(output, f"{side}_logits"), batch) for side in _SIDES]
         return torch.stack(sides, dim=1).log_softmax(dim=-1)
 
@@ -76,7 +88,13 @@ class QuestionAnswering(Likelihood):
 
 
 def span_end(batch: Batch, side: str, length: int) -> tuple[Tensor, Tensor]:
-    """An end of the answer (B,), and whether it lies on a token that is attended to."""
+    """Return one end of the answer, (B,), and whether it lies on a token that is attended to, bool (B,).
+
+    Args:
+        batch: what the model's forward took, with labels.
+        side: the end's name, "start" or "end".
+        length: the number T of token positions.
+    """
     positions = labels_of(batch, f"{side}_positions")
     positions = positions.squeeze(-1) if positions.dim() > 1 else positions
     inside = (positions >= 0) & (positions < length)

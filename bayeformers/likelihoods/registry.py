@@ -126,7 +126,13 @@ def drawn_values(output: Any, problem_type: ProblemType, inputs: Any) -> Tensor:
 
 
 def token_mask(values: Tensor, problem_type: ProblemType, inputs: Any) -> Tensor | None:
-    """Which positions of (B, T, C) belong to the sequence, (B, T) bool; None where every value counts."""
+    """Return which positions belong to the sequence, (B, T) bool; None where every value counts.
+
+    Args:
+        values: one draw's log-probabilities, (B, T, C) of a head per token.
+        problem_type: what the head predicts.
+        inputs: what the model's forward took, with its attention mask.
+    """
     return get_likelihood(problem_type).attended(values, inputs)
 
 
@@ -337,7 +343,13 @@ def ignored_label(model: nn.Module, problem_type: ProblemType) -> int:
 
 
 def without_ignored(batch: Mapping[str, Any], model: nn.Module, problem_type: ProblemType) -> Mapping[str, Any]:
-    """A batch in which pixels without a class have the label -100, as tokens have; other batches as they are."""
+    """Return a batch in which pixels without a class have the label -100, as tokens have; other batches as they are.
+
+    Args:
+        batch: what the model's forward takes, with labels (B, H, W) of pixels.
+        model: the model, whose configuration may name the label that it ignores.
+        problem_type: what the head predicts.
+    """
     labels = batch.get("labels")
     if not get_likelihood(problem_type).is_per_pixel or not isinstance(labels, Tensor):
         return batch

@@ -32,7 +32,16 @@ class SemanticSegmentation(Categorical):
     is_linearizable = False
 
     def nll(self, outputs: Any, batch: Batch, noise_std: Any = None) -> ItemNLL:
-        """Of logits that are interpolated bilinearly to the labels' resolution."""
+        """Return the NLL of each pixel in nats, (B, H', W'), of logits interpolated bilinearly to the labels' size.
+
+        Args:
+            outputs: what the model returned, with logits (B, C, H, W).
+            batch: what its forward took, with labels (B, H', W'); those of -100 do not count.
+            noise_std: ignored, as classes have no noise.
+
+        Raises:
+            ValueError: the labels have another number of axes or of images.
+        """
         log_probs, labels = self.values(outputs, batch), labels_of(batch)
         if labels.dim() != 3 or len(labels) != len(log_probs):
             raise ValueError(
@@ -41,7 +50,16 @@ class SemanticSegmentation(Categorical):
         return cross_entropy(resized(log_probs, (labels.shape[1], labels.shape[2])), labels)
 
     def values(self, output: Any, batch: Any, *, is_stacked: bool = False) -> Tensor:
-        """(B, H, W, C), at the logits' resolution."""
+        """Return the log-probabilities, (B, H, W, C), at the logits' resolution.
+
+        Args:
+            output: what the model returned, with logits (B, C, H, W).
+            batch: what its forward took, which does not matter here.
+            is_stacked: ignored, as several draws at once are not supported here.
+
+        Raises:
+            ValueError: the logits have another number of axes, or one class only.
+        """
         logits = logits_of(output)
         if logits.dim() != 4 or logits.shape[1] < 2:
             raise ValueError(

@@ -95,14 +95,26 @@ def to_matrix(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def from_matrix(module: nn.Module, matrix: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """The inverse of `to_matrix`: tensors of the parameters' shapes."""
+    """Return tensors of the parameters' shapes by name, the inverse of `to_matrix`.
+
+    Args:
+        module: the layer.
+        matrix: its matrix form, (K, d_out, d_in').
+        names: the parameters that the matrix holds: "weight" and/or "bias".
+    """
     rule = rule_of(module)
     assert rule is not None  # of a block
     return rule.from_matrix(module, matrix, list(names))
 
 
 def block_draw(block: Gaussian, index: int, seed: int) -> Tensor:
-    """Deviation from the mean of draw ``index``, U_G (V^1/2 * Z) U_A^T, in the layer's matrix form."""
+    """Return a deviation from the mean, U_G (V^1/2 * Z) U_A^T, in the layer's matrix form (K, d_out, d_in').
+
+    Args:
+        block: the layer's Gaussian, at its first variances.
+        index: the draw's place in the sequence, >= 0.
+        seed: which sequence of draws.
+    """
     variance = block.variances()[0]
     noise = block_noise(block.name, tuple(variance.shape), index, seed, block.noise_version)
     noise = noise.to(variance) * variance.sqrt()
@@ -113,7 +125,15 @@ def block_draw(block: Gaussian, index: int, seed: int) -> Tensor:
 
 
 def block_noise(name: str, shape: tuple[int, ...], index: int, seed: int, noise_version: int = NOISE_VERSION) -> Tensor:
-    """Standard normal float32 of the CPU, the same in every process and on every device."""
+    """Return standard normal float32 of the CPU, the same in every process and on every device.
+
+    Args:
+        name: the block's name, of which the noise is a function too.
+        shape: the shape of the result.
+        index: the draw's place in the sequence, >= 0.
+        seed: which sequence of draws.
+        noise_version: how noise follows from these, see `bayeformers.sampling.generators`.
+    """
     key = hashlib.blake2b(f"{name}/{seed}/{index}".encode(), digest_size=8).digest()
     number = int.from_bytes(key) >> (noise_version == 1)
     return torch.randn(shape, generator=keyed_generator(number, torch.device("cpu"), noise_version))

@@ -186,7 +186,14 @@ def capture(
 def captured_block(
     block: GaussianBlock, uses: Sequence[Use], grads: Sequence[Sequence[Tensor]], batch: int
 ) -> Captured:
-    """A block's uses joined along the positions; ``grads`` holds, for each use, the C gradients at its output."""
+    """Return what a block's Jacobian is made of: its uses, joined along the positions.
+
+    Args:
+        block: the Gaussian of the layer.
+        uses: the block's recorded uses, one or more.
+        grads: for each use the C gradients at its output, of the output's shape.
+        batch: the number B of examples.
+    """
     inputs = torch.cat([use.inputs(batch) for use in uses], dim=2)
     of_uses = [
         torch.stack([use.gradients(grad, batch) for grad in of_use], dim=2)

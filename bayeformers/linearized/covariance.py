@@ -115,7 +115,14 @@ def affine_covariance(
 
 
 def affine_coordinates(inputs: Tensor, gradients: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """N_c = sum_t (U_G^T g_ct)(U_A^T a_t)^T, (K, B, C, r, q); arguments as in `affine_covariance`."""
+    """Return N_c = sum_t (U_G^T g_ct)(U_A^T a_t)^T, (K, B, C, r, q).
+
+    Args:
+        inputs: a, (K, B, T, d_in').
+        gradients: g, (K, B, C, T, d_out).
+        left: U_G, (K, d_out, r); None: the identity.
+        right: U_A, (K, d_in', q); None: the identity.
+    """
     inputs, gradients = reached(inputs, gradients)
     return _jacobian(rotated(inputs, right), rotated(gradients, left))
 
@@ -172,7 +179,13 @@ def table_squares(ids: Tensor, gradients: Tensor, rows: int) -> Tensor:
 
 
 def affine_products(inputs: Tensor, gradients: Tensor, matrix: Tensor) -> Tensor:
-    """J eta = sum_t g_ct . (eta a_t) for a matrix eta (K, d_out, d_in'); -> (B, C)."""
+    """Return J eta = sum_t g_ct . (eta a_t), (B, C), for one direction eta of the weights.
+
+    Args:
+        inputs: a, (K, B, T, d_in').
+        gradients: g, (K, B, C, T, d_out).
+        matrix: eta, (K, d_out, d_in').
+    """
     moved = torch.einsum("kbtj,kij->kbti", inputs, matrix)
     return torch.einsum("kbcti,kbti->bc", gradients, moved)
 

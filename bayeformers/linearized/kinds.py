@@ -99,7 +99,13 @@ class Captured(ABC):
 
     @classmethod
     def from_parts(cls, block: Gaussian, inputs: Tensor, gradients: Tensor) -> Captured:
-        """Of this kind, from a layer's bare inputs (K, B, T, d_in); of a dense covariance where the block has one."""
+        """Return what a layer of this kind captured; of a dense covariance where the block has one.
+
+        Args:
+            block: the Gaussian whose Jacobian it is.
+            inputs: the layer's bare inputs, (K, B, T, d_in), without a column for the bias.
+            gradients: g, (K, B, C, T, d_out).
+        """
         return DenseCaptured(block, inputs, gradients, cls) if block.is_flat else cls(block, inputs, gradients)
 
     def under(self, block: Gaussian) -> Captured:
@@ -154,7 +160,13 @@ class AffineCaptured(Captured):
 
     @classmethod
     def from_parts(cls, block: Gaussian, inputs: Tensor, gradients: Tensor) -> Captured:
-        """As of every kind; the input of a bias is 1."""
+        """Return what an affine layer captured; the input of a bias is 1.
+
+        Args:
+            block: the Gaussian whose Jacobian it is.
+            inputs: the layer's bare inputs, (K, B, T, d_in), without a column for the bias.
+            gradients: g, (K, B, C, T, d_out).
+        """
         return super().from_parts(block, in_block(block.parameters, inputs.to(gradients.dtype)), gradients)
 
     def jacobian(self) -> Tensor:
@@ -196,7 +208,13 @@ class TableCaptured(Captured):
 
     @classmethod
     def from_parts(cls, block: Gaussian, inputs: Tensor, gradients: Tensor) -> Captured:
-        """As of every kind; torch trains no padding row."""
+        """Return what a table captured, without its padding row, which torch does not train.
+
+        Args:
+            block: the Gaussian whose Jacobian it is.
+            inputs: the row numbers that were looked up, (1, B, T).
+            gradients: g, (1, B, C, T, d).
+        """
         padding = getattr(block.modules[0], "padding_idx", None)
         if padding is not None:
             gradients = gradients * (inputs != padding)[:, :, None, :, None]

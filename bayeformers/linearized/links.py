@@ -147,10 +147,15 @@ def link_log_probs(mean: Tensor, covariance: Tensor, link: Link, problem: Proble
 
 
 def check_link(link: str, problem: ProblemType, num_classes: int) -> None:
-    """A known link, and defined for the problem.
+    """Raise ValueError for a link that is unknown, or not defined for the problem.
+
+    Args:
+        link: the name of a link, one of `LINKS`.
+        problem: what the head predicts.
+        num_classes: the number C of logits per prediction.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the link is unknown, or the problem or its number of classes has no such link.
     """
     if link not in LINKS:
         raise ValueError(f"`link` must be one of {LINKS}, got {link!r}.")

@@ -78,7 +78,13 @@ def statistic(
 
 
 def select(blocks: Sequence[GaussianBlock], start: int, stop: int | None) -> Directions:
-    """Directions start .. stop of all blocks' in falling order of variance; negative numbers count from the end."""
+    """Return directions start .. stop of all blocks' in falling order of variance, by block.
+
+    Args:
+        blocks: the posterior, one Gaussian per layer.
+        start: the rank of the first direction, 0 the most uncertain; a negative one counts from the end.
+        stop: the rank after the last, likewise; None: to the end.
+    """
     of_block = [block.variances()[0].flatten() for block in blocks]
     values = torch.cat(of_block)
     first, last, _ = slice(start, stop).indices(int(values.count_nonzero()))  # those without variance come last

@@ -69,7 +69,13 @@ class LayerRule(ABC):
         return torch.cat(parts, dim=-1)
 
     def from_matrix(self, module: Any, matrix: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """The inverse of `to_matrix`: tensors of the parameters' shapes."""
+        """Return tensors of the parameters' shapes by name, the inverse of `to_matrix`.
+
+        Args:
+            module: the layer.
+            matrix: its matrix form, (K, d_out, d_in').
+            names: the parameters that the matrix holds: "weight" and/or "bias", the last column.
+        """
         found = {}
         if "weight" in names:
             found["weight"] = self.weight(module, matrix[..., :-1] if "bias" in names else matrix)
@@ -291,7 +297,13 @@ class NormRule(LayerRule):
         return torch.cat([self.matrix(module, tensors[name]) for name in ("weight", "bias") if name in tensors], dim=-2)
 
     def from_matrix(self, module: Any, matrix: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """The rows by name, in the shape of the gain."""
+        """Return the rows by name, in the shape of the gain.
+
+        Args:
+            module: the normalisation.
+            matrix: its matrix form, with a row for each name.
+            names: the parameters that the matrix holds, in the order of the rows.
+        """
         rows = matrix.chunk(len(names), dim=-2)
         return {name: self.weight(module, row) for name, row in zip(names, rows, strict=True)}
 

@@ -42,7 +42,15 @@ _WITHOUT_READS: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = wea
 def separation(
     model: nn.Module | View, inputs: Inputs, outputs: Tensor, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
 ) -> Separation:
-    """How the ``uses`` and ``outputs`` of one `record` of ``inputs`` keep the batch's examples apart."""
+    """Return how one `record` keeps the batch's examples apart.
+
+    Args:
+        model: the model that was recorded, or a view of it.
+        inputs: what its forward took, B examples.
+        outputs: the recorded outputs, (B, ...), with their graph.
+        uses: the recorded uses of the layers.
+        output_of: the logits in what the model returns.
+    """
     if len(outputs) == 1:
         return "examples"
     verdicts = _verdicts(model, inputs, len(outputs), uses, output_of)
@@ -56,7 +64,17 @@ def separation(
 def examples_first(
     model: nn.Module | View, inputs: Inputs, batch: int, uses: Sequence[Use], output_of: Callable[[Any], Tensor]
 ) -> set[Use]:
-    """Uses of which the first axis is the example; told in a batch of one too, where whatever is shared looks so."""
+    """Return the uses of which the first axis is the example.
+
+    Told in a batch of one too, where whatever is shared looks so.
+
+    Args:
+        model: the model that was recorded, or a view of it.
+        inputs: what its forward took.
+        batch: the number B of examples in it.
+        uses: the recorded uses of the layers.
+        output_of: the logits in what the model returns.
+    """
     verdicts = _verdicts(model, inputs, batch, uses, output_of)
     if verdicts is None:
         return {use for use in uses if len(use.input) == len(use.output) == batch}
@@ -161,7 +179,17 @@ def _close(given: Tensor, expected: Tensor) -> bool:
 def check_reads(
     model: nn.Module, inputs: Inputs, modules: Iterable[nn.Module], output_of: Callable[[Any], Tensor]
 ) -> None:
-    """Raise ValueError if a weight of ``modules`` is read outside its layer's forward."""
+    """Raise ValueError if a weight is read outside its layer's forward.
+
+    Args:
+        model: the model to be linearised.
+        inputs: what its forward takes, one example or more.
+        modules: the layers whose weights are asked about.
+        output_of: the logits in what the model returns.
+
+    Raises:
+        ValueError: there is such a weight; its layer is named.
+    """
     modules = list(modules)
     key = frozenset(map(id, modules)), tuple(inputs) if isinstance(inputs, Mapping) else ()
     if key in _WITHOUT_READS.setdefault(model, set()):
@@ -180,7 +208,14 @@ def check_reads(
 def read_outside(
     model: nn.Module, inputs: Inputs, modules: Iterable[nn.Module], output_of: Callable[[Any], Tensor]
 ) -> list[nn.Module]:
-    """Those of ``modules`` whose weights ``output_of(model(inputs))`` reads elsewhere; none where it cannot be told."""
+    """Return the layers whose weights are read outside their own forward; none where it cannot be told.
+
+    Args:
+        model: the model to be linearised.
+        inputs: what its forward takes, of which the first example is tried.
+        modules: the layers whose weights are asked about.
+        output_of: the logits in what the model returns.
+    """
     modules = list(modules)
     weights = {p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()}
     if not weights:

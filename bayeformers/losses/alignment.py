@@ -28,7 +28,14 @@ EPS = 0.01
 
 
 def alignment_sums(is_right: Tensor, is_certain: Tensor, rightness: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
-    """(n_AC + n_IU, n_AU + n_IC) of (n,) each, or of ``is_certain`` (T, n) of T thresholds: (), or (T,)."""
+    """Return n_AC + n_IU and n_AU + n_IC: scalars, or (T,) each for T thresholds of certainty.
+
+    Args:
+        is_right: which of the n items are right, bool (n,).
+        is_certain: which are certain, bool (n,), or (T, n) for T thresholds.
+        rightness: the degree a in [0, 1], (n,).
+        certainty: the degree k in [0, 1], (n,).
+    """
     right = torch.where(is_right, rightness, 1 - rightness)
     weight = right * torch.where(is_certain, certainty, 1 - certainty)
     is_aligned = is_certain == is_right
@@ -37,7 +44,13 @@ def alignment_sums(is_right: Tensor, is_certain: Tensor, rightness: Tensor, cert
 
 
 def alignment_loss(aligned: Tensor, misaligned: Tensor, eps: float) -> Tensor:
-    """log(1 + (misaligned + eps) / (aligned + eps)) >= 0."""
+    """Return log(1 + (misaligned + eps) / (aligned + eps)) >= 0.
+
+    Args:
+        aligned: the soft count n_AC + n_IU, a scalar.
+        misaligned: the soft count n_AU + n_IC, a scalar.
+        eps: a number > 0 for a loss that is finite without any aligned item.
+    """
     return torch.log1p((misaligned + eps) / (aligned + eps))
 
 

@@ -77,17 +77,21 @@ def auavu_loss(
     num_thresholds: int = NUM_THRESHOLDS,
     eps: float = EPS,
 ) -> Tensor:
-    r"""AUAvU = -log area, with the area under the soft AvU(t) by the trapezoid rule: a scalar >= 0, no threshold.
+    """Return AUAvU = -log area, with the area under the soft AvU(t) by the trapezoid rule: a scalar >= 0, no threshold.
 
-    AvU(t) = (n_AC + n_IU + eps) / (n_AC + n_AU + n_IC + n_IU + 2 eps) at ``num_thresholds`` thresholds t, evenly spaced
-    from the batch's smallest to its largest uncertainty and rescaled to [0, 1]. The metric with hard counts is
-    :func:`~bayeformers.metrics.accuracy_vs_uncertainty`. Other arguments and errors are those of :func:`avuc_loss`.
+    AvU(t) = (n_AC + n_IU + eps) / (n_AC + n_AU + n_IC + n_IU + 2 eps) at thresholds t evenly spaced from the batch's
+    smallest to its largest uncertainty and rescaled to [0, 1]. The metric with hard counts is
+    :func:`~bayeformers.metrics.accuracy_vs_uncertainty`. What is refused is as for :func:`avuc_loss`.
 
-    Returns:
-        The loss.
+    Args:
+        logits: (S, ..., C) of S draws, or (..., C) of one; log-probabilities are logits too.
+        labels: (...) integer classes; items of -100 do not count.
+        uncertainty: u: "predictive_entropy" of p, or "mutual_information" of the draws (0 for one draw).
+        num_thresholds: the number of thresholds t, >= 2.
+        eps: > 0, added to both sums.
 
     Raises:
-        ValueError: fewer than two thresholds.
+        ValueError: there are fewer than two thresholds.
 
     >>> logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.2, 0.0]])
     >>> auavu_loss(logits, torch.tensor([0, 1, 1])), auavu_loss(logits, torch.tensor([0, 0, 0]))
@@ -107,7 +111,15 @@ def auavu_loss(
 def confidence_and_uncertainty(
     logits: Tensor, labels: Tensor, uncertainty: Uncertainty = "predictive_entropy"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(whether right, c, u), each (n,), of the n items with a label. Arguments and errors as of :func:`avuc_loss`."""
+    """Return (whether right, c, u), each (n,), of the n items with a label; c is a probability, u in nats.
+
+    What is refused is as for :func:`avuc_loss`.
+
+    Args:
+        logits: (S, ..., C) of S draws, or (..., C) of one.
+        labels: (...) integer classes; items of -100 are left out.
+        uncertainty: u: "predictive_entropy" of p, or "mutual_information" of the draws (0 for one draw).
+    """
     draws = _checked(logits, labels, uncertainty)
     is_item = labels.flatten() != IGNORED
     draws = wide(draws.reshape(draws.shape[0], -1, draws.shape[-1])[:, is_item])

@@ -63,16 +63,19 @@ def eac_loss(
     *,
     eps: float = EPS,
 ) -> Tensor:
-    """EaC, a scalar >= 0: errors against confidences; certain is c >= ``confidence_threshold``.
+    """Return EaC, a scalar >= 0: errors against confidences.
 
-    ``confidence``: c in [0, 1], for example the predictive's own probability of an error below tau_e.
-    All else is as in :func:`eau_loss`.
+    What is refused is as for :func:`eau_loss`.
 
-    Returns:
-        The loss.
+    Args:
+        error: e >= 0, of any shape, for example abs(y - mean).
+        confidence: c in [0, 1], of the same shape, for example the predictive's own probability of an error <= tau_e.
+        error_threshold: tau_e, in the errors' unit; a low error is e <= tau_e.
+        confidence_threshold: certain is c >= this.
+        eps: > 0, added to both sums.
 
     Raises:
-        ValueError: a confidence above 1.
+        ValueError: a confidence is above 1.
 
     >>> error, aligned, misaligned = torch.tensor([[0.1, 0.2, 2.0], [0.9, 0.9, 0.1], [0.1, 0.9, 0.9]])
     >>> eac_loss(error, aligned, 1.0, 0.5), eac_loss(error, misaligned, 1.0, 0.5)

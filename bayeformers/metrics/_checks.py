@@ -37,7 +37,17 @@ def to_numpy(array: Any, name: str) -> NDArray[Any]:
 
 
 def float_array(array: Any, name: str, *, ndim: int) -> FloatArray:
-    """A finite, non-empty float64 array with exactly `ndim` axes."""
+    """Return a finite, non-empty float64 array.
+
+    Args:
+        array: the numbers, as anything that NumPy reads, or a tensor.
+        name: what an error calls the argument.
+        ndim: the number of axes that it must have.
+
+    Raises:
+        TypeError: it does not hold real numbers.
+        ValueError: it has another number of axes, is empty, or is not finite.
+    """
     values = to_numpy(array, name)
     if values.dtype.kind not in "fiub":
         raise TypeError(f"`{name}` must hold real numbers, got dtype {values.dtype}.")
@@ -70,7 +80,18 @@ def probabilities(probs: Any, name: str = "probs") -> FloatArray:
 
 
 def integer_labels(labels: Any, num_examples: int, num_classes: int, name: str = "labels") -> IntArray:
-    """Class indices (N,) in [0, C)."""
+    """Return class indices (N,) in [0, C), as int64.
+
+    Args:
+        labels: the class indices, as anything that NumPy reads, or a tensor.
+        num_examples: the number N that there must be.
+        num_classes: the number C of classes.
+        name: what an error calls the argument.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: they have another shape, or lie outside [0, C).
+    """
     values = to_numpy(labels, name)
     if values.dtype.kind not in "iu":
         raise TypeError(f"`{name}` must be integer class indices, got dtype {values.dtype}.")
@@ -92,7 +113,16 @@ def probabilities_and_labels(probs: ArrayLike, labels: ArrayLike) -> tuple[Float
 
 
 def score_and_error(score: ArrayLike, error: ArrayLike, name: str) -> tuple[FloatArray, FloatArray]:
-    """Scores (N,) with errors (N,) >= 0: 0/1 for classification, any loss otherwise."""
+    """Return scores and errors, (N,) each, as float64.
+
+    Args:
+        score: one number per example, (N,).
+        error: (N,) >= 0: 0/1 for classification, any loss otherwise.
+        name: what a message calls the score.
+
+    Raises:
+        ValueError: an error is negative.
+    """
     scores, errors = float_array(score, name, ndim=1), float_array(error, "error", ndim=1)
     _same_length(scores, errors, name, "error")
     if errors.min() < 0:
@@ -103,7 +133,17 @@ def score_and_error(score: ArrayLike, error: ArrayLike, name: str) -> tuple[Floa
 def score_and_indicator(
     score: ArrayLike, indicator: ArrayLike, score_name: str, name: str
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Scores (N,) with booleans (N,), given as such or as 0/1."""
+    """Return scores as float64 and indicators as booleans, (N,) each.
+
+    Args:
+        score: one number per example, (N,).
+        indicator: booleans (N,), given as such or as 0/1.
+        score_name: what a message calls the score.
+        name: what a message calls the indicator.
+
+    Raises:
+        ValueError: an indicator is neither 0 nor 1.
+    """
     scores, indicators = float_array(score, score_name, ndim=1), float_array(indicator, name, ndim=1)
     _same_length(scores, indicators, score_name, name)
     other = indicators[(indicators != 0) & (indicators != 1)]
@@ -120,7 +160,16 @@ def _same_length(first: FloatArray, second: FloatArray, first_name: str, second_
 
 
 def choice(value: str, allowed: Sequence[str], name: str) -> None:
-    """One of the allowed strings."""
+    """Raise ValueError unless a value is one of the allowed strings.
+
+    Args:
+        value: the argument's value.
+        allowed: what it may be.
+        name: what the error calls the argument.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
 
@@ -134,7 +183,18 @@ def positive_integer(value: int, name: str) -> None:
 
 
 def within(value: float, low: float, high: float, name: str) -> None:
-    """A finite number in [low, high]."""
+    """Raise an error unless a value is a finite number in [low, high].
+
+    Args:
+        value: the argument's value.
+        low: the least that is allowed.
+        high: the most that is allowed; it may be infinite.
+        name: what the error calls the argument.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite, or out of range.
+    """
     if not is_real(value):
         raise TypeError(f"`{name}` must be a number in [{low}, {high}], got {value!r}.")
     if not (math.isfinite(value) and low <= value <= high):

@@ -44,9 +44,14 @@ def bootstrap_ci(
     confidence_level: float = 0.95,
     seed: int = 0,
 ) -> BootstrapInterval:
-    """Percentile interval of ``metric(*arrays)``, the first axis of each array being examples. Efron 1979.
+    """Return the percentile interval of ``metric(*arrays)``. Efron 1979.
 
-    Further arguments of a metric go in by `functools.partial` or a lambda.
+    Args:
+        metric: a function of the arrays; its further arguments go in by `functools.partial` or a lambda.
+        *arrays: what the metric takes, the first axis of each being the examples.
+        num_resamples: how many resamples of the examples to take, >= 1.
+        confidence_level: the share in (0, 1) of the metric's values on resamples that the interval holds.
+        seed: the seed of the resampling.
 
     >>> from bayeformers.metrics import brier_score
     >>> interval = bootstrap_ci(brier_score, [[0.5, 0.5]] * 10, [0] * 10)
@@ -65,9 +70,20 @@ def paired_bootstrap(
     confidence_level: float = 0.95,
     seed: int = 0,
 ) -> BootstrapInterval:
-    """Interval of ``metric(*first) - metric(*second)``: two methods on the same examples, resampled together.
+    """Return the interval of ``metric(*first) - metric(*second)``: two methods on one set, resampled together.
 
     Much narrower than two separate intervals, as the examples' own difficulty cancels.
+
+    Args:
+        metric: a function of the arrays.
+        first: the arrays of the first method, the first axis of each being the examples.
+        second: the arrays of the second method, about the same examples in the same order.
+        num_resamples: how many resamples of the examples to take, >= 1.
+        confidence_level: the share in (0, 1) of the differences on resamples that the interval holds.
+        seed: the seed of the resampling.
+
+    Raises:
+        ValueError: the two methods have different numbers of examples.
 
     >>> from bayeformers.metrics import brier_score
     >>> labels = [0, 1] * 20

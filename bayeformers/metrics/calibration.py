@@ -64,7 +64,13 @@ class ReliabilityBins:
 def reliability_bins(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> ReliabilityBins:
-    """The reliability diagram's numbers: counts, accuracy and mean confidence of each confidence bin.
+    """Return the reliability diagram's numbers: counts, accuracy and mean confidence of each confidence bin.
+
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
 
     >>> bins = reliability_bins([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=2)
     >>> bins.counts.tolist(), bins.edges.tolist()
@@ -77,7 +83,13 @@ def reliability_bins(
 def expected_calibration_error(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
-    """ECE = sum_b (n_b / n) |acc_b - conf_b|, in [0, 1]; "mass" gives the adaptive ECE. Guo et al. 2017.
+    """Return ECE = sum_b (n_b / n) |acc_b - conf_b|, in [0, 1]. Guo et al. 2017.
+
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", which gives the adaptive ECE.
 
     >>> round(expected_calibration_error([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=2), 4)
     0.1333
@@ -88,7 +100,13 @@ def expected_calibration_error(
 def maximum_calibration_error(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
-    """MCE = max_b |acc_b - conf_b| over the bins that are not empty, in [0, 1].
+    """Return MCE = max_b |acc_b - conf_b| over the bins that are not empty, in [0, 1].
+
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
 
     >>> round(maximum_calibration_error([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=10), 4)
     0.7
@@ -99,7 +117,13 @@ def maximum_calibration_error(
 def classwise_calibration_error(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = DEFAULT_BINS, binning: Binning = "width"
 ) -> float:
-    """Mean over classes k of the ECE of p_ik against 1[y_i = k], in [0, 1]. Kull et al. 2019, arXiv 1910.12656.
+    """Return the mean over classes k of the ECE of p_ik against 1[y_i = k], in [0, 1]. Kull et al. 2019.
+
+    Args:
+        probs: class probabilities, (N, C).
+        labels: integer classes, (N,).
+        num_bins: the number of bins of each class, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
 
     >>> round(classwise_calibration_error([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1], num_bins=2), 4)
     0.2667
@@ -110,11 +134,14 @@ def classwise_calibration_error(
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The T > 0 that minimises the NLL of softmax(logits / T) on held-out data. Guo et al. 2017, arXiv 1706.04599.
+    """Return the T > 0 that minimises the held-out NLL of softmax(logits / T). Guo et al. 2017, arXiv 1706.04599.
 
     Shape: ``logits`` (N, C), ``labels`` (N,). The NLL is convex in 1/T, so the root of its derivative is sought in
     log T, within `TEMPERATURE_RANGE` times the logits' spread; a bound is returned when the optimum lies beyond it
     (logits that are all right, or no better than chance), and 1 when the logits are constant.
+
+    Raises:
+        ValueError: there is only one class.
 
     >>> logits = np.array([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])  # three of four are right
     >>> round(fit_temperature(logits, [0, 0, 0, 1]), 4)  # 2 / log 3
@@ -153,7 +180,14 @@ def _unit_temperature(logits: FloatArray, classes: IntArray) -> float:
 
 
 def bins_of(confidence: FloatArray, correct: NDArray[np.bool_], num_bins: int, binning: Binning) -> ReliabilityBins:
-    """`reliability_bins` of confidences (N,) and whether each was right."""
+    """Return the `reliability_bins` of confidences and hits.
+
+    Args:
+        confidence: confidences in [0, 1], (N,).
+        correct: whether each was right, (N,).
+        num_bins: the number of bins, >= 1.
+        binning: bins of equal "width", or of equal "mass", the number of examples.
+    """
     positive_integer(num_bins, "num_bins")
     choice(binning, BINNINGS, "binning")
     edges = np.linspace(0.0, 1.0, num_bins + 1)

@@ -10,7 +10,7 @@ _MODULES = {"uncertainty": ("bayeformers.metrics.uncertainty_metric", "Uncertain
 
 
 def load(name: str, **kwargs: Any) -> "evaluate.EvaluationModule":
-    """An `evaluate` module of this package, as `evaluate.load` would give; ``kwargs`` go to its constructor.
+    """Return an `evaluate` module of this package, as `evaluate.load` would give; ``kwargs`` go to its constructor.
 
     Args:
         name: which module; there is "uncertainty".

@@ -14,7 +14,7 @@ unchanged, and an exact 0 costs 87.3 nats instead of infinity."""
 
 
 def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> float:
-    """NLL = mean_i -log p_{i, y_i}, in nats, >= 0; probabilities are clipped at `PROBABILITY_FLOOR`.
+    """Return NLL = mean_i -log p_{i, y_i}, in nats, >= 0; probabilities are clipped at `PROBABILITY_FLOOR`.
 
     >>> round(negative_log_likelihood([[0.5, 0.5], [0.8, 0.2]], [0, 0]), 4)
     0.4581
@@ -25,7 +25,7 @@ def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def brier_score(probs: ArrayLike, labels: ArrayLike) -> float:
-    """Brier score = mean_i sum_k (p_ik - 1[y_i = k])^2, in [0, 2]: summed over classes, not averaged.
+    """Return the Brier score = mean_i sum_k (p_ik - 1[y_i = k])^2, in [0, 2]: summed over classes, not averaged.
 
     >>> round(brier_score([[0.5, 0.5], [0.8, 0.2]], [0, 0]), 4)
     0.29
@@ -36,7 +36,7 @@ def brier_score(probs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
-    """Share of examples whose largest probability is the label's; ties go to the lower class index.
+    """Return the share of examples whose largest probability is the label's; ties go to the lower class index.
 
     >>> accuracy([[0.5, 0.5], [0.8, 0.2]], [0, 1])
     0.5
@@ -46,10 +46,17 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def gaussian_negative_log_likelihood(means: ArrayLike, noise_std: ArrayLike, targets: ArrayLike) -> float:
-    r"""Regression NLL of the mixture over draws: mean_i -log (1/S) sum_s N(y_i | f_s(x_i), noise_std^2).
+    """Return the regression NLL of the mixture over draws: mean_i -log (1/S) sum_s N(y_i | f_s(x_i), noise_std^2).
 
-    Shape: ``means`` (S, N), ``noise_std`` > 0 a number or (S, N), ``targets`` (N,). Computed by logsumexp over draws;
-    the density is in units of 1/target, so the value may be negative.
+    Computed by logsumexp over draws, in nats; the density is in units of 1/target, so the value may be negative.
+
+    Args:
+        means: f_s(x_i) of S draws, (S, N).
+        noise_std: the noise's standard deviation in the targets' unit, > 0: a number or (S, N).
+        targets: the values y_i, (N,).
+
+    Raises:
+        ValueError: the shapes do not belong together, or a ``noise_std`` is not > 0.
 
     >>> round(gaussian_negative_log_likelihood([[0.0], [2.0]], 1.0, [1.0]), 4)  # 0.5 log 2 pi + 0.5
     1.4189

@@ -59,7 +59,7 @@ class AccuracyVersusUncertainty:
 
 
 def risk_coverage_curve(confidence: ArrayLike, error: ArrayLike) -> RiskCoverageCurve:
-    """R(k) against k/n, tie-aware.
+    """Return R(k) against k/n, tie-aware.
 
     >>> risk_coverage_curve([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1]).risk.round(4).tolist()
     [0.0, 0.0, 0.3333, 0.5]
@@ -70,7 +70,7 @@ def risk_coverage_curve(confidence: ArrayLike, error: ArrayLike) -> RiskCoverage
 
 
 def aurc(confidence: ArrayLike, error: ArrayLike) -> float:
-    """AURC = mean_k R(k): the mean selective risk over coverages. Geifman & El-Yaniv 2017, arXiv 1705.08500.
+    """Return AURC = mean_k R(k): the mean selective risk over coverages. Geifman & El-Yaniv 2017, arXiv 1705.08500.
 
     >>> round(aurc([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1]), 4)
     0.2083
@@ -79,7 +79,7 @@ def aurc(confidence: ArrayLike, error: ArrayLike) -> float:
 
 
 def e_aurc(confidence: ArrayLike, error: ArrayLike) -> float:
-    """E-AURC = AURC - AURC of the oracle, which ranks by the error itself; >= 0. Geifman et al. 2019, arXiv 1805.08206.
+    """Return E-AURC = AURC - AURC of the oracle, which ranks by the error; >= 0. Geifman et al. 2019, arXiv 1805.08206.
 
     >>> e_aurc([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1])
     0.0
@@ -89,7 +89,7 @@ def e_aurc(confidence: ArrayLike, error: ArrayLike) -> float:
 
 
 def augrc(confidence: ArrayLike, error: ArrayLike) -> float:
-    """AUGRC = mean_k R(k) k/n: the mean share of all examples that are silent failures. Traub et al. 2024.
+    """Return AUGRC = mean_k R(k) k/n: the mean share of all examples that are silent failures. Traub et al. 2024.
 
     >>> augrc([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1])
     0.1875
@@ -99,10 +99,13 @@ def augrc(confidence: ArrayLike, error: ArrayLike) -> float:
 
 
 def prr(confidence: ArrayLike, error: ArrayLike) -> float:
-    """Prediction-rejection ratio (AURC - base) / (AURC of the oracle - base): 1 the oracle, 0 chance, < 0 worse.
+    """Return the prediction-rejection ratio (AURC - base) / (AURC of the oracle - base): 1 the oracle, 0 chance.
 
     ``base`` is the mean error, the AURC of a random ranking in closed form. Undefined where all errors are equal, as
     there is nothing to rank. Malinin et al. 2020, arXiv 1905.00076, on the selective risk R(k).
+
+    Raises:
+        UndefinedMetricError: all errors are equal.
 
     >>> prr([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1]), prr([1, 1, 1, 1], [0, 0, 1, 1])
     (1.0, 0.0)
@@ -115,7 +118,12 @@ def prr(confidence: ArrayLike, error: ArrayLike) -> float:
 
 
 def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -> float:
-    """R(k) at the smallest k >= 1 with k/n >= ``coverage``, a share in [0, 1].
+    """Return R(k) at the smallest k >= 1 with k/n >= ``coverage``.
+
+    Args:
+        confidence: a score that is higher for more certain examples, (N,).
+        error: 0/1, or any loss >= 0, (N,).
+        coverage: the share in [0, 1] of examples to answer.
 
     >>> risk_at_coverage([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1], coverage=0.5)
     0.0
@@ -126,7 +134,12 @@ def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -
 
 
 def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> float:
-    """The largest coverage k/n with R(k) <= ``risk``; 0 where there is none.
+    """Return the largest coverage k/n with R(k) <= ``risk``; 0 where there is none.
+
+    Args:
+        confidence: a score that is higher for more certain examples, (N,).
+        error: 0/1, or any loss >= 0, (N,).
+        risk: the mean error >= 0 that is accepted, in the errors' unit.
 
     >>> coverage_at_risk([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1], risk=0.4)
     0.75
@@ -140,7 +153,16 @@ def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> fl
 def refusal_table(
     confidence: ArrayLike, error: ArrayLike, target_accuracies: Sequence[float] = (0.8, 0.9, 0.95, 0.99)
 ) -> list[Refusal]:
-    """How large a share to refuse to reach each accuracy; ``error`` in [0, 1], as accuracy is 1 - risk.
+    """Return how large a share to refuse to reach each accuracy, which is 1 - risk.
+
+    Args:
+        confidence: a score that is higher for more certain examples, (N,).
+        error: the error of each example, (N,), in [0, 1].
+        target_accuracies: the accuracies to reach, shares in [0, 1].
+
+    Raises:
+        TypeError: ``target_accuracies`` is no list.
+        ValueError: an error or a target lies outside [0, 1].
 
     >>> refusal_table([0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1], [0.5, 0.9])
     [Refusal(target_accuracy=0.5, refused=0.0, accuracy=0.5), Refusal(target_accuracy=0.9, refused=0.5, accuracy=1.0)]
@@ -158,11 +180,18 @@ def refusal_table(
 def accuracy_vs_uncertainty(
     uncertainty: ArrayLike, error: ArrayLike, thresholds: ArrayLike | None = None
 ) -> AccuracyVersusUncertainty:
-    """AvU(t) = (n_AC + n_IU) / n: the share that is accurate and certain (u <= t) or inaccurate and uncertain (u > t).
+    """Return AvU(t) = (n_AC + n_IU) / n: the share of accurate and certain (u <= t) or inaccurate and uncertain ones.
 
-    ``error`` (N,) is 0/1. ``thresholds``, strictly increasing, default to 21 evenly spaced from the least to the
-    greatest uncertainty. The area (AUAvU) is the trapezoid over thresholds rescaled to [0, 1]. Krishnan & Tickoo 2020,
-    arXiv 2012.07923.
+    The area (AUAvU) is the trapezoid over thresholds rescaled to [0, 1]. Krishnan & Tickoo 2020, arXiv 2012.07923.
+
+    Args:
+        uncertainty: a score u that is higher for less certain examples, (N,).
+        error: 0 for an accurate prediction, 1 for an inaccurate one, (N,).
+        thresholds: the thresholds t, strictly increasing, in the unit of u; by default 21 evenly spaced from the least
+            to the greatest uncertainty.
+
+    Raises:
+        ValueError: the thresholds are not at least 2, strictly increasing.
 
     >>> result = accuracy_vs_uncertainty([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], thresholds=[0.1, 0.25, 0.4])
     >>> result.values.tolist(), result.area

@@ -34,7 +34,7 @@ class CovarianceUncertainty(NamedTuple, Generic[ArrayT]):
 
 
 def predictive_entropy(log_probs: ArrayT) -> ArrayT:
-    r"""Total uncertainty H[p] = -sum_c p_c log p_c of the averaged prediction, in [0, log C] nats.
+    r"""Return the total uncertainty H[p] = -sum_c p_c log p_c of the averaged prediction, in [0, log C] nats.
 
     >>> draws = np.log([[[0.9, 0.1]], [[0.1, 0.9]]])  # two confident draws that disagree
     >>> predictive_entropy(draws).round(4)
@@ -45,7 +45,7 @@ def predictive_entropy(log_probs: ArrayT) -> ArrayT:
 
 
 def expected_entropy(log_probs: ArrayT) -> ArrayT:
-    r"""Aleatoric part, mean_s H[p_s]: what remains uncertain when the weights are known, in [0, log C] nats.
+    r"""Return the aleatoric part, mean_s H[p_s]: what remains uncertain when the weights are known, in [0, log C] nats.
 
     >>> draws = np.log([[[0.9, 0.1]], [[0.1, 0.9]]])
     >>> expected_entropy(draws).round(4)
@@ -56,7 +56,7 @@ def expected_entropy(log_probs: ArrayT) -> ArrayT:
 
 
 def mutual_information(log_probs: ArrayT) -> ArrayT:
-    r"""Epistemic part of the predictive entropy, in nats: H[mean_s p_s] - mean_s H[p_s] >= 0.
+    r"""Return the epistemic part of the predictive entropy, in nats: H[mean_s p_s] - mean_s H[p_s] >= 0.
 
     Zero iff the draws agree; rounding below zero is clamped. At most min(log S, log C). Houlsby et al. 2011,
     arXiv 1112.5745.
@@ -71,7 +71,7 @@ def mutual_information(log_probs: ArrayT) -> ArrayT:
 
 
 def expected_pairwise_kl(log_probs: ArrayT) -> ArrayT:
-    r"""Mean over all S^2 pairs of draws of KL(p_s || p_t), in nats; >= `mutual_information`.
+    r"""Return the mean over all S^2 pairs of draws of KL(p_s || p_t), in nats; >= `mutual_information`.
 
     Computed as -sum_c p_c mean_s log p_{s,c} - mean_s H[p_s]; infinite where one draw excludes a class that another
     allows. Malinin & Gales 2021, arXiv 2002.07650.
@@ -90,7 +90,7 @@ def expected_pairwise_kl(log_probs: ArrayT) -> ArrayT:
 
 
 def variation_ratio(log_probs: ArrayT) -> ArrayT:
-    r"""Share of draws whose argmax is not the averaged prediction's, in [0, 1]. Ties go to the lower class index.
+    r"""Return the share of draws whose argmax is not that of their mean, in [0, 1]. Ties go to the lower class index.
 
     >>> draws = np.log([[[0.9, 0.1]], [[0.6, 0.4]], [[0.2, 0.8]], [[0.7, 0.3]]])
     >>> variation_ratio(draws)
@@ -103,11 +103,14 @@ def variation_ratio(log_probs: ArrayT) -> ArrayT:
 
 
 def covariance_uncertainty(logits: ArrayT, normalization: Normalization = "softmax") -> CovarianceUncertainty[ArrayT]:
-    r"""Covariance form: epistemic mean_s (p_s - p)(p_s - p)^T, aleatoric diag(p) - mean_s p_s p_s^T.
+    r"""Return the covariance form: epistemic mean_s (p_s - p)(p_s - p)^T, aleatoric diag(p) - mean_s p_s p_s^T.
 
     Shape: ``logits`` (S, ..., C) -> two of (..., C, C); they sum to diag(p) - p p^T. ``normalization`` makes
     probabilities of logits: "softmax" (Kwon et al. 2018) or "softplus", softplus(z) / sum_c softplus(z) (Shridhar et
     al. 2018, arXiv 1806.05978).
+
+    Raises:
+        ValueError: a logit is not finite.
 
     >>> parts = covariance_uncertainty(np.zeros((3, 1, 2)))  # draws that agree on (1/2, 1/2)
     >>> parts.epistemic.tolist(), parts.aleatoric.tolist()
@@ -126,9 +129,12 @@ def covariance_uncertainty(logits: ArrayT, normalization: Normalization = "softm
 
 
 def bernoulli_log_probs(logits: ArrayT) -> ArrayT:
-    r"""Multi-label logits (S, ..., L) as L Bernoullis, (S, ..., L, 2): log sigmoid(-z), log sigmoid(z).
+    r"""Return multi-label logits (S, ..., L) as L Bernoullis, (S, ..., L, 2): log sigmoid(-z), log sigmoid(z).
 
     Every function of this module then gives its per-label value, (..., L).
+
+    Raises:
+        ValueError: a logit is NaN.
 
     >>> predictive_entropy(bernoulli_log_probs(np.zeros((4, 1, 3)))).round(4)  # 4 draws, 1 example, 3 labels
     array([[0.6931, 0.6931, 0.6931]])

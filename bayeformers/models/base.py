@@ -28,7 +28,17 @@ def check_positive(name: str, value: object) -> int:
 
 
 def check_sizes(name: str, values: object, count: int | None = None) -> list[int]:
-    """A sequence of integers >= 1, of ``count`` of them if that is given, as a list, which JSON has."""
+    """Return a sequence of integers >= 1 as a list, which JSON has.
+
+    Args:
+        name: the argument's name, for the message.
+        values: what the caller gave for it.
+        count: how many integers there must be; None: any number of them.
+
+    Raises:
+        TypeError: it is no sequence, or holds something other than integers.
+        ValueError: an integer is below 1, or their number is not ``count``.
+    """
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"`{name}` must be a list of integers >= 1, got {values!r}.")
     if count is not None and len(values) != count:

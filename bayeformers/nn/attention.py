@@ -76,8 +76,19 @@ class MultiheadAttention(BayesianModule, torch.nn.MultiheadAttention):
         """Return what the mean, the held draw or fresh noise attend to, and the attention weights if asked for.
 
         Masks of the wrong shape, or a causal hint without a mask, raise ValueError, masks of another type TypeError;
-        torch's own function, which draws by reparameterization go through, RuntimeError or AssertionError. All
-        arguments are those of `torch.nn.MultiheadAttention`.
+        torch's own function, which draws by reparameterization go through, RuntimeError or AssertionError. All is as in
+        `torch.nn.MultiheadAttention`, here with T queries and S keys of B examples.
+
+        Args:
+            query: (T, B, embed_dim), (B, T, embed_dim) with ``batch_first``, or (T, embed_dim) of one example.
+            key: (S, B, kdim), in the same order of axes.
+            value: (S, B, vdim), in the same order of axes.
+            key_padding_mask: (B, S), or (S,) of one example: True at keys that are left out, or numbers that are added
+                to their scores.
+            need_weights: whether the attention weights are returned; otherwise None is.
+            attn_mask: (T, S), or (B * heads, T, S): True where a query may not attend, or numbers added to the scores.
+            average_attn_weights: whether the weights are averaged over heads, (B, T, S), or not, (B, heads, T, S).
+            is_causal: the hint that ``attn_mask`` is the causal one.
         """
         inputs = query, key, value
         options: dict[str, Any] = {

@@ -24,23 +24,19 @@ from .variational import Draw, TensorSpec, Variational, scale_of
 
 DEFAULT_DELTA = 0.05
 DEFAULT_PRIOR = NormalPrior(std=1.0, centre=0.0)  # a hand-built layer has no trained weight to centre at
-RECORD = "bayesian_conversion"
-"""The attribute in which a converted model keeps the record of its conversion."""
+RECORD = "bayesian_conversion"  # the attribute in which a converted model keeps the record of its conversion
 
 _CENTRE, _PRIOR_SCALE, _FLOOR = "_prior_centre", "_prior_scale", "_scale_floor"
-WIDE_BUFFERS = (_PRIOR_SCALE, _FLOOR)
-"""Endings of buffers that stay float32, as rho does, whatever the model is cast to; a checkpoint must have them."""
+WIDE_BUFFERS = (_PRIOR_SCALE, _FLOOR)  # endings of buffers that stay float32, as rho does; a checkpoint must have them
 
 
 class BayesianModule(nn.Module):
     """Mixin over a torch layer: each of `names_of` is the mean of a Gaussian; ``<name>_rho`` its scale.
 
     The layer's own Parameters stay in place as the means, so ties and hooks keep working; rho stays float32 through
-    every cast. An instance becomes Bayesian by :meth:`become_bayesian`.
-
-    Reading one of ``bayesian_parameters`` gives its value under the active draw, sampled for the whole batch whatever
-    the estimator: under the held draw, or the training draw while the model runs forward in `train()` or a part of it
-    is recomputed in backward; otherwise the Parameter, which is the mean.
+    every cast. An instance becomes Bayesian by :meth:`become_bayesian`. Reading one of ``bayesian_parameters`` gives
+    its value under the held draw, or under the training draw while the model runs forward in `train()` or a part of it
+    is recomputed in backward, one for the whole batch whatever the estimator; otherwise the mean.
 
     Args:
         args, kwargs: those of the torch layer.
@@ -87,9 +83,8 @@ class BayesianModule(nn.Module):
     def become_bayesian(self, *, prior: Prior, delta: float, estimator: str, scale: ScaleName = "additive") -> None:
         """Add rho (scale = delta |weight|, see `initial_scale`) and the state of a Bayesian layer.
 
-        A prior centred at the trained weight keeps a copy of it only where the mean requires a gradient. A
-        multiplicative scale keeps its floor in a buffer, which is what tells it from an additive one. A wrong argument
-        raises TypeError or ValueError before anything changes.
+        A prior centred at the trained weight copies it only where the mean requires a gradient. A multiplicative scale
+        keeps its floor in a buffer. A wrong argument raises TypeError or ValueError before anything changes.
 
         Args:
             prior: prior of every tensor of the layer.
@@ -125,10 +120,7 @@ class BayesianModule(nn.Module):
 
     @classmethod
     def names_of(cls, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of the parameters of ``module``, torch's layer or its Bayesian twin, that may be random.
-
-        The first is a weight that every instance has. A layer overrides it whose names depend on the instance.
-        """
+        """Return the parameters of torch's layer, or its twin, that may be random; the first is in every instance."""
         return cls.bayesian_parameters
 
     @classmethod
@@ -212,7 +204,13 @@ class BayesianModule(nn.Module):
             self.register_buffer(f"{name}{_CENTRE}", self.get_parameter(name).detach().clone())
 
     def store_prior(self, name: str, centre: Tensor, scale: Tensor) -> None:
-        """Give ``name`` a prior of its own, N(centre, scale^2), in buffers that are saved, whatever the layer's is."""
+        """Give a tensor a prior of its own, N(centre, scale^2), in buffers that are saved, whatever the layer's is.
+
+        Args:
+            name: of the Parameter in this layer, such as "weight".
+            centre: the prior's mean, of the Parameter's shape.
+            scale: the prior's standard deviation, of the same shape.
+        """
         loc = self.get_parameter(name)
         self.register_buffer(f"{name}{_CENTRE}", centre.detach().to(loc.device, loc.dtype, copy=True))
         self.register_buffer(f"{name}{_PRIOR_SCALE}", scale.detach().to(loc.device, copy=True))
@@ -251,11 +249,8 @@ class BayesianModule(nn.Module):
             self.reset_rho(name)
 
     def reset_rho(self, name: str) -> None:
-        """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean.
-
-        Not while transformers loads a model and has read this scale: it then initialises what the file lacks, by
-        functions that leave alone what was read, and goes by modules, of which torch's attention resets itself.
-        """
+        """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean."""
+        # transformers, loading, initialises modules that lack anything: a scale that it has read stays
         is_loading = nn.init.normal_ is guarded_normal_
         if is_loading and getattr(self.get_parameter(f"{name}_rho"), "_is_hf_initialized", False):
             return
@@ -277,7 +272,13 @@ class BayesianModule(nn.Module):
         return self._buffers.get(f"{name}{_FLOOR}")
 
     def copy_scale(self, name: str, owner: BayesianModule, other: str) -> None:
-        """Share rho with another owner of the same tensor; its floor, a scalar, is copied."""
+        """Share rho with another owner of the same tensor; its floor, a scalar, is copied.
+
+        Args:
+            name: of the tied Parameter in this layer.
+            owner: the layer whose rho becomes this one's too.
+            other: the Parameter's name in ``owner``.
+        """
         setattr(self, f"{name}_rho", owner.get_parameter(f"{other}_rho"))
         if (own := self.scale_floor(name)) is not None and (floor := owner.scale_floor(other)) is not None:
             own.copy_(floor)
@@ -287,9 +288,8 @@ class BayesianModule(nn.Module):
         return InitialScale.from_weight(centre, self.delta, self.specs[name].padding_idx)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or what a pickle brings."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        kl_watch.watch(self)
+        kl_watch.watch(self)  # a copy, or what a pickle brings
 
     def extra_repr(self) -> str:
         """The torch layer's, then prior and estimator."""

@@ -69,7 +69,16 @@ def fixed_draw(model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | None = None) -> Iterator[None]:
-    """The Bayesian ``layers`` of ``model``, or all, hold ``draw`` (or ``MEAN``) for this caller; nests."""
+    """Let Bayesian layers hold a draw for this caller until exit; it nests.
+
+    Args:
+        model: with a Bayesian layer at least, unless the mean is held.
+        draw: the draw to hold, or ``MEAN`` for the posterior mean.
+        layers: those of the model's layers that hold it; None: all of them.
+
+    Raises:
+        ValueError: the model has no Bayesian layer to draw.
+    """
     modules = bayesian_modules(model)
     if not modules and draw is not MEAN:
         raise ValueError(
@@ -129,7 +138,13 @@ def release(model: nn.Module) -> None:
 
 
 def say_once(scope: DrawScope, message: str, model: nn.Module) -> None:
-    """Log a warning, but once per model."""
+    """Log a warning, but once per model.
+
+    Args:
+        scope: the model's, which remembers what was said.
+        message: the warning, with one ``%s`` for the name of the model's class.
+        model: what the warning is about.
+    """
     if message not in scope.said:
         scope.said.add(message)
         logger.warning(message, type(model).__name__)

@@ -52,7 +52,13 @@ class Layout:
         return input.dim() > -self.features
 
     def signs(self, weight: Variational, axis: int, like: Tensor) -> Tensor:
-        """Random signs of one axis of ``weight``, per example and feature of ``like``, broadcastable to it."""
+        """Return random signs of one axis of a weight, per example and feature of a tensor, broadcastable to it.
+
+        Args:
+            weight: whose draw gives the signs.
+            axis: of the weight, as long as ``like`` has features.
+            like: inputs or outputs of the layer, which have the examples, the features and the dtype.
+        """
         examples, features = like.shape[self.examples], like.shape[self.features]
         signs = weight.signs(axis, (examples, features), like.device).to(like.dtype)
         shape = [1] * like.dim()
@@ -74,7 +80,15 @@ class Estimator(Protocol):
     def affine(
         self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
-        """The random output of ``operation(*inputs, weight, bias)``, of the shape that it gives."""
+        """Return the random output of ``operation(*inputs, weight, bias)``, of the shape that it gives.
+
+        Args:
+            operation: the layer's arithmetic, linear in each input and in (weight, bias) together.
+            inputs: the tensors that it multiplies by the weight, in the form that ``layout`` tells.
+            weight: the random weight, (out, in, ...), or (in, out, ...) in a transposed layout.
+            bias: the random bias, (out,); None: the layer has none.
+            layout: where inputs and output have their examples and features.
+        """
 
     def lookup(self, ids: Tensor, weight: Variational) -> Tensor:
         """Rows of a random table: ids (*) -> (*, width)."""
@@ -88,7 +102,15 @@ class Reparameterization:
     def affine(
         self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
-        """operation(*inputs, w, b) with w and b from the active draw."""
+        """Return operation(*inputs, w, b) with w and b from the active draw.
+
+        Args:
+            operation: the layer's arithmetic.
+            inputs: the tensors that it multiplies by the weight.
+            weight: the random weight, of which one value serves the batch.
+            bias: the random bias, (out,); None: the layer has none.
+            layout: of inputs and output, which plays no part here.
+        """
         return operation(*inputs, weight.sample(), None if bias is None else bias.sample())
 
     def lookup(self, ids: Tensor, weight: Variational) -> Tensor:
@@ -112,7 +134,15 @@ class Flipout:
     def affine(
         self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
-        """operation(*inputs, loc) + operation(*(x * r), scale * eps) * t."""
+        """Return operation(*inputs, loc) + operation(*(x * r), scale * eps) * t.
+
+        Args:
+            operation: the layer's arithmetic.
+            inputs: the tensors that it multiplies by the weight; each x gets signs r of its own.
+            weight: the random weight, whose draw gives eps, r and t.
+            bias: the random bias, (out,), under the same signs t; None: the layer has none.
+            layout: where inputs and output have their examples and features.
+        """
         if not layout.is_batched(inputs[0]):
             return REPARAMETERIZATION.affine(operation, inputs, weight, bias, layout)
         mean = operation(*inputs, weight.loc, None if bias is None else bias.loc)
@@ -153,7 +183,15 @@ class LocalReparameterization:
     def affine(
         self, operation: Operation, inputs: Inputs, weight: Variational, bias: Variational | None, layout: Layout = LAST
     ) -> Tensor:
-        """operation(*inputs, loc) + sqrt(operation(*(x^2), scale^2)) * noise, noise from torch's default generator."""
+        """Return operation(*inputs, loc) + sqrt(operation(*(x^2), scale^2)) * noise, by torch's default generator.
+
+        Args:
+            operation: the layer's arithmetic.
+            inputs: the tensors x that it multiplies by the weight.
+            weight: the random weight, of which means and variances are used.
+            bias: the random bias, (out,); None: the layer has none.
+            layout: of inputs and output, which plays no part here.
+        """
         mean = operation(*inputs, weight.loc, None if bias is None else bias.loc)
         squares = tuple(_without_half(x).square() for x in inputs)
         dtype = squares[0].dtype

@@ -81,7 +81,13 @@ class Draw:
         self._noise: MutableMapping[str, Tensor] = {} if keep else weakref.WeakValueDictionary()
 
     def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
-        """N(0, 1) of the shape of ``like``, or of those rows of a table alone; float32, zero in the padding row."""
+        """Return N(0, 1) in float32 for one tensor, or for some rows of a table alone; zero in the padding row.
+
+        Args:
+            spec: what the tensor's noise depends on.
+            like: the whole tensor, whose shape and device the noise takes.
+            rows: row numbers (n,) of a table, which give (n, width); None: all of it.
+        """
         if rows is not None:
             return self._noise_of_rows(spec, like, rows)
         value = self._noise.get(spec.name)
@@ -92,7 +98,14 @@ class Draw:
         return value
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """Fair signs (examples, features) of one axis of a tensor: the same whenever this draw is asked for them."""
+        """Return fair signs, -1 or 1, of one axis of a tensor: the same whenever this draw is asked for them.
+
+        Args:
+            spec: what the tensor's noise depends on.
+            axis: of the tensor, each with signs of its own.
+            shape: numbers of examples and features.
+            device: where the signs are made.
+        """
         return signs(noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
 
     @property
@@ -129,14 +142,27 @@ class TracedDraw:
         self._made: dict[Any, Tensor] = {}
 
     def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
-        """As `Draw.noise`, once per forward; of rows it is a lookup in the whole, which the compiler fuses."""
+        """Return the noise of one tensor, once per forward; rows are looked up in the whole, which the compiler fuses.
+
+        Args:
+            spec: the tensor's name and its padding row.
+            like: the whole tensor, whose shape and device the noise takes.
+            rows: row numbers of any shape (*) into a table, which give (*, width); None: all of it.
+        """
         if spec.name not in self._made:
             numbers = torch.arange(like.shape[0], device=like.device)
             self._made[spec.name] = _without_padding(torch.randn_like(like, dtype=torch.float32), spec, numbers)
         return self._made[spec.name] if rows is None else F.embedding(rows, self._made[spec.name])
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """As `Draw.signs`, once per forward and shape."""
+        """Return fair signs, -1 or 1, of one axis of a tensor, once per forward and shape.
+
+        Args:
+            spec: of the tensor, of which the name is used.
+            axis: of the tensor, each with signs of its own.
+            shape: numbers of examples and features.
+            device: where the signs are made.
+        """
         key = (spec.name, axis, shape)
         if key not in self._made:
             self._made[key] = torch.randint(2, shape, device=device, dtype=torch.float32) * 2 - 1
@@ -150,20 +176,42 @@ def _without_padding(eps: Tensor, spec: TensorSpec, rows: Tensor) -> Tensor:
 
 
 def noise_key(seed: int, index: int, name: str) -> int:
-    """64-bit key of one tensor's noise in one draw."""
+    """Return the 64-bit key of one tensor's noise in one draw.
+
+    Args:
+        seed: of the sequence of draws.
+        index: of the draw in the sequence, from 0.
+        name: of the tensor in the unwrapped model.
+    """
     digest = hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def normal(key: int, shape: Sequence[int], device: torch.device, version: int = NOISE_VERSION) -> Tensor:
-    """N(0, 1) in float32 of the given shape, from a generator that is seeded with ``key`` and used once."""
+    """Return N(0, 1) in float32, from a generator that is seeded with the key and used once.
+
+    Args:
+        key: 64 bits, from :func:`noise_key`.
+        shape: of the result, in any number of axes.
+        device: where the generator runs.
+        version: of the noise, see `bayeformers.sampling.generators`.
+    """
     generator = keyed_generator(key, device, version)
     return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
 
 @torch.library.custom_op("bayeformers::normal", mutates_args=())
 def traced_normal(seed: str, index: int, name: str, shape: list[int], device: torch.device, version: int) -> Tensor:
-    """:func:`normal` of :func:`noise_key`, opaque to a compiler; the seed as text, for it may have over 63 bits."""
+    """Return :func:`normal` of :func:`noise_key`, opaque to a compiler.
+
+    Args:
+        seed: of the sequence of draws, as text, for it may have over 63 bits.
+        index: of the draw in the sequence, from 0.
+        name: of the tensor in the unwrapped model.
+        shape: of the result, in any number of axes.
+        device: where the generator runs.
+        version: of the noise, see `bayeformers.sampling.generators`.
+    """
     return normal(noise_key(int(seed), index, name), shape, device, version)
 
 
@@ -174,7 +222,14 @@ def _(seed: str, index: int, name: str, shape: list[int], device: torch.device, 
 
 @torch.library.custom_op("bayeformers::noise_key", mutates_args=())
 def traced_key(seed: str, index: int, name: str, device: torch.device) -> Tensor:
-    """:func:`noise_key` as :func:`normal_rows` takes it from a compiler: two int32 values (2,)."""
+    """Return :func:`noise_key` as :func:`normal_rows` takes it from a compiler: two int32 values (2,).
+
+    Args:
+        seed: of the sequence of draws, as text, for it may have over 63 bits.
+        index: of the draw in the sequence, from 0.
+        name: of the tensor in the unwrapped model.
+        device: where the two values lie.
+    """
     key = noise_key(int(seed), index, name)
     return torch.tensor([_signed(key & _INT32), _signed(key >> 32)], dtype=torch.int32, device=device)
 
@@ -185,7 +240,13 @@ def _(seed: str, index: int, name: str, device: torch.device) -> Tensor:
 
 
 def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Independent fair signs, -1 or 1, in float32 of the given shape."""
+    """Return independent fair signs, -1 or 1, in float32.
+
+    Args:
+        key: 64 bits, from :func:`noise_key`.
+        shape: of the result, in any number of axes.
+        device: where the generator runs.
+    """
     generator = keyed_generator(key, device)
     return torch.randint(2, tuple(shape), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
 

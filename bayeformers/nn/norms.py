@@ -29,7 +29,13 @@ class Normalization(BayesianModule):
 
     @abstractmethod
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output with this gain and bias instead of its own."""
+        """Return the layer's output with this gain and bias instead of its own.
+
+        Args:
+            input: (*, normalized shape), the tensor to normalise.
+            weight: the gain, of the normalized shape.
+            bias: the shift, of the same shape; None: there is none.
+        """
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its mean, its held draw or fresh noise."""
@@ -57,7 +63,16 @@ class LayerNorm(Normalization, torch.nn.LayerNorm):
     torch_class = torch.nn.LayerNorm
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Normalise as `torch.nn.functional.layer_norm` does."""
+        """Normalise as `torch.nn.functional.layer_norm` does.
+
+        Args:
+            input: (*, normalized shape), the tensor to normalise.
+            weight: the gain, of the normalized shape.
+            bias: the shift, of the same shape; None: there is none.
+
+        Returns:
+            The normalised tensor, of the input's shape.
+        """
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -73,7 +88,16 @@ class RMSNorm(Normalization, torch.nn.RMSNorm):
     torch_class = torch.nn.RMSNorm
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Normalise as `torch.nn.functional.rms_norm` does."""
+        """Normalise as `torch.nn.functional.rms_norm` does.
+
+        Args:
+            input: (*, normalized shape), the tensor to normalise.
+            weight: the gain, of the normalized shape.
+            bias: always None, for this normalisation has no shift.
+
+        Returns:
+            The normalised tensor, of the input's shape.
+        """
         return F.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
@@ -84,7 +108,13 @@ class AnyRMSNorm(Normalization):
     """
 
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The forward of `torch_class`."""
+        """Return what the forward of `torch_class` gives with this gain.
+
+        Args:
+            input: (*, d), the tensor to normalise.
+            weight: the gain, (d,).
+            bias: always None, for this normalisation has no shift.
+        """
         output: Tensor = self.torch_class.forward(with_gain(self, self.torch_class, weight), input)
         return output
 
@@ -109,7 +139,13 @@ def is_rms_norm(module: torch.nn.Module) -> bool:
 
 
 def with_gain(module: torch.nn.Module, kind: type[torch.nn.Module], gain: Tensor) -> torch.nn.Module:
-    """A shallow copy of ``module`` as a plain ``kind`` with ``gain`` for its weight, to run ``kind.forward`` on."""
+    """Return a shallow copy of a module as its plain class with another gain, to run the class's forward on.
+
+    Args:
+        module: the normalisation, which stays as it is.
+        kind: the class of the copy, whose ``forward`` is to run.
+        gain: the copy's weight, (d,).
+    """
     shell: torch.nn.Module = kind.__new__(kind)
     shell.__dict__ = {**module.__dict__, "_parameters": {"weight": gain}}
     return shell

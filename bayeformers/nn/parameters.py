@@ -35,7 +35,14 @@ class RandomParameters(BayesianModule):
     is_read: ClassVar[bool] = True  # no call of the module tells what became of its weights
 
     def become_bayesian(self, *, prior: Prior, delta: float, estimator: str, scale: ScaleName = "additive") -> None:
-        """As `BayesianModule.become_bayesian`; only reparameterization needs no knowledge of the operation."""
+        """As `BayesianModule.become_bayesian`, by reparameterization, which needs no knowledge of the operation.
+
+        Args:
+            prior: prior of every tensor of the module.
+            delta: initial scale relative to |weight|.
+            estimator: not used, for reparameterization is taken.
+            scale: sigma = softplus(rho), or softplus(rho) * |weight|.
+        """
         super().become_bayesian(prior=prior, delta=delta, estimator=REPARAMETERIZATION.name, scale=scale)
         self._values = _Values()
 

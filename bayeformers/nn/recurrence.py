@@ -78,14 +78,28 @@ class Recurrence:
 
 
 def lstm_step(gates: Tensor, recurrent: Tensor, state: State, project: Project) -> State:
-    """Return h' = W_hr (o * tanh c'), c' = f * c + i * g; the gates are i, f, g, o: g by tanh, others by sigmoid."""
+    """Return h' = W_hr (o * tanh c'), c' = f * c + i * g; the gates are i, f, g, o: g by tanh, others by sigmoid.
+
+    Args:
+        gates: the gates' input part W_ih x_t + b_ih, (B, 4 * hidden).
+        recurrent: their recurrent part W_hh h + b_hh, of the same shape.
+        state: h, (B, hidden or projection), and c, (B, hidden).
+        project: W_hr; the identity without `proj_size`.
+    """
     i, f, g, o = (gates + recurrent).chunk(4, -1)
     cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return project(o.sigmoid() * cell.tanh()), cell
 
 
 def gru_step(gates: Tensor, recurrent: Tensor, state: State, project: Project) -> State:
-    """Return h' = (1 - z) * n + z * h, n = tanh(gates_n + r * recurrent_n); the gates are r, z, n: r, z by sigmoid."""
+    """Return h' = (1 - z) * n + z * h, n = tanh(gates_n + r * recurrent_n); the gates are r, z, n: r, z by sigmoid.
+
+    Args:
+        gates: the gates' input part W_ih x_t + b_ih, (B, 3 * hidden).
+        recurrent: their recurrent part W_hh h + b_hh, of the same shape.
+        state: h alone, (B, hidden).
+        project: the identity, which is not applied: a GRU has no projection.
+    """
     reset, update, new = gates.chunk(3, -1)
     reset_h, update_h, new_h = recurrent.chunk(3, -1)
     candidate = (new + (reset + reset_h).sigmoid() * new_h).tanh()
@@ -107,10 +121,14 @@ CELLS = {"LSTM": Cell(lstm_step, 2), "GRU": Cell(gru_step, 1)}
 def run_layers(
     layers: Sequence[Sequence[Recurrence]], inputs: Tensor, states: State, alive: Tensor | None, dropout: float
 ) -> tuple[Tensor, State]:
-    """Return a stack of recurrent layers' outputs; each joins its directions', and ``dropout`` acts between layers.
+    """Return the outputs of a stack of recurrent layers, (T, B, directions * features of h), and the final states.
 
-    Shape: ``inputs`` (T, B, d), ``states`` (layers * directions, B, features) each -> (T, B, directions * features of
-    h), the final states.
+    Args:
+        layers: from the first to the last, each with its directions, whose outputs are joined.
+        inputs: (T, B, d), of T steps and B examples.
+        states: the initial states, (layers * directions, B, features) each.
+        alive: (T, B, 1), False where an example has ended and keeps its state; None: all have the same length.
+        dropout: rate between the layers, in [0, 1]; 0 outside of training.
     """
     final: list[State] = []
     for number, directions in enumerate(layers):
@@ -140,7 +158,13 @@ def time_first(input: Tensor | PackedSequence, batch_first: bool) -> tuple[Tenso
 
 
 def as_given(steps: Tensor, input: Tensor | PackedSequence, batch_first: bool) -> Tensor | PackedSequence:
-    """The inverse of :func:`time_first`: (T, B, d) in the form, and in the order, of ``input``."""
+    """Return sequences in the form, and in the order, in which the caller gave them: the inverse of :func:`time_first`.
+
+    Args:
+        steps: the outputs of all steps, (T, B, d).
+        input: what the caller gave, padded, packed, or one example.
+        batch_first: whether a padded ``input`` is (B, T, d).
+    """
     if not isinstance(input, PackedSequence):
         if input.dim() == 2:
             return steps.squeeze(1)

@@ -74,7 +74,13 @@ class Variational:
         return value.index_fill(0, torch.tensor([self.spec.padding_idx], device=value.device), 0.0)
 
     def signs(self, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """Signs (examples, features) of one axis under the draw. Made once: a recurrent cell asks at every step."""
+        """Return the signs of one axis under the draw. They are made once: a recurrent cell asks at every step.
+
+        Args:
+            axis: of the tensor, each with signs of its own.
+            shape: numbers of examples and features.
+            device: where the signs are made.
+        """
         return self._once(f"signs {axis} {shape}", lambda: self._signs(axis, shape, device))
 
     def _signs(self, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -156,7 +162,12 @@ def wide(tensor: Tensor, like: Tensor) -> Tensor:
 def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
     """Return sigma: softplus(rho), or softplus(rho) * max(|loc|, floor) where the scale is multiplicative.
 
-    Shape: ``loc`` and ``rho`` alike -> the same, float32 or the wider dtype of ``loc``.
+    It is float32, or the wider dtype of ``loc``.
+
+    Args:
+        loc: the means, of any shape.
+        rho: of the same shape, in float32.
+        floor: the least |loc| that counts, a scalar tensor; None: the scale is additive.
     """
     scale = scale_from_rho(wide(rho, loc))
     return scale if floor is None else scale * unit_of(loc, floor)
@@ -165,17 +176,24 @@ def scale_of(loc: Tensor, rho: Tensor, floor: Tensor | None) -> Tensor:
 def sample(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
     """Return w = loc + sigma(rho) * eps, with dL/drho = dL/dw * eps * sigmoid(rho), in the dtype of ``loc``.
 
-    With a ``floor`` the scale is multiplicative, and the gradient also goes through its |loc|.
-
-    Shape: all three alike -> the same.
+    Args:
+        loc: the means, of any shape.
+        rho: of the same shape, in float32.
+        eps: the noise, N(0, 1), of the same shape.
+        floor: of a multiplicative scale, a scalar tensor, as in :func:`scale_of`: the gradient also goes through its
+            |loc|; None: the scale is additive.
     """
     return _sampled(loc, rho, eps, loc.dtype) if floor is None else loc + perturbation(loc, rho, eps, floor)
 
 
 def perturbation(loc: Tensor, rho: Tensor, eps: Tensor, floor: Tensor | None = None) -> Tensor:
-    """Return sigma * eps, which is :func:`sample` without the mean.
+    """Return sigma * eps, which is :func:`sample` without the mean, in the dtype of ``loc``.
 
-    Shape: all three alike -> the same, in the dtype of ``loc``.
+    Args:
+        loc: the means, of any shape.
+        rho: of the same shape, in float32.
+        eps: the noise, N(0, 1), of the same shape.
+        floor: of a multiplicative scale, a scalar tensor; None: the scale is additive.
     """
     if floor is None:
         return _sampled(None, rho, eps, loc.dtype)

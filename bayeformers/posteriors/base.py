@@ -52,7 +52,14 @@ class Posterior(Protocol):
         """The model with draw ``index`` of the sequence ``seed``, until exit."""
 
     def predict(self, inputs: Inputs, *, num_samples: int = 16, method: str | None = None, seed: int = 0) -> Predictive:
-        """What the posterior says about ``inputs``."""
+        """Return what the posterior says about some inputs.
+
+        Args:
+            inputs: what the model's ``forward`` takes; labels are ignored.
+            num_samples: how many draws to average over, >= 1.
+            method: how to predict, "sample" or a linearised method; None: the posterior's own default.
+            seed: the same seed gives the same draws.
+        """
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write all that a reload needs into a folder."""
@@ -155,7 +162,13 @@ class BasePosterior(ABC):
         return {}
 
     def draw_in(self, view: View, index: int, seed: int) -> AbstractContextManager[None]:
-        """Draw ``index`` of ``seed`` in a private view, which has no other user: nothing needs to be put back."""
+        """Return a context with one draw in a private view, which has no other user: nothing needs to be put back.
+
+        Args:
+            view: a view with what `own_parameters` gave in the Parameters' place.
+            index: the draw's place in the sequence, >= 0.
+            seed: which sequence of draws.
+        """
         raise NotImplementedError
 
     def mean_in(self, view: View) -> AbstractContextManager[None]:

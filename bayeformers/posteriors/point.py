@@ -38,7 +38,13 @@ class PointPosterior(BasePosterior):
         return contextlib.nullcontext()
 
     def draw_in(self, view: View, index: int, seed: int) -> AbstractContextManager[None]:
-        """The model as it is."""
+        """Return a context with the model as it is.
+
+        Args:
+            view: the private view, which stays as it is.
+            index: the draw's place in the sequence: all are the same.
+            seed: which sequence of draws: all are the same.
+        """
         return contextlib.nullcontext()
 
     def mean_in(self, view: View) -> AbstractContextManager[None]:

@@ -73,7 +73,13 @@ class VariationalPosterior(BasePosterior):
 
     @contextlib.contextmanager
     def draw_in(self, view: View, index: int, seed: int) -> Iterator[None]:
-        """As `draw`, in a private view."""
+        """As `draw`, in a private view.
+
+        Args:
+            view: the view whose layers are held at the draw.
+            index: the draw's place in the sequence, >= 0.
+            seed: which sequence of draws.
+        """
         with self._kept(index, seed) as held:
             self._hold_in(view, held)
             yield

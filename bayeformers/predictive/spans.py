@@ -11,15 +11,21 @@ __all__ = ["span_scores"]
 
 
 def span_scores(start: Tensor, end: Tensor, max_length: int, mask: Tensor | None = None) -> Tensor:
-    """start_i + end_j of every span i..j of at most ``max_length`` tokens: (..., T) twice -> (..., T, L).
+    """Return start_i + end_j of every span i..j of at most ``max_length`` tokens, (..., T, L).
 
     Entry [i, l] is the span of the l + 1 tokens i..i + l, -inf where there is none; L = min(max_length, T). Softmax
     over the last two axes gives p(span) ~ p(start) p(end), restricted to such spans; logits and log-probabilities give
     the same. Start and end are independent under one draw of the weights, but not on average: average after the
-    softmax. ``mask``, broadcastable to (..., T), is True where a span may start and end.
+    softmax.
 
-    Returns:
-        (..., T, L).
+    Args:
+        start: logits or log-probabilities of each start, (..., T).
+        end: the same of each end, (..., T).
+        max_length: the number of tokens that a span may have, >= 1.
+        mask: True where a span may start and end, broadcastable to (..., T); None: anywhere.
+
+    Raises:
+        ValueError: ``start`` and ``end`` of different shapes or without positions, or ``max_length`` < 1.
 
     >>> import torch
     >>> start, end = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
@@ -27,9 +33,6 @@ def span_scores(start: Tensor, end: Tensor, max_length: int, mask: Tensor | None
     tensor([[2., 3.],
             [1., 0.],
             [0., -inf]])
-
-    Raises:
-        ValueError: ``start`` and ``end`` of different shapes or without positions, or ``max_length`` < 1.
     """
     if start.shape != end.shape or start.dim() == 0 or start.shape[-1] == 0:
         raise ValueError(

@@ -73,7 +73,15 @@ def report_of(
     measured: Mapping[str, Measured],
     skipped: Mapping[str, str],
 ) -> Report:
-    """One row per layer with Parameters, before INT8 weights are put in; a tied weight counts in its first layer."""
+    """Return one row per layer with Parameters; a tied weight counts in its first layer.
+
+    Args:
+        model: as it is before INT8 weights are put in.
+        weights: the INT8 weights, each with the layers that use it.
+        noise: of the posterior, which tells the bytes of its draws.
+        measured: by layer, what the calibration inputs showed.
+        skipped: by module, why it stays float.
+    """
     held = {user: weight for weight in weights for user in weight.owners}
     names, counted = parameter_names(model), set[str]()
     rows = []

@@ -34,7 +34,13 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def int8_product(x: Tensor, codes: Tensor, step: Tensor) -> Tensor:
     """Return x W^T in INT8: the rows of x get codes of their own, the products are summed exactly in INT32.
 
-    Shape: ``x`` (n, k); ``codes`` (m, k) and ``step`` (m,) of W -> float32 (n, m).
+    Args:
+        x: (n, k), in float, which becomes INT8 row by row.
+        codes: int8 (m, k), of W.
+        step: float32 (m,), of the rows of W.
+
+    Returns:
+        The product, float32 (n, m).
     """
     rows, scale = quantize_rows(x)
     if has_exact_product():
@@ -115,7 +121,13 @@ class ScaleCodes:
 
     @classmethod
     def of(cls, scale: Tensor, axis: int = 0, log_range: float = LOG_RANGE) -> Self:
-        """Of standard deviations >= 0; those below exp(-log_range) of the channel's largest are raised to that."""
+        """Return the codes of standard deviations.
+
+        Args:
+            scale: standard deviations >= 0, of any shape.
+            axis: of the channels, each of which has a ``top`` and a ``step``.
+            log_range: scales below exp(-log_range) of the channel's largest are raised to that; by default log 10^4.
+        """
         wide = scale.detach().float()
         others = [other for other in range(wide.dim()) if other != axis % wide.dim()]
         log = wide.log()

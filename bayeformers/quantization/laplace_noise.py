@@ -44,7 +44,13 @@ class LayerNoise:
 
     @classmethod
     def of(cls, block: LaplaceBlock, module: nn.Module, names: Mapping[str, str]) -> Self:
-        """The noise of one Laplace block, in INT8 where its basis is large enough."""
+        """Return the noise of one Laplace block, in INT8 where its basis is large enough.
+
+        Args:
+            block: the layer's factors in the float posterior.
+            module: the layer of the copy that is drawn.
+            names: "weight", "bias" -> the Parameter's name in the model.
+        """
         variance = block.variances()[0]
         curvature = block.eigen.eigenvalues
         left, right = (
@@ -101,7 +107,13 @@ class LaplaceNoise(Noise):
 
     @classmethod
     def of(cls, posterior: LaplacePosterior, model: nn.Module, names: Mapping[nn.Parameter, str]) -> Self:
-        """``model``: the copy that is drawn; ``names``: those of the posterior's Parameters in it."""
+        """Return the noise of all layers that a Laplace posterior covers.
+
+        Args:
+            posterior: the float posterior, which stays as it is.
+            model: the copy that is drawn.
+            names: of the posterior's Parameters in ``model``.
+        """
         layers = []
         for block in posterior.blocks():
             own = {key: names[parameter] for key, parameter in block.parameters.items()}
@@ -114,7 +126,15 @@ class LaplaceNoise(Noise):
         return tuple(self._of)
 
     def deviation(self, name: str, index: int, seed: int) -> Tensor:
-        """A layer's weight and bias come of one product: the other of them is kept until it is asked for."""
+        """Return a tensor's step away from its mean under a draw.
+
+        A layer's weight and bias come of one product: the other of them is kept until it is asked for.
+
+        Args:
+            name: first name of the Parameter in the model.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
+        """
         layer = self._of[name]
         key = (layer.name, index, seed)
         last, made = self._last or (None, {})
@@ -144,7 +164,13 @@ class LaplaceNoise(Noise):
 
     @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.Module) -> Self:
-        """What `tensors` and `meta` gave."""
+        """Return the noise of which `tensors` and `meta` were saved.
+
+        Args:
+            tensors: what `tensors` gave, by the same names.
+            meta: what `meta` gave, as JSON has it.
+            model: the copy that is drawn, which has the layers.
+        """
         layers = []
         for name, recorded in meta["layers"].items():
             std = ScaleCodes(*(tensors[f"{name}/std/{part}"] for part in ("codes", "top", "step")))

@@ -45,7 +45,14 @@ class QuantizedLayer(nn.Module):
     weight_step: nn.Parameter
 
     def become_quantized(self, codes: Tensor, step: nn.Parameter, arithmetic: Arithmetic, dtype: torch.dtype) -> None:
-        """Give up the float weight; layers with tied weights are given the same two tensors."""
+        """Give up the float weight; layers with tied weights are given the same two tensors.
+
+        Args:
+            codes: int8, of the shape of the weight.
+            step: float32, of size 1 on all axes but the channels'.
+            arithmetic: how the layer multiplies, in "int8" or in "float".
+            dtype: what `weight` is read as.
+        """
         del self._parameters["weight"]
         self.register_buffer("weight_codes", codes)
         self.register_parameter("weight_step", step)
@@ -159,9 +166,13 @@ KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {kind.torch_class: kind for
 
 
 def product(x: Tensor, coded: Codes, bias: Tensor | None, axis: int = 0) -> Tensor:
-    """Return x W^T + b in INT8, in the dtype of ``x``; the bias is added in float.
+    """Return x W^T + b in INT8, (*, m), in the dtype of ``x``; the bias is added in float.
 
-    Shape: ``x`` (*, k); W (m, k), or (k, m) with ``axis`` 1 -> (*, m).
+    Args:
+        x: (*, k), in float, which becomes INT8 row by row.
+        coded: W, (m, k), or (k, m) with ``axis`` 1.
+        bias: b, (m,) in float; None: the layer has none.
+        axis: of the m channels in W.
     """
     codes = coded.codes if axis == 0 else coded.codes.t()
     found = int8_product(x.reshape(-1, x.shape[-1]), codes, coded.step.flatten())

@@ -27,10 +27,22 @@ class Noise(ABC):
 
     @abstractmethod
     def deviation(self, name: str, index: int, seed: int) -> Tensor:
-        """The tensor's step away from its mean, in float."""
+        """Return a tensor's step away from its mean under a draw, in float.
+
+        Args:
+            name: first name of the Parameter in the model.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
+        """
 
     def rows(self, name: str, index: int, seed: int) -> Rows | None:
-        """Makes rows of `deviation` without the rest; None where they cannot be made alone."""
+        """Return what makes rows of `deviation`, (*) -> (*, width); None where they cannot be made without the rest.
+
+        Args:
+            name: first name of the Parameter in the model.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
+        """
         return None
 
     @abstractmethod
@@ -53,7 +65,12 @@ class NoNoise(Noise):
     names = ()
 
     def deviation(self, name: str, index: int, seed: int) -> Tensor:
-        """Of nothing.
+        """Refuse: no tensor of a point estimate moves.
+
+        Args:
+            name: first name of the Parameter in the model.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
 
         Raises:
             KeyError: always.
@@ -92,14 +109,26 @@ class MeanFieldNoise(Noise):
         return tuple(self.scales)
 
     def deviation(self, name: str, index: int, seed: int) -> Tensor:
-        """The deviation sigma * eps, float32 or the wider dtype of a float scale."""
+        """Return the deviation sigma * eps, float32 or the wider dtype of a float scale.
+
+        Args:
+            name: first name of the Parameter in the model.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
+        """
         scale = self.scales[name]
         like = scale if isinstance(scale, Tensor) else scale.codes
         eps = Draw(seed, index, keep=False).noise(self.specs[name], like)
         return eps * (scale if isinstance(scale, Tensor) else scale.dequantize())
 
     def rows(self, name: str, index: int, seed: int) -> Rows | None:
-        """Of a table, whose noise is addressable by row."""
+        """Return what makes rows of a table whose noise is addressable by row; None for others and for float scales.
+
+        Args:
+            name: first name of the Parameter in the model.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
+        """
         scale, spec = self.scales[name], self.specs[name]
         if not spec.by_row or isinstance(scale, Tensor):
             return None
@@ -134,7 +163,13 @@ class MeanFieldNoise(Noise):
 
     @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], model: nn.Module) -> Self:
-        """What `tensors` and `meta` gave."""
+        """Return the noise of which `tensors` and `meta` were saved.
+
+        Args:
+            tensors: what `tensors` gave, by the same names.
+            meta: what `meta` gave, as JSON has it.
+            model: the copy that is drawn, which is not needed here.
+        """
         specs = {name: TensorSpec(**{"noise_version": 1, **spec}) for name, spec in meta["specs"].items()}
         scales: dict[str, ScaleCodes | Tensor] = {}
         for name in specs:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..laplace.weights import holding
+from ..laplace.moved import holding
 from ..likelihoods import NoiseStd, ProblemType
 from ..posteriors.base import BasePosterior
 from ..sampling.views import View, alone
@@ -108,7 +108,13 @@ class QuantizedPosterior(BasePosterior):
 
     @contextlib.contextmanager
     def draw_in(self, view: View, index: int, seed: int) -> Iterator[None]:
-        """As `draw`, in a private view."""
+        """Hold a draw in a private view of the model until exit, as `draw` does in the model itself.
+
+        Args:
+            view: of the model, with room for its drawn float weights.
+            index: of the draw, from 0.
+            seed: of the sequence of draws.
+        """
         key = index, seed, str(next(self.model.parameters()).device)
         moved = self._cache.get(key) or self._make(index, seed)
         for name, one in moved.drawn.items():

@@ -69,7 +69,13 @@ def save(
 
 
 def all_tensors(model: nn.Module, weights: Iterable[Weight], noise: Noise) -> dict[str, Tensor]:
-    """All that the file holds."""
+    """Return all tensors that the file holds, by name.
+
+    Args:
+        model: with its INT8 layers.
+        weights: its INT8 weights, each once.
+        noise: of the draws.
+    """
     tensors = {f"noise:{name}": value for name, value in noise.tensors().items()}
     for weight in weights:
         tensors |= {f"codes:{weight.name}": weight.codes.codes, f"step:{weight.name}": weight.codes.step}

@@ -158,7 +158,13 @@ def alone(model: nn.Module) -> Iterator[None]:
 def private_view(
     model: nn.Module, replaced: Mapping[int, nn.Parameter] | None = None, *, training: bool | None = False
 ) -> View | None:
-    """The view, or None where there can be none: see `viewed`."""
+    """Return the view of :func:`viewed`, or None where there can be none.
+
+    Args:
+        model: the model to see anew.
+        replaced: by the id of a Parameter what the view has in its place.
+        training: the mode of all modules inside; None: each its own.
+    """
     tensors: dict[int, Tensor] = dict(replaced or {})
     try:
         modules = _Copying(model, tensors, training).run()

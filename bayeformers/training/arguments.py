@@ -25,7 +25,10 @@ else:
 
 
 def parse_noise_std(value: str | float) -> NoiseStd | None:
-    """The noise that `noise_std` names: "head", a number, or None for "residual" (to be estimated on training data).
+    """Return the noise that `noise_std` names: "head", a number, or None for "residual" (estimated on training data).
+
+    Raises:
+        ValueError: it is none of these.
 
     >>> parse_noise_std("residual") is None, parse_noise_std("0.5"), parse_noise_std("head")
     (True, 0.5, 'head')
@@ -113,7 +116,7 @@ class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
                 setattr(self, declared.name, float(value))
 
     def settle_direction(self, eval_datasets: Iterable[str] = ()) -> str | None:
-        """Set `greater_is_better` to False where it was not given and the metric is ours; what to say if it was.
+        """Return what to say of a `greater_is_better` that contradicts our metric; set it to False where not given.
 
         ``eval_datasets``: their names where there are several; only the trainer knows them.
         """

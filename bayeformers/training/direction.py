@@ -4,20 +4,18 @@ from collections.abc import Iterable
 
 __all__ = ["CONTRADICTED", "LOWER_IS_BETTER", "is_lower_better"]
 
-LOWER_IS_BETTER = frozenset(
-    {
-        "nll",
-        "ece",
-        "brier",
-        "aurc",
-        "rmse",
-        "predictive_entropy",
-        "expected_entropy",
-        "mutual_information",
-        "epistemic_variance",
-        "aleatoric_variance",
-    }
-)
+LOWER_IS_BETTER = frozenset({
+    "nll",
+    "ece",
+    "brier",
+    "aurc",
+    "rmse",
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "epistemic_variance",
+    "aleatoric_variance",
+})
 """What an evaluation adds: all of them. transformers takes larger for better unless a name ends in "loss"."""
 
 CONTRADICTED = (

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.trainer_utils import has_length
 
 from ..laplace import LaplacePosterior
+from ..laplace.config import PriorChoice
 from ..laplace.evidence import Precision
-from ..laplace.holdout import checked_validation
-from ..laplace.tuning import PriorChoice
+from ..laplace.tuning import checked_validation
 from .checks import check_dataset
 
 __all__ = ["COLLATED", "HeldOut", "choose_rows", "said_choice"]
@@ -45,7 +45,7 @@ def choose_rows(
     training: Any,
     label_names: Iterable[str],
 ) -> HeldOut:
-    """``validation``, else ``evaluation``, where "holdout" is asked for or nothing is; the evidence where neither can.
+    """Return ``validation``, else ``evaluation``, for "holdout" or where nothing is said; the evidence if neither can.
 
     Raises:
         ValueError: "holdout" is asked for, or ``validation`` is given without another wish, and they cannot serve.

@@ -3,13 +3,12 @@
 import contextlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Unpack
 
-import torch
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import has_length
@@ -17,15 +16,11 @@ from transformers.trainer_utils import has_length
 from ..checkpoint.saving import carry
 from ..checks import check_count
 from ..conversion.convert import is_bayesian
-from ..laplace import LaplacePosterior, fit
-from ..laplace.curvature import CurvatureKind, WeightSharing
+from ..laplace import LaplaceConfig, LaplaceOptions, LaplacePosterior, fit
+from ..laplace.config import PriorChoice, settled
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
-from ..laplace.targets import Subset
-from ..laplace.tuning import PriorChoice
 from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
-from ..likelihoods.loss_hessian import Fisher
-from ..patterns import Patterns
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
@@ -58,122 +53,101 @@ class LaplaceTrainer(MonteCarloTrainer):
     def fit_laplace(
         self,
         train_dataset: Any = None,
+        config: LaplaceConfig | None = None,
         *,
-        subset: Subset = "all",
-        target_modules: Patterns | None = None,
-        exclude_modules: Patterns | None = None,
-        curvature: CurvatureKind | Literal["auto"] = "auto",
-        fisher: Fisher | Literal["auto"] = "auto",
-        weight_sharing: WeightSharing = "expand",
-        prior_precision: Precision | PriorChoice | None = None,
         prior_mean: nn.Module | None = None,
-        temperature: float = 1.0,
         noise_std: float | None = None,
         validation_dataset: Any = None,
-        num_batches: int | None = None,
-        num_data: int | None = None,
-        num_mc_samples: int = 1,
         batch_size: int | None = None,
         seed: int = 0,
-        device: torch.device | str | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_steps: int = 100,
-        progress: bool | None = None,
+        **options: Unpack[LaplaceOptions],
     ) -> LaplacePosterior:
         """Fit a Laplace posterior around the trained weights, which stay as they are; `laplace.fit` says how.
 
         One pass over the data in `eval()` mode, in the model's own precision, from the batch's labels and the logits
         alone: the loss of training, its weights and smoothing play no part. Under a launcher every process takes its
         share and all end with the same posterior. `evaluate` and `predict` use it from then on; `save_model` saves it;
-        `train` drops it.
+        `train` drops it. A warning says which prior precision was chosen, how, and on which rows.
+
+        Refused (a TypeError or ValueError) before anything changes are a converted model; sharded or replicated
+        parameters; no data, or fewer examples than processes; a head without a Laplace posterior; and options that
+        `laplace.fit` refuses.
 
         Args:
             train_dataset: the data; by default the trainer's.
-            subset, target_modules, exclude_modules: the layers to cover.
-            curvature, fisher, weight_sharing, num_mc_samples: how their curvature is measured.
-            prior_precision: tau, or how to find it: "marglik", "marglik_per_layer" or "holdout". By default "holdout"
-                where there are labelled held-out rows of one set, else "marglik". A warning says what was chosen, how,
-                and on which rows.
-            temperature: T of the likelihood p(y | x)^(1/T).
+            config: how to fit, see `bayeformers.laplace.LaplaceConfig`. Of ``num_batches`` the examples are chosen at
+                random; ``num_data`` is by default the dataset's length, ``link`` `args.eval_link`.
+            prior_mean: the model that holds the prior's mean, such as the pretrained one; by default 0.
             noise_std: s of a regression; by default `args.noise_std` if that is a number, else that of most evidence.
                 Evaluation predicts with the same.
-            prior_mean: the model that holds the prior's mean, such as the pretrained one; by default 0.
-            validation_dataset: held-out data of "holdout"; by default the `eval_dataset`, as of early stopping.
-            num_batches: so many batches of every process, of examples chosen at random; the curvature is scaled up to
-                ``num_data``.
-            num_data: N, the examples that the curvature stands for, those without a label (-100) included; by default
-                the dataset's length.
+            validation_dataset: held-out data of prior_precision="holdout"; by default the `eval_dataset`, as of early
+                stopping. Where nothing is said, labelled held-out rows of one set choose the prior precision.
             batch_size: of one process; by default `args.per_device_eval_batch_size`. It changes nothing.
             seed: of the chosen examples, of fisher="mc"'s labels and of a random data collator.
-            device: of the sums and eigenvectors; by default the model's.
-            checkpoint: a file for the sums, written every ``checkpoint_steps`` batches. If it exists, the pass goes on
-                where it stopped, for the same data, batch size and number of processes.
-            checkpoint_steps: see ``checkpoint``.
-            progress: show progress bars; by default unless `args.disable_tqdm`.
+            **options: fields of the configuration by name; they replace those of ``config``.
 
         Returns:
             The posterior, also `trainer.posterior`.
-
-        Raises:
-            TypeError, ValueError: before anything changes: a converted model; sharded or replicated parameters; no
-                data, or fewer examples than processes; a head without a Laplace posterior; another argument that
-                `laplace.fit` refuses.
         """
         self._check_can_fit()
         data = self.train_dataset if train_dataset is None else train_dataset
-        self._check_data(data, num_batches, num_data)
+        config = settled(config, options)
+        self._check_data(data, config)
+        labels = [*(self.label_names or ()), *LABEL_NAMES, *COLLATED]
         held_out = choose_rows(
             self.model,
-            prior_precision,
+            config.prior_precision,
             validation_dataset,
             self.eval_dataset,
             training=data,
-            label_names=[*(self.label_names or ()), *LABEL_NAMES, *COLLATED],
+            label_names=labels,
         )
         size = self.args.per_device_eval_batch_size if batch_size is None else batch_size
         check_count("batch_size", size, 1)
         check_count("seed", seed, 0)
-        if noise_std is None and get_likelihood(resolve_problem_type(self.model)).has_noise:
-            given = parse_noise_std(self.args.noise_std)
-            if given == HEAD:
-                raise ValueError(
-                    '`noise_std`="head" has no Laplace posterior, whose likelihood is a Gaussian of one noise: use a '
-                    'head that predicts the means only, and a number or "residual".'
-                )
-            noise_std = given
-        shows = (not self.args.disable_tqdm if progress is None else progress) and self.is_world_process_zero()
+        noise_std = self._given_noise() if noise_std is None else noise_std
         start = time.perf_counter()
         with self._measuring(seed):
+            rows = held_out.data
             posterior = fit(
                 self.model,
-                self._curvature_batches(data, "training", size, num_batches, seed),
-                subset=subset,
-                target_modules=target_modules,
-                exclude_modules=exclude_modules,
-                curvature=curvature,
-                fisher=fisher,
-                weight_sharing=weight_sharing,
-                prior_precision=held_out.prior_precision,
+                self._curvature_batches(data, "training", size, config.num_batches, seed),
+                self._resolved(config, held_out.prior_precision, data),
                 prior_mean=prior_mean,
-                temperature=temperature,
                 noise_std=noise_std,
-                validation=None
-                if held_out.data is None
-                else self._curvature_batches(held_out.data, "validation", size),
-                link=self.args.eval_link,
-                num_batches=num_batches,
-                num_data=len(data) if num_data is None and has_length(data) else num_data,
-                num_mc_samples=num_mc_samples,
+                validation=None if rows is None else self._curvature_batches(rows, "validation", size),
                 seed=seed,
-                device=device,
-                checkpoint=checkpoint,
-                checkpoint_steps=checkpoint_steps,
-                progress=shows,
             )
         self._adopt(posterior, time.perf_counter() - start)
         if self.is_world_process_zero():
             logger.warning(said_choice(posterior, held_out, posterior.record.num_data))
         return posterior
+
+    def _resolved(self, config: LaplaceConfig, prior_precision: Precision | PriorChoice, data: Any) -> LaplaceConfig:
+        """What the trainer knows in place of what the configuration leaves open."""
+        shows = not self.args.disable_tqdm if config.progress is None else config.progress
+        return replace(
+            config,
+            prior_precision=prior_precision,
+            link=self.args.eval_link if config.link == "auto" else config.link,
+            num_data=len(data) if config.num_data is None and has_length(data) else config.num_data,
+            progress=shows and self.is_world_process_zero(),
+        )
+
+    def _given_noise(self) -> float | None:
+        """Return a regression's `args.noise_std`, if that is a number.
+
+        Raises:
+            ValueError: the head predicts the noise.
+        """
+        has_noise = get_likelihood(resolve_problem_type(self.model)).has_noise
+        noise_std = parse_noise_std(self.args.noise_std) if has_noise else None
+        if noise_std == HEAD:
+            raise ValueError(
+                '`noise_std`="head" has no Laplace posterior, whose likelihood is a Gaussian of one noise: use a '
+                'head that predicts the means only, and a number or "residual".'
+            )
+        return noise_std
 
     def noise_std(self) -> NoiseStd | None:
         """That of the Laplace posterior, whose weights were given their scale by it; else as ever."""
@@ -208,16 +182,13 @@ class LaplaceTrainer(MonteCarloTrainer):
             )
         likelihood_of(self.model)  # a head whose labels are positions has none
 
-    def _check_data(self, data: Any, num_batches: int | None, num_data: int | None) -> None:
+    def _check_data(self, data: Any, config: LaplaceConfig) -> None:
         if data is None:
             raise ValueError("`fit_laplace` needs data: pass `train_dataset` here or to the trainer.")
         check_dataset(data, "train_dataset")
-        for name, count in (("num_batches", num_batches), ("num_data", num_data)):
-            if count is not None:
-                check_count(name, count, 1)
         if has_length(data) and len(data) < self.args.world_size:
             raise ValueError(f"`train_dataset` has {len(data)} examples for {self.args.world_size} processes.")
-        if num_batches is not None and num_data is None and not has_length(data):
+        if config.num_batches is not None and config.num_data is None and not has_length(data):
             raise ValueError("`num_batches` needs `num_data`, the number of examples: `train_dataset` has no length.")
 
     def _curvature_batches(

@@ -83,16 +83,14 @@ def _counted(columns: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
 
 def _padded(arrays: list[NDArray[Any]]) -> NDArray[np.floating]:
     shape = np.max([array.shape[1:] for array in arrays], axis=0)
-    return np.concatenate(
-        [
-            np.pad(
-                array,
-                [(0, 0), *((0, full - own) for full, own in zip(shape, array.shape[1:], strict=True))],
-                constant_values=np.nan,
-            )
-            for array in arrays
-        ]
-    )
+    return np.concatenate([
+        np.pad(
+            array,
+            [(0, 0), *((0, full - own) for full, own in zip(shape, array.shape[1:], strict=True))],
+            constant_values=np.nan,
+        )
+        for array in arrays
+    ])
 
 
 def evaluation_metrics(columns: Columns) -> dict[str, float]:

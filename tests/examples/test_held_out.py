@@ -133,9 +133,16 @@ def test_the_embedded_task_is_that_of_the_record(tmp_path: Path) -> None:
     """Its test sentences depend on the seed too: another seed's are partly this one's training."""
     quick = ["--max_train_samples", "64", "--max_eval_samples", "40", "--num_train_epochs", "1"]
     first = main([*SMALL, *quick, "--seed", "0", "--output_dir", str(tmp_path / "a")])
-    again = main(
-        [*SMALL, *quick, "--seed", "1", "--eval_only", str(tmp_path / "a"), "--output_dir", str(tmp_path / "b")]
-    )
+    again = main([
+        *SMALL,
+        *quick,
+        "--seed",
+        "1",
+        "--eval_only",
+        str(tmp_path / "a"),
+        "--output_dir",
+        str(tmp_path / "b"),
+    ])
     assert chosen(again) == pytest.approx(chosen(first), rel=1e-4)
     for name, report in first["methods"].items():
         for group, numbers in report["groups"].items():

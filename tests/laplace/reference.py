@@ -123,9 +123,9 @@ def empirical_fisher(model: nn.Module, layer: str, inputs: Inputs, labels: Tenso
 
 def kronecker(gradients: Tensor, inputs: Tensor) -> Tensor:
     """Dense G (x) A of factors (K, ., .), zero between the K blocks."""
-    return torch.block_diag(
-        *[torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(gradients, inputs, strict=True)]
-    )
+    return torch.block_diag(*[
+        torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(gradients, inputs, strict=True)
+    ])
 
 
 def basis(eigen: Any) -> Tensor:

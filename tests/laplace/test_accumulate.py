@@ -67,7 +67,7 @@ def network(name: str, count: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
 def test_full_and_diagonal_are_exact(name: str) -> None:
     model, x, y = network(name)
     expected = ggn(model, "layer", x, y)
-    full, diagonal = (fitted(model, x, y, target_modules="layer", curvature=kind) for kind in ("full", "diagonal"))
+    full, diagonal = (fitted(model, x, y, target_modules="layer", curvature=kind) for kind in ("dense", "diagonal"))
     close(dense(full.layers["layer"]), expected, 1e-12)
     close(diagonal.layers["layer"].eigenvalues.flatten(), expected.diagonal(), 1e-12)
 
@@ -161,7 +161,7 @@ def test_padding_adds_nothing() -> None:
     model, inputs, y = reader(), text(), classes(6)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     wider = {"input_ids": nn.functional.pad(ids, (0, 2), value=5), "attention_mask": nn.functional.pad(mask, (0, 2))}
-    for kind in ("kfac", "ekfac", "diagonal", "full"):
+    for kind in ("kfac", "ekfac", "diagonal", "dense"):
         for sharing in ("expand", "reduce"):
             posteriors = [
                 fitted(model, given, y, curvature=kind, target_modules=".+", weight_sharing=sharing)
@@ -183,7 +183,7 @@ def test_conv1d_is_a_transposed_linear_and_embedding_a_one_hot_linear() -> None:
         conv.load_state_dict({k: v.T if k == "layer.weight" else v for k, v in linear.state_dict().items()})
         one_hot.load_state_dict({k: v.T if k == "layer.weight" else v for k, v in table.state_dict().items()})
     rows = nn.functional.one_hot(ids, 6).double()
-    for kind in ("kfac", "ekfac", "diagonal", "full"):
+    for kind in ("kfac", "ekfac", "diagonal", "dense"):
         options: dict[str, Any] = {"target_modules": "layer", "curvature": kind}
         first, second = fitted(linear, x, y, **options), fitted(conv, x, y, **options)
         close(dense(second.layers["layer"]), dense(first.layers["layer"]), 1e-12)
@@ -207,7 +207,7 @@ def test_reused_and_shared_layers(shape: tuple[int, ...]) -> None:
     """One random tensor with one block, whose Jacobian is the sum over all uses."""
     model, x = built(Twice()), normal(*shape)
     y = classes(*shape[:-1], outputs=4)
-    full, diagonal, ekfac = (fitted(model, x, y, curvature=kind) for kind in ("full", "diagonal", "ekfac"))
+    full, diagonal, ekfac = (fitted(model, x, y, curvature=kind) for kind in ("dense", "diagonal", "ekfac"))
     assert list(full.layers) == ["again", "first", "head"]
     for layer in full.layers:
         expected = ggn(model, layer, x, y)
@@ -229,7 +229,7 @@ def test_architectures_are_dense(name: str) -> None:
     outputs = outputs_of(model, inputs)
     is_regression = name.endswith("regression")
     labels = torch.zeros_like(outputs) if is_regression else torch.zeros(len(outputs)).long()
-    posterior = fitted(model, inputs, curvature="full", fisher="exact", target_modules=".+")
+    posterior = fitted(model, inputs, curvature="dense", fisher="exact", target_modules=".+")
     small = [target for target in posterior.targets if target.num_weights < 100]
     for target in [*small[:: max(1, len(small) // 6)], posterior.targets[0]]:
         options = {"likelihood": "regression" if is_regression else "classification", "names": list(target.parameters)}

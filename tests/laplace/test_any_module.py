@@ -103,7 +103,7 @@ def test_a_batch_that_goes_around_the_layers() -> None:
 
 def test_last_layer_takes_its_dense_curvature() -> None:
     posterior = fitted(mlp(), X, Y, subset="last_layer")
-    assert list(posterior.layers) == ["2"] and posterior.record.config.curvature == "full"
+    assert list(posterior.layers) == ["2"] and posterior.record.config.curvature == "dense"
     assert posterior.record.skipped == {"0": "not the last layer"}
 
 

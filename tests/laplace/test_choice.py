@@ -10,7 +10,7 @@ from torch import nn
 
 from bayeformers import laplace
 from bayeformers.laplace import LaplacePosterior, PrecisionChoice
-from bayeformers.laplace.holdout import GRID
+from bayeformers.laplace.tuning import GRID
 
 torch.manual_seed(0)
 X = torch.randn(30, 4)
@@ -75,7 +75,7 @@ def test_more_effective_parameters_than_data() -> None:
     assert gamma > 6 and few.exceeds_data
     assert few.caveats == [f"{gamma:,.0f} effective parameters exceed the 6 numbers that the data hold"]
     assert not few.with_prior_precision(1e6).exceeds_data
-    dense = fitted(X[:3], Y[:3], prior_precision=1e-9, curvature="full", subset="last_layer")
+    dense = fitted(X[:3], Y[:3], prior_precision=1e-9, curvature="dense", subset="last_layer")
     assert not dense.exceeds_data  # the exact GGN has no more directions than the data
 
 

@@ -27,7 +27,7 @@ def sums_of(model: nn.Module, loader: list[Any], **config: Any) -> Curvature:
 
 
 @pytest.mark.protects("batch_size_one")
-@pytest.mark.parametrize("kind", ["kfac", "diagonal", "full"])
+@pytest.mark.parametrize("kind", ["kfac", "diagonal", "dense"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_uneven_batches_and_merged_processes_are_one_batch(kind: str, sharing: str) -> None:
     model, inputs, y = reader(), text(), classes(6)

@@ -38,7 +38,7 @@ def softmax_regression() -> tuple[LaplacePosterior, nn.Module, Tensor, Tensor]:
 
 def precision_of(posterior: LaplacePosterior, layer: str = "") -> Tensor:
     """P, dense."""
-    curvature = posterior.scale * dense(posterior.layers[layer])
+    curvature = posterior.likelihood_precision * dense(posterior.layers[layer])
     return curvature + posterior.prior_precision * torch.eye(len(curvature), dtype=torch.float64)
 
 
@@ -119,7 +119,7 @@ def test_no_prior() -> None:
 
     check(precision_of(posterior))
     with pytest.raises(AssertionError):
-        check(posterior.scale * dense(posterior.layers[""]))
+        check(posterior.likelihood_precision * dense(posterior.layers[""]))
 
 
 @pytest.mark.protects("no_n")
@@ -133,7 +133,10 @@ def test_no_n() -> None:
 
     check(precision_of(posterior))
     with pytest.raises(AssertionError):
-        check(posterior.scale * dense(posterior.layers[""]) / len(x) + tau * torch.eye(6, dtype=torch.float64))
+        check(
+            posterior.likelihood_precision * dense(posterior.layers[""]) / len(x)
+            + tau * torch.eye(6, dtype=torch.float64)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ curvature
@@ -142,7 +145,7 @@ def test_no_n() -> None:
 def full(model: nn.Module, inputs: Tensor, labels: Tensor, *sizes: int, layer: str = "") -> Tensor:
     """The dense GGN of one layer as fitted to batches of the given sizes (by default one of all)."""
     loader = batches(inputs, labels, *sizes)
-    return dense(fit(model, loader, curvature="full", prior_precision=1.0, progress=False).layers[layer])
+    return dense(fit(model, loader, curvature="dense", prior_precision=1.0, progress=False).layers[layer])
 
 
 @pytest.mark.protects("eval_mode")

@@ -64,7 +64,7 @@ def test_sums_stay_where_they_are() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 def test_curvature_on_the_cpu_of_a_model_on_the_gpu(curvature: str) -> None:
     model, x, y = mlp(), normal(8, 4), classes(8)
     options = {"curvature": curvature, "prior_precision": 1.0, **QUIET}

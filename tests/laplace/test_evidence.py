@@ -333,10 +333,10 @@ def test_wrong_spectra(values: Tensor, norm: float, message: str) -> None:
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        (0.0, "`prior_precision` must be finite and > 0, got 0.0"),
+        (0.0, "`prior_precision` must be a finite number > 0, got 0.0"),
         (math.nan, "got nan"),
         ({"a": 1.0, "b": 1.0, "d": 1.0}, r"missing \['c'\], unknown \['d'\]"),
-        ({"a": 1.0, "b": 1.0, "c": -1.0}, r"`prior_precision\['c'\]` must be finite and > 0"),
+        ({"a": 1.0, "b": 1.0, "c": -1.0}, r"`prior_precision\['c'\]` must be a finite number > 0"),
     ],
 )
 def test_wrong_precisions(precision: Precision, message: str) -> None:
@@ -353,7 +353,7 @@ def test_wrong_numbers() -> None:
     spectra = spectra_of_layers()
     with pytest.raises(ValueError, match="at least one layer"):
         optimal_prior_precision({})
-    with pytest.raises(ValueError, match="`scale` must be finite and > 0, got 0"):
+    with pytest.raises(ValueError, match="`scale` must be a finite number > 0, got 0"):
         optimal_prior_precision(spectra, scale=0.0)
     with pytest.raises(ValueError, match="`log_likelihood` must be finite"):
         log_marginal_likelihood(math.nan, spectra, 1.0)
@@ -363,7 +363,7 @@ def test_wrong_numbers() -> None:
     for wrong, message in (
         ({"squared_error": 0.0}, "grows without end"),
         ({"num_outputs": 0}, "`num_outputs` must be the number N C"),
-        ({"temperature": 0.0}, "`temperature` must be finite and > 0"),
+        ({"temperature": 0.0}, "`temperature` must be a finite number > 0"),
     ):
         settings: dict[str, Any] = {"squared_error": 1.0, "num_outputs": 9, **wrong}
         with pytest.raises(ValueError, match=message):

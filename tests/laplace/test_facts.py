@@ -54,7 +54,7 @@ def regression_posterior(model: nn.Module, x: Tensor, y: Tensor, **options: obje
 
 def precision_of(posterior: LaplacePosterior, layer: str = "") -> Tensor:
     eigen = posterior.layers[layer]
-    return posterior.scale * dense(eigen) + posterior.prior_precision * torch.eye(
+    return posterior.likelihood_precision * dense(eigen) + posterior.prior_precision * torch.eye(
         eigen.eigenvalues.numel(), dtype=torch.float64
     )
 
@@ -62,7 +62,7 @@ def precision_of(posterior: LaplacePosterior, layer: str = "") -> Tensor:
 # ------------------------------------------------------------------------------------------ Bayesian linear regression
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "dense"])
 def test_linear_regression_has_its_exact_posterior(curvature: str) -> None:
     """N(W | MAP, (X^T X / s^2 + tau)^-1), independent rows."""
     model, x, y = linear_regression()
@@ -142,7 +142,7 @@ def test_kfac_is_exact_for_constant_probabilities() -> None:
 def test_kfac_differs_elsewhere_and_the_ggn_is_the_hessian() -> None:
     posterior, model, x, y = softmax_regression(normal(3, 4, seed=2))
     exact = ggn(model, "", x, y)
-    full, *_ = softmax_regression(normal(3, 4, seed=2), curvature="full")
+    full, *_ = softmax_regression(normal(3, 4, seed=2), curvature="dense")
 
     def loss(weight: Tensor) -> Tensor:
         return nn.functional.cross_entropy(x @ weight.T, y, reduction="sum")

@@ -46,7 +46,7 @@ def test_exact_needs_no_labels(likelihood: str, labelled: bool) -> None:
     model, x, y = mlp(), normal(6, 4), LABELS[likelihood]
     given = y if labelled else None
     options: dict[str, Any] = {"likelihood": likelihood, "fisher": "exact"}
-    full, diagonal = (fitted(model, x, given, curvature=kind, **options) for kind in ("full", "diagonal"))
+    full, diagonal = (fitted(model, x, given, curvature=kind, **options) for kind in ("dense", "diagonal"))
     for layer in full.layers:
         expected = ggn(model, layer, x, y, likelihood)
         close(dense(full.layers[layer]), expected, 1e-12)
@@ -57,7 +57,7 @@ def test_exact_needs_no_labels(likelihood: str, labelled: bool) -> None:
 def test_empirical_is_of_the_labels_gradients(likelihood: str) -> None:
     model, x, y = mlp(), normal(6, 4), LABELS[likelihood]
     options: dict[str, Any] = {"likelihood": likelihood, "fisher": "empirical"}
-    posterior = fitted(model, x, y, curvature="full", **options)
+    posterior = fitted(model, x, y, curvature="dense", **options)
     for layer, eigen in posterior.layers.items():
         close(dense(eigen), empirical_fisher(model, layer, x, y, likelihood), 1e-12)
     with pytest.raises(ValueError, match='`fisher`="empirical" needs labels'):
@@ -67,7 +67,7 @@ def test_empirical_is_of_the_labels_gradients(likelihood: str) -> None:
 def test_exact_tokens_are_dense() -> None:
     """T C backward passes: positions are independent labels, so their columns never share a pass."""
     model, inputs, labels = token_task()
-    posterior = fitted(model, inputs, labels, curvature="full", fisher="exact", target_modules=".+")
+    posterior = fitted(model, inputs, labels, curvature="dense", fisher="exact", target_modules=".+")
     for layer, eigen in posterior.layers.items():
         close(dense(eigen), ggn(model, layer, inputs, labels), 1e-11)
 
@@ -75,7 +75,7 @@ def test_exact_tokens_are_dense() -> None:
 def test_empirical_tokens() -> None:
     """One example's gradient is that of its whole loss."""
     model, inputs, labels = token_task()
-    posterior = fitted(model, inputs, labels, curvature="full", fisher="empirical")
+    posterior = fitted(model, inputs, labels, curvature="dense", fisher="empirical")
     for layer, eigen in posterior.layers.items():
         close(dense(eigen), empirical_fisher(model, layer, inputs, labels, "classification"), 1e-11)
 
@@ -83,7 +83,7 @@ def test_empirical_tokens() -> None:
 def test_tokens_without_labels_count_where_attended() -> None:
     model, inputs, _ = token_task()
     labels = classes(3, 3).masked_fill(inputs["attention_mask"] == 0, -100)
-    with_labels, without = (fitted(model, inputs, y, curvature="full", fisher="exact") for y in (labels, None))
+    with_labels, without = (fitted(model, inputs, y, curvature="dense", fisher="exact") for y in (labels, None))
     for layer in with_labels.layers:
         close(dense(without.layers[layer]), dense(with_labels.layers[layer]), 1e-12)
 
@@ -113,7 +113,7 @@ def test_sampled_labels_estimate_the_exact_curvature(tokens: bool) -> None:
     Under 600 entries at 5 sigma fail by chance 4e-4 of the time. Tokens share one backward pass.
     """
     model, inputs, labels = token_task() if tokens else (mlp(), normal(6, 4), classes(6))
-    posterior = fitted(model, inputs, labels, curvature="full", fisher="mc", num_mc_samples=300, seed=1)
+    posterior = fitted(model, inputs, labels, curvature="dense", fisher="mc", num_mc_samples=300, seed=1)
     for layer, eigen in posterior.layers.items():
         mean, variance = moments(model, layer, inputs, labels)
         close(mean, ggn(model, layer, inputs, labels), 1e-11)  # unbiased
@@ -131,12 +131,12 @@ def test_seeds_of_the_labels() -> None:
 def test_every_batch_has_labels_of_its_own() -> None:
     """Two equal batches draw different labels."""
     model, x = mlp(), normal(6, 4)
-    options: dict[str, Any] = {"fisher": "mc", "curvature": "full", "prior_precision": 1.0, **QUIET}
+    options: dict[str, Any] = {"fisher": "mc", "curvature": "dense", "prior_precision": 1.0, **QUIET}
     once, twice = fit(model, [x], **options), fit(model, [x, x], **options)
     assert not torch.allclose(dense(twice.layers["0"]), 2 * dense(once.layers["0"]))
 
 
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "full"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
 def test_examples_without_a_label_add_no_loss(kind: str) -> None:
     """-100: neither curvature, nor KFAC's average of inputs, nor likelihood, nor N."""
     model, x, y = mlp(), normal(6, 4), classes(6)
@@ -152,7 +152,7 @@ def test_examples_without_a_label_add_no_loss(kind: str) -> None:
 def test_multilabel_indicators_can_be_ignored() -> None:
     model, x, y = mlp(), normal(6, 4), LABELS["multilabel"].clone()
     y[2, 1] = -100
-    posterior = fitted(model, x, y, curvature="full", likelihood="multilabel")
+    posterior = fitted(model, x, y, curvature="dense", likelihood="multilabel")
     p, expected = outputs_of(model, x).sigmoid(), torch.zeros((), dtype=torch.float64)
     for n, rows in enumerate(jacobian(model, "0", x)):
         weights = p[n] * (1 - p[n]) * (y[n] != -100)

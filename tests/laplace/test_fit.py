@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bayeformers.laplace import LaplacePosterior, fit, tune
 from bayeformers.laplace.data import prepare
-from bayeformers.laplace.holdout import GRID, holdout_nll, holdout_precision
+from bayeformers.laplace.tuning import GRID, holdout_nll, holdout_precision
 from tests.laplace.networks import QUIET, batches, built, classes, fitted, mlp, reader, regression_data, state, text
 from tests.laplace.reference import close, dense, integers, normal
 
@@ -36,7 +36,7 @@ def same(one: LaplacePosterior, two: LaplacePosterior) -> bool:
 # -------------------------------------------------------------------------------------------------- parts of the data
 
 
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "dense"])
 def test_a_part_is_scaled_to_the_whole(kind: str) -> None:
     """Two of four batches, N = 30: G is 30 / 6 times what they gave; A, an average, is not."""
     loader, model = batches(X, Y, 3, 3, 3, 3), mlp()
@@ -97,7 +97,7 @@ class Kinked(nn.Module):
         return self.head((hidden - hidden.detach()).sqrt())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "dense"])
 def test_gradients_that_are_not_finite_name_their_layer(kind: str) -> None:
     with pytest.raises(ValueError, match="The gradients of the layer 'body' are not finite"):
         fit(built(Kinked()), batches(X, Y), curvature=kind, **FIXED)
@@ -125,7 +125,7 @@ class Failing:
             yield batch
 
 
-@pytest.mark.parametrize(("kind", "breaks_in"), [("kfac", 2), ("full", 2), ("ekfac", 2), ("ekfac", 3)])
+@pytest.mark.parametrize(("kind", "breaks_in"), [("kfac", 2), ("dense", 2), ("ekfac", 2), ("ekfac", 3)])
 @pytest.mark.parametrize("fisher", ["exact", "mc"])
 def test_a_resumed_pass_gives_the_same_bits(kind: str, fisher: str, breaks_in: int, tmp_path: Path) -> None:
     """Pass 1 is a look at the first batch; pass 2 sums; pass 3 is EKFAC's, which starts anew."""

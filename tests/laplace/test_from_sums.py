@@ -35,7 +35,7 @@ def same(found: LaplacePosterior, expected: LaplacePosterior) -> None:
     assert found.log_marginal_likelihood == pytest.approx(expected.log_marginal_likelihood, rel=1e-9)
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "diagonal", "dense"])
 def test_two_passes_and_a_merge_equal_one_fit(curvature: Any, tmp_path: Path) -> None:
     model, x, y = mlp(), normal(12, 4), classes(12)
     options = {"curvature": curvature, "fisher": "exact", **QUIET}

@@ -147,7 +147,7 @@ def test_every_architecture(name: str) -> None:
 def test_every_head(name: str, curvature: str) -> None:
     model, inputs, labels = built(name)
     posterior = fitted(model, inputs, labels, curvature=curvature, temperature=0.7)
-    assert posterior.scale == pytest.approx(1 / (0.7 * posterior.noise_std**2))
+    assert posterior.likelihood_precision == pytest.approx(1 / (0.7 * posterior.noise_std**2))
     assert_dense(posterior, inputs)
     found = posterior.predict({**inputs, **labels})
     assert torch.equal(found.logit_covariance, posterior.linearize(inputs)[1])
@@ -160,7 +160,7 @@ def test_every_curvature(name: str, curvature: str) -> None:
     assert_dense(fitted(model, inputs, labels, curvature=curvature), inputs)
 
 
-@pytest.mark.parametrize("curvature", ["full", "kfac", "ekfac", "diagonal", "auto"])
+@pytest.mark.parametrize("curvature", ["dense", "kfac", "ekfac", "diagonal", "auto"])
 @pytest.mark.parametrize("name", ["bert", "bert-tokens", "twice"])
 def test_the_last_layer(name: str, curvature: str) -> None:
     model, inputs, labels = built(name)
@@ -173,10 +173,10 @@ def test_the_last_layer(name: str, curvature: str) -> None:
 def test_a_dense_block(layer: str) -> None:
     """All groups of a convolution together, and several positions."""
     model, inputs, labels = built("conv")
-    assert_dense(fitted(model, inputs, labels, curvature="full", target_modules=[layer]), inputs)
+    assert_dense(fitted(model, inputs, labels, curvature="dense", target_modules=[layer]), inputs)
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 def test_tables_and_normalisations(curvature: str) -> None:
     model, inputs, labels = built("twice")
     posterior = fitted(model, inputs, labels, curvature=curvature, target_modules=["table", "norm", "first", "second"])
@@ -326,7 +326,7 @@ def test_float32(name: str) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-3 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "dense"])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_differences_of_logits_beside_what_they_share(classes: int, curvature: Any) -> None:
     """Data do not know what all logits share: at tau = 1e-8 its variance is 1e8 times that of their differences."""

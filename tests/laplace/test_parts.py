@@ -40,7 +40,7 @@ def moved(found: LaplacePosterior) -> list[tuple[str, torch.Tensor]]:
         return [(name, value.detach().clone()) for name, value in found.model.named_parameters()]
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 def test_a_reload_has_the_same_bits(tmp_path: Path, curvature: str) -> None:
     expected = posterior(curvature)
     expected.save(tmp_path / "first")

@@ -76,7 +76,7 @@ def test_digests_tell(name: str, tmp_path: Path) -> None:
         LaplacePosterior.load(tmp_path, mlp())
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 def test_an_earlier_versions_file_is_read(curvature: str, tmp_path: Path) -> None:
     saved = posterior(curvature=curvature)
     saved.save(tmp_path)

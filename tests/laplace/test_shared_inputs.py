@@ -196,7 +196,7 @@ def agree(found: LaplacePosterior, expected: LaplacePosterior, tolerance: float 
 
 
 @each
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 def test_curvature_is_the_same_for_every_batch_size(name: str, curvature: str) -> None:
     model, x, y = data(name)
     alone = at(1, model, x, y, curvature=curvature)

@@ -45,7 +45,7 @@ KINDS = (
     "kfac",
     "ekfac",
     "diagonal",
-    "full",
+    "dense",
     "last layer",
     "embedding",
     "taus",
@@ -153,7 +153,7 @@ def test_one_is_the_first_of_many(kind: str) -> None:
     assert not torch.allclose(one, covariance(kind, "one_glm", seed=2))
 
 
-@pytest.mark.parametrize("kind", ["kfac", "full", "embedding", "variational"])
+@pytest.mark.parametrize("kind", ["kfac", "dense", "embedding", "variational"])
 def test_monte_carlo_converges(kind: str) -> None:
     """Each element of (1/K) sum (J eta)(J eta)^T has variance (S_cc S_dd + S_cd^2) / K: within 5 standard errors.
 

@@ -216,7 +216,7 @@ def test_a_rule_of_ones_own_is_used_by_fit() -> None:
 
     model = Tripled(4, 3).double()
     x, y = normal(5, 4), classes(5)
-    posterior = fit(model, [(x, y)], prior_precision=1.0, curvature="full", **QUIET)
+    posterior = fit(model, [(x, y)], prior_precision=1.0, curvature="dense", **QUIET)
     close(dense(posterior.layers[""]), ggn(model, "", x, y), 1e-12)
     assert "Tripled" in supported_layers()
     assert register_rule is laplace.register_rule is laplace.register_curvature

@@ -67,9 +67,9 @@ def test_brier_score_of_a_vocabulary() -> None:
     """50,000 classes: memory of the order of the probabilities, not of C^2 (20 GB)."""
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(50_000), 2), np.array([7, 49_999])
-    expected = np.mean(
-        [sum((p - (k == y)) ** 2 for k, p in enumerate(row)) for row, y in zip(probs, labels, strict=True)]
-    )
+    expected = np.mean([
+        sum((p - (k == y)) ** 2 for k, p in enumerate(row)) for row, y in zip(probs, labels, strict=True)
+    ])
     before = probs.copy()
     tracemalloc.start()
     assert metrics.brier_score(probs, labels) == pytest.approx(expected, rel=1e-12)

@@ -333,15 +333,13 @@ def test_a_tied_kernel_is_one_draw() -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_what_stays_deterministic() -> None:
     """A kernel that is computed from other parameters, or complex: skipped with the reason."""
-    model = nn.ModuleDict(
-        {
-            "plain": nn.Conv2d(1, 1, 1),
-            "old": torch.nn.utils.weight_norm(nn.Conv1d(2, 2, 3)),
-            "new": torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 3)),
-            "spectral": torch.nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(2, 2, 3)),
-            "complex": nn.Conv1d(2, 2, 3, dtype=torch.complex64),
-        }
-    )
+    model = nn.ModuleDict({
+        "plain": nn.Conv2d(1, 1, 1),
+        "old": torch.nn.utils.weight_norm(nn.Conv1d(2, 2, 3)),
+        "new": torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 3)),
+        "spectral": torch.nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(2, 2, 3)),
+        "complex": nn.Conv1d(2, 2, 3, dtype=torch.complex64),
+    })
     skipped = summary(to_bayesian(model)).skipped
     assert isinstance(model["plain"], bnn.Conv2d)
     assert all("computed from other parameters" in skipped[name] for name in ("old", "new", "spectral"))

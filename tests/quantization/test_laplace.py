@@ -20,7 +20,7 @@ CURVATURES: list[dict[str, Any]] = [
     {"curvature": "ekfac"},
     {"curvature": "diagonal"},
     {"curvature": "kfac", "subset": "last_layer"},
-    {"curvature": "full", "subset": "last_layer"},
+    {"curvature": "dense", "subset": "last_layer"},
 ]
 
 

@@ -173,9 +173,11 @@ def turned_by_hand(image: Tensor, angle: float) -> Tensor:
 # --- The hub ---------------------------------------------------------------------------------------------------------
 def hub(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (6,), splits: tuple[str, ...] = ("train", "test")):
     """A hub that has one data set of coloured cats and dogs."""
-    features = datasets.Features(
-        {"img": datasets.Image(), "fine": datasets.ClassLabel(names=["cat", "dog"]), "n": datasets.Value("int64")}
-    )
+    features = datasets.Features({
+        "img": datasets.Image(),
+        "fine": datasets.ClassLabel(names=["cat", "dog"]),
+        "n": datasets.Value("int64"),
+    })
 
     def split(count: int) -> datasets.Dataset:
         pictures = [

@@ -40,7 +40,17 @@ def init_bayesian_with_frequentist(bayesian: nn.Module, frequentist: nn.Module, 
 
 
 def copy_weights(bayesian: nn.Module, frequentist: nn.Module, freeze: bool) -> None:
-    """:func:`init_bayesian_with_frequentist` without its warning."""
+    """Copy the weights of a network into its Bayesian twin: :func:`init_bayesian_with_frequentist` without its warning.
+
+    Args:
+        bayesian: a model with Bayesian layers, whose means are written.
+        frequentist: the same network without them.
+        freeze: whether the copied Parameters stay as they are and the scales alone train.
+
+    Raises:
+        TypeError: an argument is no module, or ``freeze`` no bool.
+        ValueError: ``bayesian`` has no Bayesian layer, or the Parameters differ in number or shape.
+    """
     check_bool("freeze", freeze)
     for name, model in (("bayesian", bayesian), ("frequentist", frequentist)):
         if not isinstance(model, nn.Module):

@@ -56,7 +56,13 @@ class ELBO(nn.Module):
 
     @staticmethod
     def log_mean_exp(X: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-        """Log mean exp of X along ``dim``, of all if None. Now: `torch.logsumexp(x, dim) - math.log(n)`."""
+        """Return log mean exp of numbers. Now: `torch.logsumexp(x, dim) - math.log(n)`.
+
+        Args:
+            X: the numbers, of any shape.
+            dim: the axis over which their exponentials are averaged; None: over all of them.
+            keepdim: whether this axis stays, with size 1.
+        """
         if dim is None:
             X, dim = X.reshape(-1), 0
         return X.logsumexp(dim, keepdim) - math.log(X.shape[dim])

@@ -14,8 +14,8 @@ from ...linearized.blocks import block_noise
 from ...linearized.methods import ranks, select
 from ...sampling.views import alone
 from ..blocks import LaplaceBlock
+from ..moved import by_parameter, holding
 from ..posterior import LaplacePosterior
-from ..weights import by_parameter, holding
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class FactorSpectrum:
     eigenvalues: Tensor
 
     def quantile(self, q: float) -> float:
-        """The eigenvalue below which a share ``q`` of them lies.
+        """Return the eigenvalue below which a share ``q`` of them lies.
 
         Raises:
             ValueError: ``q`` outside [0, 1].
@@ -44,14 +44,11 @@ class FactorSpectrum:
 
 
 def factor_spectrum(posterior: LaplacePosterior, layer: str) -> FactorSpectrum:
-    """What the curvature of one layer looks like along its eigenvectors.
+    """Return what the curvature of one layer looks like along its eigenvectors.
 
     A posterior keeps L = gamma alpha^T, which leaves one factor between gamma and alpha free: they are given with equal
     sums, gamma_i = sum_j L_ij / sqrt(sum L). Of "ekfac", whose L is no product, they are its marginals, and their
     product has the rows' and columns' sums of L. ``Curvature.factors`` has G and A as they were summed.
-
-    Raises:
-        ValueError: the posterior does not cover such a layer.
 
     >>> from bayeformers.laplace import fit
     >>> net, x = nn.Linear(3, 2, bias=False), torch.randn(20, 3)
@@ -86,7 +83,7 @@ class EigenDirection:
 
 
 def eigen_direction(posterior: LaplacePosterior, direction: int | float, layer: str | None = None) -> EigenDirection:
-    """The eigen-direction of a rank or quantile, in falling order of the posterior's variance, as in method="e_glm".
+    """Return the eigen-direction of a rank or quantile, in falling order of the posterior's variance.
 
     Args:
         posterior: whose directions.
@@ -95,8 +92,8 @@ def eigen_direction(posterior: LaplacePosterior, direction: int | float, layer: 
         layer: of this layer; None: of all layers together.
 
     Raises:
-        ValueError: no such rank, quantile or layer; or a direction of a table's padding row, which is not random and
-            which curvature="full" alone has among its directions.
+        ValueError: there is no such rank, quantile or layer; or it is one of a table's padding row, which is not
+            random and which curvature="dense" alone has among its directions.
 
     >>> from bayeformers.laplace import fit
     >>> net, x = nn.Linear(3, 2), torch.randn(20, 3)
@@ -116,7 +113,7 @@ def eigen_direction(posterior: LaplacePosterior, direction: int | float, layer: 
     if not any(bool(value.any()) for value in parameters.values()):
         raise ValueError(f"`direction`={direction!r} is one of the padding row of {name!r}, which is not random.")
     eigenvalue = float(block.eigen.eigenvalues[k, i, j])
-    variance = 1 / (posterior.scale * eigenvalue + block.prior_precisions[0])
+    variance = 1 / (posterior.likelihood_precision * eigenvalue + block.prior_precisions[0])
     return EigenDirection(name, (k, i, j), eigenvalue, variance, parameters)
 
 
@@ -127,12 +124,11 @@ def draw_along(posterior: LaplacePosterior, direction: EigenDirection, index: in
     Args:
         posterior: whose model.
         direction: of `eigen_direction`.
-        index: of the draw, in the sequence ``seed``.
+        index: of the draw, in the sequence ``seed``; a whole number >= 0.
         seed: the same seed gives the same draws.
 
     Raises:
-        TypeError, ValueError: ``index`` is no whole number >= 0, ``seed`` no whole number, or the direction belongs to
-            another model.
+        ValueError: the direction belongs to another model.
 
     >>> from bayeformers.laplace import fit
     >>> net, x = nn.Linear(3, 2), torch.randn(20, 3)

@@ -50,19 +50,11 @@ class ExampleGradients:
         return self._of(layer).gradients[:, :, 0]
 
     def matrix(self, layer: str) -> Tensor:
-        """M, (B, K, d_out, d_in'), the bias as the last column; (B, 1, V, d) of a table of V rows.
-
-        Raises:
-            ValueError: such a layer is not among these.
-        """
+        """Return M, (B, K, d_out, d_in'), the bias as the last column; (B, 1, V, d) of a table of V rows."""
         return self._of(layer).jacobian()[:, :, 0].movedim(0, 1)
 
     def coordinates(self, layer: str) -> Tensor:
-        """N = U_G^T M U_A in the posterior's eigenbasis, (B, K, d_out, d_in'), or (B, 1, 1, p) of a dense block.
-
-        Raises:
-            ValueError: such a layer is not among these.
-        """
+        """N = U_G^T M U_A in the posterior's eigenbasis, (B, K, d_out, d_in'), or (B, 1, 1, p) of a dense block."""
         return self._of(layer).coordinates()[:, :, 0].movedim(0, 1)
 
     def _of(self, layer: str) -> Captured:
@@ -74,7 +66,7 @@ class ExampleGradients:
 def example_gradients(
     posterior: LaplacePosterior, inputs: Inputs, labels: Tensor | None = None, *, output: Output | None = None
 ) -> ExampleGradients:
-    """Every example's gradient of log p(y | x, theta*), or of one ``output``, in Kronecker form.
+    """Return every example's gradient of log p(y | x, theta*), or of one ``output``, in Kronecker form.
 
     One forward and one backward pass for the batch. For one position M = g a^T exactly (Martens & Grosse 2015);
     several positions, and several uses of a shared layer, add up. The log-likelihood is that of the labels given, with
@@ -129,7 +121,7 @@ def _of_batch(posterior: LaplacePosterior, view: View, batch: Batch, output: Out
 
 
 def _column(posterior: LaplacePosterior, outputs: Tensor, batch: Batch, output: Output | None) -> Tensor:
-    """d (log p or one output) / d outputs."""
+    """The derivative of log p, or of one output, in the outputs."""
     if output is None:
         assert batch.labels is not None  # checked before
         likelihood = likelihood_of_family(posterior.record.config.likelihood)

@@ -19,19 +19,24 @@ from torch import Tensor, nn
 from ...linearized.covariance import reached, rotated
 from ...linearized.kinds import AffineCaptured, Captured, TableCaptured
 from ..blocks import LaplaceBlock
+from ..moved import as_matrix, by_parameter
 from ..posterior import LaplacePosterior, check_laplace
-from ..weights import as_matrix, by_parameter
 from .gradients import ExampleGradients
 from .inner import coordinates_inner, one_position_inner, positions_inner, table_inner
 
 
 def inner_products(posterior: LaplacePosterior, first: ExampleGradients, second: ExampleGradients) -> Tensor:
-    """u^T Sigma v for every u of ``first`` and v of ``second``, (B1, B2), Sigma = (F / (T s^2) + tau)^-1.
+    """Return u^T Sigma v for every u of ``first`` and v of ``second``, (B1, B2), Sigma = (F / (T s^2) + tau)^-1.
 
     sum_l <N1, N2 / Lambda> over the layers: exactly the posterior's precision, no damping split.
 
+    Args:
+        posterior: the posterior whose covariance Sigma is the metric.
+        first: gradients u of B1 examples, as `example_gradients` gives them.
+        second: gradients v of B2 examples; layers that only one of the two has add nothing.
+
     Raises:
-        ValueError: gradients of other layers than the posterior's.
+        ValueError: there are gradients of layers that the posterior does not cover.
 
     >>> from torch import nn
     >>> from bayeformers.laplace import example_gradients, fit
@@ -53,7 +58,7 @@ def inner_products(posterior: LaplacePosterior, first: ExampleGradients, second:
 
 
 def influence(posterior: LaplacePosterior, test: ExampleGradients, train: ExampleGradients) -> Tensor:
-    """Change of each test example's loss per unit of weight added to each training example, (B_test, B_train).
+    """Return the change of each test example's loss per unit of weight on each training example, (B_test, B_train).
 
     d L(z_test) / d weight(z_train) = -(1 / T) grad L(z_test)^T Sigma grad L(z_train), L = -log p (Koh & Liang 2017,
     equation 2, for a loss that is a sum over examples): negative where the training example helps. Leaving an example
@@ -62,11 +67,12 @@ def influence(posterior: LaplacePosterior, test: ExampleGradients, train: Exampl
 
     Args:
         posterior: with all training data in its curvature.
-        test, train: `example_gradients` of the log-likelihood; for another quantity than the loss of the test examples
-            give its gradients with ``output``, and reverse the sign.
+        test: `example_gradients` of the log-likelihood; for another quantity than the loss of the test examples give
+            its gradients with ``output``, and reverse the sign.
+        train: `example_gradients` of the log-likelihood.
 
     Raises:
-        ValueError: gradients of other layers than the posterior's.
+        ValueError: there are gradients of layers that the posterior does not cover.
 
     >>> from bayeformers.laplace import example_gradients, fit
     >>> net, x, y = nn.Linear(3, 2), torch.randn(20, 3), torch.randint(2, (20,))
@@ -80,12 +86,12 @@ def influence(posterior: LaplacePosterior, test: ExampleGradients, train: Exampl
 
 
 def novelty(posterior: LaplacePosterior, examples: ExampleGradients) -> Tensor:
-    """g^T Sigma g of every example, (B,): large where the gradient points to weights that the data do not determine.
+    """Return g^T Sigma g of every example, (B,): large where g points to weights that the data do not determine.
 
     Of an output, the variance of the linearised network there.
 
     Raises:
-        ValueError: gradients of other layers than the posterior's.
+        ValueError: there are gradients of layers that the posterior does not cover.
     """
     blocks = _blocks(posterior, examples)
     total = next(posterior.model.parameters()).new_zeros(len(examples))
@@ -95,10 +101,15 @@ def novelty(posterior: LaplacePosterior, examples: ExampleGradients) -> Tensor:
 
 
 def similarity(posterior: LaplacePosterior, first: ExampleGradients, second: ExampleGradients) -> Tensor:
-    """Cosine of the angle between gradients in the posterior's metric, (B1, B2), in [-1, 1]; 0 for a gradient of 0.
+    """Return the cosine between gradients in the posterior's metric, (B1, B2), in [-1, 1]; 0 for a gradient of 0.
+
+    Args:
+        posterior: the posterior whose covariance is the metric.
+        first: gradients of B1 examples.
+        second: gradients of B2 examples.
 
     Raises:
-        ValueError: gradients of other layers than the posterior's.
+        ValueError: there are gradients of layers that the posterior does not cover.
     """
     norms = [novelty(posterior, each).clamp_min(0).sqrt() for each in (first, second)]
     scale = norms[0][:, None] * norms[1]
@@ -139,16 +150,17 @@ def natural_gradient(
                 )
         eigen = block.eigen
         matrix = as_matrix(block.target, gradients, is_flat=block.is_flat).to(eigen.eigenvalues)
-        step = eigen.covariance_product(matrix, block.prior_precisions[0], block.scale)
+        step = eigen.covariance_product(matrix, block.prior_precisions[0], block.likelihood_precision)
         found |= {p: value.to(p) for p, value in by_parameter(block.target, step).items()}
     return found
 
 
 def _blocks(posterior: LaplacePosterior, *given: ExampleGradients) -> dict[str, LaplaceBlock]:
-    """The posterior's blocks by name.
+    """Return the posterior's blocks by name.
 
     Raises:
-        ValueError: it lacks one of the gradients' layers.
+        TypeError: these are no gradients of examples.
+        ValueError: the posterior lacks one of the gradients' layers.
     """
     check_laplace(posterior)
     for each in given:
@@ -197,7 +209,7 @@ def _trimmed(captured: Captured) -> Captured:
 
 
 def _in_basis(captured: Captured) -> tuple[Tensor, Tensor]:
-    """h = U_G^T g, (K, B, T, d_out), and q = U_A^T a, (K, B, T, d_in')."""
+    """The rotated h = U_G^T g, (K, B, T, d_out), and q = U_A^T a, (K, B, T, d_in')."""
     h, q = captured.gradients[:, :, 0], captured.inputs
     return rotated(h, captured.block.left), rotated(q, captured.block.right)
 

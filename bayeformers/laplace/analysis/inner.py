@@ -21,9 +21,12 @@ CHUNK_ELEMENTS = 2**24
 
 
 def one_position_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], variances: Tensor) -> Tensor:
-    """sum_kij (h1_i h2_i) V_ij (q1_j q2_j).
+    """Return sum_kij (h1_i h2_i) V_ij (q1_j q2_j), (B1, B2), of gradients with one position each.
 
-    Shape: ``first`` and ``second`` are (h (K, B, d_out), q (K, B, d_in')), V (K, d_out, d_in') -> (B1, B2).
+    Args:
+        first: h1 (K, B1, d_out) and q1 (K, B1, d_in').
+        second: h2 (K, B2, d_out) and q2 (K, B2, d_in').
+        variances: the posterior variances V, (K, d_out, d_in').
     """
     (h1, q1), (h2, q2) = first, second
     size = _size(h2.shape[1] * sum(variances.shape[1:]) * len(variances))
@@ -37,9 +40,12 @@ def one_position_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tenso
 
 
 def positions_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], variances: Tensor) -> Tensor:
-    """sum_kij N1_ij N2_ij V_ij with N = sum_t h_t q_t^T, made chunk by chunk.
+    """Return sum_kij N1_ij N2_ij V_ij with N = sum_t h_t q_t^T, (B1, B2), made chunk by chunk.
 
-    Shape: ``first`` and ``second`` are (h (K, B, T, d_out), q (K, B, T, d_in')), V (K, d_out, d_in') -> (B1, B2).
+    Args:
+        first: h (K, B1, T, d_out) and q (K, B1, T, d_in').
+        second: the same of B2 examples, which may have another T.
+        variances: the posterior variances V, (K, d_out, d_in').
     """
 
     def coordinates(pair: tuple[Tensor, Tensor]) -> Callable[[slice], Tensor]:
@@ -55,10 +61,13 @@ def coordinates_inner(
     counts: tuple[int, int],
     variances: Tensor,
 ) -> Tensor:
-    """sum_kij N1_kij N2_kij V_kij of any gradients; no more coordinates are held than of two chunks of examples.
+    """Return sum_kij N1_kij N2_kij V_kij, (B1, B2); no more coordinates are held than of two chunks of examples.
 
-    Shape: ``first(part)`` and ``second(part)`` give N (b, K, d_out, d_in') of some examples; V (K, d_out, d_in') ->
-    ``counts`` = (B1, B2).
+    Args:
+        first: from a slice of b examples to their coordinates N1, (b, K, d_out, d_in').
+        second: the same for N2.
+        counts: the numbers of examples, (B1, B2).
+        variances: the posterior variances V, (K, d_out, d_in').
     """
     size = _size(variances.numel())
     rows = []
@@ -70,10 +79,12 @@ def coordinates_inner(
 
 
 def table_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], variances: Tensor) -> Tensor:
-    """Of a table: only rows that both examples look up meet, sum_tu [id_t = id_u] sum_j r1_tj r2_uj V_(id_t)j.
+    """Return the sum over table rows that both examples look up, sum_tu [id_t = id_u] sum_j r1_tj r2_uj V_(id_t)j.
 
-    Shape: ``first`` and ``second`` are (ids (B, T), r (B, T, d), the gradients in the basis of the features), V (rows,
-    d) -> (B1, B2).
+    Args:
+        first: the row numbers (B1, T), and the gradients r1 (B1, T, d) in the basis of the features.
+        second: the same of B2 examples.
+        variances: the posterior variances V, (rows, d).
     """
     (ids1, r1), (ids2, r2) = first, second
     size = _size(ids1.shape[1] * ids2.numel())

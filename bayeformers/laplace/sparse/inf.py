@@ -71,7 +71,7 @@ class LowRankPlusDiagonal:
     def from_ekfac(
         cls, left: Tensor | None, right: Tensor | None, eigenvalues: Tensor, diagonal: Tensor, rank: int
     ) -> LowRankPlusDiagonal:
-        """Keeps the ``rank`` largest of the corrected eigenvalues; everything else goes into the diagonal.
+        """Return the form with the ``rank`` largest of the corrected eigenvalues, all else in its diagonal.
 
         Args:
             left: U_G, orthogonal (d_out, d_out), or None for the identity.
@@ -100,14 +100,11 @@ class LowRankPlusDiagonal:
         return self.unclamped_diagonal.clamp_min(0.0)
 
     def log_determinant(self, tau: float, *, scale: float = 1.0) -> Tensor:
-        """log det P, a scalar.
+        """Return log det P, a scalar.
 
         Args:
             tau: the prior precision, > 0.
             scale: of the curvature, > 0: 1 / (temperature s^2).
-
-        Raises:
-            ValueError: either is not finite and > 0.
         """
         inverse = self._inverse(tau, scale)
         return inverse.values.log1p().sum() - 2 * inverse.root.log().sum()
@@ -122,16 +119,19 @@ class LowRankPlusDiagonal:
 
         Returns:
             Of the noise's shape.
-
-        Raises:
-            ValueError: another shape, or a precision that is not finite and > 0.
         """
         inverse = self._inverse(tau, scale)
         s = (1 + inverse.values).sqrt()
         return inverse.root * self._deflate(_checked(noise, "noise", self.unclamped_diagonal), inverse, s * (s + 1))
 
     def covariance_product(self, x: Tensor, tau: float, *, scale: float = 1.0) -> Tensor:
-        """P^-1 x, by Woodbury's identity; arguments and errors as for :meth:`draw`."""
+        """Return P^-1 x, of the shape of x, by Woodbury's identity.
+
+        Args:
+            x: one number per weight, (..., d_out, d_in).
+            tau: the prior precision, > 0.
+            scale: the factor of the curvature, > 0.
+        """
         inverse = self._inverse(tau, scale)
         x = inverse.root * _checked(x, "x", self.unclamped_diagonal)
         return inverse.root * self._deflate(x, inverse, 1 + inverse.values)

@@ -19,11 +19,10 @@ from ...linearized.captured import OutputOf
 from ...sampling.generators import NOISE_VERSION, check_noise_version
 from ...storage import check_whole, folder, read, write
 from ..blocks import LaplaceBlock
-from ..fingerprint import Fingerprint, check_weights, fingerprints_of, recorded_layers, set_padding
-from ..moved import MovedPosterior
+from ..moved import MovedPosterior, by_parameter
 from ..posterior import LaplacePosterior, check_laplace
-from ..targets import Target, targets_named
-from ..weights import by_parameter
+from ..saving import recorded_layers, saved_targets
+from ..targets import Fingerprint, Target
 from .inf import LowRankPlusDiagonal
 
 FILE = "inf.safetensors"
@@ -41,7 +40,7 @@ class InfPosterior(MovedPosterior):
         model: the trained model.
         layers: each layer with its sparse form.
         prior_precisions: layer name -> tau.
-        scale: 1 / (temperature noise_std^2).
+        likelihood_precision: 1 / (temperature noise_std^2).
         problem_type: what the head predicts.
         noise_std: s of a regression.
         outputs_of: the logits in what the model returns.
@@ -54,7 +53,7 @@ class InfPosterior(MovedPosterior):
         layers: Sequence[tuple[Target, InfBlocks]],
         *,
         prior_precisions: Mapping[str, float],
-        scale: float,
+        likelihood_precision: float,
         problem_type: ProblemType,
         noise_std: float = 1.0,
         outputs_of: OutputOf = logits_of,
@@ -62,8 +61,9 @@ class InfPosterior(MovedPosterior):
         fingerprints: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         self.model, self.layers, self.noise_version = model, list(layers), check_noise_version(noise_version)
-        self.fingerprints = fingerprints_of(self.targets) if fingerprints is None else fingerprints
-        self.prior_precisions, self.scale, self.noise_std = dict(prior_precisions), scale, noise_std
+        self.fingerprints = fingerprints or {target.name: target.fingerprint for target in self.targets}
+        self.prior_precisions, self.noise_std = dict(prior_precisions), noise_std
+        self.likelihood_precision = likelihood_precision
         self._problem_type, self._outputs_of = problem_type, outputs_of
 
     @property
@@ -72,9 +72,9 @@ class InfPosterior(MovedPosterior):
         return sum(getattr(block, part).numel() for _, blocks in self.layers for block in blocks for part in _PARTS)
 
     def log_determinant(self) -> Tensor:
-        """log det of the precision, summed over the layers."""
+        """The log determinant of the precision, summed over the layers."""
         found = [
-            block.log_determinant(self.prior_precisions[target.name], scale=self.scale)
+            block.log_determinant(self.prior_precisions[target.name], scale=self.likelihood_precision)
             for target, blocks in self.layers
             for block in blocks
         ]
@@ -90,11 +90,7 @@ class InfPosterior(MovedPosterior):
         return self._problem_type
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``inf.safetensors``.
-
-        Raises:
-            ValueError: the model's weights have moved since the fit.
-        """
+        """Write ``inf.safetensors``; weights that have moved since the fit are refused with a ValueError."""
         tensors = {
             f"{target.name}/{number}/{part}": getattr(block, part)
             for target, blocks in self.layers
@@ -103,7 +99,7 @@ class InfPosterior(MovedPosterior):
         }
         meta = {
             "prior_precisions": self.prior_precisions,
-            "scale": self.scale,
+            "scale": self.likelihood_precision,
             "problem_type": self._problem_type,
             "noise_std": self.noise_std,
             "noise_version": self.noise_version,
@@ -116,7 +112,12 @@ class InfPosterior(MovedPosterior):
     def load(
         cls, directory: str | os.PathLike[str], model: nn.Module, *, outputs_of: OutputOf = logits_of
     ) -> InfPosterior:
-        """What `save` wrote, around the model that the posterior was fitted to.
+        """Return what `save` wrote, around the model that the posterior was fitted to.
+
+        Args:
+            directory: the folder of `save`, or the file itself.
+            model: the model that the posterior was fitted to, with the same weights.
+            outputs_of: from what the model returns to its logits; it is not saved.
 
         Raises:
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
@@ -124,9 +125,7 @@ class InfPosterior(MovedPosterior):
         path = folder(directory)
         tensors, meta = read(path if path.is_file() else path / FILE, kind="inf")
         recorded, groups = meta.pop("layers"), meta.pop("groups")
-        targets = targets_named(model, recorded)
-        set_padding(targets, recorded)
-        check_weights(targets, recorded)
+        targets = saved_targets(model, recorded)
         numbered = [f"{target.name}/{number}" for target in targets for number in range(groups[target.name])]
         check_whole(tensors, [f"{name}/{part}" for name in numbered for part in _PARTS], f"{str(path)!r}")
         if any(bool((tensors[f"{name}/eigenvalues"] < 0).any()) for name in numbered):
@@ -136,7 +135,8 @@ class InfPosterior(MovedPosterior):
             device = next(iter(target.parameters.values())).device
             keys = [[f"{target.name}/{number}/{part}" for part in _PARTS] for number in range(groups[target.name])]
             layers.append((target, [LowRankPlusDiagonal(*(tensors[key].to(device) for key in own)) for own in keys]))
-        return cls(model, layers, outputs_of=outputs_of, **{"noise_version": 1, **meta})
+        precision = meta.pop("scale")  # its name in files
+        return cls(model, layers, outputs_of=outputs_of, likelihood_precision=precision, **{"noise_version": 1, **meta})
 
     def _deviation(self, index: int, seed: int) -> dict[nn.Parameter, Tensor]:
         found: dict[nn.Parameter, Tensor] = {}
@@ -144,13 +144,15 @@ class InfPosterior(MovedPosterior):
             like, tau = blocks[0].unclamped_diagonal, self.prior_precisions[target.name]
             shape = len(blocks), *like.shape
             noise = block_noise(target.name, shape, index, seed, self.noise_version).to(like)
-            drawn = [block.draw(z, tau, scale=self.scale) for block, z in zip(blocks, noise, strict=True)]
+            drawn = [
+                block.draw(z, tau, scale=self.likelihood_precision) for block, z in zip(blocks, noise, strict=True)
+            ]
             found |= by_parameter(target, torch.stack(drawn))
         return found
 
 
 def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePosterior | None = None) -> InfPosterior:
-    """The sparse information form of a posterior: the ``rank`` largest eigenpairs of each layer, and a diagonal.
+    """Return the sparse information form of a posterior: the ``rank`` largest eigenpairs of each layer, and a diagonal.
 
     Args:
         posterior: fitted with curvature="ekfac" (or "kfac", whose eigenvalues are not corrected).
@@ -180,7 +182,7 @@ def inf_posterior(posterior: LaplacePosterior, rank: int, diagonal: LaplacePoste
         posterior.model,
         layers,
         prior_precisions={block.name: block.prior_precisions[0] for block in posterior.blocks()},
-        scale=posterior.scale,
+        likelihood_precision=posterior.likelihood_precision,
         problem_type=posterior.problem_type(),
         noise_std=posterior.noise_std,
         outputs_of=posterior._outputs_of,

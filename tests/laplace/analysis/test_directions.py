@@ -51,7 +51,7 @@ def test_a_layer_without_curvature_has_spectrum_zero() -> None:
     assert bool(found.gradients.isfinite().all()) and float(found.eigenvalues.max()) < 1e-12
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 @pytest.mark.parametrize("layer", ["0", "2", None])
 @pytest.mark.parametrize("direction", [0, 3, -1, 0.0, 0.5, 1.0])
 def test_an_eigen_direction_is_an_eigenvector(curvature: str, layer: str | None, direction: float) -> None:

@@ -70,7 +70,7 @@ def case(name: str) -> tuple[nn.Module, Any, Tensor, dict[str, Any]]:
 
 CASES = ("mlp", "mixed", "reader", "tokens", "features-first")
 each_case = pytest.mark.parametrize("name", CASES)
-each_curvature = pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "full"])
+each_curvature = pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal", "dense"])
 
 
 def brute_force(posterior: LaplacePosterior, inputs: Any, labels: Tensor, likelihood: str = "classification") -> Any:
@@ -94,7 +94,7 @@ def sigma(posterior: LaplacePosterior, layer: str) -> Tensor:
     tau = posterior.prior_precision
     f = reference.dense(posterior.layers[layer])
     value = tau if isinstance(tau, float) else tau[layer]
-    return torch.linalg.inv(posterior.scale * f + value * torch.eye(len(f), dtype=f.dtype))
+    return torch.linalg.inv(posterior.likelihood_precision * f + value * torch.eye(len(f), dtype=f.dtype))
 
 
 def dense_products(posterior: LaplacePosterior, first: Any, second: Any) -> Tensor:

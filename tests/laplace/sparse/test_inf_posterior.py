@@ -42,7 +42,7 @@ def dense_precision(posterior: LaplacePosterior, layer: str, rank: int, diagonal
         low_rank = own[:, order] @ top.diag() @ own[:, order].T
         exact = (own @ values.diag() @ own.T).diag() if diagonal is None else diagonal[k].flatten()
         rest = (exact - low_rank.diag()).clamp_min(0)
-        blocks.append(posterior.scale * (low_rank + rest.diag()) + torch.eye(size, dtype=u.dtype))
+        blocks.append(posterior.likelihood_precision * (low_rank + rest.diag()) + torch.eye(size, dtype=u.dtype))
     return torch.block_diag(*blocks)
 
 
@@ -114,7 +114,7 @@ def test_the_weights_come_back_after_an_error() -> None:
 
 def test_a_dense_last_layer() -> None:
     model, x, y = mlp(), normal(9, 4), classes(9)
-    full = fitted(model, x, y, subset="last_layer", curvature="full")
+    full = fitted(model, x, y, subset="last_layer", curvature="dense")
     close(inf_posterior(full, 18).log_determinant(), full.layers["2"].log_determinant(1.0))
 
 

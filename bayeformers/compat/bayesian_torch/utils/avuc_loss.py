@@ -62,7 +62,17 @@ class AUAvULoss(nn.Module):
         self.beta = check_positive("beta", beta)
 
     def forward(self, logits: Tensor, labels: Tensor, type: int = 0) -> tuple[Tensor, Tensor]:
-        """(weighted loss, area), scalars; arguments and errors as of `AvULoss`."""
+        """Return (weighted loss, area), scalars.
+
+        Args:
+            logits: (N, C), or (S, N, C) of S draws.
+            labels: (N,) classes.
+            type: 0 for the predictive entropy; 1 for the mutual information of the draws.
+
+        Raises:
+            TypeError: an argument is of a wrong kind.
+            ValueError: another ``type``, draws missing for ``type=1``, or what `auavu_loss` refuses.
+        """
         loss = auavu_loss(logits, labels, uncertainty=_uncertainty(type, logits))
         return self.beta * loss, (-loss).exp()
 

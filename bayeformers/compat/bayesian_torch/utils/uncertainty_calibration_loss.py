@@ -30,7 +30,13 @@ class AvULoss(_Weighted):
     new = "avuc_loss(logits, labels, threshold)"
 
     def forward(self, logits: Tensor, labels: Tensor, unc_th: float) -> Tensor:
-        """The weighted loss, a scalar; errors as of `avuc_loss`."""
+        """Return the weighted loss, a scalar; errors as of `avuc_loss`.
+
+        Args:
+            logits: (N, C), or (S, N, C) of S draws.
+            labels: (N,) classes.
+            unc_th: certain is a predictive entropy of at most this, in nats.
+        """
         return self.beta * avuc_loss(logits, labels, unc_th)
 
 
@@ -49,7 +55,14 @@ class EaULoss(_Weighted):
     new = "eau_loss(error, uncertainty, error_threshold, uncertainty_threshold)"
 
     def forward(self, error: Tensor, unc: Tensor, error_th: float, unc_th: float) -> Tensor:
-        """The weighted loss, a scalar; errors as of `eau_loss`."""
+        """Return the weighted loss, a scalar; errors as of `eau_loss`.
+
+        Args:
+            error: errors >= 0, of any shape.
+            unc: uncertainties >= 0, of the same shape.
+            error_th: a low error is one of at most this, in its unit.
+            unc_th: certain is an uncertainty of at most this, in its unit.
+        """
         return self.beta * eau_loss(error, unc, error_th, unc_th)
 
 
@@ -63,5 +76,12 @@ class EaCLoss(_Weighted):
     new = "eac_loss(error, confidence, error_threshold, confidence_threshold)"
 
     def forward(self, error: Tensor, conf: Tensor, error_th: float, conf_th: float) -> Tensor:
-        """The weighted loss, a scalar; errors as of `eac_loss`."""
+        """Return the weighted loss, a scalar; errors as of `eac_loss`.
+
+        Args:
+            error: errors >= 0, of any shape.
+            conf: confidences in [0, 1], of the same shape.
+            error_th: a low error is one of at most this, in its unit.
+            conf_th: certain is a confidence of at least this.
+        """
         return self.beta * eac_loss(error, conf, error_th, conf_th)
