@@ -35,6 +35,7 @@ from bayeformers.experiments import (
     GlueData,
     LaplaceArguments,
     chosen_by_fit,
+    flag,
     load_glue_data,
     look_ahead,
     past_of,
@@ -74,17 +75,14 @@ PRETRAINED: dict[str, Any] = {
 class ModelArguments(ConversionArguments, LaplaceArguments):
     """Which model, and how it becomes Bayesian."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Pretrained model: a folder or a hub name. Left out, the embedded task makes a tiny BERT."},
+    model_name_or_path: str | None = flag(
+        None, "Pretrained model: a folder or a hub name. Left out, the embedded task makes a tiny BERT."
     )
-    method: Literal["variational", "linearized", "laplace", "all"] = field(
-        default="variational",
-        metadata={
-            "help": "How the posterior is found: the ELBO; noise of one held-out delta around the deterministic model, "
-            "linearised, without another training (docs/results/ recommends it for pretrained models); the curvature "
-            "around that model; or all, with Laplace once for all layers and once for the last."
-        },
+    method: Literal["variational", "linearized", "laplace", "all"] = flag(
+        "variational",
+        "How the posterior is found: the ELBO; noise of one held-out delta around the deterministic model, "
+        "linearised, without another training (docs/results/ recommends it for pretrained models); the curvature "
+        "around that model; or all, with Laplace once for all layers and once for the last.",
     )
 
 
@@ -92,12 +90,8 @@ class ModelArguments(ConversionArguments, LaplaceArguments):
 class TrainingArguments(BestEpochArguments):
     """Every TrainingArguments flag, for a deterministic training and the ELBO's, and what differs between them."""
 
-    output_dir: str | None = field(
-        default="outputs/bert_glue", metadata={"help": "Where models, results.json, predictions.csv and the PNG go."}
-    )
-    eval_only: str | None = field(
-        default=None, metadata={"help": "Train nothing: evaluate the models in this folder, an earlier --output_dir."}
-    )
+    output_dir: str | None = flag("outputs/bert_glue", "Where models, results.json, predictions.csv and the PNG go.")
+    eval_only: str | None = flag(None, "Train nothing: evaluate the models in this folder, an earlier --output_dir.")
 
 
 Arguments = tuple[ModelArguments, GlueArguments, TrainingArguments]

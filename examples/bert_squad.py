@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,15 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataColla
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer, bayesian_config, experiments, reports
-from bayeformers.experiments import BAYESIAN, DETERMINISTIC, BestEpochArguments, SquadArguments, SquadData, user_input
+from bayeformers.experiments import (
+    BAYESIAN,
+    DETERMINISTIC,
+    BestEpochArguments,
+    SquadArguments,
+    SquadData,
+    flag,
+    user_input,
+)
 from bayeformers.tasks import Answers, SpanReader, read_windows
 from examples.data.articles import write_articles
 from examples.data.tiny_reader import make_model, make_tokenizer
@@ -58,9 +66,8 @@ METHODS = ("deterministic", "deterministic + temperature", "Bayesian")
 class ModelArguments(experiments.ConversionArguments):
     """Which model, and how it becomes Bayesian."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Pretrained model: a folder or a hub name. Left out, the written articles get a tiny BERT."},
+    model_name_or_path: str | None = flag(
+        None, "Pretrained model: a folder or a hub name. Left out, the written articles get a tiny BERT."
     )
 
 
@@ -68,11 +75,9 @@ class ModelArguments(experiments.ConversionArguments):
 class SquadTrainingArguments(BestEpochArguments):
     """Every TrainingArguments flag, for both trainings."""
 
-    output_dir: str | None = field(
-        default="outputs/bert_squad", metadata={"help": "Where models, results.json, predictions.csv and the PNG go."}
-    )
-    num_eval_samples_during_training: int | None = field(
-        default=4, metadata={"help": "Draws of an evaluation within a training, and of the search for delta."}
+    output_dir: str | None = flag("outputs/bert_squad", "Where models, results.json, predictions.csv and the PNG go.")
+    num_eval_samples_during_training: int | None = flag(
+        4, "Draws of an evaluation within a training, and of the search for delta."
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging
 
 from bayeformers import experiments, reports, to_bayesian
-from bayeformers.experiments import DETERMINISTIC, Experiment, GlueArguments, GlueData, say, user_input
+from bayeformers.experiments import DETERMINISTIC, Experiment, GlueArguments, GlueData, flag, say, user_input
 from bayeformers.experiments import study as studies
 from bayeformers.experiments.space import TRAINING, SearchArguments, Setting, Space, converted_by, make_space
 from bayeformers.reports import search
@@ -52,10 +52,8 @@ PRETRAINED: dict[str, Any] = {
 class ModelArguments(experiments.ConversionArguments):
     """Which model, and how it becomes Bayesian."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pretrained model; left out, the embedded task makes a tiny BERT."}
-    )
-    method: str = field(default="variational", metadata={"help": "How the posterior is found: the ELBO alone."})
+    model_name_or_path: str | None = flag(None, "Pretrained model; left out, the embedded task makes a tiny BERT.")
+    method: str = flag("variational", "How the posterior is found: the ELBO alone.")
 
     def __post_init__(self) -> None:
         if self.method != "variational":
@@ -69,11 +67,11 @@ class ModelArguments(experiments.ConversionArguments):
 class TrainingArguments(experiments.BestEpochArguments):
     """``num_train_epochs`` of the deterministic training, ``bayesian_epochs`` of every trial."""
 
-    output_dir: str | None = field(
-        default="outputs/hyperparameter_search",
-        metadata={"help": "Where the study, the deterministic model and the results go; a study there goes on."},
+    output_dir: str | None = flag(
+        "outputs/hyperparameter_search",
+        "Where the study, the deterministic model and the results go; a study there goes on.",
     )
-    eval_only: str | None = field(default=None, metadata={"help": "Of bert_glue; has no meaning in a search."})
+    eval_only: str | None = flag(None, "Of bert_glue; has no meaning in a search.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianConfig, BayesianTrainer, LaplacePosterior, experiments, to_bayesian
-from bayeformers.experiments import Experiment, image_classification, predict_sets, say
+from bayeformers.experiments import Experiment, flag, image_classification, predict_sets, say
 from bayeformers.experiments.image_classification import ImageArguments, ImageData, ImageTrainingArguments
 from bayeformers.models.catalogue import IMAGE_CLASSIFIERS
 from bayeformers.reports import format_table, recalibrate
@@ -51,25 +51,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 class ClassifierArguments(experiments.ConversionArguments, experiments.LaplaceArguments):
     """Which model, which question, and how the model becomes Bayesian."""
 
-    model: str = field(default="lenet5", metadata={"help": f"One of {', '.join(IMAGE_CLASSIFIERS)}."})
-    task: Literal["acc", "init", "uncert"] = field(
-        default="acc",
-        metadata={"help": "acc: scores and sizes; init: where a converted net starts; uncert: rotated images."},
+    model: str = flag("lenet5", f"One of {', '.join(IMAGE_CLASSIFIERS)}.")
+    task: Literal["acc", "init", "uncert"] = flag(
+        "acc", "acc: scores and sizes; init: where a converted net starts; uncert: rotated images."
     )
-    width: float = field(default=1.0, metadata={"help": "Factor of every layer's width."})
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A trained deterministic image classifier, a folder or a hub name, in place of --model."},
+    width: float = flag(1.0, "Factor of every layer's width.")
+    model_name_or_path: str | None = flag(
+        None, "A trained deterministic image classifier, a folder or a hub name, in place of --model."
     )
-    method: Literal["variational", "laplace", "all"] = field(
-        default="all", metadata={"help": "Posteriors of acc and uncert: the ELBO's, Laplace, or both."}
+    method: Literal["variational", "laplace", "all"] = flag(
+        "all", "Posteriors of acc and uncert: the ELBO's, Laplace, or both."
     )
-    freeze: bool = field(default=False, metadata={"help": "Train the scales only, in acc and uncert; init does both."})
-    estimator: Literal["reparameterization", "flipout", "local_reparameterization"] = field(
-        default="flipout", metadata={"help": "How weight noise enters in training."}
+    freeze: bool = flag(False, "Train the scales only, in acc and uncert; init does both.")
+    estimator: Literal["reparameterization", "flipout", "local_reparameterization"] = flag(
+        "flipout", "How weight noise enters in training."
     )
-    angle_step: float = field(default=15.0, metadata={"help": "Degrees between the angles of uncert, from 0 to 180."})
-    strip_image: int = field(default=0, metadata={"help": "Position of the test image that uncert shows turned."})
+    angle_step: float = flag(15.0, "Degrees between the angles of uncert, from 0 to 180.")
+    strip_image: int = flag(0, "Position of the test image that uncert shows turned.")
 
     def __post_init__(self) -> None:
         if self.model not in IMAGE_CLASSIFIERS:

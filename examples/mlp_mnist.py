@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +26,12 @@ from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
 from bayeformers import BayesianConfig, BayesianTrainer, experiments, kl_divergence, prune, signal_to_noise, to_bayesian
-from bayeformers.experiments import Experiment, image_classification, parse_prior, predict_sets, say
+from bayeformers.experiments import Experiment, flag, image_classification, parse_prior, predict_sets, say
 from bayeformers.experiments.image_classification import ImageArguments, ImageData
 from bayeformers.models import MLPConfig, MLPForImageClassification
 from bayeformers.nn import variational_tensors
 from bayeformers.reports import comparison_figure, format_table, recalibrate
-from bayeformers.reports.pruning import pruning_figure
+from bayeformers.reports.conversion import pruning_figure
 from bayeformers.reports.writing import write_results
 
 DETERMINISTIC, TEMPERED = "deterministic", "deterministic + temperature"
@@ -59,28 +59,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 class MlpArguments:
     """The network, how it becomes Bayesian, and how much of it is removed."""
 
-    hidden_sizes: list[int] = field(default_factory=lambda: [400, 400], metadata={"help": "Widths of hidden layers."})
-    prior: str = field(
-        default='{"type": "normal", "std": 0.1, "centre": 0.0}',
-        metadata={
-            "help": 'Prior of the training from scratch: scale_mixture, normal, ... or JSON: {"type": "scale_mixture", '
-            '"pi": 0.25, "std1": 1.0, "std2": 0.0025}.'
-        },
+    hidden_sizes: list[int] = flag([400, 400], "Widths of hidden layers.")
+    prior: str = flag(
+        '{"type": "normal", "std": 0.1, "centre": 0.0}',
+        'Prior of the training from scratch: scale_mixture, normal, ... or JSON: {"type": "scale_mixture", '
+        '"pi": 0.25, "std1": 1.0, "std2": 0.0025}.',
     )
-    moped_prior: str = field(
-        default="moped", metadata={"help": "MOPED's prior; its own is around the trained weights."}
+    moped_prior: str = flag("moped", "MOPED's prior; its own is around the trained weights.")
+    initial_scale: float = flag(0.02, "Every sigma at the start of that training.")
+    delta: float | None = flag(
+        None, "MOPED's initial sigma relative to |weight|; if not given, that of least validation NLL."
     )
-    initial_scale: float = field(default=0.02, metadata={"help": "Every sigma at the start of that training."})
-    delta: float | None = field(
-        default=None,
-        metadata={"help": "MOPED's initial sigma relative to |weight|; if not given, that of least validation NLL."},
+    estimator: Literal["reparameterization", "flipout", "local_reparameterization"] = flag(
+        "local_reparameterization", "How weight noise enters in training."
     )
-    estimator: Literal["reparameterization", "flipout", "local_reparameterization"] = field(
-        default="local_reparameterization", metadata={"help": "How weight noise enters in training."}
-    )
-    removed: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98],
-        metadata={"help": "Shares of the weights to remove, each in [0, 1)."},
+    removed: list[float] = flag(
+        [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98], "Shares of the weights to remove, each in [0, 1)."
     )
 
     def __post_init__(self) -> None:
@@ -99,23 +93,18 @@ class MlpArguments:
 class MlpTrainingArguments(image_classification.ImageTrainingArguments):
     """Every TrainingArguments flag, for each training, and what differs between them."""
 
-    output_dir: str | None = field(
-        default="outputs/mlp_mnist", metadata={"help": "Where models, results.json and the two PNG go."}
+    output_dir: str | None = flag("outputs/mlp_mnist", "Where models, results.json and the two PNG go.")
+    bayesian_epochs: float = flag(60.0, "Epochs of the training from scratch.")
+    bayesian_learning_rate: float | None = flag(None, "Learning rate of its means; --learning_rate if not given.")
+    moped_epochs: float = flag(10.0, "Epochs of the training from the trained weights.")
+    moped_learning_rate: float | None = flag(
+        None, "Learning rate of its means; 0.3 times --learning_rate if not given."
     )
-    bayesian_epochs: float = field(default=60.0, metadata={"help": "Epochs of the training from scratch."})
-    bayesian_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of its means; --learning_rate if not given."}
-    )
-    moped_epochs: float = field(default=10.0, metadata={"help": "Epochs of the training from the trained weights."})
-    moped_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of its means; 0.3 times --learning_rate if not given."}
-    )
-    moped_kl_weight: float = field(default=1.0, metadata={"help": "--kl_weight of that training."})
+    moped_kl_weight: float = flag(1.0, "--kl_weight of that training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.moped_epochs < 1:
-            raise ValueError(f"`moped_epochs` must be at least 1, got {self.moped_epochs}.")
+        experiments.check_least(self, moped_epochs=1)
         if not 0 <= self.moped_kl_weight < math.inf:
             raise ValueError(f"`moped_kl_weight` must be a finite number >= 0, got {self.moped_kl_weight}.")
 

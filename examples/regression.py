@@ -26,8 +26,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers import set_seed
 
 from bayeformers import BayesianTrainer, LaplacePosterior, NormalPrior, experiments, laplace, predict, to_bayesian
-from bayeformers.experiments.linear_regression import LinearRegression
-from bayeformers.experiments.mlp_regression import MLPRegression, TanhMLP
+from bayeformers.experiments import flag
 from bayeformers.likelihoods import gaussian_nll
 from bayeformers.predictive import Predictive
 from bayeformers.reports import format_table
@@ -35,6 +34,7 @@ from bayeformers.reports.bands import Bands, bands_figure, write_bands
 from bayeformers.reports.writing import write_results
 from examples.data import curves
 from examples.data.curves import CurveData
+from examples.data.true_posterior import LinearRegression, MLPRegression, TanhMLP
 
 HMC, HMC_HEAD = "HMC, the reference", "HMC, noise head"
 GRID_POINTS, NUM_FUNCTIONS = 241, 12
@@ -51,31 +51,26 @@ _WHOLE = "a training is one epoch of --map_steps or --variational_steps, evaluat
 class CurveArguments:
     """Which data, which network, which prior, and how long the reference samples."""
 
-    data_file: str | None = field(
-        default=None, metadata={"help": "CSV file with the columns x,y. Left out: data with a known truth."}
+    data_file: str | None = flag(None, "CSV file with the columns x,y. Left out: data with a known truth.")
+    num_points: int = flag(160, "Training points of the generated data.")
+    hidden_sizes: list[int] = flag([50], "Widths of the tanh layers.")
+    prior_std: float = flag(
+        1.5, "Standard deviation of every weight's prior N(0, std^2); Laplace finds its own by evidence."
     )
-    num_points: int = field(default=160, metadata={"help": "Training points of the generated data."})
-    hidden_sizes: list[int] = field(default_factory=lambda: [50], metadata={"help": "Widths of the tanh layers."})
-    prior_std: float = field(
-        default=1.5,
-        metadata={"help": "Standard deviation of every weight's prior N(0, std^2); Laplace finds its own by evidence."},
+    delta: float = flag(0.1, "Initial posterior scale relative to |weight|, of the ELBO.")
+    map_steps: int = flag(1000, "Steps of the deterministic networks' training.")
+    variational_steps: int = flag(2000, "Steps of the ELBO's training.")
+    laplace_curvature: Literal["kfac", "ekfac", "diagonal", "full"] = flag(
+        "full", "Form of each layer's curvature; full is exact and cheap for a tiny network."
     )
-    delta: float = field(default=0.1, metadata={"help": "Initial posterior scale relative to |weight|, of the ELBO."})
-    map_steps: int = field(default=1000, metadata={"help": "Steps of the deterministic networks' training."})
-    variational_steps: int = field(default=2000, metadata={"help": "Steps of the ELBO's training."})
-    laplace_curvature: Literal["kfac", "ekfac", "diagonal", "full"] = field(
-        default="full", metadata={"help": "Form of each layer's curvature; full is exact and cheap for a tiny network."}
-    )
-    hmc_samples: int = field(default=200, metadata={"help": "Draws per chain of the reference; 0 leaves it out."})
-    hmc_warmup: int = field(default=120, metadata={"help": "Proposals per chain that are thrown away."})
-    hmc_steps: int = field(default=45, metadata={"help": "Leapfrog steps per proposal."})
-    hmc_chains: int = field(default=4, metadata={"help": "Chains, run at once."})
+    hmc_samples: int = flag(200, "Draws per chain of the reference; 0 leaves it out.")
+    hmc_warmup: int = flag(120, "Proposals per chain that are thrown away.")
+    hmc_steps: int = flag(45, "Leapfrog steps per proposal.")
+    hmc_chains: int = flag(4, "Chains, run at once.")
 
     def __post_init__(self) -> None:
         least = {"num_points": 20, "map_steps": 1, "variational_steps": 1, "hmc_steps": 1, "hmc_chains": 1}
-        for name, limit in least.items():
-            if (value := getattr(self, name)) < limit:
-                raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
+        experiments.check_least(self, **least)
         if self.hmc_warmup < 0:
             raise ValueError(f"`hmc_warmup` must not be negative, got {self.hmc_warmup}.")
         if self.hmc_samples != 0 and self.hmc_samples < 4:

@@ -33,7 +33,15 @@ from transformers import (
 from transformers.utils import logging
 
 from bayeformers import BayesianTrainer, experiments, metrics, reports
-from bayeformers.experiments import BAYESIAN, DETERMINISTIC, LAPLACE, LAPLACE_LAST_LAYER, ConllArguments, ConllData
+from bayeformers.experiments import (
+    BAYESIAN,
+    DETERMINISTIC,
+    LAPLACE,
+    LAPLACE_LAST_LAYER,
+    ConllArguments,
+    ConllData,
+    flag,
+)
 from bayeformers.laplace import PrecisionChoice
 from bayeformers.tasks import CERTAIN, Sentence, at_words, encode_words, write_conll
 from examples.data.newswire import PERSON_SHARE, generate
@@ -69,13 +77,11 @@ Encoded = tuple[Dataset, list[list[int]]]
 class ModelArguments(experiments.ConversionArguments, experiments.LaplaceArguments):
     """Which model, and how its posteriors are found."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Pretrained model: a folder or a hub name. Left out, the generated set gets a tiny BERT."},
+    model_name_or_path: str | None = flag(
+        None, "Pretrained model: a folder or a hub name. Left out, the generated set gets a tiny BERT."
     )
-    method: Literal["variational", "laplace", "all"] = field(
-        default="all",
-        metadata={"help": "How the posterior is found: the ELBO, the curvature around the trained model, or both."},
+    method: Literal["variational", "laplace", "all"] = flag(
+        "all", "How the posterior is found: the ELBO, the curvature around the trained model, or both."
     )
 
 
@@ -83,12 +89,8 @@ class ModelArguments(experiments.ConversionArguments, experiments.LaplaceArgumen
 class TokenTrainingArguments(experiments.BestEpochArguments):
     """Every TrainingArguments flag, for both trainings."""
 
-    output_dir: str | None = field(
-        default="outputs/token_classification", metadata={"help": "Where models, results, predictions and the PNG go."}
-    )
-    eval_only: str | None = field(
-        default=None, metadata={"help": "Train nothing: evaluate the models in this folder, an earlier --output_dir."}
-    )
+    output_dir: str | None = flag("outputs/token_classification", "Where models, results, predictions and the PNG go.")
+    eval_only: str | None = flag(None, "Train nothing: evaluate the models in this folder, an earlier --output_dir.")
 
 
 Arguments = tuple[ModelArguments, ConllArguments, TokenTrainingArguments]

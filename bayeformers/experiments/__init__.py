@@ -6,32 +6,18 @@ from .arguments import (
     ExperimentArguments,
     HoldOutArguments,
     LaplaceArguments,
+    check_least,
+    flag,
     parse_prior,
     parse_prior_precision,
 )
 from .command import Clock, ExperimentParser, look_ahead, run_command, say, user_input
-from .draws import drawn_logits
+from .draws import drawn_logits, linearized_draws
 from .evaluation import predict_sets, training_rmse
-from .linearized import linearized_draws
 from .phases import Experiment
 from .question_answering import SOURCES as SQUAD_SOURCES
 from .question_answering import SquadArguments, SquadData, load_squad_data
-from .rows import (
-    FRESH,
-    History,
-    Split,
-    TrainingRows,
-    check_known,
-    check_split_seed,
-    fingerprint,
-    history_of,
-    keep_unseen,
-    past_of,
-    row_hashes,
-    save_rows,
-    say_split,
-    unseen_sets,
-)
+from .rows import FRESH, History, Split, TrainingRows, check_known, fingerprint, history_of, past_of, row_hashes
 from .saved import (
     BAYESIAN,
     DETERMINISTIC,
@@ -52,9 +38,10 @@ __all__ = [
     "BAYESIAN", "DETERMINISTIC", "FRESH", "LAPLACE", "LAPLACE_LAST_LAYER", "LINEARIZED", "SQUAD_SOURCES",
     "BestEpochArguments", "Clock", "ConllArguments", "ConllData", "ConversionArguments", "Experiment",
     "ExperimentArguments", "ExperimentParser", "GlueArguments", "GlueData", "History", "HoldOutArguments",
-    "LaplaceArguments", "Split", "SquadArguments", "SquadData", "TrainingRows", "check_known", "check_split_seed",
-    "chosen_by_fit", "drawn_logits", "fingerprint", "history_of", "hold_out", "keep_unseen", "linearized_draws",
-    "load_conll_data", "load_glue_data", "load_saved", "load_squad_data", "look_ahead", "parse_prior",
-    "parse_prior_precision", "past_of", "posterior_facts", "predict_sets", "row_hashes", "run_command", "save_rows",
-    "saved_models", "say", "say_split", "titles", "training_rmse", "unseen_sets", "user_input",
+    "LaplaceArguments", "Split", "SquadArguments", "SquadData", "TrainingRows", "check_known", "check_least",
+    "chosen_by_fit",
+    "drawn_logits", "fingerprint", "flag", "history_of", "hold_out", "linearized_draws", "load_conll_data",
+    "load_glue_data", "load_saved", "load_squad_data", "look_ahead", "parse_prior", "parse_prior_precision", "past_of",
+    "posterior_facts", "predict_sets", "row_hashes", "run_command", "saved_models", "say", "titles",
+    "training_rmse", "user_input",
 ]  # fmt: skip

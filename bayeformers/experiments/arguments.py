@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -17,13 +17,21 @@ PRIOR_CHOICES = ("marglik", "marglik_per_layer", "holdout")
 _PREDICTS = "the results are made of the predictions of every row"
 _CHOOSES = "the example trains epoch by epoch and keeps the one of least validation NLL"
 _MAX_SEED = 2**32 - 1  # of NumPy's generator
+T = TypeVar("T")
+
+
+def flag(default: T, text: str) -> T:
+    """A dataclass field that is a flag of the command line: its default, and what --help says."""
+    metadata = {"help": text}
+    if isinstance(default, list):
+        made: Any = field(default_factory=lambda: list(default), metadata=metadata)
+    else:
+        made = field(default=default, metadata=metadata)
+    return made  # type: ignore[no-any-return]
 
 
 def parse_prior(text: str) -> Prior:
-    """A prior by its name, with default settings, or by the JSON that describes it.
-
-    Returns:
-        The prior.
+    """Return a prior by its name, with default settings, or by the JSON that describes it.
 
     Raises:
         ValueError: an unknown name, or malformed JSON.
@@ -40,10 +48,7 @@ def parse_prior(text: str) -> Prior:
 
 
 def parse_prior_precision(text: str) -> str | float:
-    """How to find the Laplace prior's precision tau.
-
-    Returns:
-        A method's name, or tau itself.
+    """Return how to find the Laplace prior's precision: a method's name, or tau itself.
 
     Raises:
         ValueError: neither a known name nor a finite number > 0.
@@ -62,64 +67,53 @@ def parse_prior_precision(text: str) -> str | float:
     return value
 
 
+def check_least(group: Any, **least: float) -> None:
+    """Raise ValueError where a flag of the group is given and less than its least value."""
+    for name, limit in least.items():
+        if (value := getattr(group, name)) is not None and value < limit:
+            raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
+
+
 @dataclass
 class ConversionArguments:
     """How a trained model becomes Bayesian: the arguments of `to_bayesian`."""
 
-    delta: float | None = field(
-        default=None,
-        metadata={"help": "Initial posterior scale relative to |weight|; if not given, that of least validation NLL."},
+    delta: float | None = flag(
+        None, "Initial posterior scale relative to |weight|; if not given, that of least validation NLL."
     )
-    freeze: bool = field(default=True, metadata={"help": "Train the scales only; --no_freeze trains the means too."})
-    prior: str = field(
-        default="moped",
-        metadata={"help": 'moped, normal, scale_mixture, empirical_bayes, or JSON: {"type": "normal", "std": 0.1}.'},
+    freeze: bool = flag(True, "Train the scales only; --no_freeze trains the means too.")
+    prior: str = flag(
+        "moped", 'moped, normal, scale_mixture, empirical_bayes, or JSON: {"type": "normal", "std": 0.1}.'
     )
-    estimator: str = field(default="reparameterization", metadata={"help": "How weight noise enters in training."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Name suffixes of the layers to make Bayesian; all if not given."}
-    )
-    exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Name suffixes of layers that stay deterministic."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Name suffixes of modules that stay deterministic but are trained."}
-    )
-    keep_dropout: bool = field(default=False, metadata={"help": "Leave dropout on in the Bayesian model."})
+    estimator: str = flag("reparameterization", "How weight noise enters in training.")
+    target_modules: list[str] | None = flag(None, "Name suffixes of the layers to make Bayesian; all if not given.")
+    exclude_modules: list[str] | None = flag(None, "Name suffixes of layers that stay deterministic.")
+    modules_to_save: list[str] | None = flag(None, "Name suffixes of modules that stay deterministic but are trained.")
+    keep_dropout: bool = flag(False, "Leave dropout on in the Bayesian model.")
 
     @property
     def conversion(self) -> dict[str, Any]:
         """The arguments of `to_bayesian` besides ``delta``."""
-        return {
-            "freeze": self.freeze,
-            "prior": parse_prior(self.prior),
-            "estimator": self.estimator,
-            "target_modules": self.target_modules or "all",
-            "exclude_modules": self.exclude_modules,
-            "modules_to_save": self.modules_to_save,
-            "keep_dropout": self.keep_dropout,
-        }
+        names = ("freeze", "estimator", "exclude_modules", "modules_to_save", "keep_dropout")
+        as_given = {name: getattr(self, name) for name in names}
+        return {**as_given, "prior": parse_prior(self.prior), "target_modules": self.target_modules or "all"}
 
 
 @dataclass
 class LaplaceArguments:
     """How a Laplace posterior is fitted: the arguments of `BayesianTrainer.fit_laplace`."""
 
-    laplace_subset: Literal["all", "last_layer"] = field(
-        default="all", metadata={"help": "Layers of the Laplace posterior."}
+    laplace_subset: Literal["all", "last_layer"] = flag("all", "Layers of the Laplace posterior.")
+    laplace_curvature: Literal["auto", "kfac", "ekfac", "diagonal"] = flag(
+        "auto", "Form of each layer's curvature; auto: kfac, of a small last layer dense."
     )
-    laplace_curvature: Literal["auto", "kfac", "ekfac", "diagonal"] = field(
-        default="auto", metadata={"help": "Form of each layer's curvature; auto: kfac, of a small last layer dense."}
+    laplace_fisher: Literal["auto", "exact", "mc", "empirical"] = flag(
+        "auto", "Which curvature; auto: exact up to 16 backward passes per batch, else mc."
     )
-    laplace_fisher: Literal["auto", "exact", "mc", "empirical"] = field(
-        default="auto", metadata={"help": "Which curvature; auto: exact up to 16 backward passes per batch, else mc."}
-    )
-    prior_precision: str = field(
-        default="holdout",
-        metadata={
-            "help": "tau of the Laplace posterior's prior N(0, 1/tau): holdout (validation NLL), marglik, "
-            "marglik_per_layer (the evidence), or a number."
-        },
+    prior_precision: str = flag(
+        "holdout",
+        "tau of the Laplace posterior's prior N(0, 1/tau): holdout (validation NLL), marglik, "
+        "marglik_per_layer (the evidence), or a number.",
     )
 
     def __post_init__(self) -> None:
@@ -129,40 +123,29 @@ class LaplaceArguments:
     @property
     def laplace(self) -> dict[str, Any]:
         """The arguments of `BayesianTrainer.fit_laplace` besides the data; a subclass may name layers too."""
-        layers = ("target_modules", "exclude_modules")
-        return {
-            **{name: getattr(self, name) for name in layers if hasattr(self, name)},
-            "subset": self.laplace_subset,
-            "curvature": self.laplace_curvature,
-            "fisher": self.laplace_fisher,
-            "prior_precision": parse_prior_precision(self.prior_precision),
-        }
+        layers = {name: getattr(self, name) for name in ("target_modules", "exclude_modules") if hasattr(self, name)}
+        how = {name: getattr(self, f"laplace_{name}") for name in ("subset", "curvature", "fisher")}
+        return {**layers, **how, "prior_precision": parse_prior_precision(self.prior_precision)}
 
 
 @dataclass
 class HoldOutArguments:
     """How many rows are held out of the training data, and which."""
 
-    validation_share: float = field(
-        default=0.1, metadata={"help": "Share of the training rows held out for every choice, without a file of them."}
+    validation_share: float = flag(0.1, "Share of the training rows held out for every choice, without a file of them.")
+    split_seed: int | None = flag(
+        None,
+        "Seed of the held-out rows, of generated data too; if not given, that of the record of the model "
+        "that is named, else --seed.",
     )
-    split_seed: int | None = field(
-        default=None,
-        metadata={
-            "help": "Seed of the held-out rows, of generated data too; if not given, that of the record of the model "
-            "that is named, else --seed."
-        },
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many of each other set."})
+    max_train_samples: int | None = flag(None, "Use the first so many training rows.")
+    max_eval_samples: int | None = flag(None, "Use the first so many of each other set.")
 
     def __post_init__(self) -> None:
         """Refuse shares and limits that leave nothing to train on or to choose by."""
         if not 0 < self.validation_share < 1:
             raise ValueError(f"`validation_share` must lie between 0 and 1, got {self.validation_share}.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise ValueError(f"`{name}` must be at least 2, got {value}.")
+        check_least(self, max_train_samples=2, max_eval_samples=2)
 
 
 @dataclass
@@ -199,26 +182,22 @@ class ExperimentArguments(BayesianTrainingArguments):
 class BestEpochArguments(ExperimentArguments):
     """Those of trainings that report on the validation set after each epoch, stop early and keep the best epoch."""
 
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: epoch alone."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: epoch alone."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep beside the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch: always."})
-    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What is best: this alone."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "False, for the least is best."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
-    patience: int = field(
-        default=4, metadata={"help": "Stop a training after so many epochs without a better validation NLL."}
-    )
-    bayesian_epochs: float = field(default=10.0, metadata={"help": "Epochs of the ELBO's training."})
-    bayesian_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of trainable means in it; a tenth of --learning_rate if not given."},
+    eval_strategy: str = flag("epoch", "When to evaluate: epoch alone.")
+    save_strategy: str = flag("epoch", "When to save a checkpoint: epoch alone.")
+    save_total_limit: int | None = flag(1, "Checkpoints to keep beside the best.")
+    load_best_model_at_end: bool = flag(True, "Keep the best epoch: always.")
+    metric_for_best_model: str | None = flag("eval_loss", "What is best: this alone.")
+    greater_is_better: bool | None = flag(False, "False, for the least is best.")
+    logging_strategy: str = flag("epoch", "When to log: no, steps or epoch.")
+    patience: int = flag(4, "Stop a training after so many epochs without a better validation NLL.")
+    bayesian_epochs: float = flag(10.0, "Epochs of the ELBO's training.")
+    bayesian_learning_rate: float | None = flag(
+        None, "Learning rate of trainable means in it; a tenth of --learning_rate if not given."
     )
 
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
         **ExperimentArguments.fixed,
-        "eval_strategy": ("epoch", _CHOOSES),
-        "save_strategy": ("epoch", _CHOOSES),
+        **dict.fromkeys(("eval_strategy", "save_strategy"), ("epoch", _CHOOSES)),
         "load_best_model_at_end": (True, _CHOOSES),
         "metric_for_best_model": ("eval_loss", _CHOOSES),
         "greater_is_better": (False, _CHOOSES),
@@ -227,8 +206,7 @@ class BestEpochArguments(ExperimentArguments):
     def __post_init__(self) -> None:
         """Refuse a training without an end."""
         super().__post_init__()
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1 epoch, got {self.patience}.")
+        check_least(self, patience=1)
         if self.bayesian_epochs < 0:
             raise ValueError(f"`bayesian_epochs` must not be negative, got {self.bayesian_epochs}.")
 
@@ -239,11 +217,8 @@ def check_smoothing(groups: Sequence[Any]) -> None:
     Raises:
         ValueError: labels are smoothed, and another posterior than Laplace's is fitted.
     """
-    factor = max(
-        (group.label_smoothing_factor for group in groups if isinstance(group, ExperimentArguments)), default=0
-    )
-    methods = [group.method for group in groups if hasattr(group, "method")]
-    if factor != 0 and methods != ["laplace"]:
+    factor = max((of.label_smoothing_factor for of in groups if isinstance(of, ExperimentArguments)), default=0)
+    if factor != 0 and [of.method for of in groups if hasattr(of, "method")] != ["laplace"]:
         raise ValueError(
             f"`label_smoothing_factor` must be 0 in this example, got {factor}: a smoothed loss is no log-likelihood, "
             "and a Bayesian model's loss needs one."

@@ -19,8 +19,7 @@ from transformers import HfArgumentParser
 
 from .arguments import check_smoothing
 
-_USERS = "is_about_input"
-"""Attribute of an exception that a wrong flag or file has caused: it needs no traceback."""
+_USERS = "is_about_input"  # attribute of an exception that a wrong flag or file has caused: it needs no traceback
 
 
 @contextlib.contextmanager
@@ -62,15 +61,12 @@ def _program() -> str:
 
 
 def look_ahead(argv: Sequence[str] | None, *flags: str, config: bool = False) -> Namespace:
-    """The values of some flags before the others are read, because they decide the others' defaults.
+    """Return the values of some flags before the others are read, because they decide the others' defaults.
 
     Args:
         argv: the command line; None for that of the process.
         flags: the names, without dashes. None is the value of those that are not given.
         config: whether ``--config`` names a JSON file of arguments, which then serve where the command line is silent.
-
-    Returns:
-        The flags' values.
 
     >>> look_ahead(["--task_name", "cola", "--seed", "3"], "task_name", "method")
     Namespace(task_name='cola', method=None)
@@ -113,14 +109,7 @@ class ExperimentParser(HfArgumentParser):
     def __init__(
         self, groups: Sequence[Any], kinds: Mapping[str, Mapping[str, Any]] | None = None, chosen: str = "", **rest: Any
     ) -> None:
-        """Read the dataclasses.
-
-        Args:
-            groups: the dataclasses.
-            kinds: by kind of data, defaults in place of the dataclasses' own.
-            chosen: the kind at hand, whose defaults count.
-            rest: arguments of `HfArgumentParser`.
-        """
+        """Read the dataclasses ``groups``; ``kinds`` are other defaults by kind of data, those of ``chosen`` count."""
         super().__init__(groups, allow_abbrev=False, formatter_class=_DefaultsByKind, **rest)
         if kinds:
             self.show_defaults(kinds)

@@ -14,15 +14,12 @@ from ..training import BayesianPredictionOutput, BayesianTrainer
 def predict_sets(
     trainer: BayesianTrainer, sets: Mapping[str, Any], *, noise_std: float | None = None
 ) -> dict[str, Any]:
-    """By set, predictions of the trainer's posterior, or of its point estimate.
+    """Return by set `ClassPredictions` or `RegressionPredictions` of the trainer's posterior, or point estimate.
 
     Args:
         trainer: of a classifier, or of a regression with one output.
         sets: datasets by name.
         noise_std: of a point estimate of a regression; by default its `training_rmse`.
-
-    Returns:
-        By set `ClassPredictions`, or `RegressionPredictions`.
     """
     outputs = {name: trainer.predict(rows) for name, rows in sets.items()}
     has_posterior = trainer.posterior is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -18,37 +18,16 @@ from ..nn import posterior_mean
 from ..reports import ClassPredictions, classification_report
 from ..tasks.images import ImageDataset, ImageSource, Resize, load_images
 from ..training import BayesianTrainer
-from .arguments import BestEpochArguments, HoldOutArguments
+from .arguments import BestEpochArguments, HoldOutArguments, check_least, flag
 from .evaluation import predict_sets
 from .phases import Experiment, OneLineProgress
-from .rows import (
-    FRESH,
-    SPLIT_AGAIN,
-    Hashes,
-    History,
-    Split,
-    TrainingRows,
-    check_known,
-    check_split_seed,
-    fingerprint,
-    row_hashes,
-    say_split,
-    unseen_sets,
-)
+from .rows import FRESH, SPLIT_AGAIN, Hashes, History, Split, TrainingRows, row_hashes
+from .splits import hold_out
 
 __all__ = [
-    "ImageArguments",
-    "ImageData",
-    "ImageTrainingArguments",
-    "further",
-    "image_size_of",
-    "learning_curve",
-    "load_classifier",
-    "load_image_data",
-    "predict_by_mean",
-    "predict_images",
-    "predict_rotated",
-]
+    "ImageArguments", "ImageData", "ImageTrainingArguments", "further", "image_size_of", "learning_curve",
+    "load_classifier", "load_image_data", "predict_by_mean", "predict_images", "predict_rotated",
+]  # fmt: skip
 
 SCORES = ("accuracy", "nll", "ece", "brier", "aurc", "entropy", "aleatoric", "epistemic")
 REMEDIES = f"Give {SPLIT_AGAIN}, or take them of the official test images: --held_out_of test."
@@ -58,32 +37,23 @@ REMEDIES = f"Give {SPLIT_AGAIN}, or take them of the official test images: --hel
 class ImageArguments(HoldOutArguments):
     """Which images, and from where."""
 
-    data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of IDX files by MNIST's names (Fashion-MNIST's too), gzip or not; with t10k files alone "
-            "the first four fifths train, the others test. Left out, with --dataset_name too: scikit-learn's digits."
-        },
+    data_dir: str | None = flag(
+        None,
+        "Folder of IDX files by MNIST's names (Fashion-MNIST's too), gzip or not; with t10k files alone "
+        "the first four fifths train, the others test. Left out, with --dataset_name too: scikit-learn's digits.",
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Image classification data set of the hub: ylecun/mnist, uoft-cs/cifar10, ..."}
+    dataset_name: str | None = flag(
+        None, "Image classification data set of the hub: ylecun/mnist, uoft-cs/cifar10, ..."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images that the model sees; the model's own if not given."}
+    image_size: int | None = flag(None, "Side of the images that the model sees; the model's own if not given.")
+    resize: Resize = flag(
+        "bilinear", "How images get that size: bilinear, nearest, or pad (a black frame; never smaller)."
     )
-    resize: Resize = field(
-        default="bilinear",
-        metadata={"help": "How images get that size: bilinear, nearest, or pad (a black frame; never smaller)."},
-    )
-    validation_share: float = field(
-        default=0.125, metadata={"help": "Share of the training images held out, by the seed, for every choice."}
-    )
-    held_out_of: Literal["train", "test"] = field(
-        default="train",
-        metadata={
-            "help": "Which images that share is taken of; test: of the test images, for a --model_name_or_path that "
-            "was trained on all training images."
-        },
+    validation_share: float = flag(0.125, "Share of the training images held out, by the seed, for every choice.")
+    held_out_of: Literal["train", "test"] = flag(
+        "train",
+        "Which images that share is taken of; test: of the test images, for a --model_name_or_path that "
+        "was trained on all training images.",
     )
 
     def __post_init__(self) -> None:
@@ -94,8 +64,7 @@ class ImageArguments(HoldOutArguments):
             )
         if self.resize not in get_args(Resize):
             raise ValueError(f"`resize` must be one of {', '.join(get_args(Resize))}, got {self.resize!r}.")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"`image_size` must be at least 1, got {self.image_size}.")
+        check_least(self, image_size=1)
         super().__post_init__()
 
     @property
@@ -108,17 +77,14 @@ class ImageArguments(HoldOutArguments):
 class ImageTrainingArguments(BestEpochArguments):
     """Those of an image classifier's trainings, which keep the epoch of least validation NLL."""
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the deterministic training."})
-    per_device_eval_batch_size: int = field(default=200, metadata={"help": "Images per evaluation batch."})
-    patience: int = field(
-        default=10, metadata={"help": "Stop the deterministic training after so many epochs without a better NLL."}
-    )
-    save_only_model: bool = field(default=True, metadata={"help": "Keep no optimizer state of the epochs."})
-    metric_for_best_model: str | None = field(default="eval_nll", metadata={"help": "What is best: this alone."})
-    bayesian_epochs: float = field(default=4.0, metadata={"help": "Epochs of every further training, the ELBO's too."})
-    bayesian_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of trainable means in them; 0.3 times --learning_rate if not given."},
+    learning_rate: float = flag(1e-3, "Learning rate of the deterministic training.")
+    per_device_eval_batch_size: int = flag(200, "Images per evaluation batch.")
+    patience: int = flag(10, "Stop the deterministic training after so many epochs without a better NLL.")
+    save_only_model: bool = flag(True, "Keep no optimizer state of the epochs.")
+    metric_for_best_model: str | None = flag("eval_nll", "What is best: this alone.")
+    bayesian_epochs: float = flag(4.0, "Epochs of every further training, the ELBO's too.")
+    bayesian_learning_rate: float | None = flag(
+        None, "Learning rate of trainable means in them; 0.3 times --learning_rate if not given."
     )
 
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
@@ -129,21 +95,14 @@ class ImageTrainingArguments(BestEpochArguments):
     def __post_init__(self) -> None:
         """Refuse a training without an epoch."""
         super().__post_init__()
-        if self.bayesian_epochs < 1:
-            raise ValueError(f"`bayesian_epochs` must be at least 1, got {self.bayesian_epochs}.")
+        check_least(self, bayesian_epochs=1)
 
 
 @dataclass(frozen=True)
 class ImageData:
     """Three disjoint sets of images. Fitting sees `train`, every choice `validation`; `test` is only reported.
 
-    Attributes:
-        name: of the data set.
-        train: images to train on.
-        validation: held-out images.
-        test: images that results are about.
-        class_names: by label.
-        rows: the record of a model that this run saves; None where it cannot be known.
+    ``class_names`` are by label. ``rows``: the record of a model that this run saves; None where it cannot be known.
     """
 
     name: str
@@ -192,7 +151,9 @@ def load_image_data(
     centre: bool = True,
     history: History = FRESH,
 ) -> ImageData:
-    """The images that the arguments name, split by `seed`, or as the model that the run starts from was.
+    """Return the images that the arguments name, split by `seed`, or as the model that the run starts from was.
+
+    Held-out images that the model has seen, or may have, are an error.
 
     Args:
         args: the arguments.
@@ -200,29 +161,25 @@ def load_image_data(
         image_size: the model's, where the arguments have none.
         centre: False divides pixels by their standard deviation alone, so that black stays 0.
         history: what is known of the images which that model was trained on.
-
-    Returns:
-        The three sets; a ValueError says that held-out images are ones that the model has seen, or may have.
     """
+    is_digits = not (args.data_dir or args.dataset_name)
     size = image_size if args.image_size is None else args.image_size
-    own = Split(seed if args.split_seed is None else args.split_seed, args.settings)
-    history = replace(history, unknown="") if args.split_seed is not None else history
-    if args.held_out_of == "train" or not (args.data_dir or args.dataset_name):
-        check_known(history, REMEDIES)
-    images = _source(args, own.seed, size)
-    source = fingerprint(np.concatenate([hashes_of(images.train[0]), hashes_of(images.test[0])]))
-    split = history.split(own, source)
-    check_split_seed(args.split_seed, split)
-    say_split("Images", own, split)
-    images = _source(args, split.seed, size) if split.seed != own.seed else images  # the digits' test images
 
-    sets = images.split(split.seed, **split.settings, size=size, resize=args.resize, centre=centre)
-    train = hashes_of(sets.train.pixels)
-    held_out = {"validation": sets.validation, "test": sets.test}
-    kept = unseen_sets(history, train, {name: hashes_of(of.pixels) for name, of in held_out.items()}, REMEDIES)
-    seen = {name: of.select(kept[name][: args.max_eval_samples]) for name, of in held_out.items()}
-    rows = history.after(images.name, source, split, train)
-    return ImageData(images.name, sets.train, seen["validation"], seen["test"], images.class_names, rows)
+    def stored(of_seed: int) -> ImageSource:
+        return load_images(data_dir=args.data_dir, dataset_name=args.dataset_name, image_size=size, seed=of_seed)
+
+    def make(split: Split) -> dict[str, Any]:
+        images = stored(split.seed) if is_digits else source  # the digits' test images depend on the seed
+        return vars(images.split(split.seed, **split.settings, size=size, resize=args.resize, centre=centre))
+
+    source = stored(seed if args.split_seed is None else args.split_seed)
+    sets, rows = hold_out(
+        make, args, seed, history, task=source.name, noun="Images", hashes=lambda images: hashes_of(images.pixels),
+        source=np.concatenate([hashes_of(source.train[0]), hashes_of(source.test[0])]), settings=args.settings,
+        held_out=("validation", "test"), remedies=REMEDIES,
+        given=("validation", "test") if args.held_out_of == "test" and not is_digits else (),
+    )  # fmt: skip
+    return ImageData(source.name, **sets, class_names=source.class_names, rows=rows)
 
 
 def image_size_of(model: str, name_or_path: str | None = None) -> int | None:
@@ -234,16 +191,13 @@ def image_size_of(model: str, name_or_path: str | None = None) -> int | None:
 
 
 def load_classifier(model: str, name_or_path: str | None, width: float, data: ImageData) -> PreTrainedModel:
-    """A new model for these images, or a trained one.
+    """Return a new model for these images, or a trained one.
 
     Args:
         model: a name of `IMAGE_CLASSIFIERS`.
         name_or_path: the trained one's folder, or its name on the hub.
         width: factor of the new one's widths.
         data: the images.
-
-    Returns:
-        The deterministic model.
 
     Raises:
         ValueError: the trained model is for another number of channels or of classes.
@@ -284,11 +238,9 @@ def predict_rotated(
     """By trainer, its predictions on images turned by each angle, with one progress bar for all."""
     for trainer in trainers.values():
         trainer.pop_callback(OneLineProgress)
-    found: dict[str, list[ClassPredictions]] = {name: [] for name in trainers}
-    for angle in tqdm(degrees, desc="angles", disable=not progress):
-        for name, trainer in trainers.items():
-            found[name].append(predict_images(trainer, images.rotated(angle)))
-    return found
+    angles = tqdm(degrees, desc="angles", disable=not progress)
+    turned = [{name: predict_images(of, images.rotated(angle)) for name, of in trainers.items()} for angle in angles]
+    return {name: [predictions[name] for predictions in turned] for name in trainers}
 
 
 @torch.no_grad()
@@ -299,10 +251,6 @@ def predict_by_mean(trainer: BayesianTrainer, images: ImageDataset) -> ClassPred
     with posterior_mean(model):
         logits = [model(pixel_values=batch["pixel_values"].to(device)).logits for batch in loader]
     return ClassPredictions(torch.cat(logits).double().softmax(-1).cpu().numpy())
-
-
-def _source(args: ImageArguments, seed: int, size: int | None) -> ImageSource:
-    return load_images(data_dir=args.data_dir, dataset_name=args.dataset_name, image_size=size, seed=seed)
 
 
 def hashes_of(pixels: Tensor) -> Hashes:

@@ -25,7 +25,7 @@ from ..delta import calibrate_delta
 from ..training import BayesianTrainer
 from .arguments import BestEpochArguments, ConversionArguments
 from .evaluation import is_regression, training_rmse
-from .rows import RecordRows, TrainingRows, save_rows
+from .rows import FILE, RecordRows, TrainingRows
 from .saved import BAYESIAN, DETERMINISTIC, LINEARIZED, load_saved
 
 SHOWN = ("epoch", "loss", "nll", "kl", "eval_nll", "eval_ece", "eval_mutual_information")
@@ -82,7 +82,7 @@ class Experiment:
         stop_early: bool = True,
         **changes: Any,
     ) -> BayesianTrainer:
-        """A trainer that reports on the validation rows after each epoch and keeps the epoch of their least NLL.
+        """Return a trainer that reports on the validation rows after each epoch and keeps that of their least NLL.
 
         Args:
             model: to train; None with a ``model_init``.
@@ -90,9 +90,6 @@ class Experiment:
             model_init: makes the model of each training, as of transformers' Trainer.
             stop_early: whether ``--patience`` epochs without a better NLL end the training.
             changes: flags that differ in this phase.
-
-        Returns:
-            The trainer; nothing is trained yet.
         """
         args = copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / "checkpoints" / name), **changes}.items():
@@ -122,7 +119,9 @@ class Experiment:
         """The model, its posterior if there is one, and the record of the rows it was trained on."""
         trainer.save_model(str(self.folder / name))
         if trainer.is_world_process_zero():
-            save_rows(self.rows, self.folder / name)
+            (self.folder / name / FILE).unlink(missing_ok=True)  # of an earlier run
+            if self.rows is not None:
+                self.rows.save(self.folder / name)
 
     def load(self, name: str, folder: str | Path, auto_class: Any) -> BayesianTrainer:
         """A trainer around a saved model, with the posterior that was saved beside it; see `load_saved`."""
@@ -138,7 +137,7 @@ class Experiment:
         label_columns: Sequence[str] = (),
         **options: Any,
     ) -> float:
-        """The delta of least validation NLL for a trained model; every process searches on all of the same batches.
+        """Return the delta of least validation NLL for a trained model; all processes search on all the same batches.
 
         Args:
             trained: whose model it is.
@@ -147,9 +146,6 @@ class Experiment:
             label_columns: columns that are stacked as labels (B, K), such as the start and the end of a span; by
                 default the labels are in the batches.
             options: of `calibrate_delta`.
-
-        Returns:
-            delta.
         """
         args, rows = self.args, self.validation
         if hasattr(rows, "column_names"):  # as the Trainer does; its own loader would deal the rows out to processes
@@ -166,39 +162,34 @@ class Experiment:
         return calibrate_delta(trained.model.to(args.device), batches, labels, method=method, **settings, **conversion)
 
     def fit_variational(self, trained: BayesianTrainer, how: ConversionArguments, **search: Any) -> BayesianTrainer:
-        """`to_bayesian` around a copy of the trained weights, then the ELBO; without ``how.delta`` by `best_delta`.
+        """Return the trainer of `to_bayesian` around a copy of the trained weights, after the ELBO's training.
 
         Args:
             trained: the deterministic model's trainer.
-            how: the conversion's flags.
+            how: the conversion's flags; without a delta, that of `best_delta`.
             search: options of `best_delta`.
-
-        Returns:
-            The trainer of the Bayesian model; with ``bayesian_epochs`` 0 its noise is the conversion's.
         """
-        delta = self.best_delta(trained, how.conversion, **search) if how.delta is None else how.delta
-        model = to_bayesian(copy.deepcopy(trained.model), delta, **how.conversion)
         rate = self.args.bayesian_learning_rate
         rate = self.args.learning_rate / 10 if rate is None else rate
+        model = self._converted(trained, how, **search)
         return self.fit(model, BAYESIAN, num_train_epochs=self.args.bayesian_epochs, learning_rate=rate)
 
     def fit_linearized(self, trained: BayesianTrainer, how: ConversionArguments, **search: Any) -> BayesianTrainer:
-        """Noise around the trained weights; without ``how.delta`` that which suits the linearised network best.
+        """Return a trainer of noise around the trained weights, whose predictions are linearised; nothing is trained.
 
         Args:
             trained: the deterministic model's trainer.
-            how: the conversion's flags.
+            how: the conversion's flags; without a delta, that which suits the linearised network best.
             search: options of `best_delta`.
-
-        Returns:
-            The trainer of the converted model, whose predictions are linearised; nothing is trained.
         """
-        delta = self.best_delta(trained, how.conversion, method="glm", **search) if how.delta is None else how.delta
-        model = to_bayesian(copy.deepcopy(trained.model), delta, **how.conversion)
-        trainer = self.trainer(model, LINEARIZED, eval_method="glm")
-        if is_regression(model):
+        trainer = self.trainer(self._converted(trained, how, method="glm", **search), LINEARIZED, eval_method="glm")
+        if is_regression(trainer.model):
             trainer.noise_std()  # the residual, which is saved with the model
         return trainer
+
+    def _converted(self, trained: BayesianTrainer, how: ConversionArguments, **search: Any) -> nn.Module:
+        delta = self.best_delta(trained, how.conversion, **search) if how.delta is None else how.delta
+        return to_bayesian(copy.deepcopy(trained.model), delta, **how.conversion)
 
     def fit_laplace(self, trained: BayesianTrainer, name: str, **options: Any) -> BayesianTrainer:
         """A Gaussian around a copy of the trained weights, from the curvature there; options: of `fit_laplace`."""

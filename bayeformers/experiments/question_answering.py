@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..tasks.squad import Question, parse_squad, read_squad, split_articles
-from .arguments import HoldOutArguments
-from .rows import FRESH, History, Split, TrainingRows
+from .arguments import HoldOutArguments, flag
+from .rows import FRESH, Hashes, History, Split, TrainingRows, row_hashes
 from .splits import hold_out
 
 SOURCES = ("data_dir", "train_file", "split_by_article")
@@ -20,37 +20,25 @@ SOURCES = ("data_dir", "train_file", "split_by_article")
 class SquadArguments(HoldOutArguments):
     """Which questions, and how long texts and answers may be."""
 
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the official train-v*.json and dev-v*.json; dev is reported as the test set."},
+    data_dir: str | None = flag(
+        None, "Folder of the official train-v*.json and dev-v*.json; dev is reported as the test set."
     )
-    train_file: str | None = field(default=None, metadata={"help": "Training questions: SQuAD's JSON, v1.1 or v2.0."})
-    validation_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Questions that choose epochs, delta and temperature, if there is a --test_file; else those that "
-            "are reported, such as the official dev set. What chooses is then held out of train, by article."
-        },
+    train_file: str | None = flag(None, "Training questions: SQuAD's JSON, v1.1 or v2.0.")
+    validation_file: str | None = flag(
+        None,
+        "Questions that choose epochs, delta and temperature, if there is a --test_file; else those that "
+        "are reported, such as the official dev set. What chooses is then held out of train, by article.",
     )
-    test_file: str | None = field(default=None, metadata={"help": "Questions that are reported and choose nothing."})
-    split_by_article: str | None = field(
-        default=None,
-        metadata={"help": "One file for all: its articles are dealt out by --validation_share, --test_share, --seed."},
+    test_file: str | None = flag(None, "Questions that are reported and choose nothing.")
+    split_by_article: str | None = flag(
+        None, "One file for all: its articles are dealt out by --validation_share, --test_share, --seed."
     )
-    shifted_file: str | None = field(
-        default=None, metadata={"help": "More questions to report on, of another kind than those trained on."}
-    )
-    validation_share: float = field(
-        default=0.2, metadata={"help": "Share of questions, in whole articles, that validation is given of train."}
-    )
-    test_share: float = field(default=0.2, metadata={"help": "The same for the test set of --split_by_article."})
-    max_seq_length: int = field(
-        default=384, metadata={"help": "Tokens of question and text together; a longer text is read in windows."}
-    )
-    doc_stride: int = field(default=128, metadata={"help": "Tokens of the text that two windows share."})
-    max_answer_length: int = field(
-        default=30, metadata={"help": "Longest answer in tokens; at most --doc_stride, so that one window holds it."}
-    )
+    shifted_file: str | None = flag(None, "More questions to report on, of another kind than those trained on.")
+    validation_share: float = flag(0.2, "Share of questions, in whole articles, that validation is given of train.")
+    test_share: float = flag(0.2, "The same for the test set of --split_by_article.")
+    max_seq_length: int = flag(384, "Tokens of question and text together; a longer text is read in windows.")
+    doc_stride: int = flag(128, "Tokens of the text that two windows share.")
+    max_answer_length: int = flag(30, "Longest answer in tokens; at most --doc_stride, so that one window holds it.")
 
     def __post_init__(self) -> None:
         """Refuse sources that exclude each other, and lengths that would cut answers."""
@@ -153,19 +141,15 @@ def load_squad_data(
             sets["train"] = sets["train"][: split.settings["max_train_samples"]]
         return {**sets, "shifted": [replace(question, group="shifted") for question in shifted]} if shifted else sets
 
+    def hashes(questions: list[Question]) -> Hashes:
+        return row_hashes(f"{question.text}\x1f{question.context}" for question in questions)
+
     sets, rows = hold_out(
-        make,
-        args,
-        seed,
-        history,
-        task="squad",
-        noun="Questions",
-        text_of=lambda question: f"{question.text}\x1f{question.context}",
-        source=_all(articles["train"]) if files else None,
-        settings=("validation_share", "test_share", "max_train_samples"),
-        held_out=("validation", "test"),
-        given=files,
-    )
+        make, args, seed, history, task="squad", noun="Questions", hashes=hashes,
+        source=hashes(_all(articles["train"])) if files else None,
+        settings={name: getattr(args, name) for name in ("validation_share", "test_share", "max_train_samples")},
+        held_out=("validation", "test"), given=files,
+    )  # fmt: skip
     if not any(question.answers for question in sets["train"]):
         raise ValueError("the training questions have no answer among them: a span head needs some.")
     return SquadData(Path(files["train"]).stem if files else "written articles", sets, rows)

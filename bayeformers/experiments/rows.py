@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .command import say
 from .saved import DETERMINISTIC, saved_models
 
 FILE = "training_rows.json"
@@ -71,13 +70,8 @@ class TrainingRows:
         content = {
             "version": VERSION,
             "about": "Rows this model was trained on; examples check by them that held-out rows are held out.",
-            **{
-                "task": self.task,
-                "source": self.source,
-                "seed": self.split.seed,
-                "settings": dict(self.split.settings),
-            },
-            **{"train": self.train, "num_seen": len(self.seen)},
+            **{"task": self.task, "source": self.source, "seed": self.split.seed},
+            **{"settings": dict(self.split.settings), "train": self.train, "num_seen": len(self.seen)},
             "seen": base64.b64encode(self.seen.astype("<u8").tobytes()).decode(),
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -142,15 +136,12 @@ REMEDIES = f"Give --validation_file, rows that the model has not seen, or {SPLIT
 
 
 def history_of(flag: str, folders: Sequence[str | Path], *, must_know: bool) -> History:
-    """The history of saved models; an error where they were not trained alike.
+    """Return the history of saved models; without a record it is unknown, or fresh where nothing depends on it.
 
     Args:
         flag: what named them, for messages.
         folders: the models' folders, or a hub name.
         must_know: whether the run fits anything around the models' own weights.
-
-    Returns:
-        The history; without a record it is unknown, or fresh where nothing depends on it.
 
     Raises:
         ValueError: records that differ.
@@ -171,7 +162,7 @@ def history_of(flag: str, folders: Sequence[str | Path], *, must_know: bool) -> 
 def past_of(
     name_or_path: str | None, *, trains: bool, eval_only: str | None = None, generated: bool = False
 ) -> History:
-    """What is known of the rows that the models which a run starts from were trained on.
+    """Return what is known of the rows that the models which a run starts from were trained on.
 
     Args:
         name_or_path: the model that is named; None where the run makes its own.
@@ -179,9 +170,6 @@ def past_of(
         eval_only: the folder of an earlier run whose models are evaluated instead. A posterior alone has nothing fitted
             to held-out rows any more.
         generated: whether the data are generated from a seed, so that their test rows depend on it too.
-
-    Returns:
-        The history; a folder without a model, and models that were trained on different rows, are errors.
     """
     if eval_only is not None:
         saved = saved_models(eval_only)
@@ -209,51 +197,6 @@ def keep_unseen(kept: NDArray[np.bool_], what: str, remedies: str = REMEDIES) ->
     return f"{seen} of the {total} {what} were trained on and are left out."
 
 
-def unseen_sets(
-    history: History,
-    train: Hashes,
-    held_out: Mapping[str, Hashes],
-    remedies: str = REMEDIES,
-    given: Collection[str] = (),
-) -> dict[str, list[int]]:
-    """Which held-out rows the model has not seen; what is left out is said, and an error where these are most.
-
-    Args:
-        history: the model's.
-        train: hashes of the rows that it is trained on.
-        held_out: by set, hashes of the rows.
-        remedies: what an error advises.
-        given: the sets that have a file of their own, where the others were drawn from the rows that train.
-
-    Returns:
-        Set -> positions of the unseen rows.
-
-    Raises:
-        ValueError: most rows of a set that is given are among the training rows.
-    """
-    kept = {name: history.unseen(hashes, train) for name, hashes in held_out.items()}
-    for name, mask in kept.items():
-        if line := keep_unseen(mask, f"{name} rows", remedies):
-            say(line)
-        if name in given and 2 * (twins := int(np.isin(held_out[name], train).sum())) > len(mask):
-            what = f"{twins} of the {len(mask)} {name} rows are among the training rows"
-            raise ValueError(f"{what}: they hold nothing out.")
-    return {name: np.flatnonzero(mask).tolist() for name, mask in kept.items()}
-
-
-def say_split(what: str, own: Split, used: Split) -> None:
-    """A line where a record decided another split than the run's own."""
-    if (own.seed, dict(own.settings)) != (used.seed, dict(used.settings)):
-        settings = f" and {dict(used.settings)}" if used.settings else ""
-        say(f"{what}: as the model's record says, by seed {used.seed}{settings}.")
-
-
-def check_split_seed(given: int | None, used: Split) -> None:
-    """Raise ValueError where a flag contradicts the record."""
-    if given is not None and used.seed != given:
-        raise ValueError(f"`split_seed` must be {used.seed}, by which the model was trained, got {given}.")
-
-
 class RecordRows(TrainerCallback):
     """Writes the record into every checkpoint of a training."""
 
@@ -264,11 +207,3 @@ class RecordRows(TrainerCallback):
         """Beside the checkpoint that was just written."""
         if self.record is not None and state.is_world_process_zero:
             self.record.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-
-
-def save_rows(record: TrainingRows | None, folder: str | Path) -> None:
-    """The record beside a saved model; without one, none of an earlier run stays there."""
-    if record is not None:
-        record.save(folder)
-    else:
-        (Path(folder) / FILE).unlink(missing_ok=True)

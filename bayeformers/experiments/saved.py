@@ -26,10 +26,7 @@ _LAPLACE_FILE = "laplace.safetensors"
 
 
 def titles(names: Iterable[str]) -> dict[str, str]:
-    """What tables call the models of an output folder; beside another posterior the ELBO's is called by its method.
-
-    Returns:
-        Folder -> title, in the tables' order.
+    """Return what tables call each model of an output folder, in their order; the ELBO's beside others by its method.
 
     >>> titles(["bayesian", "deterministic"])
     {'deterministic': 'deterministic', 'bayesian': 'Bayesian'}
@@ -37,16 +34,12 @@ def titles(names: Iterable[str]) -> dict[str, str]:
     {'bayesian': 'variational', 'laplace': 'Laplace all layers'}
     """
     found = set(names)
-    several = len(found - {DETERMINISTIC}) > 1
-    shown = {**TITLES, BAYESIAN: "variational" if several else TITLES[BAYESIAN]}
+    shown = {**TITLES, BAYESIAN: "variational"} if len(found - {DETERMINISTIC}) > 1 else TITLES
     return {name: title for name, title in shown.items() if name in found}
 
 
 def saved_models(folder: str | Path) -> dict[str, Path]:
-    """The models that an earlier run saved; a single one where ``folder`` itself is a checkpoint.
-
-    Returns:
-        Name -> folder.
+    """Return the folders by name of the models that an earlier run saved; one where ``folder`` itself is a checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
@@ -65,15 +58,12 @@ def saved_models(folder: str | Path) -> dict[str, Path]:
 
 
 def load_saved(name: str, folder: str | Path, auto_class: Any) -> Any:
-    """The model in a folder of `saved_models`; with its posterior, unless it is the deterministic one.
+    """Return the model in a folder of `saved_models`; with its posterior, unless it is the deterministic one.
 
     Args:
         name: its name.
         folder: its folder.
         auto_class: transformers' class of deterministic models, such as ``AutoModelForSequenceClassification``.
-
-    Returns:
-        The model.
     """
     return auto_class.from_pretrained(folder) if name == DETERMINISTIC else from_pretrained(folder)
 
@@ -97,10 +87,9 @@ def posterior_facts(trainer: BayesianTrainer) -> dict[str, Any]:
     posterior = trainer.posterior
     if not isinstance(posterior, LaplacePosterior):
         return {}
+    numbers = {name: getattr(posterior, name) for name in ("prior_precision", "noise_std", "log_marginal_likelihood")}
     return {
-        "prior_precision": posterior.prior_precision,
-        "noise_std": posterior.noise_std,
-        "log_marginal_likelihood": posterior.log_marginal_likelihood,
+        **numbers,
         "chosen_by": posterior.choice.method,
         "at_grid_end": posterior.choice.at_grid_end,
         "effective_parameters": sum(posterior.effective_parameters.values()),

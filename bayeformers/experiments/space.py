@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..distributions import MopedPrior, NormalPrior, Prior
-from .arguments import BestEpochArguments, ConversionArguments, parse_prior
+from .arguments import BestEpochArguments, ConversionArguments, check_least, flag, parse_prior
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -30,35 +30,21 @@ TRAINING = ("learning_rate", "rho_learning_rate", "kl_weight")
 class SearchArguments:
     """How long to search, what, and how the result is confirmed."""
 
-    n_trials: int = field(
-        default=6,
-        metadata={"help": "Trials of the study in all, earlier runs' included; the first is what the flags say."},
+    n_trials: int = flag(6, "Trials of the study in all, earlier runs' included; the first is what the flags say.")
+    search: list[str] | None = flag(None, f"What to search: all, or some of {' '.join(SEARCHED)}.")
+    space: str | None = flag(
+        None,
+        "JSON of ranges and of the kinds of prior to choose from, in place of those around the flags' "
+        'values: {"delta": [0.1, 0.5], "prior": ["normal", "moped"], "prior_std": [0.05, 0.5]}.',
     )
-    search: list[str] | None = field(
-        default=None, metadata={"help": f"What to search: all, or some of {' '.join(SEARCHED)}."}
-    )
-    space: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON of ranges and of the kinds of prior to choose from, in place of those around the flags' "
-            'values: {"delta": [0.1, 0.5], "prior": ["normal", "moped"], "prior_std": [0.05, 0.5]}.'
-        },
-    )
-    startup_trials: int = field(
-        default=4, metadata={"help": "Trials drawn at random, and none pruned, before what was found is used."}
-    )
-    prune: bool = field(
-        default=True, metadata={"help": "Stop a trial that is worse than the median before it; --no_prune: none."}
-    )
-    confirm_seeds: int = field(
-        default=3,
-        metadata={"help": "Fresh seeds on which the best setting and the defaults are trained again, for the test."},
+    startup_trials: int = flag(4, "Trials drawn at random, and none pruned, before what was found is used.")
+    prune: bool = flag(True, "Stop a trial that is worse than the median before it; --no_prune: none.")
+    confirm_seeds: int = flag(
+        3, "Fresh seeds on which the best setting and the defaults are trained again, for the test."
     )
 
     def __post_init__(self) -> None:
-        for name, minimum in (("n_trials", 2), ("startup_trials", 1), ("confirm_seeds", 0)):
-            if (value := getattr(self, name)) < minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        check_least(self, n_trials=2, startup_trials=1, confirm_seeds=0)
         if self.confirm_seeds == 1:
             raise ValueError("`confirm_seeds` must be 0 (no confirmation) or at least 2, got 1: it has no spread.")
         if unknown := sorted(set(self.search or ()) - set(SEARCHED)):
@@ -68,8 +54,8 @@ class SearchArguments:
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides a trial's value: not how many there are."""
-        names = {"search": self.search, "space": self.read_space()}
-        return {**names, "startup_trials": self.startup_trials, "prune": self.prune}
+        own = {name: getattr(self, name) for name in ("search", "startup_trials", "prune")}
+        return {**own, "space": self.read_space()}
 
     def read_space(self) -> dict[str, list[Any]]:
         """``space`` as an object; empty where it is not given."""
@@ -132,16 +118,7 @@ class Space:
 
 
 def make_space(search: SearchArguments, how: ConversionArguments, args: BestEpochArguments, delta: float) -> Space:
-    """The space around the setting of the flags.
-
-    Args:
-        search: what is searched.
-        how: the conversion's flags.
-        args: the training's flags.
-        delta: of the setting; it may have been calibrated.
-
-    Returns:
-        The space; its first trial is the flags' setting.
+    """Return the space around the setting of the flags and a ``delta`` that may have been calibrated.
 
     Raises:
         ValueError: something to be searched has no value that it could be searched around, or a range is malformed.

@@ -74,10 +74,8 @@ def check_start(study: Study, model_folder: Path) -> bool:
     """Whether the model that the trials start from is there; another one than the study began with is refused."""
     recorded = study.user_attrs.get(_START)
     if recorded is not None and recorded != _digest(model_folder):
-        raise ValueError(
-            f"{model_folder} does not hold the model that the trials of this study start from: put it back, or take "
-            "another --output_dir."
-        )
+        lost = f"{model_folder} does not hold the model that the trials of this study start from"
+        raise ValueError(f"{lost}: put it back, or take another --output_dir.")
     return recorded is not None
 
 
@@ -134,17 +132,12 @@ def trial_seed(seed: int, finished: int) -> int:
 
 def trial_row(trial: FrozenTrial, setting: dict[str, Any]) -> dict[str, Any]:
     """A trial as `bayeformers.reports.search` takes it; a pruned one's NLL is the least that it reported."""
-    reported = trial.intermediate_values
-    pruned = trial.state == TrialState.PRUNED
-    return {
-        "number": trial.number,
-        "state": trial.state.name.lower(),
-        "is_default": is_default(trial),
-        "validation_nll": min(reported.values()) if pruned and reported else trial.value,
-        "steps": max(reported, default=0),
-        "seconds": trial.duration.total_seconds() if trial.duration else None,
-        "setting": setting,
-    }
+    reported, pruned = trial.intermediate_values, trial.state == TrialState.PRUNED
+    row = {"number": trial.number, "state": trial.state.name.lower(), "is_default": is_default(trial)}
+    row["validation_nll"] = min(reported.values()) if pruned and reported else trial.value
+    row["steps"] = max(reported, default=0)
+    row["seconds"] = trial.duration.total_seconds() if trial.duration else None
+    return {**row, "setting": setting}
 
 
 def importances(study: Study, minimum: int = 10) -> dict[str, float]:
@@ -159,18 +152,10 @@ def importances(study: Study, minimum: int = 10) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-# -- trials -----------------------------------------------------------------------------------------------------------
-
-
 def run_trials(study: Study, trainer: BayesianTrainer, space: Space, search: SearchArguments, folder: Path) -> None:
-    """Trials until the study has ``n_trials``, one at a time, so that each is a function of those before it.
+    """Trials until the study in the folder has ``n_trials``, one at a time: each is a function of those before it.
 
-    Args:
-        study: in the folder.
-        trainer: with a ``model_init`` that converts the trained model as the trial says.
-        space: what a trial chooses.
-        search: how many trials, and how they are drawn and pruned.
-        folder: the study's.
+    The trainer has a ``model_init`` that converts the trained model as the trial says.
     """
     args, state, pruner = trainer.args, PartialState(), make_pruner(trainer, search)
     while (finished := len(done(study))) < search.n_trials:
@@ -178,16 +163,10 @@ def run_trials(study: Study, trainer: BayesianTrainer, space: Space, search: Sea
         say(f"{finished} of {search.n_trials} trials are done")
         trainer.hyperparameter_search(
             hp_space=lambda trial: {name: value for name, value in space.suggest(trial).items() if name in TRAINING},
-            compute_objective=objective,
-            n_trials=1,
-            direction="minimize",
-            backend="optuna",
-            study_name=NAME,
-            storage=storage_of(folder),
-            load_if_exists=True,
+            compute_objective=objective, n_trials=1, direction="minimize", backend="optuna", study_name=NAME,
+            storage=storage_of(folder), load_if_exists=True, pruner=pruner,
             sampler=TPESampler(seed=trial_seed(args.seed, finished), n_startup_trials=search.startup_trials),
-            pruner=pruner,
-        )
+        )  # fmt: skip
         state.wait_for_everyone()  # the main process has told the study
         if state.is_main_process:
             shutil.rmtree(str(args.output_dir), ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,22 +18,11 @@ from ..reports import (
     standard_report,
 )
 from ..tasks import GLUE_TASKS, GlueTask, load_glue, load_tsv
-from .arguments import BestEpochArguments, HoldOutArguments
+from .arguments import BestEpochArguments, HoldOutArguments, flag
 from .command import say
 from .phases import Experiment
-from .rows import (
-    FRESH,
-    Hashes,
-    History,
-    Split,
-    TrainingRows,
-    check_known,
-    check_split_seed,
-    fingerprint,
-    keep_unseen,
-    row_hashes,
-    say_split,
-)
+from .rows import FRESH, Hashes, History, Split, TrainingRows, row_hashes
+from .splits import hold_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,28 +37,21 @@ Generate = Callable[[int], Mapping[str, Sequence[Any]]]
 class GlueArguments(HoldOutArguments):
     """Which task, and from where."""
 
-    task_name: str | None = field(
-        default=None,
-        metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}. Left out: the embedded acceptability task."},
+    task_name: str | None = flag(
+        None, f"GLUE task: {', '.join(GLUE_TASKS)}. Left out: the embedded acceptability task."
     )
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the task's official TSV files, such as glue/CoLA; else the hub's nyu-mll/glue."},
+    data_dir: str | None = flag(
+        None, "Folder of the task's official TSV files, such as glue/CoLA; else the hub's nyu-mll/glue."
     )
-    ood_data_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "TSV file of shifted inputs: the task's layout, or a header with its columns; labels optional."
-        },
+    ood_data_file: str | None = flag(
+        None, "TSV file of shifted inputs: the task's layout, or a header with its columns; labels optional."
     )
-    validation_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "TSV file of labelled rows that choose epochs, temperature, delta and prior precision, laid out as "
-            "--ood_data_file; then nothing is held out of train."
-        },
+    validation_file: str | None = flag(
+        None,
+        "TSV file of labelled rows that choose epochs, temperature, delta and prior precision, laid out as "
+        "--ood_data_file; then nothing is held out of train.",
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
+    max_seq_length: int = flag(128, "Longer inputs are cut to so many tokens.")
 
     def __post_init__(self) -> None:
         """Refuse an unknown task, and files without a task."""
@@ -128,11 +110,8 @@ class GlueData:
         def tokenize(batch: dict[str, list[Any]]) -> Any:
             return tokenizer(*(batch[name] for name in self.task.columns), truncation=True, max_length=max_length)
 
-        def add(split: Dataset | None) -> Dataset | None:
-            return None if split is None else split.map(tokenize, batched=True, desc="tokenizing")
-
-        sets: dict[str, Any] = {name: add(getattr(self, name)) for name in ("train", "validation", "test", "shifted")}
-        return replace(self, **sets)
+        sets: Any = {"train": self.train, **self.predicted}
+        return replace(self, **{name: of.map(tokenize, batched=True, desc="tokenizing") for name, of in sets.items()})
 
     def experiment(self, args: BestEpochArguments, tokenizer: Any) -> Experiment:
         """The trainings on tokenised rows."""
@@ -142,15 +121,13 @@ class GlueData:
     def comparison(self) -> Comparison:
         """Of methods on the reported sets, by the standard scores and the task's official ones."""
         names = [name for name in ("group", "construction", *self.task.columns) if name in self.test.column_names]
-        sets = {
-            name: ReportedSet(
-                size=len(split),
-                labels=list(split["label"]) if "label" in split.column_names else None,
-                groups=list(split["group"]),
-                columns={column: list(split[column]) for column in names if column in split.column_names},
-            )
-            for name, split in self.reported.items()
-        }
+
+        def reported(split: Dataset) -> ReportedSet:
+            columns = {name: list(split[name]) for name in (*names, "label") if name in split.column_names}
+            labels = columns.pop("label", None)
+            return ReportedSet(len(split), labels, columns["group"], columns)
+
+        sets = {name: reported(split) for name, split in self.reported.items()}
         return Comparison(sets, label_names=self.task.label_names, report=self.report)
 
     def report(self, predictions: Any, labels: Any = None) -> dict[str, float | None]:
@@ -173,33 +150,57 @@ class GlueData:
 
 
 def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, embedded: Generate) -> GlueData:
-    """The data that the arguments name, split by `seed`, or as the model that the run starts from was.
+    """Return the data that the arguments name, split by `seed`, or as the model that the run starts from was.
+
+    Held-out rows that the model has seen or may have, missing or malformed files, and a hub that cannot be reached are
+    errors that say what to do.
 
     Args:
         args: the arguments.
         seed: the run's.
         history: what is known of the rows which that model was trained on.
         embedded: generates the data where no task is named.
-
-    Returns:
-        The sets, not tokenised. Missing or malformed files, held-out rows that the model has seen or may have, and a
-        hub that cannot be reached are errors that say what to do.
     """
-    own = Split(seed if args.split_seed is None else args.split_seed, args.settings)
-    history = replace(history, unknown="") if args.split_seed is not None else history
-    if args.validation_file is None:
-        check_known(history)
-    data, source, split = (
-        _generated(own, history, embedded) if args.task_name is None else _official(args, own, history)
-    )
-    check_split_seed(args.split_seed, split)
-    if args.validation_file is not None:
-        data = _with_validation(data, load_tsv(data.task, args.validation_file))
-    data = _unseen_validation(data, args, history)
-    rows = history.after(data.task.name, source, split, hashes_of(data.train, data.task))
-    if args.ood_data_file is not None:
-        data = replace(data, shifted=_grouped(load_tsv(data.task, args.ood_data_file, labelled=None), "shifted"))
-    return replace(_limited(data, args), rows=rows)
+    from datasets import Dataset
+
+    task, file = EMBEDDED_TASK if args.task_name is None else GLUE_TASKS[args.task_name], args.validation_file
+    official = {}
+    if args.task_name is not None:
+        remedy = ", or leave out --task_name for the embedded task, which needs none"
+        official = load_glue(task, args.data_dir, remedy=remedy)
+
+    def make(split: Split) -> dict[str, Any]:
+        if not official:
+            return {name: Dataset.from_list([vars(row) for row in rows]) for name, rows in embedded(split.seed).items()}
+        train, share = official["train"], split.settings["validation_share"]
+        train = train.select(range(len(train))[: split.settings["max_train_samples"]])
+        parts = train.train_test_split(share, seed=split.seed) if share > 0 else {"train": train}
+        test = _grouped(official["validation"], "in-domain")
+        sets = {"train": parts["train"], "validation": parts.get("test", train.select([])), "test": test}
+        return {**sets, "shifted": _grouped(official["shifted"], "shifted")} if "shifted" in official else sets
+
+    def with_files(sets: dict[str, Any]) -> dict[str, Any]:
+        if file is not None:
+            sets["validation"] = load_tsv(task, file)
+            both = np.isin(hashes_of(sets["train"], task), hashes_of(sets["validation"], task))
+            if both.any():
+                say(f"{int(both.sum())} training rows are in `validation_file` and are held out.")
+            sets["train"] = sets["train"].select(np.flatnonzero(~both))
+        if len(sets["validation"]) == 0:
+            raise ValueError(
+                "The model was trained on all of train: `validation_file` must name rows that it has not seen."
+            )
+        if args.ood_data_file is not None:
+            sets["shifted"] = _grouped(load_tsv(task, args.ood_data_file, labelled=None), "shifted")
+        return sets
+
+    sets, rows = hold_out(
+        make, args, seed, history, task=task.name, noun="Held-out rows" if official else "Sentences",
+        hashes=lambda rows: hashes_of(rows, task), source=hashes_of(official["train"], task) if official else None,
+        settings=args.settings, given=() if file is None else ("validation",), then=with_files,
+        called={} if file is None else {"validation": f"rows of `validation_file` {file}"},
+    )  # fmt: skip
+    return GlueData(task, **{"shifted": None, **sets}, rows=rows)
 
 
 def hashes_of(split: Dataset, task: GlueTask) -> Hashes:
@@ -208,76 +209,5 @@ def hashes_of(split: Dataset, task: GlueTask) -> Hashes:
     return row_hashes("\x1f".join(map(str, texts)) for texts in zip(*columns, strict=True))
 
 
-Found = tuple[GlueData, str, Split]
-"""The sets, the fingerprint of what they were split from, and how."""
-
-
-def _generated(own: Split, history: History, embedded: Generate) -> Found:
-    """The embedded task, of the record's seed where there is a record of it."""
-    from datasets import Dataset
-
-    record = history.record if history.record is not None and history.record.task == EMBEDDED_TASK.name else None
-    split = own if record is None else record.split
-    splits = {name: Dataset.from_list([vars(row) for row in rows]) for name, rows in embedded(split.seed).items()}
-    source = fingerprint(hashes_of(splits["train"], EMBEDDED_TASK))
-    if record is not None and record.source != source:
-        raise ValueError(f"The model was trained on other sentences of seed {split.seed} than this version generates.")
-    say_split("Sentences", Split(own.seed), Split(split.seed))
-    return GlueData(EMBEDDED_TASK, **splits), source, split
-
-
-def _official(args: GlueArguments, own: Split, history: History) -> Found:
-    """An official task: the validation set is held out of train, the official one is the test set."""
-    task = GLUE_TASKS[str(args.task_name)]
-    splits = load_glue(task, args.data_dir, remedy=", or leave out --task_name for the embedded task, which needs none")
-    train = splits["train"]
-    source = fingerprint(hashes_of(train, task))
-    split = history.split(own, source)
-    if args.validation_file is None:
-        say_split("Held-out rows", own, split)
-    limit, share = split.settings["max_train_samples"], split.settings["validation_share"]
-    train = train if limit is None else train.select(range(min(limit, len(train))))
-    held_out = {"train": train, "test": train.select([])}  # without a share nothing is held out
-    if share > 0:
-        held_out = train.train_test_split(share, seed=split.seed)
-    test = _grouped(splits["validation"], "in-domain")
-    shifted = _grouped(splits["shifted"], "shifted") if "shifted" in splits else None
-    return GlueData(task, held_out["train"], held_out["test"], test, shifted), source, split
-
-
-def _with_validation(data: GlueData, validation: Dataset) -> GlueData:
-    """Other validation rows, which are held out of train if they are in it."""
-    both = np.isin(hashes_of(data.train, data.task), hashes_of(validation, data.task))
-    if both.any():
-        say(f"{int(both.sum())} training rows are in `validation_file` and are held out.")
-    return replace(data, validation=validation, train=data.train.select(np.flatnonzero(~both)))
-
-
-def _unseen_validation(data: GlueData, args: GlueArguments, history: History) -> GlueData:
-    """Without validation rows that the model was trained on; an error where too few are left, or there never were."""
-    if len(data.validation) == 0:
-        raise ValueError(
-            "The model was trained on all of train: `validation_file` must name rows that it has not seen."
-        )
-    found, train = hashes_of(data.validation, data.task), hashes_of(data.train, data.task)
-    kept = history.unseen(found, train)
-    what = "validation rows" if args.validation_file is None else f"rows of `validation_file` {args.validation_file}"
-    if line := keep_unseen(kept, what):
-        say(line)
-    return data if kept.all() else replace(data, validation=data.validation.select(np.flatnonzero(kept)))
-
-
 def _grouped(split: Dataset, group: str) -> Dataset:
     return split.add_column("group", [group] * len(split))
-
-
-def _limited(data: GlueData, args: GlueArguments) -> GlueData:
-    def first(split: Dataset | None, limit: int | None) -> Dataset | None:
-        return split if split is None or limit is None else split.select(range(min(limit, len(split))))
-
-    limits = {
-        "train": args.max_train_samples,
-        **dict.fromkeys(("validation", "test", "shifted"), args.max_eval_samples),
-    }
-    sets: dict[str, Any] = {name: first(getattr(data, name), limit) for name, limit in limits.items()}
-    return replace(data, **sets)

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..tasks.conll import Scheme, Sentence, detect_scheme, is_label, label_names, read_conll, to_iob2
 from ..tasks.loading import load_hub
-from .arguments import HoldOutArguments
-from .rows import FRESH, History, Split, TrainingRows
+from .arguments import HoldOutArguments, flag
+from .rows import FRESH, Hashes, History, Split, TrainingRows, row_hashes
 from .splits import hold_out
 
 Labelled = dict[str, tuple[list[Sentence], Scheme]]
@@ -22,24 +22,17 @@ Labelled = dict[str, tuple[list[Sentence], Scheme]]
 class ConllArguments(HoldOutArguments):
     """Which sentences, and from where."""
 
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "CoNLL file: a word per line, its label in the last column. Left out: the generated set."},
+    train_file: str | None = flag(
+        None, "CoNLL file: a word per line, its label in the last column. Left out: the generated set."
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "CoNLL file; left out, a share of the training sentences is held out."}
-    )
-    test_file: str | None = field(default=None, metadata={"help": "CoNLL file that the results are about."})
-    shifted_file: str | None = field(
-        default=None, metadata={"help": "CoNLL file of unfamiliar text, reported beside the test file."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub dataset with splits train, test and perhaps validation."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    text_column: str = field(default="tokens", metadata={"help": "The hub dataset's column of words."})
-    label_column: str = field(default="ner_tags", metadata={"help": "The hub dataset's column of labels."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer sentences are cut to so many pieces."})
+    validation_file: str | None = flag(None, "CoNLL file; left out, a share of the training sentences is held out.")
+    test_file: str | None = flag(None, "CoNLL file that the results are about.")
+    shifted_file: str | None = flag(None, "CoNLL file of unfamiliar text, reported beside the test file.")
+    dataset_name: str | None = flag(None, "Hub dataset with splits train, test and perhaps validation.")
+    dataset_config_name: str | None = flag(None, "Configuration of that dataset.")
+    text_column: str = flag("tokens", "The hub dataset's column of words.")
+    label_column: str = flag("ner_tags", "The hub dataset's column of labels.")
+    max_seq_length: int = flag(128, "Longer sentences are cut to so many pieces.")
 
     def __post_init__(self) -> None:
         """Refuse sources that exclude each other, and half of a pair of files."""
@@ -117,18 +110,14 @@ def load_conll_data(
             sets["shifted"] = [replace(sentence, group="shifted") for sentence in sets["shifted"]]
         return sets
 
+    def hashes(sentences: list[Sentence]) -> Hashes:
+        return row_hashes(" ".join(sentence.words) for sentence in sentences)
+
     sets, rows = hold_out(
-        make,
-        args,
-        seed,
-        history,
-        task="conll",
-        noun="Sentences",
-        text_of=lambda sentence: " ".join(sentence.words),
-        source=named.get("train"),
-        held_out=("validation", "test") if args.is_generated else ("validation",),
-        given=named,
-    )
+        make, args, seed, history, task="conll", noun="Sentences", hashes=hashes,
+        source=hashes(named["train"]) if named else None,
+        held_out=("validation", "test") if args.is_generated else ("validation",), given=named,
+    )  # fmt: skip
     data = ConllData(sets, {name: scheme for name, (_, scheme) in labelled.items()}, rows)
     if len(data.labels) < 2:
         raise ValueError("Every label of the data is O: there is no entity to find.")

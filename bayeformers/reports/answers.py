@@ -11,7 +11,7 @@ from ..metrics import UndefinedMetricError, aurc, bootstrap_ci, ood_auroc, paire
 from ..tasks.answers import Answers
 from ..tasks.squad import UNANSWERABLE, Question
 from .comparison import Comparison, ReportedSet
-from .plots import GREY, group_histograms, risk_coverage
+from .plots import ALEATORIC, EPISTEMIC, group_histograms, page, risk_coverage
 from .report import format_table
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class AnswerComparison(Comparison):
             is_unanswerable = np.array([question.group == UNANSWERABLE for question in self.questions[self.test]])
             told.append(("unanswerable questions", no_answer, is_unanswerable))
         for shifted in others[:1]:
-            both = {
-                name: np.concatenate([doubts[name], more]) for name, more in shifted.doubts.items() if name in doubts
-            }
+            more = {name: of for name, of in shifted.doubts.items() if name in doubts}
+            both = {name: np.concatenate([doubts[name], of]) for name, of in more.items()}
             told.append(("shifted questions", both, np.repeat([0, 1], [len(test), len(shifted)])))
         return told
 
@@ -85,10 +84,8 @@ class AnswerComparison(Comparison):
         self, *, title: str, caption: str = "", aleatoric_reference: tuple[float, str] | None = None, **options: Any
     ) -> Figure:
         """Two panels of refusing, by exact match and by F1; two of the last method's uncertainty by group."""
-        from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
-        figure = Figure(**{"figsize": (12, 10.7), "layout": "constrained", **options})
-        (left, right), (aleatoric, epistemic) = figure.subplots(2, 2)
+        figure, panels = page(title, 2, 2, caption=caption, **{"figsize": (12, 10.7), **options})
+        left, right, aleatoric, epistemic = panels
         test = {name: sets[self.test] for name, sets in self.methods.items()}
         confidence = {name: answers.confidence for name, answers in test.items()}
         risk_coverage(left, confidence, {name: 1 - answers.exact_match for name, answers in test.items()})
@@ -100,30 +97,23 @@ class AnswerComparison(Comparison):
         masks = self.masks()
         groups: dict[str, Answers] = {group: sets[masks[group][0]][masks[group][1]] for group in self._disjoint()}
         group_histograms(
-            aleatoric,
-            {group: answers.aleatoric for group, answers in groups.items()},
-            title="What cannot be known: aleatoric uncertainty",
+            aleatoric, {group: of.aleatoric for group, of in groups.items()}, title=ALEATORIC,
             explanation=f"{name}: mean entropy of the draws over spans and no answer.",
-            xlabel="mean span entropy of the draws, in nats",
-            reference=aleatoric_reference,
-        )
+            xlabel="mean span entropy of the draws, in nats", reference=aleatoric_reference,
+        )  # fmt: skip
         group_histograms(
-            epistemic,
-            {group: answers.epistemic for group, answers in groups.items()},
-            title="What it has not learned: epistemic uncertainty",
+            epistemic, {group: of.epistemic for group, of in groups.items()}, title=EPISTEMIC,
             explanation=f"{name}: its draws disagree; should be large on unfamiliar questions.",
             xlabel="mutual information of span and weights, in nats",
-        )
-        figure.suptitle(title, fontsize=14)
-        figure.supxlabel(caption, fontsize=9.5, color=GREY)
+        )  # fmt: skip
         return figure
 
 
 def _reported(rows: Sequence[Question]) -> ReportedSet:
     """Questions with the columns that a CSV file has of them."""
     columns = {"id": [row.id for row in rows], "group": [row.group for row in rows]}
-    columns |= {"question": [row.text for row in rows]}
-    columns |= {"truths": [" | ".join(dict.fromkeys(row.truths)) for row in rows]}
+    columns["question"] = [row.text for row in rows]
+    columns["truths"] = [" | ".join(dict.fromkeys(row.truths)) for row in rows]
     return ReportedSet(len(rows), groups=columns["group"], columns=columns)
 
 
@@ -149,11 +139,11 @@ def _difference(first: Answers, second: Answers) -> dict[str, dict[str, float]]:
     }
     if not reachable.any():
         del compared["nll"]
-    differences = {
+    found = {
         name: _interval("difference", paired_bootstrap, metric, arrays(first), arrays(second))
         for name, (metric, arrays) in compared.items()
     }
-    return {name: ends for name, ends in differences.items() if ends}
+    return {name: ends for name, ends in found.items() if ends}
 
 
 def _mean(values: Any) -> float:

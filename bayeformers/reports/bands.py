@@ -1,6 +1,6 @@
 """Bands of a regression on one input: mean, noise and doubt of several methods as numbers, as CSV and as a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..predictive import Predictive
 from .comparison import csv_prefix, write_rows
-from .plots import GREY, METHOD_COLOURS
+from .plots import GREY, METHOD_COLOURS, page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ class Bands:
         centre: float = 0.0,
         scale: float = 1.0,
     ) -> "Bands":
-        """The bands of a model whose targets were standardised: y = centre + scale * target.
+        """Return the bands, in the data's units, of a model of standardised targets: y = centre + scale * target.
 
         Args:
             predictive: of a regression, in standardised units.
@@ -62,9 +62,6 @@ class Bands:
             functions: drawn mean functions, standardised, (S, N).
             centre: of the data.
             scale: of the data.
-
-        Returns:
-            The bands, in the data's units.
         """
         log_prob = None if targets is None else _array(predictive.log_prob(targets)) - np.log(scale)
         return cls(
@@ -98,18 +95,14 @@ class Bands:
     def report(
         self, y: Array, groups: NDArray[Any], *, noise_std: Array | None = None, reference: "Bands | None" = None
     ) -> dict[str, dict[str, float]]:
-        """Scores on each group of observations, in order of appearance.
+        """Return ``nll`` (if ``log_prob`` is known), ``coverage`` of the 95 % band, ``rmse`` and root mean variances.
 
         Args:
             y: the observations, (N,).
-            groups: the name of the group that each belongs to, (N,).
+            groups: the name of the group that each belongs to, (N,); each is scored, in order of appearance.
             noise_std: the true noise, (N,), for ``noise_error``: the mean of |aleatoric / true noise - 1|.
             reference: bands of the right posterior at the same inputs, for ``epistemic_ratio`` (of root mean epistemic
                 variances) and ``mean_gap`` (root mean square difference of the means).
-
-        Returns:
-            By group ``nll`` (where ``log_prob`` is known), ``coverage`` of the 95 % band, ``rmse``, and root mean
-            variances.
         """
         reports = {}
         for name in dict.fromkeys(groups.tolist()):
@@ -140,9 +133,8 @@ def write_bands(path: str | Path, x: Array, methods: Mapping[str, Bands]) -> Non
     """The bands of every method along the axis as CSV: a row for each x (N,), three columns for each method."""
     columns: dict[str, Array] = {"x": x}
     for name, bands in methods.items():
-        prefix = csv_prefix(name)
         parts = {"mean": bands.mean, "epistemic_std": bands.epistemic, "aleatoric_std": bands.aleatoric}
-        columns |= {f"{prefix}:{part}": values for part, values in parts.items()}
+        columns |= {f"{csv_prefix(name)}:{part}": values for part, values in parts.items()}
     write_rows(path, ({key: f"{values[row]:.6g}" for key, values in columns.items()} for row in range(len(x))))
 
 
@@ -157,7 +149,7 @@ def bands_figure(
     observations: Array | None = None,
     columns: int = 3,
 ) -> "Figure":
-    """A panel for each method, all on the same axes.
+    """Draw a panel for each method, all on the same axes.
 
     Args:
         x: the inputs along the axis, (N,).
@@ -173,11 +165,8 @@ def bands_figure(
     Returns:
         The figure, for `save_figure`.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
     rows = -(-len(methods) // columns)
-    figure = Figure(figsize=(13, 0.9 + 3.2 * rows), layout="constrained")
-    axes: Sequence[Axes] = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    figure, axes = page(title, rows, columns, figsize=(13, 0.9 + 3.2 * rows), sharex=True, sharey=True)
     for panel, (name, bands) in zip(axes, methods.items(), strict=False):
         _panel(panel, x, bands, points, truth)
         panel.set_title(f"{name}\n", fontsize=11, fontweight="bold", loc="left")
@@ -190,7 +179,6 @@ def bands_figure(
     axes[0].set(xlim=(x[0], x[-1]), ylim=(low - margin, high + margin))
     handles, labels = axes[min(1, len(methods) - 1)].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
-    figure.suptitle(title, fontsize=14)
     return figure
 
 

@@ -58,15 +58,12 @@ def standard_report(predictions: Any, labels: ArrayLike | None = None) -> dict[s
 def prediction_columns(
     predictions: Any, labels: Sequence[Any] | None, label_names: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
-    """CSV columns of one method: its decision and whether it is right, or its mean; and its uncertainties.
+    """Return CSV columns of one method: its decision and whether it is right, or its mean; and its uncertainties.
 
     Args:
         predictions: on N inputs.
         labels: (N,) class numbers; None where there are none.
         label_names: of the classes; without them classes are numbers.
-
-    Returns:
-        Columns by name, N values each.
     """
     columns: dict[str, list[Any]] = {}
     values: dict[str, Any] = {"mean": getattr(predictions, "mean", None), "variance": predictions.total}
@@ -182,7 +179,10 @@ class Comparison:
         """What was chosen, and by which rows (``source``); scores by group; uncertainties; telling the second set."""
         parts = [self._chosen_table(source)] if self.chosen else []
         for group in self.masks():
-            rows = {name: _scores(report["groups"][group]) for name, report in reports.items()}
+            rows = {
+                name: {key: value for key, value in report["groups"][group].items() if key not in SPREADS}
+                for name, report in reports.items()
+            }
             if any(rows.values()):
                 kind = "test set" if group == self.whole else self.noun
                 heading = group if group.endswith(self.noun) else f"{group} {kind}"
@@ -191,7 +191,9 @@ class Comparison:
             if any(ends.values()):
                 parts.append(format_table(ends, corner="95 % intervals (bootstrap over inputs)"))
         split = {name: report for name, report in reports.items() if name not in self.baselines}
-        parts.append(format_table(self._spread_rows(split), corner="uncertainty (means per group)"))
+        apart = {f"{name}: {of}": report["groups"][of] for name, report in split.items() for of in self._disjoint()}
+        spreads = {heading: {key: row[key] for key in row if key in SPREADS} for heading, row in apart.items()}
+        parts.append(format_table(spreads, corner="uncertainty (means per group)"))
         told = {name: report["ood_auroc"] for name, report in split.items() if "ood_auroc" in report}
         if told:
             parts.append(format_table(told, corner=f"AUROC of telling {list(self.sets)[1]} {self.noun}, by"))
@@ -214,10 +216,6 @@ class Comparison:
         """By method, why its uncertainties should not be believed, where there is something to say."""
         return {name: chosen["beware"] for name, chosen in self.chosen.items() if chosen.get("beware")}
 
-    def _spread_rows(self, reports: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-        apart = {f"{name}: {of}": report["groups"][of] for name, report in reports.items() for of in self._disjoint()}
-        return {heading: {key: row[key] for key in row if key in SPREADS} for heading, row in apart.items()}
-
     def _disjoint(self) -> list[str]:
         """The groups without the whole, where it has several."""
         groups = list(self.masks())
@@ -233,15 +231,13 @@ class Comparison:
             columns: dict[str, Sequence[Any]] = {"set": [name] * part.size}
             columns |= {column: part.columns.get(column, [""] * part.size) for column in shared}
             if any(each.labels is not None for each in self.sets.values()):
-                columns["label"] = [self._label(label) for label in labels or [""] * part.size]
+                names = self.label_names if labels and self.label_names else None
+                columns["label"] = [names[label] if names else label for label in labels or [""] * part.size]
             for method, predictions in self.methods.items():
                 own = self.columns(predictions[name], labels, self.label_names)
                 columns |= {f"{csv_prefix(method)}:{key}": values for key, values in own.items()}
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
-
-    def _label(self, label: Any) -> Any:
-        return self.label_names[label] if self.label_names and label != "" else label
 
     def figure(self, *, title: str, **options: Any) -> Figure | None:
         """All methods, each posterior taken apart, by `comparison_figure`; None without a posterior of classes."""
@@ -261,25 +257,21 @@ class Comparison:
     def write(
         self, folder: str | Path, results: Mapping[str, Any], figure: Figure | None, *, figure_name: str
     ) -> list[str]:
-        """Write results.json, predictions.csv and the figure, if there is one.
+        """Return the names of the files that it writes: results.json, predictions.csv and the figure, if there is one.
 
         Args:
             folder: made if it does not exist.
             results: what results.json holds.
             figure: of `figure`, or another.
             figure_name: the file's name.
-
-        Returns:
-            The names of the files.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", results)
         write_rows(folder / "predictions.csv", self.rows())
-        if figure is None:
-            return ["results.json", "predictions.csv"]
-        save_figure(figure, folder / figure_name)
-        return ["results.json", "predictions.csv", figure_name]
+        if figure is not None:
+            save_figure(figure, folder / figure_name)
+        return ["results.json", "predictions.csv", *([] if figure is None else [figure_name])]
 
 
 def csv_prefix(method: str) -> str:
@@ -290,17 +282,11 @@ def csv_prefix(method: str) -> str:
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a CSV file whose header is the keys of the first row."""
     with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            if writer is None:
+        for number, row in enumerate(rows):
+            if number == 0:
                 writer = csv.DictWriter(file, fieldnames=list(row))
                 writer.writeheader()
             writer.writerow(row)
-
-
-def _scores(report: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The scores of a report, without the mean uncertainties."""
-    return {name: value for name, value in report.items() if name not in SPREADS}
 
 
 def _number(key: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a conversion costs and buys: numbers and bytes of what is stored, and where training begins and goes."""
+"""What a conversion costs and buys: what is stored, where training begins and goes, how many weights are needed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,26 @@ from safetensors import safe_open
 from torch import nn
 
 from ..metrics import negative_log_likelihood
-from .plots import METHOD_COLOURS, METHOD_LINES, legend_below, panel_title, reliability_diagram, risk_coverage
+from .plots import (
+    GREY,
+    METHOD_COLOURS,
+    METHOD_LINES,
+    legend_below,
+    page,
+    panel_title,
+    reliability_diagram,
+    risk_coverage,
+)
 from .report import ClassPredictions, format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Sizes", "size_figure", "size_table", "start_figure"]
+__all__ = ["Sizes", "pruning_figure", "size_figure", "size_table", "start_figure"]
+
+_DECIBELS = (-60, 45)  # MOPED's least delta is 0.01: 40 dB
+_MARKED = 75.0  # % of the weights: the line of figure 4 of Blundell et al. 2015
 
 
 @dataclass(frozen=True)
@@ -43,25 +55,20 @@ class Sizes:
         """The sizes of a model that was saved to `folder`."""
         counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
         scales = sum(count for name, count in counts.items() if name.endswith("_rho"))
-        weights = sum(counts.values()) - scales
+        weights, stored = sum(counts.values()) - scales, 0
         files = sorted(Path(folder).glob("*.safetensors"))
-        stored = sum(_numbers(file) for file in files)
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                stored += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
         return cls(weights, scales, stored - weights - scales, sum(file.stat().st_size for file in files))
-
-
-def _numbers(file: Path) -> int:
-    with safe_open(file, framework="pt") as tensors:
-        return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
 
 
 def size_table(sizes: Mapping[str, Sizes], milliseconds: Mapping[str, float]) -> str:
     """Numbers and bytes by method, and milliseconds for an input."""
+    columns = {"weights": "weights", "scales": "scales", "other": "other numbers", "bytes": "bytes of files"}
     rows = {
         method: {
-            "weights": f"{of.weights:,}",
-            "scales": f"{of.scales:,}",
-            "other numbers": f"{of.other:,}",
-            "bytes of files": f"{of.bytes:,}",
+            **{column: f"{getattr(of, name):,}" for name, column in columns.items()},
             "ms per image": f"{milliseconds[method]:.3f}",
         }
         for method, of in sizes.items()
@@ -70,13 +77,9 @@ def size_table(sizes: Mapping[str, Sizes], milliseconds: Mapping[str, float]) ->
 
 
 def size_figure(
-    methods: Mapping[str, ClassPredictions],
-    labels: NDArray[Any],
-    sizes: Mapping[str, Sizes],
-    *,
-    title: str,
+    methods: Mapping[str, ClassPredictions], labels: NDArray[Any], sizes: Mapping[str, Sizes], *, title: str
 ) -> "Figure":
-    """Calibration, selective prediction, and likelihood against the size of the files.
+    """Draw calibration, selective prediction, and likelihood against the size of the files.
 
     Args:
         methods: predictions of each on one test set.
@@ -87,20 +90,18 @@ def size_figure(
     Returns:
         The figure, for `save_figure`.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(16, 6.2), layout="constrained")
-    first, second, third = figure.subplots(1, 3)
+    figure, (first, second, third) = page(title, 1, 3, figsize=(16, 6.2))
     reliability_diagram(first, {name: one.probs for name, one in methods.items()}, labels)
     confidence = {name: one.confidence for name, one in methods.items()}
     errors = {name: one.errors(labels) for name, one in methods.items()}
     risk_coverage(second, confidence, errors)
     second.set_xlim(left=min(_errorless(confidence[name], errors[name]) for name in methods) - 5)
-    for index, (name, marker) in enumerate(zip(methods, "oDs^v", strict=False)):  # hollow: two may coincide
-        style: dict[str, Any] = {"fillstyle": "none", "markersize": 10, "markeredgewidth": 2, "linestyle": "none"}
+    style: dict[str, Any] = {"fillstyle": "none", "markersize": 10, "markeredgewidth": 2, "linestyle": "none"}
+    for name, marker, colour in zip(methods, "oDs^v", METHOD_COLOURS, strict=False):  # hollow: two may coincide
         nll = negative_log_likelihood(methods[name].probs, labels)
-        third.plot(sizes[name].bytes / 1000, nll, marker=marker, color=METHOD_COLOURS[index], label=name, **style)
+        third.plot(sizes[name].bytes / 1000, nll, marker=marker, color=colour, label=name, **style)
     third.set(xscale="log", xlabel="kB of the files", ylabel="NLL of the test images, in nats")
     ticks = sorted({of.bytes / 1000 for of in sizes.values()})
     third.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
@@ -108,7 +109,6 @@ def size_figure(
     third.margins(x=0.3, y=0.3)
     panel_title(third, "What does it weigh, and what does that buy?", "Low and left is good.")
     legend_below(third)
-    figure.suptitle(title, fontsize=14)
     return figure
 
 
@@ -119,14 +119,9 @@ def _errorless(confidence: NDArray[Any], errors: NDArray[Any]) -> float:
 
 
 def start_figure(
-    curves: Mapping[str, Sequence[float]],
-    point_nll: float,
-    accuracies: Mapping[str, float],
-    count: int,
-    *,
-    title: str,
+    curves: Mapping[str, Sequence[float]], point_nll: float, accuracies: Mapping[str, float], count: int, *, title: str
 ) -> "Figure":
-    """Validation NLL by epoch from the converted network on, and test accuracies against the pretrained one's.
+    """Draw validation NLL by epoch from the converted network on, and test accuracies against the pretrained one's.
 
     Args:
         curves: by method, the NLL at the start and after each epoch.
@@ -138,15 +133,12 @@ def start_figure(
     Returns:
         The figure, for `save_figure`.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = page(title, 1, 2, figsize=(13, 5))
     left.axhline(point_nll, color=METHOD_COLOURS[5], linestyle=":", label=f"pretrained, no noise ({point_nll:.4f})")
-    for index, (name, values) in enumerate(curves.items()):
-        colour = METHOD_COLOURS[index]
-        left.plot(range(len(values)), values, "o", ms=4, label=name, color=colour, linestyle=METHOD_LINES[index])
+    for (name, values), colour, line in zip(curves.items(), METHOD_COLOURS, METHOD_LINES, strict=False):
+        left.plot(range(len(values)), values, "o", ms=4, label=name, color=colour, linestyle=line)
         best = 1 + int(np.argmin(values[1:]))
         left.plot(best, values[best], "o", markersize=11, fillstyle="none", color=colour)
     left.set(xlabel="epoch of the ELBO (0: converted, not yet trained)", ylabel="NLL of the validation images, in nats")
@@ -154,7 +146,6 @@ def start_figure(
     panel_title(left, "Does training the noise help?", "Averaged over draws; a ring marks the epoch that is kept.")
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     _accuracies(right, accuracies, count)
-    figure.suptitle(title, fontsize=14)
     return figure
 
 
@@ -173,3 +164,58 @@ def _accuracies(axes: "Axes", accuracies: Mapping[str, float], count: int) -> No
     axes.set_xlabel(f"accuracy on {count:,} test images, %")
     panel_title(axes, "Does it start where training ended?", "The conversion must not lose what the network knew.")
     axes.legend(fontsize=8, loc="lower left")
+
+
+def pruning_figure(
+    decibels: Mapping[str, NDArray[Any]],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    title: str,
+    caption: str = "",
+) -> "Figure":
+    """Draw density and distribution of signal-to-noise ratios, and accuracy against the share of removed weights.
+
+    Args:
+        decibels: by posterior, 20 log10(|mu| / sigma) of every weight that may be removed.
+        curves: by method, the first without noise: of each removed share its "share" and "accuracy", both in [0, 1].
+        title: heading of the page.
+        caption: foot of the page.
+
+    Returns:
+        The figure, for `save_figure`.
+    """
+    figure, panels = page(title, 1, 3, figsize=(16, 5.2), caption=caption)
+    density, distribution, accuracy = panels
+    for index, (name, values) in enumerate(decibels.items(), start=1):
+        clipped = np.sort(values.clip(*_DECIBELS))
+        weights = np.full(len(clipped), 100 / len(clipped))
+        shown: dict[str, Any] = {"label": name, "linewidth": 1.5, **_style(index)}
+        density.hist(clipped, _DECIBELS[1] - _DECIBELS[0], range=_DECIBELS, weights=weights, histtype="step", **shown)
+        step = max(1, len(clipped) // 2000)
+        distribution.plot(clipped[::step], np.cumsum(weights)[::step], **shown)
+    for axes in (density, distribution):
+        axes.set(xlim=_DECIBELS, xlabel="signal-to-noise ratio |μ| / σ, in dB (20 log10)")
+    density.set(ylabel="% of the weights in each dB", yscale="log", ylim=(0.01, 100))
+    density.yaxis.set_major_formatter("{x:g}")
+    panel_title(density, "How much of it is signal?", "At 0 dB the mean is as large as σ. At the left edge: all below.")
+    distribution.axhline(_MARKED, color=GREY, linestyle=":", linewidth=1, label=f"{_MARKED:g} % of the weights")
+    distribution.set(ylabel="% of the weights below", ylim=(0, 100))
+    panel_title(distribution, "What does a threshold remove?", "Read upwards: the share of weights left of a ratio.")
+    shares = [point["share"] for point in next(iter(curves.values()))]
+    for index, (name, curve) in enumerate(curves.items()):
+        percent = [100 * point["accuracy"] for point in curve]
+        accuracy.plot(range(len(percent)), percent, "o", markersize=4, label=name, **_style(index))
+    # at equal distances: what matters happens between 90 and 98 %
+    accuracy.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
+    accuracy.set(xlabel="% of the weights removed (not to scale)", ylabel="accuracy on test images, %")
+    accuracy.set(ylim=(-30, 104), yticks=range(0, 101, 20))  # room for the legend
+    panel_title(accuracy, "Which weights does it need?", "Higher is better; nothing is trained after the removal.")
+    for axes in panels:
+        axes.legend(fontsize=8, loc="lower left" if axes is accuracy else "upper left")
+    return figure
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Of network `index`, as in a comparison whose second method is the first network's temperature."""
+    place = index and index + 1
+    return {"color": METHOD_COLOURS[place], "linestyle": METHOD_LINES[place]}

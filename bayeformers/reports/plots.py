@@ -28,6 +28,22 @@ GROUP_COLOURS = ("#777777", "#CC79A7", "#D55E00", "#F0E442")
 GREY = "#666666"
 WARNING_COLOUR = "#D55E00"
 MEANINGLESS = "no meaning here, as the other panel says why."
+ALEATORIC, EPISTEMIC = "What cannot be known: aleatoric uncertainty", "What it has not learned: epistemic uncertainty"
+
+
+def page(
+    title: str, *shape: int, figsize: tuple[float, float], caption: str = "", **options: Any
+) -> tuple["Figure", list["Axes"]]:
+    """A figure with a heading and a foot, and its panels row by row; ``shape``: how many rows and columns, if any."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
+
+    share = {name: options.pop(name) for name in ("sharex", "sharey") if name in options}
+    figure = Figure(**{"figsize": figsize, "layout": "constrained", **options})
+    panels = list(figure.subplots(*shape, squeeze=False, **share).flat) if shape else []
+    figure.suptitle(title, fontsize=14)
+    if caption:
+        figure.supxlabel(caption, fontsize=9.5, color=GREY)
+    return figure, panels
 
 
 def reliability_diagram(
@@ -44,19 +60,17 @@ def reliability_diagram(
         bins = metrics.reliability_bins(probs, labels, num_bins, "mass")
         ece = metrics.expected_calibration_error(probs, labels)
         filled = bins.counts > 0
-        style = _method_style(index)
+        style = method_style(index)
         confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
         axes.plot(confidence, accuracy, "o", label=f"{name} (ECE {ece:.3f})", **style)
         lower, upper = wilson_interval(accuracy, bins.counts[filled])
         axes.vlines(confidence, lower, upper, color=style["color"], linewidth=1, alpha=0.5)
         lowest = min(lowest, float(confidence.min()), float(lower.min()))
     low = max(0.0, lowest - 0.05)
-    axes.set(
-        xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence: what the model says", ylabel="accuracy: what is true"
-    )
-    panel_title(
-        axes, "Is it right as often as it says?", "Below the diagonal: too sure of itself. Bars: 95 % intervals."
-    )
+    axes.set(xlim=(low, 1.01), ylim=(low, 1.01))
+    axes.set(xlabel="confidence: what the model says", ylabel="accuracy: what is true")
+    caption = "Below the diagonal: too sure of itself. Bars: 95 % intervals."
+    panel_title(axes, "Is it right as often as it says?", caption)
     legend_below(axes)
 
 
@@ -74,7 +88,7 @@ def risk_coverage(axes: "Axes", methods: Mapping[str, ArrayLike], errors: Mappin
         curve = metrics.risk_coverage_curve(confidence, errors[name])
         area = metrics.aurc(confidence, errors[name])
         label = f"{name} (AURC {area:.3f})"
-        axes.plot(100 * curve.coverage, 100 * curve.risk, label=label, **_method_style(index))
+        axes.plot(100 * curve.coverage, 100 * curve.risk, label=label, **method_style(index))
     axes.set(xlim=(0, 100), xlabel="% of inputs answered, surest first", ylabel="% of these answers wrong")
     axes.set_ylim(bottom=0)
     panel_title(axes, "Does refusing unsure answers help?", "Lower is better; at 100 % nothing is refused.")
@@ -122,7 +136,7 @@ def uncertainty_figure(
     caption: str = "",
     aleatoric_reference: tuple[float, str] | None = None,
 ) -> "Figure":
-    """Four panels on one page.
+    """Return four panels on one page.
 
     Args:
         methods: predictions of each method on one labelled test set; the first two panels compare them.
@@ -132,18 +146,9 @@ def uncertainty_figure(
         title: heading of the page.
         caption: foot of the page; the place to say what the groups are.
         aleatoric_reference: a value to mark in the aleatoric panel, such as a known true entropy, and its description.
-
-    Returns:
-        The figure.
     """
-    return comparison_figure(
-        methods,
-        labels,
-        {"Bayesian model": groups},
-        title=title,
-        caption=caption,
-        aleatoric_reference=aleatoric_reference,
-    )
+    text: dict[str, Any] = {"title": title, "caption": caption, "aleatoric_reference": aleatoric_reference}
+    return comparison_figure(methods, labels, {"Bayesian model": groups}, **text)
 
 
 def comparison_figure(
@@ -156,7 +161,7 @@ def comparison_figure(
     aleatoric_reference: tuple[float, str] | None = None,
     caveats: Mapping[str, Sequence[str]] | None = None,
 ) -> "Figure":
-    """Two panels that compare methods, and below them two for each posterior, all on the same scales.
+    """Return a page of two panels that compare methods, and below them two for each posterior, on the same scales.
 
     Args:
         methods: as in `uncertainty_figure`.
@@ -166,50 +171,28 @@ def comparison_figure(
         caption: as in `uncertainty_figure`.
         aleatoric_reference: as in `uncertainty_figure`.
         caveats: by posterior, why its division of the uncertainty means nothing; said in its panels.
-
-    Returns:
-        The figure.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
     height = 5.25 * (1 + len(posteriors)) + 0.15 * len(methods)
-    figure = Figure(figsize=(12, height), layout="constrained")
-    (reliability, risk), *rows = figure.subplots(1 + len(posteriors), 2, squeeze=False)
-    reliability_diagram(reliability, {name: method.probs for name, method in methods.items()}, labels)
-    risk_coverage(
-        risk,
-        {name: method.confidence for name, method in methods.items()},
-        {name: method.errors(labels) for name, method in methods.items()},
-    )
+    figure, panels = page(title, 1 + len(posteriors), 2, figsize=(12, height), caption=caption)
+    reliability_diagram(panels[0], {name: method.probs for name, method in methods.items()}, labels)
+    confidence = {name: method.confidence for name, method in methods.items()}
+    risk_coverage(panels[1], confidence, {name: method.errors(labels) for name, method in methods.items()})
     every_group = [group for groups in posteriors.values() for group in groups.values()]
     largest = max((float(np.quantile(_epistemic(group), 0.995)) for group in every_group), default=0.0)
-    for (name, groups), (aleatoric, epistemic) in zip(posteriors.items(), rows, strict=True):
+    for (name, groups), aleatoric, epistemic in zip(posteriors.items(), panels[2::2], panels[3::2], strict=True):
         beware = "; ".join((caveats or {}).get(name, ()))
+        says = MEANINGLESS if beware else "noise in the labels; more data would not help."
         group_histograms(
-            aleatoric,
-            {group: predictions.aleatoric for group, predictions in groups.items()},
-            title="What cannot be known: aleatoric uncertainty",
-            explanation=f"{name}: {MEANINGLESS}"
-            if beware
-            else f"{name}: noise in the labels; more data would not help.",
-            beware=bool(beware),
-            xlabel="mean entropy of the draws, in nats",
-            upper=_max_entropy(groups),
-            reference=aleatoric_reference,
-        )
+            aleatoric, {group: of.aleatoric for group, of in groups.items()}, title=ALEATORIC,
+            explanation=f"{name}: {says}", beware=bool(beware), xlabel="mean entropy of the draws, in nats",
+            upper=_max_entropy(groups), reference=aleatoric_reference,
+        )  # fmt: skip
+        says = f"{beware}." if beware else "its draws disagree; should be large on unfamiliar inputs."
         group_histograms(
-            epistemic,
-            {group: _epistemic(predictions) for group, predictions in groups.items()},
-            title="What it has not learned: epistemic uncertainty",
-            explanation=f"{name}: {beware}."
-            if beware
-            else f"{name}: its draws disagree; should be large on unfamiliar inputs.",
-            beware=bool(beware),
+            epistemic, {group: _epistemic(of) for group, of in groups.items()}, title=EPISTEMIC,
+            explanation=f"{name}: {says}", beware=bool(beware), upper=largest,
             xlabel="mutual information of prediction and weights, in nats",
-            upper=largest,
-        )
-    figure.suptitle(title, fontsize=14)
-    figure.supxlabel(caption, fontsize=9.5, color=GREY)
+        )  # fmt: skip
     return figure
 
 
@@ -244,7 +227,7 @@ def _max_entropy(groups: Mapping[str, ClassPredictions]) -> float:
     return float(np.log(max(group.probs.shape[1] for group in groups.values())))
 
 
-def _method_style(index: int) -> dict[str, Any]:
+def method_style(index: int) -> dict[str, Any]:
     """Colour and dashes together: curves that lie on each other stay visible."""
     line = METHOD_LINES[index % len(METHOD_LINES)]
     return {"color": METHOD_COLOURS[index % len(METHOD_COLOURS)], "linestyle": line, "markersize": 4}

@@ -15,13 +15,7 @@ from .report import ClassPredictions, RegressionPredictions
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """Predictions by set after the fit.
-
-    Attributes:
-        name: what was fitted: ``temperature``, or ``fitted_noise`` of a regression.
-        value: T, or a standard deviation in the labels' unit.
-        predictions: by set.
-    """
+    """Predictions by set after the fit of a ``temperature``, or of a regression's ``fitted_noise``; and its value."""
 
     name: str
     value: float
@@ -29,15 +23,12 @@ class Recalibrated:
 
 
 def recalibrate(predictions: Mapping[str, Any], labels: ArrayLike, *, by: str = "validation") -> Recalibrated:
-    """Temperature scaling: softmax(logits / T) with the T of least NLL on one set; in a regression the noise's std.
+    """Return softmax(logits / T) with the T of least NLL on one set; of a regression, the noise's standard deviation.
 
     Args:
         predictions: of a point estimate, by set.
         labels: of the set that chooses, (N,).
         by: that set's name.
-
-    Returns:
-        What was fitted, and the predictions by it.
 
     >>> point = {"validation": ClassPredictions(np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.9, 0.1]]))}
     >>> found = recalibrate(point, [0, 1, 0, 1])
@@ -47,10 +38,8 @@ def recalibrate(predictions: Mapping[str, Any], labels: ArrayLike, *, by: str = 
     truth, held_out = np.asarray(labels), predictions[by]
     if isinstance(held_out, RegressionPredictions):
         std = float(np.sqrt(np.mean((held_out.mean - truth) ** 2)))
-        fitted: dict[str, Any] = {
-            name: RegressionPredictions(value.mean, np.full(value.mean.shape, std**2))
-            for name, value in predictions.items()
-        }
+        means = {name: value.mean for name, value in predictions.items()}
+        fitted = {name: RegressionPredictions(mean, np.full(mean.shape, std**2)) for name, mean in means.items()}
         return Recalibrated("fitted_noise", std, fitted)
     temperature = fit_temperature(np.log(held_out.probs.clip(1e-300)), truth)
     scaled = {name: ClassPredictions(tempered(value.probs, temperature)) for name, value in predictions.items()}

@@ -64,53 +64,41 @@ class ClassPredictions:
 
 
 def classification_report(predictions: ClassPredictions, labels: ArrayLike | None = None) -> dict[str, float | None]:
-    """Scores against the labels (N,), if there are any, and mean entropies.
-
-    Returns:
-        Numbers by name; None for a metric without a value.
+    """Return scores against the labels (N,), if there are any, and mean entropies; None for a metric without a value.
 
     >>> predictions = ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4]]))
     >>> {name: round(value, 2) for name, value in classification_report(predictions, [0, 1, 1]).items()}
     {'accuracy': 0.67, 'matthews': 0.5, 'nll': 0.46, 'ece': 0.33, 'brier': 0.31, 'aurc': 0.11, 'error_auroc': 1.0,
     'entropy': 0.54, 'aleatoric': 0.54, 'epistemic': 0.0}
     """
-    scores = {} if labels is None else _scores(predictions, np.asarray(labels))
-    epistemic = 0.0 if predictions.epistemic is None else float(predictions.epistemic.mean())
-    entropies = {"entropy": float(predictions.total.mean()), "aleatoric": float(predictions.aleatoric.mean())}
-    return {**scores, **entropies, "epistemic": epistemic}
-
-
-def _scores(predictions: ClassPredictions, labels: NDArray[Any]) -> dict[str, float | None]:
     from sklearn.metrics import matthews_corrcoef
 
-    probs = predictions.probs
+    epistemic = 0.0 if predictions.epistemic is None else float(predictions.epistemic.mean())
+    spread: dict[str, float | None] = {"entropy": float(predictions.total.mean())}
+    spread |= {"aleatoric": float(predictions.aleatoric.mean()), "epistemic": epistemic}
+    if labels is None:
+        return spread
+    probs, truth, errors = predictions.probs, np.asarray(labels), predictions.errors(labels)
+    told_apart = 0 < errors.mean() < 1  # else all or none are wrong
     return {
-        "accuracy": metrics.accuracy(probs, labels),
-        "matthews": float(matthews_corrcoef(labels, probs.argmax(1))),
-        "nll": metrics.negative_log_likelihood(probs, labels),
-        "ece": metrics.expected_calibration_error(probs, labels),
-        "brier": metrics.brier_score(probs, labels),
-        "aurc": metrics.aurc(predictions.confidence, predictions.errors(labels)),
-        "error_auroc": _error_auroc(predictions, labels),
+        "accuracy": metrics.accuracy(probs, truth),
+        "matthews": float(matthews_corrcoef(truth, probs.argmax(1))),
+        "nll": metrics.negative_log_likelihood(probs, truth),
+        "ece": metrics.expected_calibration_error(probs, truth),
+        "brier": metrics.brier_score(probs, truth),
+        "aurc": metrics.aurc(predictions.confidence, errors),
+        "error_auroc": metrics.error_auroc(predictions.confidence, errors) if told_apart else None,
+        **spread,
     }
 
 
-def _error_auroc(predictions: ClassPredictions, labels: NDArray[Any]) -> float | None:
-    """None where all or none are wrong: there is nothing to tell apart."""
-    errors = predictions.errors(labels)
-    return metrics.error_auroc(predictions.confidence, errors) if 0 < errors.mean() < 1 else None
-
-
 def majority_predictions(labels: ArrayLike, num_classes: int, num_examples: int) -> ClassPredictions:
-    """What one says without looking: every input gets the frequencies of the training labels.
+    """Return what one says without looking, (M, C): every input gets the frequencies of the training labels.
 
     Args:
         labels: of training, (N,).
         num_classes: C.
         num_examples: how many inputs are predicted, M.
-
-    Returns:
-        Probabilities (M, C).
 
     >>> majority_predictions([1, 1, 0, 1], 2, 1).probs
     array([[0.25, 0.75]])
@@ -136,10 +124,8 @@ class RegressionPredictions:
 
     def __getitem__(self, index: NDArray[Any]) -> "RegressionPredictions":
         """The predictions on some of the examples, by a mask or by positions."""
-        aleatoric = np.broadcast_to(self.aleatoric, self.mean.shape)[index]
-        return RegressionPredictions(
-            self.mean[index], aleatoric, None if self.epistemic is None else self.epistemic[index]
-        )
+        aleatoric, epistemic = np.broadcast_to(self.aleatoric, self.mean.shape)[index], self.epistemic
+        return RegressionPredictions(self.mean[index], aleatoric, None if epistemic is None else epistemic[index])
 
     @property
     def ood_scores(self) -> dict[str, NDArray[np.floating[Any]]]:
@@ -148,12 +134,9 @@ class RegressionPredictions:
 
 
 def regression_report(predictions: RegressionPredictions, labels: ArrayLike | None = None) -> dict[str, float | None]:
-    """Scores against the labels (N,), if there are any, and standard deviations (roots of mean variances).
+    """Return scores against the labels (N,), if there are any, and standard deviations (roots of mean variances).
 
     The NLL is that of a Gaussian with the predictive mean and variance; AURC ranks squared errors by that variance.
-
-    Returns:
-        Numbers by name.
 
     >>> predictions = RegressionPredictions(np.array([1.0, 2.0]), np.array(0.25), np.array([0.0, 0.5]))
     >>> regression_report(predictions, [1.0, 3.0])["rmse"]
@@ -168,12 +151,8 @@ def regression_report(predictions: RegressionPredictions, labels: ArrayLike | No
     if labels is None:
         return spread
     found = np.asarray(labels)
-    scores: dict[str, float | None] = {
-        "rmse": _rmse(predictions, found),
-        "nll": _gaussian_nll(predictions, found),
-        "aurc": metrics.aurc(-predictions.total, (predictions.mean - found) ** 2),
-    }
-    return {**scores, **spread}
+    scores: dict[str, float | None] = {"rmse": _rmse(predictions, found), "nll": _gaussian_nll(predictions, found)}
+    return {**scores, "aurc": metrics.aurc(-predictions.total, (predictions.mean - found) ** 2), **spread}
 
 
 def _rmse(predictions: RegressionPredictions, labels: NDArray[Any]) -> float:
@@ -187,22 +166,20 @@ def _gaussian_nll(predictions: RegressionPredictions, labels: NDArray[Any]) -> f
 
 Predictions = TypeVar("Predictions", ClassPredictions, RegressionPredictions)
 
-_CLASS_SCORES: dict[str, Callable[[ClassPredictions, NDArray[Any]], float]] = {
+Score = Callable[[Any, NDArray[Any]], float]
+_CLASS_SCORES: dict[str, Score] = {
     "accuracy": lambda found, labels: metrics.accuracy(found.probs, labels),
     "nll": lambda found, labels: metrics.negative_log_likelihood(found.probs, labels),
     "ece": lambda found, labels: metrics.expected_calibration_error(found.probs, labels),
     "error_auroc": lambda found, labels: metrics.error_auroc(found.confidence, found.errors(labels)),
 }
-_NUMBER_SCORES: dict[str, Callable[[RegressionPredictions, NDArray[Any]], float]] = {
-    "rmse": lambda found, labels: _rmse(found, labels),
-    "nll": lambda found, labels: _gaussian_nll(found, labels),
-}
+_NUMBER_SCORES: dict[str, Score] = {"rmse": _rmse, "nll": _gaussian_nll}
 
 
 def bootstrap_intervals(
     predictions: ClassPredictions | RegressionPredictions, labels: ArrayLike, *, num_resamples: int = 300, seed: int = 0
 ) -> dict[str, Interval | None]:
-    """95 % bootstrap intervals over examples of the main scores.
+    """Return 95 % bootstrap intervals, over examples, of the main scores; None where too few resamples have a value.
 
     Args:
         predictions: on N examples.
@@ -210,38 +187,26 @@ def bootstrap_intervals(
         num_resamples: how often the examples are drawn again.
         seed: of these draws.
 
-    Returns:
-        Ends by score; None where too few resamples have a value.
-
     >>> intervals = bootstrap_intervals(ClassPredictions(np.array([[0.9, 0.1], [0.3, 0.7]] * 8)), [0, 0] * 8)
     >>> intervals["accuracy"]["low"] < 0.5 < intervals["accuracy"]["high"]
     True
     """
-    scores: dict[str, Callable[[Any, NDArray[Any]], float]] = dict(
-        _CLASS_SCORES if isinstance(predictions, ClassPredictions) else _NUMBER_SCORES
-    )
+    scores = _CLASS_SCORES if isinstance(predictions, ClassPredictions) else _NUMBER_SCORES
     found = np.asarray(labels)
     return {name: _interval(score, predictions, found, num_resamples, seed) for name, score in scores.items()}
 
 
-def _interval(
-    score: Callable[[Any, NDArray[Any]], float], predictions: Any, labels: NDArray[Any], num_resamples: int, seed: int
-) -> Interval | None:
-    def of(rows: NDArray[Any]) -> float:
-        return score(predictions[rows], labels[rows])
-
+def _interval(score: Score, predictions: Any, labels: NDArray[Any], num_resamples: int, seed: int) -> Interval | None:
+    rows, how = np.arange(len(labels)), {"num_resamples": num_resamples, "seed": seed}
     try:
-        one = metrics.bootstrap_ci(of, np.arange(len(labels)), num_resamples=num_resamples, seed=seed)
+        one = metrics.bootstrap_ci(lambda rows: score(predictions[rows], labels[rows]), rows, **how)
     except metrics.UndefinedMetricError:
         return None
     return {"low": one.low, "high": one.high}
 
 
 def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
-    """AUROC of telling ``outside`` from ``inside`` by each score that the predictions have.
-
-    Returns:
-        AUROC by score.
+    """Return by score of the predictions its AUROC of telling ``outside`` from ``inside``.
 
     >>> sure, unsure = ClassPredictions(np.array([[0.9, 0.1]])), ClassPredictions(np.array([[0.5, 0.5]]))
     >>> ood_report(sure, unsure)
@@ -253,15 +218,12 @@ def ood_report(inside: Predictions, outside: Predictions) -> dict[str, float]:
 
 
 def format_table(rows: Mapping[str, Row], *, corner: str = "", digits: int = 3) -> str:
-    """A plain-text table: a line per row, the columns of all rows in order of appearance; "-" where there is no value.
+    """Return a text table: a line per row, the columns of all rows in order of appearance; "-" where there is no value.
 
     Args:
         rows: by label, values by column; text stands as it is.
         corner: heading of the labels.
         digits: decimals of a number.
-
-    Returns:
-        The lines, without a last line feed.
 
     >>> print(format_table({"point": {"nll": 0.5}, "Bayesian": {"nll": 0.4, "epistemic": 0.1}}, corner="method"))
     method       nll  epistemic
@@ -271,14 +233,11 @@ def format_table(rows: Mapping[str, Row], *, corner: str = "", digits: int = 3) 
     """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     first = max(map(len, [corner, *rows]))
-    shown = {label: {name: _cell(row.get(name), digits) for name in columns} for label, row in rows.items()}
-    widths = {  # room for a sign
-        name: max(len(name), digits + 3, *(len(row[name]) for row in shown.values())) for name in columns
-    }
-    header = "  ".join([corner.ljust(first), *(name.rjust(widths[name]) for name in columns)])
-    lines = [
-        "  ".join([label.ljust(first), *(row[name].rjust(widths[name]) for name in columns)])
-        for label, row in shown.items()
+    cells = [columns, *([_cell(row.get(name), digits) for name in columns] for row in rows.values())]
+    widths = [max(digits + 3, *map(len, column)) for column in zip(*cells, strict=True)]  # room for a sign
+    header, *lines = [
+        "  ".join([label.ljust(first), *(cell.rjust(width) for cell, width in zip(row, widths, strict=True))])
+        for label, row in zip([corner, *rows], cells, strict=True)
     ]
     return "\n".join([header, "-" * len(header), *lines])
 

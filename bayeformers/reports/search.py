@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from .plots import GREY, METHOD_COLOURS, panel_title
+from .plots import GREY, METHOD_COLOURS, page, panel_title
 from .report import format_table
 
 if TYPE_CHECKING:
@@ -37,9 +38,8 @@ def setting_text(value: Any) -> str:
 
 def trials_table(rows: Sequence[TrialRow]) -> str:
     """All trials, best first, those without an end last."""
-    ordered = sorted(rows, key=lambda row: (row["state"] != "complete", row["validation_nll"]))
     shown = {}
-    for row in ordered:
+    for row in sorted(rows, key=lambda row: (row["state"] != "complete", row["validation_nll"])):
         note = "pruned" if row["state"] == "pruned" else "defaults" if row["is_default"] else ""
         setting = {name: setting_text(row["setting"][name]) for name in NAMES if name in row["setting"]}
         numbers = {"validation NLL": f"{row['validation_nll']:.4f}", "steps": str(row["steps"])}
@@ -91,14 +91,16 @@ def promised(results: Mapping[str, Any]) -> float:
 
 def search_figure(results: Mapping[str, Any]) -> Figure:
     """One page, from ``task``, ``trials``, ``space``, ``importances``, and with a confirmation what belongs to it."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
     rows: list[TrialRow] = results["trials"]
     searched = [name for name in NAMES if results["space"].get(name)]
     panels = 1 + len(searched) + ("confirmation" in results)
     lines = math.ceil(panels / _COLUMNS_OF_PAGE)
-    figure = Figure(figsize=(13, 4.1 * lines + 0.5), layout="constrained")
-    grid = figure.subplots(lines, _COLUMNS_OF_PAGE, squeeze=False).flatten().tolist()
+    caption = (
+        "NLL in nats, lower is better.  star: the defaults, as the flags give them.  cross: pruned, at the least NLL "
+        "that it reported.  arrow: above the panel."
+    )
+    title = f"Which setting predicts best? Task {results['task']}, {len(rows)} trials"
+    figure, grid = page(title, lines, _COLUMNS_OF_PAGE, figsize=(13, 4.1 * lines + 0.5), caption=caption)
     limits = _limits(rows)
     _history(grid[0], rows, limits)
     for axes, name in zip(grid[1:], searched, strict=False):
@@ -107,13 +109,6 @@ def search_figure(results: Mapping[str, Any]) -> Figure:
         _confirmation(grid[panels - 1], results)
     for axes in grid[panels:]:
         axes.set_axis_off()
-    figure.suptitle(f"Which setting predicts best? Task {results['task']}, {len(rows)} trials", fontsize=14)
-    figure.supxlabel(
-        "NLL in nats, lower is better.  star: the defaults, as the flags give them.  cross: pruned, at the least NLL "
-        "that it reported.  arrow: above the panel.",
-        fontsize=9.5,
-        color=GREY,
-    )
     return figure
 
 
@@ -141,13 +136,10 @@ def _points(axes: Axes, rows: Sequence[TrialRow], places: Sequence[Any], limits:
 def _history(axes: Axes, rows: Sequence[TrialRow], limits: tuple[float, float]) -> None:
     """The objective against the order of the trials, and the best so far."""
     order = [row["number"] for row in rows]
-    best, least = [], math.inf
-    for row in rows:
-        least = min(least, row["validation_nll"]) if row["state"] == "complete" else least
-        best.append(least)
+    best = list(accumulate((row["validation_nll"] if row["state"] == "complete" else math.inf for row in rows), min))
     own = next(row["validation_nll"] for row in rows if row["is_default"])
     axes.axhline(own, color=ORANGE, linestyle="--", linewidth=1, label=f"defaults ({own:.4f})")
-    axes.step(order, best, where="post", color=GREEN, linewidth=2, label=f"best so far ({least:.4f})")
+    axes.step(order, best, where="post", color=GREEN, linewidth=2, label=f"best so far ({best[-1]:.4f})")
     _points(axes, rows, order, limits)
     axes.set_xlabel("number of the trial")
     axes.locator_params(axis="x", integer=True)

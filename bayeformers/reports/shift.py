@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from ..metrics import UndefinedMetricError, error_auroc
-from .plots import GREY, METHOD_COLOURS, panel_title
+from .plots import METHOD_COLOURS, page, panel_title
 from .report import ClassPredictions, format_table
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["ShiftCurve", "rank_agreement", "shift_figure", "shift_tables"]
 
 _EPISTEMIC, _ALEATORIC, _ERROR = METHOD_COLOURS[4], METHOD_COLOURS[0], METHOD_COLOURS[5]
-
-
 CAPTION = (
     "epistemic: mutual information of label and weights, the draws disagree.  aleatoric: mean entropy of a draw.  "
     "A deterministic network has one entropy only."
@@ -67,9 +65,8 @@ def shift_tables(degrees: Sequence[float], curves: Mapping[str, ShiftCurve]) -> 
     tables = []
     for method, curve in curves.items():
         names = ["error", "entropy", *(["epistemic", "aleatoric"] if "epistemic" in curve.agreement else [])]
-        rows = {
-            f"{angle:g}": {name: float(getattr(curve, name)[i]) for name in names} for i, angle in enumerate(degrees)
-        }
+        values = zip(*(getattr(curve, name).tolist() for name in names), strict=True)
+        rows = {f"{angle:g}": dict(zip(names, of, strict=True)) for angle, of in zip(degrees, values, strict=True)}
         tables.append(format_table(rows, corner=f"{method}: degrees"))
     scores = {f"{method}: {score}": of for method, curve in curves.items() for score, of in curve.agreement.items()}
     return [*tables, format_table(scores, corner="rank correlation with the error, between")]
@@ -113,7 +110,7 @@ def shift_figure(
     strip_title: str,
     caption: str = CAPTION,
 ) -> "Figure":
-    """Curves against the angle for each method, and below them one image at each angle with its probabilities.
+    """Draw curves against the angle for each method, and below them one image at each angle with its probabilities.
 
     Args:
         degrees: angles, (A,).
@@ -128,19 +125,14 @@ def shift_figure(
     Returns:
         The figure, for `save_figure`.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
-    figure = Figure(figsize=(5 * len(curves) + 1, 9.5), layout="constrained")
-    pages: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05))
-    upper, lower = pages
+    figure, _ = page(title, figsize=(5 * len(curves) + 1, 9.5), caption=caption)
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.05)))
     top = 1.05 * max(float(curve.entropy.max()) for curve in curves.values())
     panels = upper.subplots(1, len(curves), squeeze=False)[0]
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         _curve(axes, degrees, name, curve, top)
     _strip(lower, [f"{angle:g}°" for angle in degrees], strip, probs, class_names)
     lower.suptitle(strip_title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-    figure.suptitle(title, fontsize=14)
-    figure.supxlabel(caption, fontsize=9.5, color=GREY)
     return figure
 
 
@@ -150,9 +142,8 @@ def _curve(axes: "Axes", degrees: Sequence[float], name: str, curve: ShiftCurve,
     shown: list[Any] = []
     if score == "epistemic":
         shown += axes.plot(degrees, curve.epistemic, "o-", markersize=4, color=_EPISTEMIC, label="epistemic")
-    rest = curve.aleatoric if score == "epistemic" else curve.entropy
-    label = "aleatoric" if score == "epistemic" else "entropy"
-    shown += axes.plot(degrees, rest, "s--", markersize=4, color=_ALEATORIC, label=label)
+    rest = "aleatoric" if score == "epistemic" else "entropy"
+    shown += axes.plot(degrees, getattr(curve, rest), "s--", markersize=4, color=_ALEATORIC, label=rest)
     axes.set(xlabel="rotation in degrees", ylabel="mean uncertainty, in nats", ylim=(0, top), xticks=range(0, 181, 30))
     right = axes.twinx()
     shown += right.plot(degrees, 100 * curve.error, ":", linewidth=2, color=_ERROR, label="error (right axis)")

@@ -13,7 +13,7 @@ from .. import metrics
 from ..tasks.conll import Sentence
 from ..tasks.entities import TaggedSentence, entity_report, tag_sentence
 from .comparison import Comparison, ReportedSet, csv_prefix, write_rows
-from .plots import risk_coverage
+from .plots import page, risk_coverage
 from .report import ClassPredictions, classification_report, format_table
 from .words import LINE, event_reliability, line_width, word_strip
 
@@ -107,12 +107,10 @@ class TaggingComparison(Comparison):
         parts = [np.stack([one.entropy, one.epistemic, one.probs.max(-1)])[:, words] for one, words in picked]
         entropy, epistemic, largest = np.concatenate(parts, axis=1).mean(1)
         share = self.ambiguous_share or 0.0
+        parts_of_it = {"entropy": entropy, "aleatoric": entropy - epistemic, "epistemic": epistemic}
         return {
-            "probability": float(largest),
-            "true_probability": share,
-            "entropy": float(entropy),
-            "aleatoric": float(entropy - epistemic),
-            "epistemic": float(epistemic),
+            **{"probability": float(largest), "true_probability": share},
+            **{name: float(value) for name, value in parts_of_it.items()},
             "true_aleatoric": -sum(p * float(np.log(p)) for p in (share, 1 - share)),
         }
 
@@ -160,12 +158,10 @@ class TaggingComparison(Comparison):
 
     def figure(self, *, title: str, shown: str | None = None, **options: Any) -> Figure:
         """Sentences as the method ``shown`` tells them, by default the first posterior; calibration of entities."""
-        from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
         methods = self.methods
         posteriors = [name for name, sets in methods.items() if any(one.epistemic.any() for one in sets[self.test])]
         shown = shown or (posteriors or list(methods))[0]
-        figure = Figure(**{"figsize": (13, 11.5), "layout": "constrained", **options})
+        figure, _ = page(title, **{"figsize": (13, 11.5), **options})
         strip, panels = np.asarray(figure.subfigures(2, 1, height_ratios=(1.15, 1)))
         word_strip(strip.subplots(), self._shown(methods[shown]), shown)
         reliability, risk = panels.subplots(1, 2)
@@ -179,7 +175,6 @@ class TaggingComparison(Comparison):
             reliability.set(xlabel="probability of span and type", ylabel="share of entities right")
             risk_coverage(risk, probability, {name: 1 - value for name, value in right.items()})
             risk.set(xlabel="% of predicted entities kept, most probable first", ylabel="% of these wrong")
-        figure.suptitle(title, fontsize=14)
         return figure
 
     def _shown(self, sets: Mapping[str, Any]) -> list[tuple[Sentence, TaggedSentence]]:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from ..tasks.conll import OUTSIDE, Sentence
 from ..tasks.entities import TaggedSentence, calibration_bins
-from .plots import GREY, METHOD_COLOURS, METHOD_LINES, legend_below, panel_title, wilson_interval
+from .plots import GREY, METHOD_COLOURS, legend_below, method_style, panel_title, wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +34,9 @@ def event_reliability(
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="ideal: right as often as it says")
     for index, (name, values) in enumerate(probability.items()):
         bins = calibration_bins(np.asarray(values), np.asarray(happened[name], dtype=np.float64))
-        colour, line = METHOD_COLOURS[index % len(METHOD_COLOURS)], METHOD_LINES[index % len(METHOD_LINES)]
-        axes.plot(bins[:, 0], bins[:, 1], "o", label=name, color=colour, linestyle=line, markersize=4)
-        axes.vlines(bins[:, 0], *wilson_interval(bins[:, 1], bins[:, 2]), color=colour, linewidth=1, alpha=0.5)
+        style = method_style(index)
+        axes.plot(bins[:, 0], bins[:, 1], "o", label=name, **style)
+        axes.vlines(bins[:, 0], *wilson_interval(bins[:, 1], bins[:, 2]), color=style["color"], linewidth=1, alpha=0.5)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.01))
     caption = "Test set; below the diagonal: too sure of itself. Bars: 95 % intervals."
     panel_title(axes, question, caption)
@@ -80,13 +80,9 @@ def _draw_sentence(axes: Axes, sentence: Sentence, tagged: TaggedSentence, heigh
         centre = left + wide / 2
         bars, bottom = (aleatoric[place], epistemic[place]), height + 0.42
         axes.bar([centre] * 2, bars, width=wide - 1, bottom=[bottom, bottom + bars[0]], color=METHOD_COLOURS[1::-1])
-        text: dict[str, Any] = {
-            "fontsize": 7,
-            "ha": "center",
-            "va": "baseline",
-            "color": "black" if label == gold else WRONG,
-        }
-        axes.text(centre, height, word, fontsize=10, ha="center", va="baseline")
+        text: dict[str, Any] = {"ha": "center", "va": "baseline"}
+        axes.text(centre, height, word, fontsize=10, **text)
+        text |= {"fontsize": 7, "color": "black" if label == gold else WRONG}
         if label != OUTSIDE or label != gold:
             axes.text(centre, height - 0.4, f"{label} {float(tagged.probs[place].max()):.2f}", **text)
         if label != gold:

@@ -39,7 +39,6 @@ def write_results(
     write_json(folder / name, results)
     for file, figure in figures.items():
         save_figure(figure, folder / file, dpi=dpi)
-    text = "\n\n".join(tables)
-    print(f"\n{text}\n")
-    print("seconds: " + "  ".join(f"{part} {value}" for part, value in results["seconds"].items()))
+    seconds = "  ".join(f"{part} {value}" for part, value in results["seconds"].items())
+    print("", "\n\n".join(tables), "", f"seconds: {seconds}", sep="\n")
     print(f"Written to {folder}: {', '.join([name, *also, *figures])}")

@@ -28,8 +28,7 @@ from .squad import exact_match, f1
 from .windows import Reading
 
 Array = NDArray[np.float64]
-TEMPERATURES = (0.05, 20.0)
-"""Between which one is sought."""
+TEMPERATURES = (0.05, 20.0)  # between which one is sought
 
 
 def _span_scores(logits: Tensor, reading: Reading, max_length: int) -> Tensor:
@@ -54,12 +53,8 @@ def _null_scores(logits: Tensor, reading: Reading) -> Tensor:
 class SpanDistribution:
     """Probabilities of all spans of a question's text, by S draws.
 
-    Attributes:
-        reading: the question.
-        predictive: log p_s of K outcomes, (S, 1, K) in float64: the spans, starting token after starting token, and,
-            where ``has_null``, "no answer" as the last one.
-        length: L, spans per starting token.
-        has_null: whether "no answer" is an outcome.
+    ``predictive`` has log p_s of K outcomes, (S, 1, K) in float64: the spans, ``length`` of each starting token, token
+    after token, and, where ``has_null``, "no answer" as the last one.
     """
 
     reading: Reading
@@ -104,16 +99,10 @@ class SpanDistribution:
 class Answers:
     """One method's answers to N questions; arrays (N,), entropies in nats.
 
-    Attributes:
-        texts: the answers; "" is none.
-        confidence: probability of the answer.
-        no_answer: probability that there is none, 0 where this is no option.
-        total: entropy over the spans and no answer.
-        aleatoric: mean entropy of the draws.
-        epistemic: mutual information of span and weights, 0 of a point estimate.
-        nll: -log p of the truth, infinite where the truth is out of reach.
-        exact_match: SQuAD's, 0 or 1.
-        f1: SQuAD's.
+    A text "" is no answer. ``confidence`` is the probability of the answer, ``no_answer`` that there is none (0 where
+    this is no option). ``total`` is the entropy over the spans and no answer, ``aleatoric`` the mean entropy of the
+    draws, ``epistemic`` the mutual information of span and weights (0 of a point estimate). ``nll`` is -log p of the
+    truth, infinite where it is out of reach. ``exact_match``, 0 or 1, and ``f1`` are SQuAD's.
     """
 
     texts: list[str]
@@ -148,28 +137,24 @@ class Answers:
     def report(self) -> dict[str, float]:
         """Means over the questions; of the NLL over those whose truth is in reach, whose share stands beside it."""
         reachable = np.isfinite(self.nll)
-        means = {name: float(getattr(self, name).mean()) for name in ("exact_match", "f1", "confidence")}
+        scores = {"exact_match": self.exact_match, "f1": self.f1, "confidence": self.confidence}
+        spread = {"entropy": self.total, "aleatoric": self.aleatoric, "epistemic": self.epistemic}
         return {
             "questions": len(self),
-            **means,
+            **{name: float(values.mean()) for name, values in scores.items()},
             "nll": float(self.nll[reachable].mean()) if reachable.any() else math.nan,
             "in_reach": float(reachable.mean()),
             "aurc": aurc(self.confidence, 1 - self.exact_match),
             "aurc_f1": aurc(self.confidence, 1 - self.f1),
-            "entropy": float(self.total.mean()),
-            "aleatoric": float(self.aleatoric.mean()),
-            "epistemic": float(self.epistemic.mean()),
+            **{name: float(values.mean()) for name, values in spread.items()},
         }
 
 
 @dataclass(frozen=True)
 class SpanReader:
-    """How logits become answers.
+    """How logits become answers: of at most ``max_length`` tokens, by softmax(scores / temperature) of each draw.
 
-    Attributes:
-        max_length: tokens of the longest answer.
-        has_null: whether "no answer" is an option.
-        temperature: T of softmax(scores / T), of each draw.
+    ``has_null``: whether "no answer" is an option.
     """
 
     max_length: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,8 +18,8 @@ from typing import Literal, NamedTuple
 Scheme = Literal["IOB1", "IOB2", "IOB1 and IOB2 mixed", "BIOES", "BILOU"]
 OUTSIDE = "O"
 DOCUMENT = "-DOCSTART-"
+# prefixes of an entity of one word and of a last word
 _WHOLE: dict[Scheme, tuple[str, str]] = {"BIOES": ("S", "E"), "BILOU": ("U", "L")}
-"""Prefixes of an entity of one word and of a last word."""
 
 
 class Entity(NamedTuple):
@@ -31,14 +32,7 @@ class Entity(NamedTuple):
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and their IOB2 labels.
-
-    Attributes:
-        words: the words.
-        labels: of each word.
-        group: what kind of sentence it is, for reports.
-        ambiguous: positions of the words whose label was drawn at random.
-    """
+    """Words and their IOB2 labels; for reports, the kind of sentence, and which words' labels were drawn at random."""
 
     words: tuple[str, ...]
     labels: tuple[str, ...]
@@ -169,7 +163,7 @@ def _sentences(path: Path) -> Iterator[tuple[list[str], list[str]]]:
     words: list[str] = []
     labels: list[str] = []
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(chain(file, [""]), start=1):
             columns = [column for column in re.split("[ \t]+", line.rstrip("\n")) if column]
             if columns and not columns[0].startswith(DOCUMENT):
                 words.append(columns[0])
@@ -177,24 +171,19 @@ def _sentences(path: Path) -> Iterator[tuple[list[str], list[str]]]:
             elif words:
                 yield words, labels
                 words, labels = [], []
-    if words:
-        yield words, labels
 
 
 def _label(columns: list[str], place: str) -> str:
     if len(columns) < 2:
         raise ValueError(f"{place}: a word and its label are needed, got {columns[0]!r} alone.")
     if not is_label(columns[-1]):
-        raise ValueError(
-            f"{place}: the last column must be a label, O or such as B-PER (IOB1, IOB2, BIOES, BILOU), "
-            f"got {columns[-1]!r}."
-        )
+        needed = "a label, O or such as B-PER (IOB1, IOB2, BIOES, BILOU)"
+        raise ValueError(f"{place}: the last column must be {needed}, got {columns[-1]!r}.")
     return columns[-1]
 
 
 def write_conll(path: str | PathLike[str], sentences: Iterable[Sentence]) -> None:
     """Write the sentences in IOB2: word and label, separated by a blank."""
-    blocks = (
-        "".join(f"{word} {label}\n" for word, label in zip(one.words, one.labels, strict=True)) for one in sentences
-    )
-    Path(path).write_text("\n".join(blocks), encoding="utf-8")
+    pairs = (zip(one.words, one.labels, strict=True) for one in sentences)
+    text = "\n".join("".join(f"{word} {label}\n" for word, label in of) for of in pairs)
+    Path(path).write_text(text, encoding="utf-8")

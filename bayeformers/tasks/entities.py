@@ -18,35 +18,22 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True)
 class PredictedEntity:
-    """A predicted entity.
-
-    Attributes:
-        entity: which words, and the type.
-        is_right: whether the gold labels have it.
-        probability: that span and type are right, see `span_probability`.
-        weakest: the smallest of its words' probabilities, a bound above for any dependence between words.
-        epistemic: mutual information of its words, summed, in nats.
-        entropy: predictive entropy of its words, summed.
-    """
+    """A predicted entity: which words, and the type."""
 
     entity: Entity
-    is_right: bool
-    probability: float
-    weakest: float
-    epistemic: float
-    entropy: float
+    is_right: bool  # whether the gold labels have it
+    probability: float  # that span and type are right, see `span_probability`
+    weakest: float  # the smallest of its words' probabilities, a bound above for any dependence between words
+    epistemic: float  # mutual information of its words, summed, in nats
+    entropy: float  # predictive entropy of its words, summed
 
 
 @dataclass(frozen=True)
 class TaggedSentence:
     """One method's prediction of one sentence of n words.
 
-    Attributes:
-        probs: averaged over the draws, (n, C).
-        entropy: predictive, in nats, (n,).
-        epistemic: mutual information, (n,); 0 of a point estimate, which is one draw.
-        labels: the most probable of each word.
-        entities: those that the labels make.
+    ``probs`` (n, C) are averaged over the draws; ``entropy`` (n,) is predictive, ``epistemic`` (n,) the mutual
+    information, 0 of a point estimate, in nats. ``labels`` are the most probable; they make the ``entities``.
     """
 
     probs: Array
@@ -57,15 +44,12 @@ class TaggedSentence:
 
 
 def tag_sentence(log_probs: Array, gold: Sequence[str], names: Sequence[str]) -> TaggedSentence:
-    """Average the draws, take each word's most probable label, and judge the entities that these labels make.
+    """Return the averaged draws, each word's most probable label, and the entities that these labels make, judged.
 
     Args:
         log_probs: of S draws, (S, n words, C labels).
         gold: the right labels of the words, in IOB2.
         names: the C labels.
-
-    Returns:
-        The prediction of the sentence, with its entities.
     """
     log_probs = log_probs.astype(np.float64)
     drawn = np.exp(log_probs)
@@ -128,11 +112,8 @@ def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     matches = [(set(find_entities(one)), set(find_entities(other))) for one, other in pairs]
     correct = sum(len(one & other) for one, other in matches)
     num_gold, num_found = (sum(len(pair[side]) for pair in matches) for side in (0, 1))
-    return {
-        "precision": correct / num_found if num_found else 0.0,
-        "recall": correct / num_gold if num_gold else 0.0,
-        "f1": 2 * correct / (num_gold + num_found) if num_gold + num_found else 0.0,
-    }
+    counts = {"precision": num_found, "recall": num_gold, "f1": (num_gold + num_found) / 2}
+    return {name: correct / count if count else 0.0 for name, count in counts.items()}
 
 
 def entity_report(predictions: Sequence[TaggedSentence], gold: Sequence[Sequence[str]]) -> dict[str, float | None]:

@@ -22,10 +22,7 @@ MetricFunction = Callable[[ArrayLike, ArrayLike], float]
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The share of (N,) predicted integers that equal their labels.
-
-    Returns:
-        The share, in [0, 1].
+    """Return the share of (N,) predicted integers that equal their labels, in [0, 1].
 
     >>> accuracy([1, 0, 1, 1], [1, 0, 0, 1])
     0.75
@@ -34,10 +31,7 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Harmonic mean of class 1's precision and recall.
-
-    Returns:
-        A number in [0, 1]; 0 where nothing is found.
+    """Return the harmonic mean of class 1's precision and recall, in [0, 1]; 0 where nothing is found.
 
     >>> round(f1([1, 0, 1, 1], [1, 0, 0, 1]), 3)
     0.8
@@ -48,10 +42,7 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Correlation of predicted and true classes. Matthews 1975.
-
-    Returns:
-        A number in [-1, 1]; 0 if all predictions are the same.
+    """Return the correlation of predicted and true classes, in [-1, 1]; 0 if all predictions are the same.
 
     >>> round(matthews_correlation([1, 0, 1, 1], [1, 0, 0, 1]), 3)
     0.577
@@ -62,10 +53,7 @@ def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Linear correlation of (N,) predicted and true numbers.
-
-    Returns:
-        A number in [-1, 1]; 0 if either side is constant.
+    """Return the linear correlation of (N,) predicted and true numbers, in [-1, 1]; 0 if either side is constant.
 
     >>> round(pearson([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]), 3)
     0.982
@@ -76,10 +64,7 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Correlation of the ranks of (N,) predicted and true numbers.
-
-    Returns:
-        A number in [-1, 1]; 0 if either side is constant.
+    """Return the correlation of the ranks of (N,) predicted and true numbers; 0 if either side is constant.
 
     >>> round(spearman([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]), 3)
     1.0
@@ -148,10 +133,7 @@ class GlueTask:
         return not self.label_names
 
     def compute_metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """The task's official metrics of (N,) predicted classes, or numbers in a regression.
-
-        Returns:
-            Values by the metric's name.
+        """Return by name the task's official metrics of (N,) predicted classes, or numbers in a regression.
 
         >>> GLUE_TASKS["sst2"].compute_metrics([1, 0], [1, 1])
         {'accuracy': 0.5}
@@ -173,10 +155,7 @@ class GlueTask:
             config.label2id = {name: index for index, name in enumerate(self.label_names)}
 
     def parse_label(self, text: str) -> int | float:
-        """The label that a TSV file writes as `text`.
-
-        Returns:
-            A position in ``label_names``; in a regression a number.
+        """Return the label that a TSV file writes as `text`: a position in ``label_names``; in a regression a number.
 
         Raises:
             ValueError: not one of ``label_values``; in a regression, not a number within ``label_range``.
@@ -244,12 +223,9 @@ GLUE_TASKS: dict[str, GlueTask] = {
 
 
 def read_task(task: GlueTask, directory: str | PathLike[str]) -> dict[str, Split]:
-    """Every labelled split of `task` whose official file is in `directory`; a missing one is left out.
+    """Return by split the columns of `task`'s official labelled files in `directory`; a missing one is left out.
 
     Where there is a shifted file, its rows are taken out of the validation split.
-
-    Returns:
-        Split -> columns; a malformed row is an error that names file and line.
 
     Raises:
         FileNotFoundError: `directory` does not exist, or has none of the task's files.
@@ -262,15 +238,12 @@ def read_task(task: GlueTask, directory: str | PathLike[str]) -> dict[str, Split
 
 
 def read_split(task: GlueTask, directory: str | PathLike[str], split: str) -> Split:
-    """One labelled split.
+    """Return the columns of one labelled split; a malformed row, or a missing file, is an error that names it.
 
     Args:
         task: a row of `GLUE_TASKS`.
         directory: of its official files.
         split: ``train``, ``validation`` (MNLI: ``validation_matched``, ``validation_mismatched``) or ``shifted``.
-
-    Returns:
-        Its columns. A malformed row is an error that names file and line; that of a missing file lists the folder.
 
     Raises:
         ValueError: the task has no such split.
@@ -285,47 +258,47 @@ def read_split(task: GlueTask, directory: str | PathLike[str], split: str) -> Sp
 
 
 def read_tsv(task: GlueTask, path: str | PathLike[str], *, labelled: bool = True) -> Split:
-    """The rows of one file in a task's official layout: tabs separate, quotation marks mean nothing.
+    """Return the columns of one file in a task's official layout: tabs separate, quotation marks mean nothing.
 
     Args:
         task: a row of `GLUE_TASKS`.
         path: the file, in UTF-8; a byte-order mark is skipped.
         labelled: whether it has labels; test files have text columns alone.
 
-    Returns:
-        Its columns. A missing file or column, a row with another number of columns than the header, and a label
-        outside the allowed set are errors that name file and line.
+    Raises:
+        ValueError: a missing column, a row with another number of columns than the header, or a label outside the
+            allowed set; the message names file and line.
     """
     path = _file(path)
-    lines = _lines(path)
-    header = _header(task, path, lines, labelled)
-    names = (*task.tsv.columns, task.tsv.label) if labelled else task.tsv.columns
-    positions = [header.index(name) for name in names]
+    lines, needed = _lines(path), (*task.tsv.columns, *([task.tsv.label] if labelled else []))
+    header = task.tsv.header or tuple(next(lines, (0, ""))[1].split("\t"))
+    if missing := [name for name in needed if name not in header]:
+        raise ValueError(f"{path}, line 1: {task.name}'s column(s) {missing} are not in the header {list(header)}.")
+    positions = [header.index(name) for name in needed]
     split: Split = {name: [] for name in (*task.columns, *(["label"] if labelled else []))}
-    broken = []
-    number = 0
+    broken, number = [], 0
     for number, line in lines:
         cells = line.split("\t")
         if len(cells) != len(header):
-            broken.append(
-                f"{path}, line {number}: {len(cells)} columns where {len(header)} are expected ({list(header)})."
-            )
+            expected = f"{len(header)} are expected ({list(header)})"
+            broken.append(f"{path}, line {number}: {len(cells)} columns where {expected}.")
             continue
         values: list[Any] = [cells[position].strip() for position in positions]
         if labelled:
             values[-1] = _label(task, path, number, values[-1])
         for column, value in zip(split.values(), values, strict=True):
             column.append(value)
-    _refuse_broken(task, path, broken, number)
+    if len(broken) > task.tsv.broken_share * number:
+        raise ValueError(broken[0])
+    if broken:
+        warnings.warn(f"{len(broken)} malformed rows of {path} were skipped; the first: {broken[0]}", stacklevel=2)
     return split
 
 
 def _folder(directory: str | PathLike[str]) -> Path:
-    folder = Path(directory)
+    folder, needed = Path(directory), "It must hold the task's official TSV files, such as glue/CoLA."
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder. It must hold the task's official TSV files, such as glue/CoLA."
-        )
+        raise FileNotFoundError(f"{folder} is not a folder. {needed}")
     return folder
 
 
@@ -348,16 +321,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
 
 
-def _header(task: GlueTask, path: Path, lines: Iterator[tuple[int, str]], labelled: bool) -> tuple[str, ...]:
-    if task.tsv.header is not None:
-        return task.tsv.header
-    header = tuple(next(lines, (0, ""))[1].split("\t"))
-    needed = (*task.tsv.columns, task.tsv.label) if labelled else task.tsv.columns
-    if missing := [name for name in needed if name not in header]:
-        raise ValueError(f"{path}, line 1: {task.name}'s column(s) {missing} are not in the header {list(header)}.")
-    return header
-
-
 def _label(task: GlueTask, path: Path, number: int, text: str) -> int | float:
     try:
         return task.parse_label(text)
@@ -365,21 +328,11 @@ def _label(task: GlueTask, path: Path, number: int, text: str) -> int | float:
         raise ValueError(f"{path}, line {number}: {error}.") from None
 
 
-def _refuse_broken(task: GlueTask, path: Path, broken: list[str], num_lines: int) -> None:
-    if not broken:
-        return
-    if len(broken) > task.tsv.broken_share * num_lines:
-        raise ValueError(broken[0])
-    warnings.warn(f"{len(broken)} malformed rows of {path} were skipped; the first: {broken[0]}", stacklevel=3)
-
-
 def _without(rows: Split, others: Split) -> Split:
     """`rows` less one occurrence of each row of `others`."""
-    remaining = Counter(zip(*others.values(), strict=True))
-    kept = []
+    remaining, kept = Counter(zip(*others.values(), strict=True)), []
     for row in zip(*rows.values(), strict=True):
-        if remaining[row]:
-            remaining[row] -= 1
-        else:
+        remaining[row] -= 1
+        if remaining[row] < 0:
             kept.append(row)
     return {name: [row[i] for row in kept] for i, name in enumerate(rows)}

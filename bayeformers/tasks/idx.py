@@ -9,21 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["find_idx", "read_idx", "read_idx_pair"]
+__all__ = ["read_idx", "read_idx_pair"]
 
 _GZIP = b"\x1f\x8b"
 _UNSIGNED_BYTES = b"\x00\x00\x08"
 
 
 def read_idx(path: str | PathLike[str], axes: int) -> NDArray[np.uint8]:
-    """The array of an IDX file: two zero bytes, type 8, the number of axes; their sizes, big-endian; the values.
+    """Return the array of an IDX file: two zero bytes, type 8, the number of axes; their sizes, big-endian; the values.
 
-    Args:
-        path: the file; gzip is known by its content, whatever the name says.
-        axes: what the file must have: 3 of images (N, H, W), 1 of labels (N,).
-
-    Returns:
-        The values, with the sizes that the header promises.
+    ``axes`` is what it must have: 3 of images (N, H, W), 1 of labels (N,). gzip is known by its content.
 
     Raises:
         ValueError: the file is no IDX file of unsigned bytes, has another number of axes, or is cut short or too long.
@@ -36,10 +31,8 @@ def read_idx(path: str | PathLike[str], axes: int) -> NDArray[np.uint8]:
         raise ValueError(f"{path} must have {axes} axes, and sizes for them, got {data[3:4].hex() or 'no'} axes.")
     sizes = tuple(int(size) for size in np.frombuffer(data, ">u4", count=axes, offset=4))
     if len(data) - header != math.prod(sizes):
-        raise ValueError(
-            f"{path} is damaged: its header promises {' x '.join(map(str, sizes))} = {math.prod(sizes):,} values, "
-            f"it holds {len(data) - header:,}."
-        )
+        promised = f"{' x '.join(map(str, sizes))} = {math.prod(sizes):,} values"
+        raise ValueError(f"{path} is damaged: its header promises {promised}, it holds {len(data) - header:,}.")
     return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
 
 
@@ -56,35 +49,20 @@ def _bytes(path: Path) -> bytes:
 
 
 def read_idx_pair(folder: str | PathLike[str], prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The images and labels of ``{prefix}-images-idx3-ubyte`` and ``{prefix}-labels-idx1-ubyte``.
-
-    Returns:
-        Images (N, H, W) and labels (N,).
+    """Return images (N, H, W) and labels (N,), ``{prefix}-images-idx3-ubyte`` and ``{prefix}-labels-idx1-ubyte``.
 
     Raises:
         ValueError: the two files disagree on N, or N is 0.
     """
-    paths = [find_idx(folder, prefix, kind) for kind in ("images", "labels")]
+    paths = [_find_idx(folder, prefix, kind) for kind in ("images", "labels")]
     images, labels = (read_idx(path, axes) for path, axes in zip(paths, (3, 1), strict=True))
     if len(images) != len(labels) or images.size == 0:
         raise ValueError(f"{paths[0]} has {len(images):,} images, {paths[1]} has {len(labels):,} labels.")
     return images, labels
 
 
-def find_idx(folder: str | PathLike[str], prefix: str, kind: str) -> Path:
-    """The file by MNIST's official name, with or without ``.gz``.
-
-    Args:
-        folder: where the file lies.
-        prefix: "train" or "t10k".
-        kind: "images" or "labels".
-
-    Returns:
-        The path of the first that exists.
-
-    Raises:
-        FileNotFoundError: there is neither; the message has the name.
-    """
+def _find_idx(folder: str | PathLike[str], prefix: str, kind: str) -> Path:
+    """The file by MNIST's official name, with or without ``.gz``; ``kind``: "images" or "labels"."""
     plain = Path(folder) / f"{prefix}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
     for path in (plain, plain.with_name(f"{plain.name}.gz")):
         if path.is_file():

@@ -51,26 +51,25 @@ class Preprocessing:
     def fit(
         cls, pixels: Tensor, size: int | None = None, resize: Resize = "bilinear", *, centre: bool = True
     ) -> "Preprocessing":
-        """Mean and standard deviation by channel of all resized ``pixels``; a constant channel is only centred.
+        """Return the preprocessing of these and of other images, by mean and standard deviation of each channel.
+
+        A constant channel is only centred.
 
         Args:
             pixels: stored bytes, (N, C, h, w).
             size: side of the result.
             resize: how.
             centre: False leaves the mean at 0, so that black stays 0.
-
-        Returns:
-            The preprocessing of these and of all other images.
         """
         channels = pixels.shape[1]
-        total, squares, count = torch.zeros(2, channels, dtype=torch.float64), torch.zeros(channels).double(), 0
+        total, squares, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
         plain = cls(size, resize, torch.zeros(channels), torch.ones(channels))
         for chunk in torch.split(pixels, _CHUNK):
             values = plain.images(chunk).double().transpose(0, 1).flatten(1)
-            total[0] += values.sum(1)
+            total += values.sum(1)
             squares += values.square().sum(1)
             count += values.shape[1]
-        mean = total[0] / count
+        mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
         std = torch.where(std > 1e-6, std, 1.0).float()
         return replace(plain, mean=mean.float() if centre else plain.mean, std=std)
@@ -88,11 +87,8 @@ class Preprocessing:
 class ImageDataset(Dataset[dict[str, Any]]):
     """Labelled images: items {"pixel_values": (C, H, W) float32, "labels": int}, made when asked for.
 
-    Attributes:
-        pixels: as stored, unsigned bytes (N, C, h, w).
-        labels: (N,), int64.
-        preprocessing: what makes pixel values of them.
-        degrees: by how much the images are turned before they are normalised: what comes in from outside is black.
+    ``pixels`` are stored unsigned bytes (N, C, h, w), ``labels`` int64 (N,). Images are turned by ``degrees`` before
+    they are normalised; what comes in from outside is black.
     """
 
     pixels: Tensor
@@ -144,14 +140,7 @@ class ImageSplits:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images as stored, with labels: a part to train on, and a part to test on.
-
-    Attributes:
-        name: of the data set.
-        train: unsigned bytes (N, C, h, w) and labels (N,).
-        test: the same of the test images.
-        class_names: by label.
-    """
+    """Images as stored, unsigned bytes (N, C, h, w), with labels (N,): a part to train on, and a part to test on."""
 
     name: str
     train: tuple[Tensor, Tensor]
@@ -169,7 +158,7 @@ class ImageSource:
         resize: Resize = "bilinear",
         centre: bool = True,
     ) -> ImageSplits:
-        """Holds the validation images out; mean and standard deviation are of the other training images.
+        """Hold the validation images out, and normalise all three sets by the other training images.
 
         Args:
             seed: draws the images that are held out.
@@ -181,7 +170,7 @@ class ImageSource:
             centre: False divides pixels by their standard deviation alone, so that black stays 0.
 
         Returns:
-            The three sets, normalised alike.
+            The three sets.
 
         Raises:
             ValueError: images of different sizes, a share that leaves an empty set, or images that cannot be resized.
@@ -190,11 +179,10 @@ class ImageSource:
         if shapes[0] != shapes[1]:
             raise ValueError(f"{self.name}: training images of {shapes[0]}, test images of {shapes[1]} (C, H, W).")
         of_train = held_out_of == "train"
-        pool = self.train if of_train else self.test
+        pool, kind = (self.train, "training") if of_train else (self.test, "test")
         count = len(pool[1])
         held = round(validation_share * count)
         if not 0 < held < count:
-            kind = "training" if of_train else "test"
             raise ValueError(f"`validation_share` {validation_share} of {count} {kind} images leaves an empty set.")
         order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
         rest = order[held:] if of_train else order[held:].sort().values
@@ -206,14 +194,9 @@ class ImageSource:
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Images turned counter-clockwise about their centre, by bilinear interpolation.
+    """Return images (B, C, H, W) turned counter-clockwise about their centre, by bilinear interpolation.
 
-    Args:
-        images: (B, C, H, W).
-        degrees: by how much.
-
-    Returns:
-        The images, (B, C, H, W); what is turned in from outside is 0: black, of images in [0, 1].
+    What is turned in from outside is 0: black, of images in [0, 1].
 
     >>> rotate(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 90)
     tensor([[[[2.0000, 4.0000],
@@ -236,15 +219,12 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def resized(images: Tensor, size: int | None, resize: Resize) -> Tensor:
-    """Images at another size.
+    """Return images (N, C, h, w) at another size, (N, C, size, size).
 
     Args:
-        images: (N, C, h, w).
+        images: as they are.
         size: side of the result; None leaves them as they are.
         resize: how.
-
-    Returns:
-        The images, (N, C, size, size).
 
     Raises:
         ValueError: "pad" to a size that is smaller than the image.
@@ -262,9 +242,6 @@ def resized(images: Tensor, size: int | None, resize: Resize) -> Tensor:
     return F.pad(images, (left, size - width - left, top, size - height - top))
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
-
-
 def load_images(
     *,
     data_dir: str | PathLike[str] | None = None,
@@ -272,7 +249,7 @@ def load_images(
     image_size: int | None = None,
     seed: int = 0,
 ) -> ImageSource:
-    """Images of a folder, of the hub, or scikit-learn's digits where neither is named.
+    """Return the images, as they are stored, of a folder, of the hub, or scikit-learn's digits where neither is named.
 
     Args:
         data_dir: folder of IDX files by MNIST's names: the official split; with the t10k files alone, their first
@@ -280,9 +257,6 @@ def load_images(
         dataset_name: image classification data set of the hub, such as "ylecun/mnist".
         image_size: side to which the hub's images are brought where they have several sizes.
         seed: draws the digits' test images, a fifth: they have no official split.
-
-    Returns:
-        The images as they are stored.
     """
     if data_dir is not None:
         return _idx_images(data_dir)

@@ -17,16 +17,13 @@ HUB = "nyu-mll/glue"
 
 
 def load_hub(name: str, config: str | None = None, *, what: str = "", remedy: str = "") -> Mapping[str, Any]:
-    """The splits of a data set of the hub.
+    """Return the rows by split of a data set of the hub.
 
     Args:
         name: its name there.
         config: its configuration.
         what: what to call it in an error; by default its name.
         remedy: what an error says to do without network.
-
-    Returns:
-        Split -> rows.
 
     Raises:
         OSError: it cannot be loaded, for whatever reason.
@@ -36,15 +33,13 @@ def load_hub(name: str, config: str | None = None, *, what: str = "", remedy: st
     try:
         splits: Mapping[str, Any] = datasets.load_dataset(name, config)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client each have their own kinds
-        raise OSError(
-            f"{what or name} could not be loaded from the Hugging Face hub: {type(error).__name__}: {error}"
-            + (f"\n{remedy}" if remedy else "")
-        ) from error
+        why = f"{type(error).__name__}: {error}" + (f"\n{remedy}" if remedy else "")
+        raise OSError(f"{what or name} could not be loaded from the Hugging Face hub: {why}") from error
     return splits
 
 
 def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None, *, remedy: str = "") -> dict[str, Any]:
-    """The labelled splits of a GLUE task, ``train``, ``validation`` and perhaps ``shifted``, as `datasets.Dataset`.
+    """Return the labelled splits of a GLUE task, ``train``, ``validation`` and perhaps ``shifted``, as datasets.
 
     ``shifted`` is CoLA's out-of-domain file, whose rows are taken out of ``validation``, or MNLI's mismatched set.
 
@@ -52,9 +47,6 @@ def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None,
         task: a row of `GLUE_TASKS`, or its name.
         data_dir: a folder of the official TSV files, such as ``glue/CoLA``; without one the hub's copy is loaded.
         remedy: what the error of a hub that cannot be reached adds to its advice.
-
-    Returns:
-        Split -> rows.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -64,10 +56,9 @@ def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None,
     task = GLUE_TASKS[task] if isinstance(task, str) else task
     first, *others = task.tsv.validation
     if data_dir is None:
-        advice = (
-            f"Without network, give --data_dir a folder of the official files ({', '.join(task.tsv.files.values())})"
-        )
-        hub = load_hub(HUB, task.name, what=f"{HUB} ({task.name})", remedy=f"{advice}{remedy}.")
+        files = f"the official files ({', '.join(task.tsv.files.values())})"
+        advice = f"Without network, give --data_dir a folder of {files}{remedy}."
+        hub = load_hub(HUB, task.name, what=f"{HUB} ({task.name})", remedy=advice)
         found = {name: hub[name].remove_columns("idx") for name in ("train", *task.tsv.validation)}
     else:
         found = {name: Dataset.from_dict(split) for name, split in read_task(task, data_dir).items()}
@@ -80,15 +71,12 @@ def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None,
 
 
 def load_tsv(task: GlueTask, path: str | PathLike[str], *, labelled: bool | None = True) -> Dataset:
-    """A file in the task's official layout, or with a header that has the task's (hub) columns.
+    """Return the rows of a file in the task's official layout, or with a header that has the task's (hub) columns.
 
     Args:
         task: whose texts and labels it holds.
-        path: the file.
+        path: the file; where it is missing, or a row malformed, the error names it.
         labelled: whether it must have labels; None: where there are any.
-
-    Returns:
-        The rows; a missing file, or a malformed row, is an error that names it.
     """
     from datasets import Dataset
 

@@ -19,18 +19,16 @@ CERTAIN = -60.0
 def encode_words(
     sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Tokenise sentences and align their labels.
+    """Return the model's inputs, a row for each sentence, and for each sentence where each word's first piece stands.
+
+    ``labels`` of a row are numbers at the first pieces of words, -100 at the others and at special tokens. The place is
+    -1 where a word has none: the sentence was cut before it, or the tokenizer knows none of its characters.
 
     Args:
         sentences: words and labels.
         tokenizer: a fast one.
         labels: the names of the C labels, O first.
         max_length: pieces of the longest sentence; what is longer is cut.
-
-    Returns:
-        The model's inputs, a row for each sentence, with ``labels``: a number at the first piece of each word, -100 at
-        the others and at special tokens. And for each sentence the position of each word's first piece; -1 where a word
-        has none, because the sentence was cut before it or the tokenizer knows none of its characters.
 
     Raises:
         ValueError: The tokenizer cannot say which word a piece belongs to.

@@ -24,14 +24,10 @@ _SHAPE = '{"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "questio
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a text.
+    """A question, and the text ``context`` that answers it.
 
-    Attributes:
-        id: the file's name of the question.
-        text: the question.
-        context: the text that answers it.
-        answers: each annotator's answer as (first character in ``context``, text); none if it is unanswerable.
-        group: what kind of question it is, for reports; "answerable" or "unanswerable" if the file says nothing else.
+    ``answers`` are each annotator's (first character in ``context``, text), none of an unanswerable question; ``group``
+    is for reports, "answerable" or "unanswerable" if the file says nothing else.
     """
 
     id: str
@@ -88,26 +84,21 @@ def _question(row: Mapping[str, Any], context: str) -> Question:
     """The answers that v2.0 calls plausible are none."""
     answers = () if row.get("is_impossible", False) else tuple((a["answer_start"], a["text"]) for a in row["answers"])
     for start, text in answers:
-        if context[start : start + len(text)] != text:
-            raise ValueError(
-                f"`answer_start` {start} of question {row['id']} must be where {text!r} begins in its context, got "
-                f"{context[start : start + len(text)]!r}."
-            )
+        if (found := context[start : start + len(text)]) != text:
+            where = f"must be where {text!r} begins in its context"
+            raise ValueError(f"`answer_start` {start} of question {row['id']} {where}, got {found!r}.")
     group = row.get("group", ANSWERABLE if answers else UNANSWERABLE)
     return Question(row["id"], row["question"].strip(), context, answers, group)
 
 
 def split_articles(articles: Articles, shares: Sequence[float], seed: int) -> list[list[Question]]:
-    """Deal whole articles out, in an order that ``seed`` shuffles, so that no text lies in two parts.
+    """Return 1 + ``len(shares)`` parts of whole articles, in an order that ``seed`` shuffles: no text lies in two.
 
     Args:
         articles: the questions by article.
         shares: of all questions, of the parts behind the first, which takes the rest. Each part gets one article at
             least; an article goes to the part that is furthest below its share.
         seed: of the order.
-
-    Returns:
-        The questions of each part, 1 + ``len(shares)`` of them.
 
     Raises:
         ValueError: There are fewer articles than parts.

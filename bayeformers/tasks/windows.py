@@ -10,15 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .squad import Question
 
+POSITIONS = ("start_positions", "end_positions")
+
 
 @dataclass(frozen=True)
 class Window:
-    """One row of the model's input.
+    """One row of the model's input: ``context`` are the positions in it of the text's tokens ``first`` onwards.
 
-    Attributes:
-        context: the positions in the row of the text's tokens ``first`` onwards.
-        first: the text's first token in the window.
-        null: the position of the class token, at which "no answer here" starts and ends.
+    ``null`` is the position of the class token, at which "no answer here" starts and ends.
     """
 
     context: slice
@@ -78,17 +77,15 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
 def read_windows(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, max_length: int, stride: int
 ) -> tuple[list[Reading], dict[str, list[Any]]]:
-    """Tokenise questions with their texts, a long text in several windows.
+    """Return a reading for each question, and the model's inputs; a long text is tokenised in several windows.
+
+    The inputs are columns with a row for each window, with the labels ``start_positions`` and ``end_positions``.
 
     Args:
         questions: what is asked.
         tokenizer: a fast one, which knows the offsets of its tokens.
         max_length: tokens of a window, of question and text together.
         stride: tokens of the text that neighbouring windows share. An answer of at most so many lies whole in one.
-
-    Returns:
-        A reading for each question, and the model's inputs: columns with a row for each window, in the order of the
-        readings, with the labels ``start_positions`` and ``end_positions``.
 
     Raises:
         ValueError: A slow tokenizer, or a question that leaves a window too little text.
@@ -98,16 +95,15 @@ def read_windows(
     tokenizer.padding_side = "right"  # so that positions count from the front
     names = tokenizer.model_input_names
     readings: list[Reading] = []
-    columns: dict[str, list[Any]] = {name: [] for name in (*names, "start_positions", "end_positions")}
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, *POSITIONS)}
     for question in questions:
         encoded = _encode(question, tokenizer, max_length, stride)
         reading = _reading(question, encoded, tokenizer.cls_token_id, stride)
         readings.append(reading)
-        for name in names:
-            columns[name] += encoded[name]
-        for start, end in map(reading.labels, reading.windows):
-            columns["start_positions"].append(start)
-            columns["end_positions"].append(end)
+        labels = zip(*map(reading.labels, reading.windows), strict=True)
+        of_windows = {**{name: encoded[name] for name in names}, **dict(zip(POSITIONS, labels, strict=True))}
+        for name, column in columns.items():
+            column += of_windows[name]
     return readings, columns
 
 

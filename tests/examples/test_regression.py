@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bayeformers.experiments import run_command
-from bayeformers.experiments.mlp_regression import TanhMLP
 from bayeformers.reports.bands import Bands
 from examples.data.curves import DATA, GAP, OUTSIDE, SUPPORT, generate, noise_of_neighbours, read_points, true_noise_std
+from examples.data.true_posterior import TanhMLP
 from examples.regression import HMC, HMC_HEAD, CurveArguments, Methods, main, parse_arguments
 
 SMALL = [

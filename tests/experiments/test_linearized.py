@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from bayeformers import LaplacePosterior, laplace
 from bayeformers.experiments import linearized_draws
-from bayeformers.experiments.mlp_regression import TanhMLP
+from examples.data.true_posterior import TanhMLP
 
 
 def laplace_of(size: int, **options: Any) -> tuple[TanhMLP, Tensor, LaplacePosterior]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from bayeformers.experiments.linear_regression import LinearRegression
+from examples.data.true_posterior import LinearRegression
 
 
 def features_and_targets() -> tuple[Tensor, Tensor]:

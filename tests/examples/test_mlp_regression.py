@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from bayeformers.experiments.mlp_regression import MLPRegression, TanhMLP
+from examples.data.true_posterior import MLPRegression, TanhMLP
 
 
 def network_of(num_labels: int = 1) -> TanhMLP:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from bayeformers.experiments.hmc import hmc, leapfrog, split_r_hat
+from examples.data.true_posterior import hmc, leapfrog, split_r_hat
 
 
 def test_hmc_draws_a_known_gaussian() -> None:
