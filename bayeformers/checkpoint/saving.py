@@ -73,20 +73,7 @@ def check_recorded(model: nn.Module) -> None:
         ValueError: the model was converted in parts, or has Bayesian layers that no reload would make.
     """
     if conversion_record(model) is None:
-        if _is_part(model):
-            logger.warning(
-                "This %s was converted as a part of a larger module, which holds the record of the conversion: the "
-                "saved folder has the scales, but `bayeformers.from_pretrained` cannot read them. Call `to_bayesian` "
-                "on this model itself.",
-                type(model).__name__,
-            )
-        elif bayesian_modules(model):
-            logger.warning(
-                "This %s has Bayesian layers that were built by hand: the saved folder has their scales, but "
-                "`bayeformers.from_pretrained` cannot build them. Build the model as you did, and call "
-                "`model.load_state_dict` of the folder's tensors.",
-                type(model).__name__,
-            )
+        _tell_without_record(model)
         return
     if (told := told_of_adapters(model)) is not None:
         logger.warning("`save_pretrained` of a %s", told)
@@ -116,6 +103,24 @@ def check_recorded(model: nn.Module) -> None:
             len(replaced),
         )
         _forget(model, replaced)
+
+
+def _tell_without_record(model: nn.Module) -> None:
+    """Warn where the layers of a model would be saved, and `from_pretrained` could not make them again."""
+    if _is_part(model):
+        logger.warning(
+            "This %s was converted as a part of a larger module, which holds the record of the conversion: the "
+            "saved folder has the scales, but `bayeformers.from_pretrained` cannot read them. Call `to_bayesian` "
+            "on this model itself.",
+            type(model).__name__,
+        )
+    elif bayesian_modules(model):
+        logger.warning(
+            "This %s has Bayesian layers that were built by hand: the saved folder has their scales, but "
+            "`bayeformers.from_pretrained` cannot build them. Build the model as you did, and call "
+            "`model.load_state_dict` of the folder's tensors.",
+            type(model).__name__,
+        )
 
 
 def _forget(model: nn.Module, replaced: list[str]) -> None:
