@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from ..distributions import Prior, prior_from_dict
+from ..distributions.initial_scale import check_delta
+from ..nn.estimators import get_estimator
 from ..training import BayesianTrainingArguments
 
 PRIOR_CHOICES = ("marglik", "marglik_per_layer", "holdout")
@@ -74,8 +76,15 @@ def check_least(group: Any, **least: float) -> None:
             raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
 
 
+class Checked:
+    """A group of flags whose values are checked once all groups of a dataclass are filled."""
+
+    def __post_init__(self) -> None:
+        """Nothing of its own to check."""
+
+
 @dataclass
-class ConversionArguments:
+class ConversionArguments(Checked):
     """How a trained model becomes Bayesian: the arguments of `to_bayesian`."""
 
     delta: float | None = flag(
@@ -91,6 +100,14 @@ class ConversionArguments:
     modules_to_save: list[str] | None = flag(None, "Name suffixes of modules that stay deterministic but are trained.")
     keep_dropout: bool = flag(False, "Leave dropout on in the Bayesian model.")
 
+    def __post_init__(self) -> None:
+        """Refuse what `to_bayesian` would, before a training that it would come after."""
+        super().__post_init__()
+        if self.delta is not None:
+            check_delta(self.delta)
+        parse_prior(self.prior)
+        get_estimator(self.estimator)
+
     @property
     def conversion(self) -> dict[str, Any]:
         """The arguments of `to_bayesian` besides ``delta``."""
@@ -100,7 +117,7 @@ class ConversionArguments:
 
 
 @dataclass
-class LaplaceArguments:
+class LaplaceArguments(Checked):
     """How a Laplace posterior is fitted: the arguments of `BayesianTrainer.fit_laplace`."""
 
     laplace_subset: Literal["all", "last_layer"] = flag("all", "Layers of the Laplace posterior.")
@@ -118,6 +135,7 @@ class LaplaceArguments:
 
     def __post_init__(self) -> None:
         """Refuse a prior precision that is neither a method nor a positive number."""
+        super().__post_init__()
         parse_prior_precision(self.prior_precision)
 
     @property
@@ -169,6 +187,7 @@ class ExperimentArguments(BayesianTrainingArguments):
                 raise ValueError(f"`{name}` must be {value} in this example, got {getattr(self, name)}: {why}.")
         if not 0 <= self.seed <= _MAX_SEED:
             raise ValueError(f"`seed` must lie between 0 and {_MAX_SEED}, got {self.seed}.")
+        check_least(self, num_train_epochs=0)
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # elsewhere it only makes torch warn at every epoch
 

@@ -134,6 +134,10 @@ class ExperimentParser(HfArgumentParser):
         with user_input():
             if unknown := sorted(set(stored) - {action.dest for action in self._actions}):
                 raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}. Flags are listed by --help.")
+            for action in self._actions:
+                if action.choices is not None and stored.get(action.dest) not in (None, *action.choices):
+                    allowed = ", ".join(map(str, action.choices))
+                    raise ValueError(f"{path}: `{action.dest}` must be one of {allowed}, got {stored[action.dest]!r}.")
         self.set_defaults(**stored)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
