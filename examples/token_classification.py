@@ -59,10 +59,8 @@ PRETRAINED: dict[str, Any] = {
     "warmup_steps": 0.1, "patience": 2, "bayesian_epochs": 2,
 }  # fmt: skip
 """Defaults of other data: fine-tuning of a pretrained model."""
-HELD_OUT = 256
-"""Validation sentences that choose the Laplace posterior's prior precision."""
-LOG_PRECISIONS = (-1.0, 6.0)
-"""Between which decimal logarithms it is sought."""
+HELD_OUT = 256  # validation sentences that choose the Laplace posterior's prior precision
+LOG_PRECISIONS = (-1.0, 6.0)  # decimal logarithms between which it is sought
 ON_BYTES = ("bloom", "gpt2", "roberta", "deberta", "longformer")
 """Models whose tokenizer works on bytes and wants a blank before each word."""
 
