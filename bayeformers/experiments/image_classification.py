@@ -214,7 +214,13 @@ def load_classifier(model: str, name_or_path: str | None, width: float, data: Im
 
 
 def further(experiment: Experiment, model: nn.Module, name: str) -> BayesianTrainer:
-    """A trainer of weights, or means, that are trained already: for ``--bayesian_epochs``, without an early end."""
+    """Return a trainer of weights, or means, that are trained already: for ``--bayesian_epochs``, without an early end.
+
+    Args:
+        experiment: whose rows and flags it takes.
+        model: the network with these weights, or means.
+        name: of the phase, and of its folder of checkpoints.
+    """
     args = experiment.args
     rate = 0.3 * args.learning_rate if args.bayesian_learning_rate is None else args.bayesian_learning_rate
     changes: dict[str, Any] = {"num_train_epochs": args.bayesian_epochs, "learning_rate": rate}
@@ -235,7 +241,14 @@ def predict_images(trainer: BayesianTrainer, images: ImageDataset) -> ClassPredi
 def predict_rotated(
     trainers: Mapping[str, BayesianTrainer], images: ImageDataset, degrees: Sequence[float], *, progress: bool
 ) -> dict[str, list[ClassPredictions]]:
-    """By trainer, its predictions on images turned by each angle, with one progress bar for all."""
+    """Return predictions on images turned by each angle, by the trainer's name.
+
+    Args:
+        trainers: by name; their own progress bars are taken away.
+        images: what is turned.
+        degrees: angles of the turns, counter-clockwise.
+        progress: whether to show one bar, over the angles.
+    """
     for trainer in trainers.values():
         trainer.pop_callback(OneLineProgress)
     angles = tqdm(degrees, desc="angles", disable=not progress)

@@ -37,7 +37,15 @@ class OneLineProgress(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write the line above the bar."""
+        """Write the line above the bar.
+
+        Args:
+            args: of the training.
+            state: how far the training is, and in which process.
+            control: what the training does next; it stays as it is.
+            logs: numbers by name, of which `SHOWN` are written.
+            **kwargs: what else a callback is given, such as the model.
+        """
         shown = {name: logs[name] for name in SHOWN if name in (logs or {})}
         if state.is_world_process_zero and self.training_bar is not None and len(shown) > 1:
             self.training_bar.write("  ".join(f"{name} {float(value):.4g}" for name, value in shown.items()))
@@ -124,7 +132,13 @@ class Experiment:
                 self.rows.save(self.folder / name)
 
     def load(self, name: str, folder: str | Path, auto_class: Any) -> BayesianTrainer:
-        """A trainer around a saved model, with the posterior that was saved beside it; see `load_saved`."""
+        """Return a trainer around a saved model, with the posterior that was saved beside it; see `load_saved`.
+
+        Args:
+            name: of the phase that saved the model.
+            folder: the saved model's.
+            auto_class: transformers' class of deterministic models.
+        """
         changes: dict[str, Any] = {"eval_method": "glm"} if name == LINEARIZED else {}
         return self.trainer(load_saved(name, folder, auto_class), name, **changes)
 

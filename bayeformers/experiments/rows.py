@@ -121,7 +121,14 @@ class History:
         return ~np.isin(hashes, self.record.seen)
 
     def after(self, task: str, source: str, split: Split, train: Hashes) -> TrainingRows | None:
-        """The record of a model that this run saves; None where its rows are not known."""
+        """Return the record of a model that this run saves; None where its rows are not known.
+
+        Args:
+            task: whose rows they are.
+            source: fingerprint of the rows that were split.
+            split: how they were split.
+            train: hashes of the rows that this run trains on, (N,).
+        """
         if self.unknown:
             return None
         before = np.empty(0, dtype=np.uint64) if self.record is None else self.record.seen
@@ -188,7 +195,16 @@ def check_known(history: History, remedies: str = REMEDIES) -> None:
 
 
 def keep_unseen(kept: NDArray[np.bool_], what: str, remedies: str = REMEDIES) -> str:
-    """A line to say about a held-out set, empty where all rows are kept; an error where most were trained on."""
+    """Return a line to say about a held-out set, empty where all rows are kept.
+
+    Args:
+        kept: which of its rows the model has not seen, (N,).
+        what: the set's name in messages.
+        remedies: advice that ends the error's message.
+
+    Raises:
+        ValueError: most of the rows were trained on, or fewer than two are kept.
+    """
     seen, total = int((~kept).sum()), len(kept)
     if seen == 0:
         return ""
@@ -204,6 +220,13 @@ class RecordRows(TrainerCallback):
         self.record = record
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Beside the checkpoint that was just written."""
+        """Write it beside the checkpoint that was just written.
+
+        Args:
+            args: of the training, for its output folder.
+            state: the step of the checkpoint, and the process.
+            control: what the training does next; it stays as it is.
+            **kwargs: what else a callback is given, such as the model.
+        """
         if self.record is not None and state.is_world_process_zero:
             self.record.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

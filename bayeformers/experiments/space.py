@@ -118,7 +118,13 @@ class Space:
 
 
 def make_space(search: SearchArguments, how: ConversionArguments, args: BestEpochArguments, delta: float) -> Space:
-    """Return the space around the setting of the flags and a ``delta`` that may have been calibrated.
+    """Return the space around the setting of the flags.
+
+    Args:
+        search: what is searched, and in which ranges.
+        how: the conversion's flags, with the prior of the defaults.
+        args: the training's flags, with the rates and the KL's weight of the defaults.
+        delta: of the defaults; it may have been calibrated.
 
     Raises:
         ValueError: something to be searched has no value that it could be searched around, or a range is malformed.

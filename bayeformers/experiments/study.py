@@ -80,7 +80,13 @@ def check_start(study: Study, model_folder: Path) -> bool:
 
 
 def record_start(study: Study, model_folder: Path, delta: float) -> None:
-    """Remember which model the trials start from, and the delta of the defaults."""
+    """Remember which model the trials start from, and the delta of the defaults.
+
+    Args:
+        study: what remembers it.
+        model_folder: where that model's weights are saved.
+        delta: of the defaults.
+    """
     study.set_user_attr(_DELTA, delta)
     study.set_user_attr(_START, _digest(model_folder))  # last: it says that the start is made
 
@@ -153,9 +159,14 @@ def importances(study: Study, minimum: int = 10) -> dict[str, float]:
 
 
 def run_trials(study: Study, trainer: BayesianTrainer, space: Space, search: SearchArguments, folder: Path) -> None:
-    """Trials until the study in the folder has ``n_trials``, one at a time: each is a function of those before it.
+    """Run trials until the study has ``n_trials``, one at a time: each is a function of those before it.
 
-    The trainer has a ``model_init`` that converts the trained model as the trial says.
+    Args:
+        study: the folder's, see `open_study`.
+        trainer: has a ``model_init`` that converts the trained model as the trial says.
+        space: what a trial may choose.
+        search: the number of trials, those at random, and whether any is pruned.
+        folder: where the study is stored.
     """
     args, state, pruner = trainer.args, PartialState(), make_pruner(trainer, search)
     while (finished := len(done(study))) < search.n_trials:
@@ -180,7 +191,13 @@ def objective(metrics: dict[str, float]) -> float:
 
 
 def make_pruner(trainer: BayesianTrainer, search: SearchArguments, warmup_share: float = 0.3) -> BasePruner:
-    """The median rule after the rates' warm-up; none in several processes, of which the main one alone would stop."""
+    """Return the median rule; no pruning in several processes, of which the main one alone would stop.
+
+    Args:
+        trainer: of the trials, for the length of a training.
+        search: whether to prune, and after how many trials.
+        warmup_share: share of a training's steps, those of the rates' warm-up, before which no trial is stopped.
+    """
     args = trainer.args
     if not search.prune or args.world_size > 1:
         return NopPruner()

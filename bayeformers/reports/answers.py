@@ -67,7 +67,13 @@ class AnswerComparison(Comparison):
     def tables(
         self, reports: Mapping[str, Any], *, source: str = "", differences: Mapping[str, Any] | None = None
     ) -> str:
-        """The tables of `Comparison.tables`, then what doubts can tell, and the ``differences``, if they are known."""
+        """Return the tables of `Comparison.tables`, then what doubts can tell, and the methods' differences.
+
+        Args:
+            reports: by method, that of `report_of`.
+            source: the rows by which the methods' numbers were chosen.
+            differences: those of `differences`, which are computed where they are not given.
+        """
         parts, methods = [super().tables(reports, source=source)], list(reports)
         told = {
             key: {name: reports[name]["detection"].get(key, {}).get("auroc") for name in methods}
@@ -83,7 +89,14 @@ class AnswerComparison(Comparison):
     def figure(
         self, *, title: str, caption: str = "", aleatoric_reference: tuple[float, str] | None = None, **options: Any
     ) -> Figure:
-        """Two panels of refusing, by exact match and by F1; two of the last method's uncertainty by group."""
+        """Return two panels of refusing, by exact match and by F1, and two of the last method's uncertainty by group.
+
+        Args:
+            title: heading of the page.
+            caption: foot of the page.
+            aleatoric_reference: a value, in nats, to mark in the aleatoric panel, and its description.
+            **options: of `page`, such as ``figsize``.
+        """
         figure, panels = page(title, 2, 2, caption=caption, **{"figsize": (12, 10.7), **options})
         left, right, aleatoric, epistemic = panels
         test = {name: sets[self.test] for name, sets in self.methods.items()}

@@ -74,7 +74,13 @@ class Bands:
 
     @classmethod
     def of_truth(cls, mean: Array, noise_std: Array, y: Array) -> "Bands":
-        """What a method says that knows the truth, N(mean, noise_std^2); all (N,)."""
+        """Return what a method says that knows the truth, N(mean, noise_std^2).
+
+        Args:
+            mean: the true mean, (N,).
+            noise_std: the true noise's standard deviation, (N,).
+            y: the observations, (N,).
+        """
         log_prob = -0.5 * (((y - mean) / noise_std) ** 2 + np.log(2 * np.pi * noise_std**2))
         return cls(mean, np.zeros_like(mean), noise_std, log_prob)
 
@@ -130,7 +136,13 @@ def _rms(values: Array) -> float:
 
 
 def write_bands(path: str | Path, x: Array, methods: Mapping[str, Bands]) -> None:
-    """The bands of every method along the axis as CSV: a row for each x (N,), three columns for each method."""
+    """Write the bands of every method along the axis as CSV: a row for each input, three columns for each method.
+
+    Args:
+        path: of the file.
+        x: the inputs along the axis, (N,).
+        methods: each method's bands there.
+    """
     columns: dict[str, Array] = {"x": x}
     for name, bands in methods.items():
         parts = {"mean": bands.mean, "epistemic_std": bands.epistemic, "aleatoric_std": bands.aleatoric}

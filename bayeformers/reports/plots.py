@@ -34,7 +34,15 @@ ALEATORIC, EPISTEMIC = "What cannot be known: aleatoric uncertainty", "What it h
 def page(
     title: str, *shape: int, figsize: tuple[float, float], caption: str = "", **options: Any
 ) -> tuple["Figure", list["Axes"]]:
-    """A figure with a heading and a foot, and its panels row by row; ``shape``: how many rows and columns, if any."""
+    """Return a figure with a heading and a foot, and its panels row by row.
+
+    Args:
+        title: the heading.
+        *shape: how many rows and columns of panels, if any.
+        figsize: width and height, in inches.
+        caption: the foot.
+        **options: of matplotlib's ``Figure``; ``sharex`` and ``sharey`` are those of its ``subplots``.
+    """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
 
     share = {name: options.pop(name) for name in ("sharex", "sharey") if name in options}
@@ -49,9 +57,15 @@ def page(
 def reliability_diagram(
     axes: "Axes", methods: Mapping[str, ArrayLike], labels: ArrayLike, *, num_bins: int | None = None
 ) -> None:
-    """Accuracy against confidence in bins of equal numbers of examples, for each method's probabilities (N, C).
+    """Draw accuracy against confidence in bins of equal numbers of examples.
 
-    Bars are 95 % intervals of each bin's accuracy (Wilson 1927). By default ten bins, fewer below 250 examples.
+    Bars are 95 % intervals of each bin's accuracy (Wilson 1927).
+
+    Args:
+        axes: the panel.
+        methods: by name, a method's probabilities, (N, C).
+        labels: the right classes, (N,).
+        num_bins: number of bins, by default ten, fewer below 250 examples.
     """
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="ideal: right as often as it says")
     lowest = 1.0
@@ -83,7 +97,13 @@ def wilson_interval(share: NDArray[Any], counts: NDArray[Any]) -> tuple[NDArray[
 
 
 def risk_coverage(axes: "Axes", methods: Mapping[str, ArrayLike], errors: Mapping[str, ArrayLike]) -> None:
-    """Error rate of the most confident share of examples, against that share; `methods` are confidences (N,)."""
+    """Draw the error rate of the most confident share of examples, against that share.
+
+    Args:
+        axes: the panel.
+        methods: by name, a method's confidences, (N,).
+        errors: by method, the error of each example in [0, 1], (N,).
+    """
     for index, (name, confidence) in enumerate(methods.items()):
         curve = metrics.risk_coverage_curve(confidence, errors[name])
         area = metrics.aurc(confidence, errors[name])
@@ -106,9 +126,17 @@ def group_histograms(
     reference: tuple[float, str] | None = None,
     beware: bool = False,
 ) -> None:
-    """Histograms of one quantity (N,) per group, as shares of the group.
+    """Draw histograms of one quantity per group, as shares of the group.
 
-    ``reference`` marks a value with a text; ``beware``: the explanation warns, in another colour.
+    Args:
+        axes: the panel.
+        groups: by name, the quantity of each of a group's inputs, (N,).
+        title: the question that the panel answers.
+        explanation: small letters below the title.
+        xlabel: the quantity's name, with its unit.
+        upper: end of the axis, by default the largest of the groups' 99.5 % quantiles; values above it are drawn there.
+        reference: a value to mark, and its description.
+        beware: whether the explanation is a warning, in another colour.
     """
     values = {name: np.asarray(value, dtype=np.float64) for name, value in groups.items()}
     top = upper or max(float(np.quantile(value, 0.995)) for value in values.values()) or 1.0
@@ -197,12 +225,25 @@ def comparison_figure(
 
 
 def save_figure(figure: "Figure", path: str | PathLike[str], *, dpi: int = 130) -> None:
-    """Write the figure as an image; the suffix of `path` decides the format."""
+    """Write the figure as an image.
+
+    Args:
+        figure: what to write.
+        path: of the file; its suffix decides the format.
+        dpi: pixels per inch.
+    """
     figure.savefig(path, dpi=dpi)
 
 
 def panel_title(axes: "Axes", question: str, explanation: str, *, beware: bool = False) -> None:
-    """A panel's question in bold, and its explanation in small letters below; ``beware``: as a warning."""
+    """Write a panel's question in bold, and its explanation in small letters below.
+
+    Args:
+        axes: the panel.
+        question: what the panel answers, in one line.
+        explanation: of any length; it is wrapped.
+        beware: whether the explanation is a warning, in another colour.
+    """
     colour, size, width = (WARNING_COLOUR, 8, 84) if beware else (GREY, 9.5, 80)
     lines = textwrap.wrap(explanation, width)
     axes.set_title(question + "\n" * len(lines), fontsize=12, fontweight="bold", loc="left")

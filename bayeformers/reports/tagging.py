@@ -187,7 +187,14 @@ class TaggingComparison(Comparison):
     def write(
         self, folder: str | Path, results: Mapping[str, Any], figure: Figure | None, *, figure_name: str
     ) -> list[str]:
-        """Write results.json, predictions.csv (words), entities.csv and the figure; see `Comparison.write`."""
+        """Return the names of the files that it writes: `Comparison.write`'s, a row for each word, and entities.csv.
+
+        Args:
+            folder: made if it does not exist.
+            results: what results.json holds.
+            figure: of `figure`, or another.
+            figure_name: the file's name.
+        """
         files = super().write(folder, results, figure, figure_name=figure_name)
         write_rows(Path(folder) / "entities.csv", self.entity_rows())
         return [*files[:2], "entities.csv", *files[2:]]

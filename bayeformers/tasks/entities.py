@@ -82,17 +82,28 @@ def _events(probs: Array, entity: Entity, names: Sequence[str]) -> Array:
 
 
 def span_probability(drawn: Array, entity: Entity, names: Sequence[str]) -> float:
-    """Return the probability that span and type are right: mean over draws (S, n, C) of the product over words.
+    """Return the probability that span and type are right: mean over draws of the product over words.
 
     Given the weights the model's words are independent, so a draw's probability of a span is a product; averaged over
     draws, words depend on each other through the weights. What the labels of a sentence share beyond that the model
     cannot express: of names whose words are all of one random type the product says too little.
+
+    Args:
+        drawn: each draw's probabilities, (S draws, n words, C labels).
+        entity: span and type.
+        names: the C labels, in IOB2.
     """
     return float(_events(drawn, entity, names).prod(-1).mean())
 
 
 def weakest_word(probs: Array, entity: Entity, names: Sequence[str]) -> float:
-    """Least of the words' averaged probabilities (n, C): no joint distribution of these words gives the span more."""
+    """Return the least of the words' probabilities: no joint distribution of these words gives the span more.
+
+    Args:
+        probs: averaged over the draws, (n words, C labels).
+        entity: span and type.
+        names: the C labels, in IOB2.
+    """
     return float(_events(probs, entity, names).min())
 
 
@@ -147,19 +158,30 @@ def _auroc(confidence: Array, right: Array) -> float | None:
 
 
 def calibration_bins(probability: Array, right: Array, num_bins: int = CALIBRATION_BINS) -> Array:
-    """Bins of equal numbers of predicted entities: a row (mean probability, share right, count) for each."""
+    """Return bins of equal numbers of predicted entities: a row (mean probability, share right, count) for each.
+
+    Args:
+        probability: that each entity is right, (N,).
+        right: 1 for an entity that is right, else 0, (N,).
+        num_bins: number of bins; N of them where N is less.
+    """
     order = np.argsort(probability, kind="stable")
     parts = np.array_split(order, min(num_bins, len(order)))
     return np.array([(probability[part].mean(), right[part].mean(), len(part)) for part in parts])
 
 
 def calibration_error(probability: Array, right: Array, num_bins: int = CALIBRATION_BINS) -> float:
-    """Return the mean |share right - mean probability| of these bins, weighted by their counts.
+    """Return the mean |share right - mean probability| of the bins of `calibration_bins`, weighted by their counts.
 
     Of the probability of one event, which may lie below one half, unlike the confidence of a class.
 
     >>> calibration_error(np.array([0.2, 0.2, 0.9]), np.array([0.0, 1.0, 1.0]), num_bins=1)
     0.2333
+
+    Args:
+        probability: that each event happens, (N,).
+        right: 1 for an event that happened, else 0, (N,).
+        num_bins: number of bins; N of them where N is less.
     """
     bins = calibration_bins(probability, right, num_bins)
     return float(np.average(np.abs(bins[:, 1] - bins[:, 0]), weights=bins[:, 2]))

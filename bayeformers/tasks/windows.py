@@ -65,6 +65,11 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     >>> token_span([(0, 3), (4, 7), (7, 9)], 4, 9)
     (1, 2)
 
+    Args:
+        offsets: characters (begin, end) of each token, the end not included.
+        start: the first character.
+        end: the character behind the last one.
+
     Raises:
         ValueError: No token does.
     """

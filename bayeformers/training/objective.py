@@ -193,10 +193,24 @@ class ObjectiveCheck(TrainerCallback):
         self.trainer, self.own = trainer, own
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A training begins, or begins anew with smaller batches (`auto_find_batch_size`)."""
+        """Start anew: a training begins, or begins again with smaller batches (`auto_find_batch_size`).
+
+        Args:
+            args: of the training.
+            state: how far the training is.
+            control: what the training does next; it stays as it is.
+            **kwargs: what else a callback is given, such as the model.
+        """
         self.trainer.start_anew()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a step whose loss an override has left ours out of; nothing has moved by then."""
+        """Refuse a step whose loss an override has left ours out of; nothing has moved by then.
+
+        Args:
+            args: of the training.
+            state: how far the training is.
+            control: what the training does next; it stays as it is.
+            **kwargs: what else a callback is given, such as the model.
+        """
         if is_bayesian(self.trainer.model):
             self.trainer._objective.check_step(type(self.trainer), self.own)
