@@ -1,4 +1,4 @@
-"""Import paths of the layout before 0.2: each still works for one version, with a `DeprecationWarning`."""
+"""Import paths of the layout before the rooms: each still works for one version, with a `DeprecationWarning`."""
 
 from __future__ import annotations
 
