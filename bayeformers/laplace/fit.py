@@ -254,7 +254,8 @@ def _measured(
 def _check_kinds(model: Any, prior_mean: Any, logits: Any, seed: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    if any(name.endswith("_rho") for name, _ in model.named_parameters()):
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if any(f"{name}_rho" in names for name in names):  # whatever made them: this room knows no Bayesian layer
         raise ValueError(
             "`model` has one set of weights for a Laplace posterior, but this one's layers are Bayesian already: call "
             "`to_deterministic(model)` first, which takes the posterior mean."

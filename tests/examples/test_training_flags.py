@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,12 @@ EVERYWHERE = [
     ("--dataloader_drop_last", "`dataloader_drop_last` must be False"),
     ("--label_smoothing_factor 0.1", "`label_smoothing_factor` must be 0"),
     ("--seed -1", "`seed` must lie between 0 and 4294967295, got -1"),
+]
+OF_A_CONVERSION = [
+    ("--delta -1", "`delta` must be finite and > 0, got -1.0"),
+    ("--prior nomral", "`prior` has unknown type 'nomral'"),
+    ("--estimator gaussian", "`estimator` must be one of"),
+    ("--num_train_epochs -1", "`num_train_epochs` must be at least 0, got -1.0"),
 ]
 OF_THE_BEST_EPOCH = [
     ("--metric_for_best_model eval_ece", "`metric_for_best_model` must be eval_"),
@@ -44,7 +51,8 @@ def line_of(example: str, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     ("example", "flags", "message"),
     [(example, *case) for example in ALL for case in EVERYWHERE]
-    + [(example, *case) for example in TWO_TRAININGS for case in OF_THE_BEST_EPOCH],
+    + [(example, *case) for example in TWO_TRAININGS for case in OF_THE_BEST_EPOCH]
+    + [("bert_glue", *case) for case in OF_A_CONVERSION],
 )
 def test_flags_that_an_example_cannot_honour_or_sets_itself(
     example: str, flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -66,6 +74,14 @@ def test_what_is_given_as_it_is_used_is_taken() -> None:
     assert recorded["save_total_limit"] == 3
     for name in BestEpochArguments.fixed:
         assert recorded[name] == BestEpochArguments.fixed[name][0]
+
+
+def test_a_choice_in_a_config_file_is_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.json").write_text('{"method": "lapalce"}')
+    said = line_of("bert_glue", f"--config {tmp_path / 'c.json'}", monkeypatch, capsys)
+    assert "`method` must be one of variational, linearized, laplace, all, got 'lapalce'" in said
 
 
 def test_smoothed_labels_with_laplace_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from bayeformers import to_bayesian
 from bayeformers.laplace import LaplacePosterior, fit
 from tests.laplace.networks import QUIET, batches, built, classes, fitted, mlp, state
 from tests.laplace.reference import close, dense, integers, normal
@@ -181,6 +182,7 @@ def test_wrong_arguments(model: nn.Module, options: dict[str, Any], error: type[
         ([], ValueError, "`dataloader` is empty"),
         (iter([(X, Y), (X, Y)]), TypeError, "`dataloader` is read more than once"),
         ([3], TypeError, "`dataloader` must give mappings"),
+        ([{"x": [1, 2], "labels": 0}], TypeError, "must give batches of tensors, got dict without any: wrap a dataset"),
         ([(X, Y.double())], ValueError, "must be integer classes"),
         ([(X, Y + 1)], ValueError, r"in \[0, 3\) or be -100 \(ignored\), got 3"),
         ([(X, Y[:5])], ValueError, r"shape \(12,\)"),
@@ -193,6 +195,11 @@ def test_wrong_data(loader: list[Any], error: type[Exception], message: str) -> 
     with pytest.raises(error, match=message):
         fit(model, loader, **QUIET)
     assert state(model) == before
+
+
+def test_a_bayesian_model_is_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"layers are Bayesian already: call `to_deterministic\(model\)` first"):
+        fit(to_bayesian(mlp().float()), batches(X, Y), **QUIET)
 
 
 def test_heads_over_positions_are_refused() -> None:

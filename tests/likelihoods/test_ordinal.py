@@ -221,4 +221,17 @@ def test_a_users_own_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
         register(Tempered())
     with pytest.raises(TypeError, match="must be an instance of a Likelihood"):
         register(Tempered)  # type: ignore[arg-type]
-    assert isinstance(get_likelihood("tempered"), Likelihood)
+    again = type("Tempered", (Tempered,), {"__qualname__": Tempered.__qualname__})
+    register(again())  # a notebook's cell ran again
+    assert type(get_likelihood("tempered")) is again and isinstance(get_likelihood("tempered"), Likelihood)
+
+
+def test_an_incomplete_likelihood_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Half must define \['problem_type', 'nll'\]"):
+        register(type("Half", (Likelihood,), {})())
+
+
+def test_one_class_has_no_order() -> None:
+    config = hf.BertConfig(num_labels=1, problem_type="ordinal_regression")
+    with pytest.raises(ValueError, match="must be at least 2, got 1. Ordered classes need"):
+        get_likelihood("ordinal_regression").check_head(config)

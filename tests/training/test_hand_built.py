@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bayeformers import (
     fixed_draw,
+    from_pretrained,
     is_bayesian,
     kl_divergence,
     posterior_mean,
@@ -121,6 +122,16 @@ def test_a_way_out_of_every_error() -> None:
     assert not is_bayesian(model)
     torch.testing.assert_close(model(rows().columns["features"])["logits"], mean)
     assert is_bayesian(to_bayesian(model))
+
+
+def test_a_saved_layer_that_no_reload_would_make_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = tiny.plain()
+    model.classifier = bnn.Linear(model.config.hidden_size, model.config.num_labels)
+    with caplog.at_level("WARNING"):
+        model.save_pretrained(tmp_path)
+    assert "has Bayesian layers that were built by hand" in caplog.text
+    with pytest.raises(ValueError, match="with layers built by hand, there never was one"):
+        from_pretrained(tmp_path)
 
 
 def test_a_part_by_hand_and_a_converted_part() -> None:
