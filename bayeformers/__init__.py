@@ -21,8 +21,7 @@ from .distributions import (
     ScaleMixturePrior,
 )
 from .laplace import LaplacePosterior
-from .moved import keep_old_paths
-from .moved import old_module as __getattr__  # an old module as an attribute: bayeformers.calibration
+from .moved import keep_old_paths, old_module
 from .nn import fixed_draw, posterior_mean
 from .nn.kl import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict
@@ -32,6 +31,7 @@ from .training import BayesianTrainer, BayesianTrainingArguments
 __version__ = "0.1.0"
 
 keep_old_paths()
+__getattr__ = old_module  # an old module as an attribute: `bayeformers.calibration`
 
 __all__ = [
     "ARDPrior",
@@ -70,5 +70,4 @@ __all__ = [
     "to_bayesian",
     "to_deterministic",
     "unfreeze",
-    "__getattr__",
 ]
