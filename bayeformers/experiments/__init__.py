@@ -30,7 +30,7 @@ from .saved import (
     saved_models,
     titles,
 )
-from .splits import hold_out
+from .splits import RowKind, hold_out
 from .text_classification import GlueArguments, GlueData, load_glue_data
 from .token_classification import ConllArguments, ConllData, load_conll_data
 
@@ -38,7 +38,7 @@ __all__ = [
     "BAYESIAN", "DETERMINISTIC", "FRESH", "LAPLACE", "LAPLACE_LAST_LAYER", "LINEARIZED", "SQUAD_SOURCES",
     "BestEpochArguments", "Clock", "ConllArguments", "ConllData", "ConversionArguments", "Experiment",
     "ExperimentArguments", "ExperimentParser", "GlueArguments", "GlueData", "History", "HoldOutArguments",
-    "LaplaceArguments", "Split", "SquadArguments", "SquadData", "TrainingRows", "check_known", "check_least",
+    "LaplaceArguments", "RowKind", "Split", "SquadArguments", "SquadData", "TrainingRows", "check_known", "check_least",
     "chosen_by_fit",
     "drawn_logits", "fingerprint", "flag", "history_of", "hold_out", "linearized_draws", "load_conll_data",
     "load_glue_data", "load_saved", "load_squad_data", "look_ahead", "parse_prior", "parse_prior_precision", "past_of",

@@ -22,7 +22,7 @@ from .arguments import BestEpochArguments, HoldOutArguments, check_least, flag
 from .evaluation import predict_sets
 from .phases import Experiment, OneLineProgress
 from .rows import FRESH, SPLIT_AGAIN, Hashes, History, Split, TrainingRows, row_hashes
-from .splits import hold_out
+from .splits import RowKind, hold_out
 
 __all__ = [
     "ImageArguments", "ImageData", "ImageTrainingArguments", "further", "image_size_of", "learning_curve",
@@ -174,9 +174,10 @@ def load_image_data(
 
     source = stored(seed if args.split_seed is None else args.split_seed)
     sets, rows = hold_out(
-        make, args, seed, history, task=source.name, noun="Images", hashes=lambda images: hashes_of(images.pixels),
+        make, args, seed, history,
+        RowKind(source.name, "Images", lambda images: hashes_of(images.pixels), remedies=REMEDIES),
         source=np.concatenate([hashes_of(source.train[0]), hashes_of(source.test[0])]), settings=args.settings,
-        held_out=("validation", "test"), remedies=REMEDIES,
+        held_out=("validation", "test"),
         given=("validation", "test") if args.held_out_of == "test" and not is_digits else (),
     )  # fmt: skip
     return ImageData(source.name, **sets, class_names=source.class_names, rows=rows)

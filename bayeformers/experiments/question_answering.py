@@ -10,7 +10,7 @@ from typing import Any
 from ..tasks.squad import Question, parse_squad, read_squad, split_articles
 from .arguments import HoldOutArguments, flag
 from .rows import FRESH, Hashes, History, Split, TrainingRows, row_hashes
-from .splits import hold_out
+from .splits import RowKind, hold_out
 
 SOURCES = ("data_dir", "train_file", "split_by_article")
 """The flags that name official files; without one the questions are written by the experiment itself."""
@@ -145,7 +145,7 @@ def load_squad_data(
         return row_hashes(f"{question.text}\x1f{question.context}" for question in questions)
 
     sets, rows = hold_out(
-        make, args, seed, history, task="squad", noun="Questions", hashes=hashes,
+        make, args, seed, history, RowKind("squad", "Questions", hashes),
         source=hashes(_all(articles["train"])) if files else None,
         settings={name: getattr(args, name) for name in ("validation_share", "test_share", "max_train_samples")},
         held_out=("validation", "test"), given=files,

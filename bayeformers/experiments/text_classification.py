@@ -22,7 +22,7 @@ from .arguments import BestEpochArguments, HoldOutArguments, flag
 from .command import say
 from .phases import Experiment
 from .rows import FRESH, Hashes, History, Split, TrainingRows, row_hashes
-from .splits import hold_out
+from .splits import RowKind, hold_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -194,11 +194,12 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
             sets["shifted"] = _grouped(load_tsv(task, args.ood_data_file, labelled=None), "shifted")
         return sets
 
+    called = {} if file is None else {"validation": f"rows of `validation_file` {file}"}
+    noun = "Held-out rows" if official else "Sentences"
     sets, rows = hold_out(
-        make, args, seed, history, task=task.name, noun="Held-out rows" if official else "Sentences",
-        hashes=lambda rows: hashes_of(rows, task), source=hashes_of(official["train"], task) if official else None,
+        make, args, seed, history, RowKind(task.name, noun, lambda rows: hashes_of(rows, task), called),
+        source=hashes_of(official["train"], task) if official else None,
         settings=args.settings, given=() if file is None else ("validation",), then=with_files,
-        called={} if file is None else {"validation": f"rows of `validation_file` {file}"},
     )  # fmt: skip
     return GlueData(task, **{"shifted": None, **sets}, rows=rows)
 

@@ -12,7 +12,7 @@ from ..tasks.conll import Scheme, Sentence, detect_scheme, is_label, label_names
 from ..tasks.loading import load_hub
 from .arguments import HoldOutArguments, flag
 from .rows import FRESH, Hashes, History, Split, TrainingRows, row_hashes
-from .splits import hold_out
+from .splits import RowKind, hold_out
 
 Labelled = dict[str, tuple[list[Sentence], Scheme]]
 """By set, its sentences and the scheme that they were written in."""
@@ -114,7 +114,7 @@ def load_conll_data(
         return row_hashes(" ".join(sentence.words) for sentence in sentences)
 
     sets, rows = hold_out(
-        make, args, seed, history, task="conll", noun="Sentences", hashes=hashes,
+        make, args, seed, history, RowKind("conll", "Sentences", hashes),
         source=hashes(named["train"]) if named else None,
         held_out=("validation", "test") if args.is_generated else ("validation",), given=named,
     )  # fmt: skip
