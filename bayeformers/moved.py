@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 __all__ = ["MOVED", "keep_old_paths", "old_module"]
 
@@ -95,6 +96,9 @@ MOVED = {
     "wrappers": "conversion.persistence",
 }
 
+FUNCTIONS = ("jacobians.separation", "laplace.inf_posterior", "laplace.influence", "summary")
+"""Old modules with a function of their name beside them."""
+
 _PACKAGE = "bayeformers"
 
 
@@ -112,9 +116,26 @@ class _OldPaths(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Import the new module, and leave it where the import system looks for the old one."""
-        old, new = module.__name__, f"{_PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
-        warnings.warn(f"`{old}` has moved: import from `{new}`.", DeprecationWarning, stacklevel=2)
-        sys.modules[old] = importlib.import_module(new)
+        _tell(module.__name__)
+        sys.modules[module.__name__] = importlib.import_module(_new_path(module.__name__))
+
+
+class _Beside(ModuleType):
+    """An old module beside a function of its name, which importing it must not put in the function's place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system and others ask of every module
+            raise AttributeError(name)
+        _tell(self.__name__)
+        return getattr(importlib.import_module(_new_path(self.__name__)), name)
+
+
+def _new_path(old: str) -> str:
+    return f"{_PACKAGE}.{MOVED[old.partition('.')[2]]}"
+
+
+def _tell(old: str) -> None:
+    warnings.warn(f"`{old}` has moved: import from `{_new_path(old)}`.", DeprecationWarning, stacklevel=3)
 
 
 def old_module(name: str) -> ModuleType:
@@ -128,3 +149,5 @@ def keep_old_paths() -> None:
     """Let `import` find modules under old paths: asked first, or `jacobians.reads` would be loaded twice."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldPaths())
+    for name in FUNCTIONS:
+        sys.modules.setdefault(f"{_PACKAGE}.{name}", _Beside(f"{_PACKAGE}.{name}"))

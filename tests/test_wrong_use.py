@@ -267,7 +267,7 @@ def fitted(**values: tuple[Any, ...]) -> list[Row]:
         lambda w: laplace.fit(w.hand, [(w.x, w.y)], validation=[w.x], progress=False),
         ("validation",),
     ),
-    ("a Bayesian model", lambda w: laplace.fit(w.net, [(w.x, w.y)], progress=False), ("rho",)),
+    ("a Bayesian model", lambda w: laplace.fit(w.net, [(w.x, w.y)], progress=False), ("Bayesian", "to_deterministic")),
     ("a model of no layer", lambda w: laplace.fit(nn.Tanh(), [(w.x, w.y)], progress=False), ("layer",)),
     ("a temperature of zero", lambda w: w.posterior.with_temperature(0.0), ("temperature", "0.0")),
     ("a precision below zero", lambda w: w.posterior.with_prior_precision(-1.0), ("prior_precision", "-1")),
