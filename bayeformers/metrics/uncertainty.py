@@ -97,7 +97,11 @@ def variation_ratio(log_probs: ArrayT) -> ArrayT:
     array([0.25])
     """
     checked, xp = _log_probs(log_probs)
-    decision = xp.argmax(_mean_probs(checked, xp), axis=-1)
+    mean = _mean_probs(checked, xp)
+    # the order of the draws must not decide a tie: a sum of S numbers in [0, 1] is off by at most S eps / 2
+    rounding = checked.shape[0] * float(xp.finfo(checked.dtype).eps)
+    is_largest = mean >= xp.max(mean, axis=-1, keepdims=True) - rounding
+    decision = xp.argmax(xp.astype(is_largest, checked.dtype), axis=-1)
     differs = xp.argmax(checked, axis=-1) != decision
     return _like(xp.mean(xp.astype(differs, checked.dtype), axis=0), log_probs, xp)
 

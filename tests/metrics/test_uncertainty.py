@@ -72,6 +72,13 @@ def test_variation_ratio_counts_dissenting_draws(draws: np.ndarray) -> None:
         assert value == pytest.approx(np.mean([p[s, n].argmax() != decision for s in range(len(p))]))
 
 
+def test_the_order_of_draws_decides_no_tie() -> None:
+    """Two draws that are sure of either class, among others that are not: their means are equal but for rounding."""
+    sure, even = np.array([-28.5, -4.19442259e-13]), np.log([0.5, 0.5])
+    draws = np.stack([sure, even, even, sure[::-1]])[:, None]
+    assert metrics.variation_ratio(draws) == metrics.variation_ratio(draws[::-1]) == 0.25
+
+
 @settings(deadline=None)
 @given(log_probs)
 def test_inequalities_hold_for_any_draws(draws: np.ndarray) -> None:
