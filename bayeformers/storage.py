@@ -23,7 +23,7 @@ VERSION = 2
 
 _HEX = 32
 _THREADS = 4
-_RECORD = 1
+_DIGESTS = 1
 
 
 def digest(tensor: Tensor) -> str:
@@ -55,7 +55,7 @@ def write_digests(path: str | os.PathLike[str], digests: Mapping[str, str]) -> N
     """As JSON, whole or not at all."""
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"version": _RECORD, "sha256": dict(sorted(digests.items()))}, indent=1) + "\n")
+    partial.write_text(json.dumps({"version": _DIGESTS, "sha256": dict(sorted(digests.items()))}, indent=1) + "\n")
     partial.replace(target)
 
 
@@ -67,7 +67,7 @@ def read_digests(path: str | os.PathLike[str]) -> dict[str, str] | None:
     """
     try:
         content = json.loads(Path(path).read_text())
-        return {str(k): str(v) for k, v in content["sha256"].items()} if content["version"] == _RECORD else None
+        return {str(k): str(v) for k, v in content["sha256"].items()} if content["version"] == _DIGESTS else None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); remove it to load without this check.") from error
 

@@ -257,7 +257,7 @@ class Comparison:
     def write(
         self, folder: str | Path, results: Mapping[str, Any], figure: Figure | None, *, figure_name: str
     ) -> list[str]:
-        """Return the names of the files that it writes: results.json, predictions.csv and the figure, if there is one.
+        """Return the names of the files that it writes: results.json, the CSV tables and the figure, if there is one.
 
         Args:
             folder: made if it does not exist.
@@ -268,10 +268,16 @@ class Comparison:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", results)
-        write_rows(folder / "predictions.csv", self.rows())
+        tables = self.csv_tables()
+        for name, rows in tables.items():
+            write_rows(folder / name, rows)
         if figure is not None:
             save_figure(figure, folder / figure_name)
-        return ["results.json", "predictions.csv", *([] if figure is None else [figure_name])]
+        return ["results.json", *tables, *([] if figure is None else [figure_name])]
+
+    def csv_tables(self) -> dict[str, Iterable[Mapping[str, Any]]]:
+        """The rows of each CSV file that `write` writes, by the file's name."""
+        return {"predictions.csv": self.rows()}
 
 
 def csv_prefix(method: str) -> str:

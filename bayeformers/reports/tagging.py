@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from .. import metrics
 from ..tasks.conll import Sentence
 from ..tasks.entities import TaggedSentence, entity_report, tag_sentence
-from .comparison import Comparison, ReportedSet, csv_prefix, write_rows
+from .comparison import Comparison, ReportedSet, csv_prefix
 from .plots import page, risk_coverage
 from .report import ClassPredictions, classification_report, format_table
 from .words import LINE, event_reliability, line_width, word_strip
@@ -184,20 +183,9 @@ class TaggingComparison(Comparison):
         groups = dict.fromkeys(row.group for rows in self.sentences.values() for row in rows)
         return [pair for group in groups for pair in [p for p in pairs if p[0].group == group][:SHOWN_PER_GROUP]]
 
-    def write(
-        self, folder: str | Path, results: Mapping[str, Any], figure: Figure | None, *, figure_name: str
-    ) -> list[str]:
-        """Return the names of the files that it writes: `Comparison.write`'s, a row for each word, and entities.csv.
-
-        Args:
-            folder: made if it does not exist.
-            results: what results.json holds.
-            figure: of `figure`, or another.
-            figure_name: the file's name.
-        """
-        files = super().write(folder, results, figure, figure_name=figure_name)
-        write_rows(Path(folder) / "entities.csv", self.entity_rows())
-        return [*files[:2], "entities.csv", *files[2:]]
+    def csv_tables(self) -> dict[str, Iterable[Mapping[str, Any]]]:
+        """A row for each word, and for each entity."""
+        return {**super().csv_tables(), "entities.csv": self.entity_rows()}
 
 
 def _objects(values: Iterable[Any]) -> NDArray[Any]:

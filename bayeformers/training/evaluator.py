@@ -26,7 +26,7 @@ from ..sampling.views import unwrapped_forward
 from .arguments import BayesianTrainingArguments
 from .checks import check_variance_head
 from .columns import BatchPrediction, predict_batch, score_predictive
-from .items import settled_problem_type
+from .items import LikelihoodsByLabels, settled_problem_type
 
 __all__ = ["BayesianPredictionOutput", "Columns", "Evaluation", "evaluation_metrics"]
 
@@ -155,15 +155,12 @@ class Evaluation:
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     say: Callable[[str], None]
     columns: Columns = field(default_factory=Columns)
-    _likelihoods: dict[torch.dtype | None, Likelihood] = field(default_factory=dict)
+    _likelihoods: LikelihoodsByLabels = field(default_factory=LikelihoodsByLabels)
 
     def likelihood(self, inputs: Mapping[str, Any]) -> Likelihood:
         """The head's, which is found at the first batch of a kind of labels."""
         labels = inputs.get("labels")
-        kind = labels.dtype if isinstance(labels, Tensor) else None
-        if kind not in self._likelihoods:
-            self._likelihoods[kind] = self._find_likelihood(inputs, labels)
-        return self._likelihoods[kind]
+        return self._likelihoods.get(labels, lambda: self._find_likelihood(inputs, labels))
 
     def _find_likelihood(self, inputs: Mapping[str, Any], labels: Any) -> Likelihood:
         own_loss = self.has_own_loss

@@ -32,9 +32,9 @@ from ..posteriors.heads import without_labels
 from ..sampling.random_state import preserved
 
 __all__ = [
-    "IGNORED", "LABEL_NAMES", "ItemNLL", "LabelledBatch", "align_causal", "as_labels", "check_label_names",
-    "count_items", "item_nll", "labels_of", "model_inputs", "output_field", "regression_labels", "residual_std",
-    "settled_problem_type",
+    "IGNORED", "LABEL_NAMES", "ItemNLL", "LabelledBatch", "LikelihoodsByLabels", "align_causal", "as_labels",
+    "check_label_names", "count_items", "item_nll", "labels_of", "model_inputs", "output_field",
+    "regression_labels", "residual_std", "settled_problem_type",
 ]  # fmt: skip
 
 LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
@@ -86,6 +86,20 @@ class LabelledBatch:
     def num_items(self) -> Tensor:
         """Items of the batch in the unit of its loss, 0-dimensional."""
         return self.count()
+
+
+class LikelihoodsByLabels:
+    """The likelihood of one head for every kind of labels, found at the first batch of the kind."""
+
+    def __init__(self) -> None:
+        self._known: dict[torch.dtype | None, Likelihood] = {}
+
+    def get(self, labels: Any, find: Callable[[], Likelihood]) -> Likelihood:
+        """That of a batch's ``labels``, by their dtype; of a batch without any, that of None."""
+        kind = labels.dtype if isinstance(labels, Tensor) else None
+        if kind not in self._known:
+            self._known[kind] = find()
+        return self._known[kind]
 
 
 def settled_problem_type(

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from ..likelihoods import Likelihood, NoiseStd
+from ..likelihoods import NoiseStd
 from ..nn.base import is_bayesian
 from ..nn.kl import kl_divergence, log_variational_posterior
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments
 from .elbo import Group, elbo_loss, kl_warmup
-from .items import LabelledBatch
+from .items import LabelledBatch, LikelihoodsByLabels
 from .own_terms import ForwardPass
 from .records import SILENT_LAYERS, TrainingRecord
 
@@ -74,7 +74,7 @@ class Objective:
         record: N, and the sums of the next log; None before the first batch, and for a model that is not Bayesian.
         calibration: the calibration loss, if there is one.
         has_own_terms: whether the model's own loss has terms besides the likelihood, which are trained along.
-        likelihoods: of the head, by the dtype of labels (None without), each resolved once.
+        likelihoods: of the head, each resolved once.
         loss_is_ours: whether our `compute_loss` made the present step's loss, of which the stock step divides nothing.
         has_batches: whether our `get_batch_samples` counted its items.
     """
@@ -85,7 +85,7 @@ class Objective:
         self.group: Group | None = None
         self.record: TrainingRecord | None = None
         self.calibration: CalibrationTerm | None = None
-        self.likelihoods: dict[torch.dtype | None, Likelihood] = {}
+        self.likelihoods = LikelihoodsByLabels()
         self.loss_is_ours, self.has_batches = False, False
 
     def close(self) -> None:

@@ -111,11 +111,8 @@ class BayesianTrainer(LaplaceTrainer):
 
     def _likelihood(self, named: Mapping[str, Any]) -> Likelihood:
         """The head's, resolved once in a training for every kind of labels."""
-        labels, known = named.get("labels"), self._objective.likelihoods
-        kind = labels.dtype if isinstance(labels, Tensor) else None
-        if kind not in known:
-            known[kind] = get_likelihood(self.problem_type(named))
-        return known[kind]
+        labels = named.get("labels")
+        return self._objective.likelihoods.get(labels, lambda: get_likelihood(self.problem_type(named)))
 
     def _without_ignored(self, named: Mapping[str, Any], likelihood: Likelihood) -> Mapping[str, Any]:
         return without_ignored(named, self.model, likelihood.problem_type) if likelihood.is_per_pixel else named

@@ -108,32 +108,29 @@ def test_damping_split() -> None:
         check(torch.linalg.inv(split).diagonal())
 
 
+def check_precision(precision: Tensor) -> None:
+    """X^T X / s^2 + tau for each of the two outputs of `linear_regression`."""
+    _, x, noise, tau = linear_regression()
+    row = x.T @ x / noise**2 + tau * torch.eye(3, dtype=torch.float64)
+    close(precision, torch.block_diag(row, row), 1e-12)
+
+
 @pytest.mark.protects("no_prior")
 def test_no_prior() -> None:
     """The precision of a linear model is X^T X / s^2 + tau; without tau it is the likelihood's alone."""
-    posterior, x, noise, tau = linear_regression()
-
-    def check(precision: Tensor) -> None:
-        row = x.T @ x / noise**2 + tau * torch.eye(3, dtype=torch.float64)
-        close(precision, torch.block_diag(row, row), 1e-12)
-
-    check(precision_of(posterior))
+    posterior = linear_regression()[0]
+    check_precision(precision_of(posterior))
     with pytest.raises(AssertionError):
-        check(posterior.likelihood_precision * dense(posterior.layers[""]))
+        check_precision(posterior.likelihood_precision * dense(posterior.layers[""]))
 
 
 @pytest.mark.protects("no_n")
 def test_no_n() -> None:
     """The curvature is a sum over the N examples; a mean over them understates it N times."""
-    posterior, x, noise, tau = linear_regression()
-
-    def check(precision: Tensor) -> None:
-        row = x.T @ x / noise**2 + tau * torch.eye(3, dtype=torch.float64)
-        close(precision, torch.block_diag(row, row), 1e-12)
-
-    check(precision_of(posterior))
+    posterior, x, _, tau = linear_regression()
+    check_precision(precision_of(posterior))
     with pytest.raises(AssertionError):
-        check(
+        check_precision(
             posterior.likelihood_precision * dense(posterior.layers[""]) / len(x)
             + tau * torch.eye(6, dtype=torch.float64)
         )
