@@ -24,12 +24,11 @@ from ..conversion.config import BayesianConfig
 from ..conversion.convert import convert, freeze_as_saved, settle_ties
 from ..conversion.record import bayesian_config, update_config
 from ..conversion.surgery import swap_class
-from ..laplace import InfPosterior, LaplacePosterior
 from ..laplace.posterior import FILE
-from ..laplace.sparse.inf_posterior import FILE as INF_FILE
 from ..nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.parameters import of_source
+from ..posteriors.files import saved_kinds
 from .accounting import Files, check_arguments, check_values, posterior_like, told_missing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ _OWN = "posterior"
 _DTYPES = ("dtype", "torch_dtype")
 _FOLDER = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _HUB_ARGUMENTS = (*_FOLDER, "trust_remote_code")
-_POSTERIORS: dict[str, type[LaplacePosterior] | type[InfPosterior]] = {FILE: LaplacePosterior, INF_FILE: InfPosterior}
 
 
 def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -127,7 +125,7 @@ def _with_posterior(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A plain model with the Laplace posterior that lies beside it."""
     directory = files.directory
-    found = {name: path for name in _POSTERIORS if (path := files.find(name)) is not None}
+    found = {name: path for name in saved_kinds() if (path := files.find(name)) is not None}
     if not found:
         raise ValueError(
             f"`directory` {directory!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
@@ -141,7 +139,7 @@ def _with_posterior(
         raise ValueError(told_missing(model, directory, info["missing_keys"]))
     check_values(model, directory, is_verified=True)
     name, path = next(iter(found.items()))
-    model.__dict__[_OWN] = _POSTERIORS[name].load(path, model)
+    model.__dict__[_OWN] = saved_kinds()[name].load(path, model)
     return model, info
 
 

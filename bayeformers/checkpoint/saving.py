@@ -26,8 +26,9 @@ from ..conversion.record import (
     update_config,
     without_stale_record,
 )
-from ..laplace.moved import MovedPosterior
 from ..nn.draws import bayesian_modules
+from ..posteriors import BasePosterior
+from ..posteriors.files import saved_kinds
 from ..storage import file_digests, write_digests
 
 logger = logging.getLogger(__name__)
@@ -51,17 +52,17 @@ def digests_name(variant: str | None = None) -> str:
 def carry(model: nn.Module, posterior: Any) -> None:
     """Let ``model.save_pretrained`` save a posterior that something else holds, such as a Trainer; None: no longer."""
     _CARRIED.pop(model, None)
-    if isinstance(posterior, MovedPosterior):
+    if isinstance(posterior, BasePosterior) and posterior.file_name:
         _CARRIED[model] = weakref.ref(posterior)
 
 
-def saved_along(model: nn.Module) -> MovedPosterior | None:
-    """The Laplace posterior that ``model.save_pretrained`` writes: the model's ``posterior``, or its Trainer's."""
+def saved_along(model: nn.Module) -> BasePosterior | None:
+    """The posterior that ``model.save_pretrained`` writes: the model's ``posterior``, or its Trainer's."""
     if not isinstance(model, PreTrainedModel) or bayesian_modules(model):
         return None
     carried = _CARRIED.get(model)
     own = vars(model).get(_OWN) or (None if carried is None else carried())
-    return own if isinstance(own, MovedPosterior) and own.model is model else None
+    return own if isinstance(own, BasePosterior) and own.file_name and own.model is model else None
 
 
 def check_recorded(model: nn.Module) -> None:
@@ -172,13 +173,17 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
     return save_pretrained
 
 
-def _save_posterior(posterior: MovedPosterior, folder: Path) -> None:
+def _save_posterior(posterior: BasePosterior, folder: Path) -> None:
     if posterior.is_of_present_weights():
+        for name in saved_kinds():  # of another kind that was saved here before
+            (folder / name).unlink(missing_ok=True)
         posterior.save(folder)
     else:
+        kind = type(posterior).__name__.removesuffix("Posterior")
         logger.warning(
-            "The model's weights have moved since its Laplace posterior was fitted: the posterior is not saved with "
-            "them. Fit it again."
+            "The model's weights have moved since its %s posterior was fitted: the posterior is not saved with "
+            "them. Fit it again.",
+            kind,
         )
 
 

@@ -16,6 +16,7 @@ from ..likelihoods import ProblemType, get_likelihood, logits_of, resolve_proble
 from ..likelihoods.registry import likelihood_of_family
 from ..linearized.blocks import GaussianBlock, block_draw
 from ..linearized.captured import OutputOf, Statistic
+from ..posteriors.files import register_posterior
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 from ..storage import folder, read, write
 from .blocks import LaplaceBlock
@@ -108,6 +109,7 @@ class FitRecord:
         )
 
 
+@register_posterior
 class LaplacePosterior(MovedPosterior):
     """The result of `fit`: frozen, and independent of the data it was fitted to.
 
@@ -126,6 +128,7 @@ class LaplacePosterior(MovedPosterior):
     """
 
     default_method = "glm"
+    file_name = FILE
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,9 @@ class BasePosterior(ABC):
         draw_cache_bytes: memory in which draws are kept for the next batch.
         draws_in_views: whether it has `draw_in` and `mean_in`, by which several threads predict at once. One that has
             not draws in the model itself, one prediction after the other.
+        file_name: what `save` writes beside the model's own files; None: it is not saved along with the model.
+        wraps: whether it is made of other posteriors, which are saved beside it.
+        predicts_itself: whether its `predict` is more than an average over `passes`: evaluation asks `predict`.
     """
 
     is_shared_by_views = True
@@ -89,6 +92,9 @@ class BasePosterior(ABC):
     default_method: str = "sample"
     draw_cache_bytes: int = 0
     draws_in_views: bool = False
+    file_name: ClassVar[str | None] = None
+    wraps: ClassVar[bool] = False
+    predicts_itself: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A class with a ``draw`` or ``mean`` of its own has to say it anew: those of a view are its base's."""
@@ -112,6 +118,23 @@ class BasePosterior(ABC):
     @abstractmethod
     def save(self, directory: str | PathLike[str]) -> None:
         """Write all that a reload needs into a folder."""
+
+    @classmethod
+    def load(cls, directory: str | PathLike[str], model: nn.Module) -> BasePosterior:
+        """Return what `save` wrote, around the model that it was saved with.
+
+        Args:
+            directory: the folder, or the file of `file_name` itself.
+            model: the model, with the weights that it had.
+
+        Raises:
+            NotImplementedError: the class cannot be read again.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no `load`.")
+
+    def is_of_present_weights(self) -> bool:
+        """Whether the model still has the weights that the posterior goes with."""
+        return True
 
     def passes(self, inputs: Inputs, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
         """The model's output under each draw, in ``eval()`` mode, without gradients.

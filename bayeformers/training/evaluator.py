@@ -182,6 +182,18 @@ class Evaluation:
             return self._linearized(inputs, likelihood, noise_std)
         posterior = self.posterior or PointPosterior(self.model)
         problem_type = likelihood.problem_type
+        if posterior.predicts_itself:
+            with self.autocast():
+                predictive = posterior.predict(
+                    inputs,
+                    num_samples=self.num_samples,
+                    seed=self.args.eval_seed,
+                    method=self.args.eval_method,
+                    link=self.args.eval_link,
+                    problem_type=problem_type,
+                    noise_std=noise_std,
+                )
+            return score_predictive(predictive, inputs, problem_type, noise_std)
         with torch.no_grad(), self.autocast():
             outputs = posterior.passes(inputs, num_samples=self.num_samples, seed=self.args.eval_seed)
             return predict_batch(outputs, without_ignored(inputs, self.model, problem_type), problem_type, noise_std)
@@ -203,7 +215,10 @@ class Evaluation:
     @property
     def method(self) -> str:
         """The method in force; a point estimate gives one answer by all of them."""
-        return "sample" if self.posterior is None else self.args.eval_method or self.posterior.default_method
+        own = self.posterior
+        if own is None or own.predicts_itself:
+            return "sample"
+        return self.args.eval_method or own.default_method
 
     def _is_linearized(self, likelihood: Likelihood) -> bool:
         """Whether to predict with the linearised network; ValueError where it is asked for and cannot be done."""

@@ -16,6 +16,7 @@ from ...checks import is_whole
 from ...likelihoods import ProblemType, logits_of
 from ...linearized.blocks import block_noise
 from ...linearized.captured import OutputOf
+from ...posteriors.files import register_posterior
 from ...sampling.generators import NOISE_VERSION, check_noise_version
 from ...storage import check_whole, folder, read, write
 from ..blocks import LaplaceBlock
@@ -31,6 +32,7 @@ InfBlocks = Sequence[LowRankPlusDiagonal]
 """One per group of a convolution, one elsewhere."""
 
 
+@register_posterior
 class InfPosterior(MovedPosterior):
     """N(theta*, (scale (V lam V^T + D) + tau)^-1) layer by layer; see `inf_posterior`.
 
@@ -46,6 +48,8 @@ class InfPosterior(MovedPosterior):
         outputs_of: the logits in what the model returns.
         noise_version: which draws, see `bayeformers.sampling.generators`.
     """
+
+    file_name = FILE
 
     def __init__(
         self,

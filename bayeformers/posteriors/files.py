@@ -1,0 +1,38 @@
+"""Which posteriors are saved beside a model, and by which file a folder tells that it holds one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from .base import BasePosterior
+
+Kind = TypeVar("Kind", bound=type[BasePosterior])
+
+_KINDS: dict[str, type[BasePosterior]] = {}
+
+
+def register_posterior(kind: Kind) -> Kind:
+    """Let `save_pretrained` write a class's posteriors beside their model, and `from_pretrained` read them again.
+
+    A posterior that wraps others (its `wraps` is True) saves these beside its own file, and finds them again itself.
+
+    Args:
+        kind: the class; its `file_name` is the file that `save` writes and `load(path, model)` reads.
+
+    Returns:
+        The class: a decorator.
+
+    Raises:
+        ValueError: it names no file, or one that another class has.
+    """
+    name = kind.file_name
+    if not name:
+        raise ValueError(f"`kind` ({kind.__name__}) must name the file that it saves as `file_name`, got {name!r}.")
+    if _KINDS.setdefault(name, kind) is not kind:
+        raise ValueError(f"`file_name` {name!r} of {kind.__name__} is that of {_KINDS[name].__name__} already.")
+    return kind
+
+
+def saved_kinds() -> dict[str, type[BasePosterior]]:
+    """File name -> class, those that wrap others first: where both lie in a folder, the wrapper is the posterior."""
+    return dict(sorted(_KINDS.items(), key=lambda item: not item[1].wraps))
