@@ -12,6 +12,7 @@ and reason; then those that the conversion refuses, and those that do not build 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import multiprocessing as mp
 import multiprocessing.connection as connection
@@ -199,6 +200,8 @@ def main() -> int:
     steps = arguments.steps.split(",")
     if unknown := set(steps) - STEPS.keys():
         parser.error(f"--steps: {', '.join(sorted(unknown))} not known; choose from {', '.join(STEPS)}")
+    gc.collect()
+    gc.freeze()  # each process would walk, and so copy, all that the imports made
     begun = time.monotonic()
     results = sweep(choose(arguments), steps, arguments.jobs, arguments.timeout, arguments.sample, arguments.verbose)
     for result in sorted(results, key=lambda r: r.name):

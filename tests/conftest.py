@@ -1,5 +1,6 @@
 """What every test runs under: no network, one thread, a fixed seed."""
 
+import gc
 import os
 
 # read when the libraries are imported, so they are set before that
@@ -10,6 +11,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what the imports made: accelerate collects garbage at every training, and would walk all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
