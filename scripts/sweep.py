@@ -195,11 +195,11 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="a line for every entry as it ends")
     parser.add_argument("--notes", action="store_true", help="print what was noted of entries that pass")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     steps = arguments.steps.split(",")
     if unknown := set(steps) - STEPS.keys():
         parser.error(f"--steps: {', '.join(sorted(unknown))} not known; choose from {', '.join(STEPS)}")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     gc.collect()
     gc.freeze()  # each process would walk, and so copy, all that the imports made
     begun = time.monotonic()

@@ -3,7 +3,9 @@
 The group to be found is the positive one: wrong predictions, or out-of-distribution (OOD) inputs. Detection flags all
 examples whose uncertainty is at least a threshold; examples of equal score are flagged together, so no result depends
 on the order of the input. All functions raise `UndefinedMetricError`, a ValueError, where only one group is present.
-The numbers are scikit-learn's, which is imported when the first is asked for: that takes as long as the package itself.
+The numbers are scikit-learn's. The areas under the receiver's curve are counted here, for intervals ask for hundreds of
+them and scikit-learn's checks of its arguments take a hundred times as long; for the others it is imported when the
+first is asked for: that takes as long as the package itself.
 """
 
 import numpy as np
@@ -69,9 +71,12 @@ def fpr_at_95_tpr(uncertainty: ArrayLike, is_ood: ArrayLike) -> float:
 
 
 def _auroc(positive: NDArray[np.bool_], score: FloatArray) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(positive, score))
+    """Mann & Whitney 1947: the share of (positive, negative) pairs whose positive scores higher, ties counting half."""
+    _, place, sizes = np.unique(score, return_inverse=True, return_counts=True)
+    positives = np.bincount(place, weights=positive)  # of each distinct score, from the lowest on
+    negatives = sizes - positives
+    lower = negatives.cumsum() - negatives
+    return float(positives @ (lower + negatives / 2) / (positives.sum() * negatives.sum()))
 
 
 def _average_precision(positive: NDArray[np.bool_], score: FloatArray) -> float:

@@ -1,5 +1,6 @@
 """Run by `torchrun` in two processes: fits Laplace posteriors in all the ways that data can be split between them."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -136,6 +137,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as the parent does: accelerate collects garbage at every training
     main(Path(sys.argv[1]))
     dist.barrier()
     dist.destroy_process_group()

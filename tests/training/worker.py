@@ -1,5 +1,6 @@
 """Run by `torchrun` in two processes: records optimizer steps and evaluations into files; the parent compares them."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -112,6 +113,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as the parent does: accelerate collects garbage at every training
     main(Path(sys.argv[1]))
     dist.barrier()
     dist.destroy_process_group()
