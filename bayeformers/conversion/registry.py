@@ -190,19 +190,23 @@ def _uses(owner: type[nn.Module]) -> dict[str, set[str]]:
         for name, value in vars(cls).items():
             method = inspect.unwrap(getattr(value, "fget", None) or value) if name not in _SET_UP else None
             if isinstance(method, types.FunctionType):
-                _add_uses(method.__code__, found)
+                for attribute, use in _uses_in(method.__code__):
+                    found.setdefault(attribute, set()).add(use)
     return found
 
 
-def _add_uses(code: types.CodeType, found: dict[str, set[str]]) -> None:
+@functools.cache  # most methods are those of one base of all models
+def _uses_in(code: types.CodeType) -> frozenset[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            _add_uses(const, found)
+            found |= _uses_in(const)
     steps = list(dis.get_instructions(code))
     for function, before, here, after in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
         if here.opname.startswith("LOAD") and _loads_self(before) and function.argval != "isinstance":
             reads = after.opname == "LOAD_ATTR" and after.argval in ("weight", "bias")
-            found.setdefault(str(here.argval), set()).add("weight" if reads else "other")
+            found.add((str(here.argval), "weight" if reads else "other"))
+    return frozenset(found)
 
 
 def _loads_self(instruction: dis.Instruction) -> bool:

@@ -251,8 +251,8 @@ class BayesianModule(nn.Module):
     def reset_rho(self, name: str) -> None:
         """Set the scale of ``name`` to its initial value, `initial_scale` of the present mean."""
         # transformers, loading, initialises modules that lack anything: a scale that it has read stays
-        is_loading = nn.init.normal_ is guarded_normal_
-        if is_loading and getattr(self.get_parameter(f"{name}_rho"), "_is_hf_initialized", False):
+        rho, is_loading = self.get_parameter(f"{name}_rho"), nn.init.normal_ is guarded_normal_
+        if rho.is_meta or (is_loading and getattr(rho, "_is_hf_initialized", False)):  # no values, or those of the file
             return
         loc, floor = self.get_parameter(name), self.scale_floor(name)
         initial = self.initial_scale(name, loc)

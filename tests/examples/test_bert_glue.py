@@ -27,6 +27,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     return main([*SMALL, "--output_dir", str(folder)]), folder
 
 
+@pytest.fixture(scope="module")
+def both(run: tuple[dict[str, Any], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of two processes: the saved models of `run` again, and Laplace around its deterministic one."""
+    folder, trained = tmp_path_factory.mktemp("both"), run[1]
+    model = ["--model_name_or_path", str(trained / "deterministic")]
+    runs = {"again": [*SMALL, "--eval_only", str(trained)], "laplace": [*TRAINED, *model, "--method", "laplace"]}
+    arguments = json.dumps([[*flags, "--output_dir", str(folder / name)] for name, flags in runs.items()])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.examples.worker", "bert_glue", arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return {name: json.loads((folder / name / "results.json").read_text()) for name in runs}
+
+
 # --- The embedded task -----------------------------------------------------------------------------------------------
 def test_results_hold_every_number(run: tuple[dict[str, Any], Path]) -> None:
     results, folder = run
@@ -74,16 +89,10 @@ def test_saved_models_give_the_same_numbers(run: tuple[dict[str, Any], Path], tm
     assert flat(alone["methods"]) == pytest.approx(flat(kept), abs=1e-6)
 
 
-def test_two_processes_give_the_same_numbers(run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    results, folder = run
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "examples.bert_glue", *SMALL, "--eval_only", str(folder), "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    both = json.loads((tmp_path / "results.json").read_text())
-    assert both["processes"] == 2
-    assert flat(both["methods"]) == pytest.approx(flat(results["methods"]), abs=1e-5)
+def test_two_processes_give_the_same_numbers(run: tuple[dict[str, Any], Path], both: dict[str, Any]) -> None:
+    again = both["again"]
+    assert again["processes"] == 2
+    assert flat(again["methods"]) == pytest.approx(flat(run[0]["methods"]), abs=1e-5)
 
 
 # --- Laplace ---------------------------------------------------------------------------------------------------------
@@ -130,16 +139,8 @@ def test_saved_posteriors_give_the_same_numbers(everything: tuple[Any, Path], tm
     assert list(alone["methods"]) == ["majority class", "Laplace all layers"] and "delta" not in alone
 
 
-def test_laplace_in_two_processes_is_that_of_one(
-    run: tuple[dict[str, Any], Path], everything: tuple[Any, Path], tmp_path: Path
-) -> None:
-    arguments = [*TRAINED, "--model_name_or_path", str(run[1] / "deterministic"), "--method", "laplace"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "examples.bert_glue", *arguments, "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    two, name = json.loads((tmp_path / "results.json").read_text()), "Laplace all layers"
+def test_laplace_in_two_processes_is_that_of_one(everything: tuple[Any, Path], both: dict[str, Any]) -> None:
+    two, name = both["laplace"], "Laplace all layers"
     assert two["processes"] == 2 and "delta" not in two
     assert list(two["methods"]) == [*POINTS, name]
     one = everything[0]["laplace"][name]
