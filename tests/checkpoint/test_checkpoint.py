@@ -52,6 +52,9 @@ PRIORS = [
     ScaleMixturePrior(0.2, 0.5, 0.01),
     ScaleMixturePrior(quadrature=5),
 ]
+# ties, and tensors that two layers share, matter to priors with a centre and to those of a tensor or a layer
+TIED = [MopedPrior(2.0), NormalPrior(0.3), EmpiricalBayesPrior(), EmpiricalBayesPrior(per="layer")]
+SAVED = [*(("bert", prior) for prior in PRIORS), *(("bart-lm", prior) for prior in TIED)]
 
 
 def trained(name: str = "bert", **options: Any) -> nn.Module:
@@ -71,9 +74,8 @@ def reload(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
 
 
 @pytest.mark.protects("prior_is_saved")
-@pytest.mark.parametrize("prior", PRIORS, ids=repr)
+@pytest.mark.parametrize(("name", "prior"), SAVED, ids=repr)
 @pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize("name", ["bert", "bart-lm"])
 def test_prior_is_saved(name: str, prior: Any, freeze: bool, tmp_path: Path) -> None:
     """prior_is_saved: the same KL, centres, flags and configuration; it trains on and saves again."""
     model = trained(name, prior=prior, freeze=freeze)
