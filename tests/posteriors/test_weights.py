@@ -59,7 +59,6 @@ def inputs() -> dict[str, Any]:
     return {key: value for key, value in case("bert").inputs().items() if key != "labels"}
 
 
-@pytest.mark.protects("a draw is the weights that the posterior says, and the model comes back bit by bit")
 def test_draws(model: nn.Module, inputs: dict[str, Any]) -> None:
     posterior, plain = Shifted(model), logits(model, inputs)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
