@@ -65,7 +65,6 @@ MOVED = {
     "predictive.outputs": "likelihoods",
     "predictive.pixels": "likelihoods",
     "predictive.problem": "likelihoods",
-    "predictive.running": "predictive.prediction",
     "pruning": "conversion.pruning",
     "random_state": "sampling.random_state",
     "registry": "conversion.registry",

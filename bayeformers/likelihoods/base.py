@@ -99,6 +99,18 @@ class Likelihood(LossHessian):
         """
         raise NotImplementedError
 
+    def log_normalizers(self, output: Any, log_probs: Tensor) -> Tensor | None:
+        """Return logsumexp_c f_c of one draw's softmax logits, which normalising takes away; None of other heads.
+
+        Args:
+            output: what the model returned under the draw.
+            log_probs: its `values`, (B, ..., C).
+
+        Returns:
+            (B, ...): a C-th of the memory of the logits, which are ``log_probs`` plus it.
+        """
+        return None
+
     def attended(self, values: Tensor, batch: Any) -> Tensor | None:
         """Which positions of (B, T, C) belong to the sequence, (B, T) bool; None where every value counts."""
         return None

@@ -86,6 +86,17 @@ class Categorical(Likelihood):
             raise ValueError(f"`logits` have the shape {tuple(logits.shape)}: {ONE_CLASS} {self.remedy}")
         return self.class_logits(logits).log_softmax(dim=-1)
 
+    def log_normalizers(self, output: Any, log_probs: Tensor) -> Tensor | None:
+        """Return logsumexp_c f_c as the largest logit less the largest log-probability; None unless g is the identity.
+
+        Args:
+            output: what the model returned, with logits of the same shape (pixels: the class axis second).
+            log_probs: its `values`.
+        """
+        if type(self).class_logits is not Categorical.class_logits:
+            return None
+        return logits_of(output).amax(1 if self.is_per_pixel else -1) - log_probs.amax(-1)
+
     def scores(self, log_probs: Tensor, batch: Batch) -> Scores | None:
         """Log-probabilities are logits of themselves: the averaged prediction has the training likelihood's form."""
         if all(batch.get(name) is None for name in self.label_names):

@@ -16,6 +16,7 @@ from ..checks import check_count, check_draw
 from ..forward import Inputs, call, check_filled
 from ..likelihoods import (
     HEAD,
+    Likelihood,
     NoiseStd,
     ProblemType,
     check_noise_std,
@@ -250,13 +251,13 @@ class BasePosterior(ABC):
         if likelihood.has_noise:
             noise_std = self.recorded_noise_std() if noise_std is None else check_noise_std(noise_std)
         if method in SAMPLING:
-            outputs = self.passes(inputs, num_samples=num_samples, seed=seed)
-            values = torch.stack([likelihood.values(output, inputs) for output in outputs])
+            values, normalizers = _stacked(likelihood, self.passes(inputs, num_samples=num_samples, seed=seed), inputs)
             if likelihood.has_noise:
                 return _regressed(values, noise_std)
             return Predictive(
                 problem_type=problem,
                 log_probs=values,
+                log_normalizers=normalizers,
                 mask=likelihood.attended(values[0], inputs),
                 ignored_label=ignored_label(self.model, problem),
             )
@@ -361,6 +362,17 @@ class BasePosterior(ABC):
     def recorded_noise_std(self) -> NoiseStd | None:
         """A regression's noise as the configuration records it, or None."""
         return recorded_noise_std(self.model)
+
+
+def _stacked(likelihood: Likelihood, outputs: Iterable[Any], inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The draws' values, (S, B, ...), and of a softmax over the last axis the logarithms of what it divides by."""
+    values, normalizers = [], []
+    for output in outputs:
+        values.append(likelihood.values(output, inputs))
+        normalizer = likelihood.log_normalizers(output, values[-1])
+        if normalizer is not None and normalizer.shape == values[-1].shape[:-1]:
+            normalizers.append(normalizer)
+    return torch.stack(values), torch.stack(normalizers) if len(normalizers) == len(values) else None
 
 
 def _regressed(values: Tensor, noise_std: NoiseStd | None) -> Predictive:

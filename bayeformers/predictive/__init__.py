@@ -22,7 +22,8 @@ from ..likelihoods import (
     unwrapped,
     without_ignored,
 )  # fmt: skip
-from .prediction import Predictive, RunningPredictive
+from .prediction import Predictive
+from .running import RunningPredictive
 from .spans import span_scores
 
 __all__ = [

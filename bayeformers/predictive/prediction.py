@@ -22,9 +22,7 @@ from ..likelihoods import (
 from ..likelihoods.classes import check_classes
 from ..metrics import uncertainty
 
-__all__ = ["Predictive", "RunningPredictive"]
-
-_WITHOUT_FLOAT64 = ("mps",)
+__all__ = ["Predictive"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +50,8 @@ class Predictive:
         logit_covariance: (B, C, C) or (B, T, C, C), of linearised predictives.
         link_log_probs: log p of a linearised predictive in closed form, (B, ..., C); None: the draws' average.
         ignored_label: of labels that do not count, besides -100: 255 of pixels.
+        log_normalizers: logsumexp_c f_sc of draws of a softmax's logits, (S, B, ...): with ``log_probs`` they are the
+            logits, and of a head over a vocabulary no second tensor of its size; None where they are not known.
 
     >>> draws = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]])  # one example; two confident draws that disagree
     >>> predictive = Predictive(problem_type="single_label_classification", log_probs=draws.log())
@@ -71,6 +71,7 @@ class Predictive:
     logit_covariance: Tensor | None = None
     link_log_probs: Tensor | None = None
     ignored_label: int = IGNORED
+    log_normalizers: Tensor | None = None
 
     def __post_init__(self) -> None:
         has_values = self._likelihood.has_noise
@@ -80,6 +81,7 @@ class Predictive:
         self._check_noise_variance()
         if (self.logit_mean is None) != (self.logit_covariance is None):
             raise ValueError("`logit_mean` and `logit_covariance` go together: give both or none.")
+        self._check_log_normalizers()
         if self.link_log_probs is None:
             return
         if self.log_probs is None:
@@ -87,6 +89,16 @@ class Predictive:
         if self.link_log_probs.shape != self.log_probs.shape[1:]:
             expected, got = tuple(self.log_probs.shape[1:]), tuple(self.link_log_probs.shape)
             raise ValueError(f"`link_log_probs` must have shape {expected}, as one draw of `log_probs`, got {got}.")
+
+    def _check_log_normalizers(self) -> None:
+        if self.log_normalizers is None:
+            return
+        expected = None if self.log_probs is None else tuple(self.log_probs.shape[:-1])
+        if tuple(self.log_normalizers.shape) != expected:
+            raise ValueError(
+                f"`log_normalizers` must have the shape {expected} of `log_probs` without its classes, got "
+                f"{tuple(self.log_normalizers.shape)}."
+            )
 
     def _check_noise_variance(self) -> None:
         if (self.noise_variance is None) == (self.noise_std == HEAD):
@@ -143,6 +155,70 @@ class Predictive:
         """Share of draws whose argmax is not that of mean_s p_s, (B, ...)."""
         return uncertainty.variation_ratio(self._classes)
 
+    # -- logits -----------------------------------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> Tensor:
+        """The unnormalised logits f_s of each draw, (S, B, ..., C), of a multi-label head (S, B, L).
+
+        They are made anew at each call.
+
+        Raises:
+            ValueError: they are not kept: a linearised predictive has ``logit_mean``, positions and ordinal heads none.
+        """
+        if self._likelihood.is_bernoulli:
+            return self._classes[..., 1] - self._classes[..., 0]
+        if self.log_normalizers is None:
+            raise ValueError(
+                f"This {self.problem_type!r} predictive has no `logits`: a linearised one has `logit_mean`, and the "
+                "heads of a softmax keep them where `method`='sample'."
+            )
+        return self._classes + self.log_normalizers[..., None]
+
+    @property
+    def mean_logits(self) -> Tensor:
+        """mean_s f_s, or ``logit_mean`` of a linearised predictive: (B, ..., C), of a multi-label head (B, L)."""
+        if self.logit_mean is not None:
+            return self.logit_mean
+        return self.logits.mean(dim=0)
+
+    @property
+    def energy(self) -> Tensor:
+        """Minus logsumexp_c of the mean logits, higher for the unfamiliar, (B, ...) (Liu et al. 2020, eq. 4, T = 1).
+
+        Of a multi-label head minus sum_l log(1 + exp f_l), (B,) (Wang et al. 2021, eq. 7).
+        """
+        if self._likelihood.is_bernoulli:
+            return -torch.nn.functional.softplus(self.mean_logits).sum(-1)
+        self._check_softmax()
+        return -self.mean_logits.logsumexp(-1)
+
+    @property
+    def max_logit(self) -> Tensor:
+        """Minus the largest mean logit, higher for the unfamiliar, (B, ...) (Hendrycks et al. 2022)."""
+        self._check_softmax()
+        return -self.mean_logits.amax(-1)
+
+    @property
+    def logit_variance(self) -> Tensor:
+        """The posterior's variance of the centred logits, mean_c Var(f_c - mean_c' f_c'), (B, ...).
+
+        A softmax depends on nothing else; the variance that all logits share is left out. Of a multi-label head, or a
+        regression, the variance of each output itself, averaged. Of draws Var is mean_s (f_s - mean)^2.
+        """
+        if self._likelihood.has_noise:
+            return self.epistemic_variance.flatten(1).mean(-1) if self._values.dim() > 2 else self.epistemic_variance
+        if self.logit_covariance is None:
+            draws = self.logits if self._likelihood.is_bernoulli else self._classes
+            centred = draws if self._likelihood.is_bernoulli else draws - draws.mean(-1, keepdim=True)
+            return centred.var(dim=0, correction=0).mean(-1)
+        variance = self.logit_covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        return variance if self._likelihood.is_bernoulli else variance - self.logit_covariance.mean((-2, -1))
+
+    def _check_softmax(self) -> None:
+        if self._likelihood.has_noise:
+            raise ValueError("A regression has no logits of classes: see `epistemic_variance`.")
+
     # -- regression -------------------------------------------------------------------------------------------------
 
     @property
@@ -176,7 +252,13 @@ class Predictive:
         """
         if not self._likelihood.is_per_pixel:
             raise ValueError(f"`resized` is for pixels, got a {self.problem_type!r} predictive.")
-        return replace(self, log_probs=resized(self._classes, size))
+        log_probs = resized(self._classes, size)
+        if self.log_normalizers is None or log_probs is self._classes:
+            return replace(self, log_probs=log_probs)
+        logits = self.logits.movedim(-1, -3)
+        scaled = torch.nn.functional.interpolate(logits.flatten(0, -4), size=size, mode="bilinear")
+        largest = scaled.reshape(*logits.shape[:-2], *size).amax(-3)
+        return replace(self, log_probs=log_probs, log_normalizers=largest - log_probs.amax(-1))
 
     # -- both -------------------------------------------------------------------------------------------------------
 
@@ -252,81 +334,3 @@ class Predictive:
         if self.noise_std is None or self.noise_std == HEAD:
             raise ValueError("`noise_std` is not known: pass it to `predict`, for example the RMSE on training data.")
         return self._values.new_full((1,) * self._values.dim(), self.noise_std**2)
-
-
-class RunningPredictive:
-    """Running averages over draws of :func:`~bayeformers.predictive.drawn_values`; equal to `Predictive` to rounding.
-
-    For class probabilities it keeps logsumexp_s log p_s and sum_s H[p_s], for a regression Welford's mean and sum of
-    squared deviations. Class probabilities are summed in float64 where the device has it: a small mutual information
-    is the difference of two large entropies. What is read has the dtype of the draws.
-
-    >>> running = RunningPredictive()
-    >>> for log_probs in torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log():
-    ...     running.update(log_probs)
-    >>> running.mean_log_probs.exp(), running.mutual_information
-    (tensor([[0.5000, 0.5000]]), tensor([0.3681]))
-    """
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self._dtype = torch.float32
-        self._log_sum = self._entropy_sum = self._mean = self._squares = torch.empty(0)
-
-    def update(self, log_probs: Tensor) -> None:
-        """One more draw of log-probabilities, (B, ..., C)."""
-        self._dtype = log_probs.dtype
-        log_probs = log_probs if log_probs.device.type in _WITHOUT_FLOAT64 else log_probs.double()
-        entropy = _entropy(log_probs)
-        first = self.num_samples == 0
-        self._log_sum = log_probs if first else torch.logaddexp(self._log_sum, log_probs)
-        self._entropy_sum = entropy if first else self._entropy_sum + entropy
-        self.num_samples += 1
-
-    def update_values(self, values: Tensor) -> None:
-        """One more draw of a regression's values, (B,)."""
-        if self.num_samples == 0:
-            self._mean, self._squares = torch.zeros_like(values), torch.zeros_like(values)
-        self.num_samples += 1
-        shift = values - self._mean
-        self._mean = self._mean + shift / self.num_samples
-        self._squares = self._squares + shift * (values - self._mean)
-
-    @property
-    def mean_log_probs(self) -> Tensor:
-        """The average log p = logsumexp_s log p_s - log S, (B, ..., C)."""
-        return self._mean_log_probs().to(self._dtype)
-
-    @property
-    def predictive_entropy(self) -> Tensor:
-        """Total uncertainty H[p] in nats, (B, ...)."""
-        return _entropy(self._mean_log_probs()).to(self._dtype)
-
-    @property
-    def expected_entropy(self) -> Tensor:
-        """Aleatoric part mean_s H[p_s], (B, ...)."""
-        return (self._entropy_sum / self.num_samples).to(self._dtype)
-
-    @property
-    def mutual_information(self) -> Tensor:
-        """Epistemic part H[p] - mean_s H[p_s], clamped at 0, (B, ...)."""
-        difference = _entropy(self._mean_log_probs()) - self._entropy_sum / self.num_samples
-        return difference.clamp_min(0).to(self._dtype)
-
-    @property
-    def mean(self) -> Tensor:
-        """A regression's mean_s f_s, (B,)."""
-        return self._mean
-
-    @property
-    def epistemic_variance(self) -> Tensor:
-        """A regression's mean_s (f_s - mean)^2, (B,)."""
-        return self._squares / self.num_samples
-
-    def _mean_log_probs(self) -> Tensor:
-        return self._log_sum - math.log(self.num_samples)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    terms: Tensor = torch.special.entr(log_probs.exp())  # 0 log 0 = 0
-    return terms.sum(dim=-1)
