@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "posteriors": ("linearized", "likelihoods", "predictive", "sampling"),
     "posteriors.variational": ("posteriors", "nn", "sampling"),
     "laplace": ("posteriors", "linearized", "likelihoods", "sampling"),
+    "ood": ("posteriors", "laplace", "likelihoods", "predictive", "metrics"),
     "checkpoint": ("conversion", "nn", "laplace", "posteriors"),
     "delta": ("conversion", "distributions", "likelihoods", "linearized", "nn", "posteriors", "predictive", "sampling"),
     "models": (),
