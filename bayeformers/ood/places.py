@@ -20,7 +20,9 @@ _MOST_NUMBERS = 2**27
 
 
 def check_layer(layer: Any) -> None:
-    """Raise TypeError for anything but a number, a name, or a list of these."""
+    """Raise TypeError for anything but a number, a name, or a list of these, and ValueError for an empty list."""
+    if isinstance(layer, (list, tuple)) and not layer:
+        raise ValueError(f"`layer` must name at least one layer, got {layer!r}.")
     for each in layer if isinstance(layer, (list, tuple)) else [layer]:
         if not isinstance(each, str) and not is_whole(each):
             raise TypeError(f'`layer` must be "auto", a number, a module\'s name or a list of these, got {layer!r}.')
