@@ -17,7 +17,7 @@ saved as it is; covariances are shrunk as in `moments`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -42,8 +42,12 @@ def check_gaussian_size(num_classes: int, size: int) -> None:
         )
 
 
-def from_moments(method: str, moments: Moments) -> dict[str, Tensor]:
-    """Return the tensors of a Gaussian density, in float64; classes without rows are left out.
+def from_moments(methods: Sequence[str], moments: Moments) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of Gaussian densities by method, in float64; classes without rows are left out.
+
+    Args:
+        methods: what is needed; methods share their tensors.
+        moments: the sums.
 
     Raises:
         ValueError: fewer than two rows, or the features are constant or not finite.
@@ -52,45 +56,61 @@ def from_moments(method: str, moments: Moments) -> dict[str, Tensor]:
         raise ValueError(f"A density needs at least 2 rows, got {int(moments.counts.sum())}.")
     seen, total = moments.counts > 0, moments.total()
     scale = deviations(total[0])
-    if method == "marginal_mahalanobis":
-        return {"means": moments.mean[None], "whitener": whitener(*total, scale)}
+    found: dict[str, dict[str, Tensor]] = {}
+    if set(methods) & {"marginal_mahalanobis", "relative_mahalanobis"}:
+        found["marginal_mahalanobis"] = {"means": moments.mean[None], "whitener": whitener(*total, scale)}
+    if set(methods) <= {"marginal_mahalanobis", "energy"}:
+        return found
     within, freedom = moments.within()
     if freedom < 1:
         raise ValueError("A density needs a class with at least 2 rows, but every row has a class of its own.")
-    if method == "gaussian":
+    if "gaussian" in methods:
         own = [moments.of_class(label) for label in seen.nonzero().flatten().tolist()]
         # a class of one row has no spread of its own: it takes the shared one
         whiteners = [whitener(*(pair if _has_spread(*pair) else (within, freedom)), scale) for pair in own]
         log_weights = (moments.counts[seen] / moments.counts.sum()).log()
-        return {"means": moments.means[seen], "whiteners": torch.stack(whiteners), "log_weights": log_weights}
-    found = {"means": moments.means[seen], "whitener": whitener(within, freedom, scale)}
-    if method == "relative_mahalanobis":
-        found |= {"mean": moments.mean, "background": whitener(*total, scale)}
-    return found
+        means = moments.means[seen]
+        found["gaussian"] = {"means": means, "whiteners": torch.stack(whiteners), "log_weights": log_weights}
+        return found
+    classes = {"means": moments.means[seen], "whitener": whitener(within, freedom, scale)}
+    if "relative_mahalanobis" in methods:
+        marginal = found["marginal_mahalanobis"]
+        found["relative_mahalanobis"] = {**classes, "mean": marginal["means"], "background": marginal["whitener"]}
+    return found | {"mahalanobis": classes}
 
 
-def distance(method: str, features: Tensor, tensors: Tensors) -> Tensor:
-    """Return the score of the table above, (B,) in float64 (float32 where a device lacks it).
+def distance(method: str, features: Tensor, tensors: Tensors, known: dict[int, Tensor] | None = None) -> Tensor:
+    """Return the score of the table above, (B,), in the dtype of the tensors.
 
     Args:
         method: one of `DENSITIES`.
         features: (B, D).
         tensors: as `from_moments` gave them; of "knn" ``references`` (M, D) of length 1 and ``neighbours`` k.
+        known: distances to the marginal's mean that other methods on the same features share, filled by these.
     """
     features = features.to(tensors["references" if method == "knn" else "means"])
     if method == "knn":
         return _neighbour_distance(features, tensors["references"], int(tensors["neighbours"]))
     if method == "gaussian":
         return _negative_log_density(features, tensors)
+    known = {} if known is None else known
+    if method == "marginal_mahalanobis":
+        return _marginal(features, tensors["means"], tensors["whitener"], known)
     nearest = _squared_distances(features, tensors["means"], tensors["whitener"]).amin(1)
-    if method != "relative_mahalanobis":
+    if method == "mahalanobis":
         return nearest
-    return nearest - _squared_distances(features, tensors["mean"][None], tensors["background"]).squeeze(1)
+    return nearest - _marginal(features, tensors["mean"], tensors["background"], known)
 
 
 def unit(features: Tensor) -> Tensor:
     """Features divided by their length, (B, D)."""
     return features / features.norm(dim=1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+
+
+def _marginal(features: Tensor, mean: Tensor, whitening: Tensor, known: dict[int, Tensor]) -> Tensor:
+    if id(whitening) not in known:
+        known[id(whitening)] = ((features - mean) @ whitening.mT).square().sum(1)
+    return known[id(whitening)]
 
 
 def _has_spread(covariance: Tensor, freedom: float) -> bool:

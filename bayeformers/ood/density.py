@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ _POSITIVE = ("marginal_mahalanobis", "mahalanobis", "knn")  # whose logarithm is
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """One score: w (g(d) - loc) / scale, with g the logarithm of a distance, else the identity.
+    """One score: w (max(g(d), low) - loc) / scale, with g the logarithm of a distance, else the identity.
 
     Attributes:
         method: of `densities`, or of `predictions`.
@@ -36,6 +37,8 @@ class Part:
         tensors: of a density.
         loc: mean of g(d) over calibration rows.
         scale: its standard deviation there, > 0.
+        low: the least g(d) of a calibration row: nothing is more familiar than what is. Energies and relative distances
+            fall without end as features grow, which is no sign of familiarity.
         weight: w.
     """
 
@@ -44,16 +47,21 @@ class Part:
     tensors: Mapping[str, Tensor]
     loc: float = 0.0
     scale: float = 1.0
+    low: float = -math.inf
     weight: float = 1.0
 
-    def raw(self, features: Tensor) -> Tensor:
-        """g(d) of features (B, D), in float64: (B,)."""
-        found = distance(self.method, features, self.tensors)
+    def is_like(self, other: Part) -> bool:
+        """Whether it is the same score, whatever its weight."""
+        return (self.method, self.place) == (other.method, other.place)
+
+    def raw(self, features: Tensor, known: dict[int, Tensor] | None = None) -> Tensor:
+        """g(d) of features (B, D), (B,); ``known``: distances that parts of the same place share."""
+        found = distance(self.method, features, self.tensors, known)
         return found.clamp_min(torch.finfo(found.dtype).tiny).log() if self.method in _POSITIVE else found
 
     def standardized(self, raw: Tensor) -> Tensor:
         """The part's share of the score, (B,)."""
-        return self.weight * (raw - self.loc) / self.scale
+        return self.weight * (raw.clamp_min(self.low) - self.loc) / self.scale
 
     def calibrated(self, raw: Tensor) -> Part:
         """Take mean and deviation of ``raw`` (n,) of calibration rows.
@@ -70,7 +78,7 @@ class Part:
                 f"The score {self.method!r} of {self.place or 'the prediction'} is {loc:g} for all {len(raw)} "
                 "calibration rows, or not finite: it tells nothing."
             )
-        return replace(self, loc=loc, scale=scale)
+        return replace(self, loc=loc, scale=scale, low=float(raw.min()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +112,7 @@ class FeatureDensity:
             inputs: what its forward takes; labels are ignored.
 
         Returns:
-            (B,) in float64 (float32 where a device lacks it), higher for the less familiar.
+            (B,), higher for the less familiar.
 
         Raises:
             ValueError: the batch is empty.
@@ -173,7 +181,7 @@ class FeatureDensity:
         )
 
 
-_NUMBERS = ("loc", "scale", "weight")
+_NUMBERS = ("loc", "scale", "low", "weight")
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
@@ -196,16 +204,14 @@ def raw_scores(posterior: Posterior, inputs: Inputs, parts: tuple[Part, ...]) ->
     """One forward pass: the raw scores of every part, (parts, B)."""
     with at_mean(posterior) as model:
         output, features = read_features(model, inputs, {part.place for part in parts if part.place is not None})
-    prediction = None
+    known: dict[Place, dict[int, Tensor]] = {place: {} for place in features}
     rows = []
     for part in parts:
         if part.place is not None:
-            rows.append(part.raw(features[part.place]))
-            continue
-        prediction = point_prediction(posterior, output, inputs) if prediction is None else prediction
-        rows.append(prediction_score(part.method, prediction).to(part.tensors.get("like", torch.empty(0).double())))
-    device = next((row.device for row in rows), torch.device("cpu"))
-    found = torch.stack([row.to(device) for row in rows])
+            rows.append(part.raw(features[part.place], known[part.place]))
+        else:
+            rows.append(prediction_score(part.method, point_prediction(posterior, output, inputs)))
+    found = torch.stack([row.to(rows[0]) for row in rows])
     size = batch_size(inputs)
     if found.shape[1] != size:
         raise ValueError(f"The model gives {found.shape[1]} scores for {size} examples: features need one each.")

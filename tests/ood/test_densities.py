@@ -60,8 +60,12 @@ def test_mahalanobis_and_relative_are_the_formulas(rows: Rows) -> None:
     total = shrunk_by_hand(x - x.mean(0), len(x) - 1, scale)
     nearest = np.min([squares(new, mean, within) for mean in means], axis=0)
     moments = moments_of(*rows[:2])
-    np.testing.assert_allclose(distance("mahalanobis", rows[2], from_moments("mahalanobis", moments)), nearest)
-    relative = distance("relative_mahalanobis", rows[2], from_moments("relative_mahalanobis", moments))
+    np.testing.assert_allclose(
+        distance("mahalanobis", rows[2], from_moments(["mahalanobis"], moments)["mahalanobis"]), nearest
+    )
+    relative = distance(
+        "relative_mahalanobis", rows[2], from_moments(["relative_mahalanobis"], moments)["relative_mahalanobis"]
+    )
     np.testing.assert_allclose(relative, nearest - squares(new, x.mean(0), total), rtol=1e-6)
 
 
@@ -73,7 +77,7 @@ def test_gaussians_are_a_mixture_by_inverse_and_determinant(rows: Rows) -> None:
         covariance = shrunk_by_hand(own - own.mean(0), len(own) - 1, scale)
         exponent = -0.5 * (squares(new, own.mean(0), covariance) + np.linalg.slogdet(2 * np.pi * covariance)[1])
         density += len(own) / len(x) * np.exp(exponent)
-    found = distance("gaussian", rows[2], from_moments("gaussian", moments_of(*rows[:2], per_class=True)))
+    found = distance("gaussian", rows[2], from_moments(["gaussian"], moments_of(*rows[:2], per_class=True))["gaussian"])
     np.testing.assert_allclose(found, -np.log(density))
 
 
@@ -89,7 +93,9 @@ def test_neighbours_are_those_of_all_pairs(rows: Rows) -> None:
 def test_scores_ignore_the_unit_of_every_feature(method: str, rows: Rows) -> None:
     unit_of = torch.tensor([10.0, 0.1, 3.0, 7.0, 0.5], dtype=torch.float64)
     first, second = (
-        distance(method, rows[2] * by, from_moments(method, moments_of(rows[0] * by, rows[1], per_class=True)))
+        distance(
+            method, rows[2] * by, from_moments([method], moments_of(rows[0] * by, rows[1], per_class=True))[method]
+        )
         for by in (torch.ones(SIZE, dtype=torch.float64), unit_of)
     )
     if method == "gaussian":  # a density has the unit's Jacobian
@@ -105,16 +111,18 @@ def test_batches_do_not_matter(rows: Rows) -> None:
 def test_classes_without_rows_are_left_out(rows: Rows) -> None:
     few = moments_of(rows[0], rows[1].clamp_max(1))
     assert few.num_classes == CLASSES
-    assert from_moments("mahalanobis", few)["means"].shape == (2, SIZE)
+    assert from_moments(["mahalanobis"], few)["mahalanobis"]["means"].shape == (2, SIZE)
 
 
 def test_more_features_than_rows_still_have_a_distance() -> None:
     features = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moments = Moments(1)
     moments.add(features, torch.zeros(6, dtype=torch.long))
-    found = distance("mahalanobis", 3 * features, from_moments("mahalanobis", moments))
+    found = distance("mahalanobis", 3 * features, from_moments(["mahalanobis"], moments)["mahalanobis"])
     assert bool(found.isfinite().all())
-    assert bool((found > distance("mahalanobis", features, from_moments("mahalanobis", moments))).all())
+    assert bool(
+        (found > distance("mahalanobis", features, from_moments(["mahalanobis"], moments)["mahalanobis"])).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_what_has_no_density_is_refused(features: Tensor, labels: list[int], mat
     moments = Moments(CLASSES)
     moments.add(features, torch.tensor(labels))
     with pytest.raises(ValueError, match=match):
-        from_moments("mahalanobis", moments)
+        from_moments(["mahalanobis"], moments)["mahalanobis"]
 
 
 def test_too_many_gaussians_are_refused() -> None:

@@ -31,6 +31,8 @@ def test_two_processes_fit_what_one_fits(ranks: list[dict[str, Any]]) -> None:
         for rank in ranks:
             found_count, found_new, found_calibration = rank["scores"][method]
             assert found_count == count == worker.ROWS
+            if method == "auto":  # outliers are made up of each process' own rows
+                continue
             torch.testing.assert_close(found_calibration, calibration, rtol=1e-7, atol=1e-7)
             torch.testing.assert_close(found_new, new, rtol=1e-7, atol=1e-7)
         assert torch.equal(ranks[0]["scores"][method][1], ranks[1]["scores"][method][1])

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from bayeformers.ood import fit_density
 from tests.training import tiny
 
-METHODS = ("auto", "mahalanobis", "relative_mahalanobis", "gaussian", "knn")
+METHODS = ("auto", "marginal_mahalanobis", "mahalanobis", "relative_mahalanobis", "gaussian", "knn")
 ROWS, HELD_OUT = 61, 20  # an odd number: the sampler repeats a row
 
 
