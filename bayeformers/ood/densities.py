@@ -104,7 +104,9 @@ def distance(method: str, features: Tensor, tensors: Tensors, known: dict[int, T
 
 def unit(features: Tensor) -> Tensor:
     """Features divided by their length, (B, D)."""
-    return features / features.norm(dim=1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    found: Tensor = features / lengths.clamp_min(torch.finfo(features.dtype).tiny)
+    return found
 
 
 def _marginal(features: Tensor, mean: Tensor, whitening: Tensor, known: dict[int, Tensor]) -> Tensor:

@@ -159,7 +159,7 @@ def pooled(states: Tensor, inputs: Inputs, pooling: Pooling) -> Tensor:
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
         raise ValueError(f"`layer`={name!r} is no module of the model; some are {[n for n in modules if n][:5]}.")
     return modules[name]

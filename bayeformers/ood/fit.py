@@ -23,7 +23,7 @@ from .density import FeatureDensity, Part, raw_scores, weight_digests
 from .features import Place, Pooling, at_mean, read_features, read_states
 from .made_up import KINDS, can_be_made_up, made_up
 from .moments import Moments
-from .places import Layer, check_layer, check_pooling, chosen_places
+from .places import Layer, check_layer, check_pooling, chosen_places, listed
 
 _KEPT_SHARE = 10
 _MOST_KEPT = 1000
@@ -145,7 +145,7 @@ class _Pass:
             The sums, still empty.
         """
         batch = loader.first()
-        names = None if layer == "auto" else (layer if isinstance(layer, (list, tuple)) else [layer])
+        names = None if layer == "auto" else listed(layer)
         with at_mean(posterior) as model:
             output, states = read_states(model, batch.inputs, names)
             places = chosen_places(model, list(states.values()), layer, pooling)

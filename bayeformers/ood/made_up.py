@@ -50,7 +50,8 @@ def made_up(batches: Sequence[Inputs], kind: str, seed: int) -> list[Inputs]:
         for batch, mask in zip(given, free, strict=True)
         for ids, where in zip(_ids(batch), mask, strict=True)
     ]
-    pool, number, found = torch.cat(rows), 0, []
+    pool, number = torch.cat(rows), 0
+    found: list[Inputs] = []
     for batch, mask in zip(given, free, strict=True):
         ids = _ids(batch).clone()
         for row, where in zip(ids, mask, strict=True):
@@ -84,7 +85,7 @@ def _free_positions(batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         mask = attended_positions(batch, batch["input_ids"].shape[1])
         attended.append(torch.ones_like(_ids(batch), dtype=torch.bool) if mask is None else mask.cpu())
     pairs = list(zip(batches, attended, strict=True))
-    in_rows = [ids[where].unique() for batch, mask in pairs for ids, where in zip(_ids(batch), mask, strict=True)]
-    tokens, counts = torch.cat(in_rows).unique(return_counts=True)
+    in_rows = [torch.unique(ids[where]) for batch, mask in pairs for ids, where in zip(_ids(batch), mask, strict=True)]
+    tokens, counts = torch.unique(torch.cat(in_rows), return_counts=True)
     common = tokens[counts >= _COMMON * sum(len(mask) for mask in attended)]
     return [mask & ~torch.isin(_ids(batch), common) for batch, mask in pairs]

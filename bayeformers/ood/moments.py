@@ -51,7 +51,7 @@ class Moments:
         if not self.per_class:
             self.squares[0] += features.mT @ features
             return
-        for label in labels.unique().tolist():
+        for label in torch.unique(labels).tolist():
             own = features[labels == label]
             self.squares[label] += own.mT @ own
 
@@ -141,4 +141,5 @@ def whitener(covariance: Tensor, freedom: float, scale: Tensor) -> Tensor:
     """
     factor = torch.linalg.cholesky(shrunk(covariance / torch.outer(scale, scale), freedom))
     identity = torch.eye(len(scale), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False) / scale
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse / scale

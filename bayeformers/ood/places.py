@@ -33,6 +33,11 @@ def check_pooling(pooling: Any) -> None:
     check_choice("pooling", pooling, ("auto", *POOLINGS))
 
 
+def listed(layer: Layer) -> list[int | str]:
+    """One layer, or several, as a list."""
+    return [layer] if isinstance(layer, (int, str)) else list(layer)
+
+
 def chosen_places(
     model: nn.Module, states: Sequence[Tensor], layer: Layer, pooling: Pooling | Literal["auto"]
 ) -> list[Place]:
@@ -59,7 +64,7 @@ def chosen_places(
             )
         layers: list[int | str] = list(_spread(len(states) - 1, states[-1].shape))
     else:
-        layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]  # type: ignore[list-item]
+        layers = listed(layer)
     poolings = _poolings(model, states) if pooling == "auto" else (pooling,)
     return [Place(each, how) for each in layers for how in poolings]
 
