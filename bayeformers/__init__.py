@@ -1,6 +1,6 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import laplace, losses, models
+from . import laplace, losses, models, ood
 from .checkpoint.load import from_pretrained
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
@@ -60,6 +60,7 @@ __all__ = [
     "log_variational_posterior",
     "losses",
     "models",
+    "ood",
     "posterior_as_prior",
     "posterior_mean",
     "predict",

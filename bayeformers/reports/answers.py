@@ -116,7 +116,7 @@ class AnswerComparison(Comparison):
         )  # fmt: skip
         group_histograms(
             epistemic, {group: of.epistemic for group, of in groups.items()}, title=EPISTEMIC,
-            explanation=f"{name}: its draws disagree; should be large on unfamiliar questions.",
+            explanation=f"{name}: its draws disagree; more data would help there.",
             xlabel="mutual information of span and weights, in nats",
         )  # fmt: skip
         return figure

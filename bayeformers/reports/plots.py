@@ -215,7 +215,7 @@ def comparison_figure(
             explanation=f"{name}: {says}", beware=bool(beware), xlabel="mean entropy of the draws, in nats",
             upper=_max_entropy(groups), reference=aleatoric_reference,
         )  # fmt: skip
-        says = f"{beware}." if beware else "its draws disagree; should be large on unfamiliar inputs."
+        says = f"{beware}." if beware else "its draws disagree; more data would help there."
         group_histograms(
             epistemic, {group: _epistemic(of) for group, of in groups.items()}, title=EPISTEMIC,
             explanation=f"{name}: {says}", beware=bool(beware), upper=largest,
