@@ -150,6 +150,12 @@ def _with_head(
     original = architecture(config, files.directory, hub)
     model, info = _plain(files, config, building(original, head), kwargs)
     settle(model, original)
+    if info["mismatched_keys"]:
+        names = sorted(key for key, *_ in info["mismatched_keys"])
+        raise ValueError(
+            f"The checkpoint in {files.directory!r} has a VBLL or SNGP head, and {names[:3]} ({len(names)}) are of another "
+            "size: a fresh head has no posterior. Load it as it is, or with transformers, and make a new head."
+        )
     found = next(((kind, path) for name, kind in saved_kinds().items() if (path := files.find(name)) is not None), None)
     if found is not None:
         model.__dict__[_OWN] = found[0].load(found[1], model)
