@@ -153,8 +153,8 @@ def _with_head(
     if info["mismatched_keys"]:
         names = sorted(key for key, *_ in info["mismatched_keys"])
         raise ValueError(
-            f"The checkpoint in {files.directory!r} has a VBLL or SNGP head, and {names[:3]} ({len(names)}) are of another "
-            "size: a fresh head has no posterior. Load it as it is, or with transformers, and make a new head."
+            f"The checkpoint in {files.directory!r} has a VBLL or SNGP head, and {names[:3]} ({len(names)}) are of "
+            "another size: a fresh head has no posterior. Load it as it is, or with transformers, and make a new head."
         )
     found = next(((kind, path) for name, kind in saved_kinds().items() if (path := files.find(name)) is not None), None)
     if found is not None:

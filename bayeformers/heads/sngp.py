@@ -113,8 +113,8 @@ class RandomFeatureHead(Head):
         features = wide(features).to(self.weight.dtype)
         if self.config.normalize:
             features = F.layer_norm(features, features.shape[-1:])
-        projected: Tensor = F.linear(features, self.frequencies, self.phases)
-        return projected.cos() * math.sqrt(2)
+        phi: Tensor = math.sqrt(2) * F.linear(features, self.frequencies, self.phases).cos()
+        return phi
 
     def mean(self, features: Tensor) -> Tensor:
         """w^T phi."""
