@@ -18,7 +18,7 @@ from ..likelihoods import ItemNLL, Likelihood
 from ..likelihoods.gaussian import gaussian_log_prob, regression_labels
 from .config import HeadConfig
 
-__all__ = ["Head", "Replaced", "features_of", "with_logits"]
+__all__ = ["Head", "Replaced", "check_way", "features_of", "with_logits"]
 
 _PASSING: ContextVar[frozenset[int]] = ContextVar("passing", default=frozenset())
 
@@ -208,6 +208,27 @@ def features_of(model: nn.Module, head: Head, inputs: Inputs) -> tuple[Any, Tens
             f"{head.in_features}) it made {tuple(features.shape)}."
         )
     return outputs, wide(features)
+
+
+def check_way(model: nn.Module, head: Head, inputs: Inputs, features: Tensor) -> None:
+    """Check on one batch that a model does with its head's outputs only what it does with features.
+
+    Args:
+        model: in `eval()` mode.
+        head: the one inside it.
+        inputs: what the model's forward takes, without labels.
+        features: what `features_of` makes of them.
+
+    Raises:
+        ValueError: the model changes its logits, so that those of these features are others.
+    """
+    logits = logits_of(call(model, inputs))
+    expected = head(features)
+    if logits.shape != expected.shape or not torch.allclose(logits, expected.to(logits), rtol=2e-2, atol=2e-2):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) must return its head's outputs as its logits: it changes them, and a "
+            "VBLL or SNGP head would be trained on others."
+        )
 
 
 def with_logits(outputs: Any, logits: Tensor) -> Any:

@@ -12,7 +12,7 @@ from ..laplace.data import Batch, Loader
 from ..likelihoods import IGNORED, Likelihood, get_likelihood, resolve_problem_type
 from ..processes import summed
 from ..sampling.views import viewed
-from .base import features_of
+from .base import check_way, features_of
 from .find import check_likelihood, head_of
 from .posterior import HeadPosterior
 from .sngp import RandomFeatureHead
@@ -52,6 +52,8 @@ def fit_covariance(model: nn.Module, dataloader: Iterable[Any], *, progress: boo
     with viewed(model, training=False) as view:
         for batch in loader.batches("covariance"):
             _, features = features_of(view.model, head_of(view.model), batch.inputs)
+            if int(count) == 0:
+                check_way(view.model, head_of(view.model), batch.inputs, features)
             items = _items(features, batch, likelihood)
             total += head.curvature(items, is_bernoulli=likelihood.is_bernoulli)
             count += len(items)

@@ -126,7 +126,8 @@ class RandomFeatureHead(Head):
         rows = phi.flatten(0, -2).mT  # (D', n)
         squares = torch.linalg.solve_triangular(root, rows, upper=False).square().sum(-2)  # (n,) or (C, n)
         squares = squares.expand(self.out_features, -1) if squares.dim() == 1 else squares
-        return squares.mT.reshape(*phi.shape[:-1], self.out_features)
+        variance: Tensor = squares.mT.reshape(*phi.shape[:-1], self.out_features)
+        return variance
 
     def curvature(self, features: Tensor, *, is_bernoulli: bool = False) -> Tensor:
         """sum_i h_ik phi_i phi_i^T of the rows of (n, D), in float64.

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -11,13 +12,14 @@ from transformers.trainer_utils import has_length
 from ..conversion.convert import is_bayesian
 from ..forward import labels_of
 from ..heads import HeadPosterior, RandomFeatureHead, fit_covariance, project_spectra
-from ..heads.base import features_of, with_logits
+from ..heads.base import check_way, features_of, with_logits
 from ..heads.find import check_likelihood, find_head, head_of
 from ..heads.spectral import check_spectral_layers
 from ..posteriors.heads import without_labels
+from ..sampling.views import viewed
 from .arguments import parse_noise_std
 from .checks import check_converted, check_dataset, check_uncalibrated
-from .elbo import infer_num_items
+from .elbo import infer_num_items, preserved_rng
 from .items import LabelledBatch, check_label_names
 from .laplace import LaplaceTrainer
 from .own_terms import ForwardPass
@@ -104,6 +106,7 @@ class HeadTrainer(LaplaceTrainer):
         likelihood = self._read(dict(inputs)).likelihood
         check_label_names(self.args.label_names, likelihood.problem_type)
         check_likelihood(head, likelihood)
+        self._check_way(without_labels(self.model, self._prepare_inputs(dict(inputs))))
         count = lambda: self._count_labels(likelihood)  # noqa: E731
         num_items = infer_num_items(self.train_dataset, likelihood.problem_type, count, self.args.num_training_items)
         self._objective.record = HeadRecord(num_items)
@@ -111,6 +114,11 @@ class HeadTrainer(LaplaceTrainer):
             head.forget()
             check_spectral_layers(self.model, head)
         return True
+
+    def _check_way(self, inputs: Any) -> None:
+        with torch.no_grad(), preserved_rng(), viewed(self.model, training=False) as view:
+            head = head_of(view.model)
+            check_way(view.model, head, inputs, features_of(view.model, head, inputs)[1])
 
     def _check_can_fit(self) -> None:
         if find_head(self.model) is not None:

@@ -120,6 +120,28 @@ def test_covariance() -> None:
         fit_covariance(made("sngp"), unlabelled)
 
 
+class Doubled(hf.BertForSequenceClassification):
+    """A model that does something with its logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output["logits"] = 2 * output["logits"]
+        return output
+
+
+@pytest.mark.parametrize("kind", ["vbll", "sngp"])
+def test_changed_logits(kind: str, tmp_path: Path) -> None:
+    model = made(kind, Doubled(tiny.plain("single").config))
+    with torch.no_grad():
+        head_of(model).weight.normal_()
+    trained = tiny.trainer(tmp_path, model, remove_unused_columns=False)
+    with pytest.raises(ValueError, match="must return its head's outputs as its logits: it changes them"):
+        trained.train()
+    if kind == "sngp":
+        with pytest.raises(ValueError, match="it changes them"):
+            fit_covariance(model, batches())
+
+
 def test_predictions() -> None:
     posterior = HeadPosterior(fitted("sngp"))
     with pytest.raises(ValueError, match="`method` must be one of .*'head'.* got 'lr_glm'"):
