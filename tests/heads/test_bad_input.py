@@ -120,18 +120,18 @@ def test_covariance() -> None:
         fit_covariance(made("sngp"), unlabelled)
 
 
-class Doubled(hf.BertForSequenceClassification):
+class Cubed(hf.BertForSequenceClassification):
     """A model that does something with its logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        output["logits"] = 2 * output["logits"]
+        output["logits"] = output["logits"] ** 3
         return output
 
 
 @pytest.mark.parametrize("kind", ["vbll", "sngp"])
 def test_changed_logits(kind: str, tmp_path: Path) -> None:
-    model = made(kind, Doubled(tiny.plain("single").config))
+    model = made(kind, Cubed(tiny.plain("single").config))
     with torch.no_grad():
         head_of(model).weight.normal_()
     trained = tiny.trainer(tmp_path, model, remove_unused_columns=False)

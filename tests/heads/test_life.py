@@ -41,6 +41,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_reload_is_bit_equal_in_a_fresh_process(kind: str, ranks: tuple[Path, list[Any]]) -> None:
     folder, found = ranks
@@ -55,6 +56,7 @@ def test_reload_is_bit_equal_in_a_fresh_process(kind: str, ranks: tuple[Path, li
     assert torch.equal(*sampled)
 
 
+@pytest.mark.slow
 def test_two_processes(ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
     """The precision is that of one process, the training's gradient that of all rows, and both have the same."""
     first, second = ranks[1]

@@ -90,7 +90,7 @@ def test_regression_is_exact() -> None:
     layer, features = head(regresses=True, outputs=1), torch.randn(3, D, dtype=torch.float64)
     labels = torch.randn(3, dtype=torch.float64)
     values, _ = layer.item_nll(features, {"labels": labels}, get_likelihood("regression"))
-    mean, variance, noise = layer.mean(features)[:, 0], layer.variance(features)[:, 0], float(layer.noise_variance)
+    mean, variance, noise = layer.mean(features)[:, 0], layer.variance(features)[:, 0], layer.noise_variance.item()
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     f = mean[:, None] + variance.sqrt()[:, None] * torch.as_tensor(nodes)
     log_density = torch.distributions.Normal(f, math.sqrt(noise)).log_prob(labels[:, None])

@@ -1,5 +1,6 @@
 """Run by `torchrun` in two processes: reads models with heads, fits a covariance, trains; the parent compares."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -68,4 +69,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as the parent does: accelerate collects garbage at every training
     main(Path(sys.argv[1]))
