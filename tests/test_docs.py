@@ -95,8 +95,8 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
 
 
 ROOMS = (
-    "distributions", "experiments", "laplace", "losses", "metrics", "models", "nn", "posteriors", "quantization",
-    "reports", "tasks", "training",
+    "distributions", "experiments", "heads", "laplace", "losses", "metrics", "models", "nn", "posteriors",
+    "quantization", "reports", "tasks", "training",
 )  # fmt: skip
 
 

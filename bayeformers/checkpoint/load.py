@@ -24,6 +24,8 @@ from ..conversion.config import BayesianConfig
 from ..conversion.convert import convert, freeze_as_saved, settle_ties
 from ..conversion.record import bayesian_config, update_config
 from ..conversion.surgery import swap_class
+from ..heads.config import HeadConfig
+from ..heads.persistence import building, recorded_head, settle
 from ..laplace.posterior import FILE
 from ..nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
@@ -71,8 +73,10 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     files = Files(directory, {key: hub[key] for key in _FOLDER if key in hub}, kwargs.get("variant"))
     config, kwargs = _configuration(directory, kwargs, hub)
-    recorded = getattr(config, "bayesian", None)
-    if recorded is None:
+    recorded, head = getattr(config, "bayesian", None), recorded_head(config)
+    if head is not None:
+        model, info = _with_head(files, config, head, hub, kwargs)
+    elif recorded is None:
         model, info = _with_posterior(files, config, hub, kwargs)
     else:
         record = _record(recorded, str(directory))
@@ -133,13 +137,40 @@ def _with_posterior(
             "posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by "
             "`bayeformers.quantization.load`.)"
         )
-    files.check(has_posterior=False)
-    model, info = _load(directory, config, architecture(config, directory, hub), kwargs)
-    if info["missing_keys"]:
-        raise ValueError(told_missing(model, directory, info["missing_keys"]))
-    check_values(model, directory, is_verified=True)
+    model, info = _plain(files, config, architecture(config, directory, hub), kwargs)
     name, path = next(iter(found.items()))
     model.__dict__[_OWN] = saved_kinds()[name].load(path, model)
+    return model, info
+
+
+def _with_head(
+    files: Files, config: Any, head: HeadConfig, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with a VBLL or SNGP head, and with the posterior that lies beside it, if there is one."""
+    original = architecture(config, files.directory, hub)
+    model, info = _plain(files, config, building(original, head), kwargs)
+    settle(model, original)
+    if info["mismatched_keys"]:
+        names = sorted(key for key, *_ in info["mismatched_keys"])
+        raise ValueError(
+            f"The checkpoint in {files.directory!r} has a VBLL or SNGP head, and {names[:3]} ({len(names)}) are of "
+            "another size: a fresh head has no posterior. Load it as it is, or with transformers, and make a new head."
+        )
+    found = next(((kind, path) for name, kind in saved_kinds().items() if (path := files.find(name)) is not None), None)
+    if found is not None:
+        model.__dict__[_OWN] = found[0].load(found[1], model)
+    return model, info
+
+
+def _plain(
+    files: Files, config: Any, loader: type[PreTrainedModel], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model without Bayesian layers, all of it."""
+    files.check(has_posterior=False)
+    model, info = _load(files.directory, config, loader, kwargs)
+    if info["missing_keys"]:
+        raise ValueError(told_missing(model, files.directory, info["missing_keys"]))
+    check_values(model, files.directory, is_verified=True)
     return model, info
 
 

@@ -26,6 +26,8 @@ from ..conversion.record import (
     update_config,
     without_stale_record,
 )
+from ..heads.find import find_head
+from ..heads.persistence import without_stale_head
 from ..nn.draws import bayesian_modules
 from ..posteriors import BasePosterior
 from ..posteriors.files import saved_kinds
@@ -159,11 +161,11 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
             _save_posterior(posterior, folder)
         if writes:
             (folder / digests_name(variant)).unlink(missing_ok=True)  # of the weights that are overwritten
-        with without_stale_record(self):
+        with without_stale_record(self), without_stale_head(self):
             original(self, save_directory, *args, **kwargs)
         if (
             writes
-            and (posterior is not None or conversion_record(self) is not None)
+            and (posterior is not None or conversion_record(self) is not None or find_head(self) is not None)
             and not getattr(self, "_hf_peft_config_loaded", False)
         ):
             files = _written(folder, variant)

@@ -201,14 +201,24 @@ def logit_draws(mean: Tensor, covariance: Tensor, num_samples: int, seed: int, *
     for name, value, minimum in (("num_samples", num_samples, 1), ("seed", seed, 0)):
         if not is_whole(value) or value < minimum:
             raise ValueError(f"`{name}` must be a whole number >= {minimum}, got {value!r}.")
-    values, vectors = torch.linalg.eigh(covariance.double())
-    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # rounding below zero must not become NaN
-    root = root - root.mean(-2, keepdim=True) if centred else root
     balanced = 2 ** math.ceil(math.log2(num_samples))
     normals = MultivariateNormalQMC(np.zeros(mean.shape[-1]), rng=seed).random(balanced)[:num_samples]
     with torch.autocast(mean.device.type, enabled=False):
-        noise = torch.einsum("...cd,sd->s...c", root.to(mean), torch.as_tensor(normals).to(mean))
-    return mean + noise
+        return mean + _noise(covariance, torch.as_tensor(normals).to(mean), centred)
+
+
+def _noise(covariance: Tensor, normals: Tensor, centred: bool) -> Tensor:
+    """Covariance (..., C, C) and standard normals (S, C) -> (S, ..., C)."""
+    variances = _diagonal(covariance)
+    if not bool((covariance - variances.diag_embed()).any()):  # independent logits, as of a VBLL or SNGP head
+        noise = normals.reshape(len(normals), *[1] * (variances.dim() - 1), -1) * variances.clamp_min(0).sqrt().to(
+            normals
+        )
+        return noise - noise.mean(-1, keepdim=True) if centred else noise
+    values, vectors = torch.linalg.eigh(covariance.double())
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # rounding below zero must not become NaN
+    root = root - root.mean(-2, keepdim=True) if centred else root
+    return torch.einsum("...cd,sd->s...c", root.to(normals), normals)
 
 
 def _pairwise(mean: Tensor, covariance: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from ..checkpoint.saving import carry
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config
+from ..heads import HeadPosterior
+from ..heads.find import find_head
 from ..likelihoods import NoiseStd, check_noise_std
 from ..posteriors import BasePosterior, VariationalPosterior
 from ..sampling.random_state import preserved as preserved_rng
@@ -56,9 +58,11 @@ class MonteCarloTrainer(Trainer):
 
     @property
     def posterior(self) -> BasePosterior | None:
-        """What evaluation draws weights from: the variational layers, else a fit's posterior; None: point estimate."""
+        """What evaluation asks: the variational layers, else a fit's posterior, or the head's; None: point estimate."""
         if is_bayesian(self.model):
             return VariationalPosterior(self.model, draw_cache_bytes=self.args.draw_cache_bytes)
+        if self._posterior is None and find_head(self.model) is not None:
+            return HeadPosterior(self.model)
         return self._posterior
 
     @posterior.setter
@@ -255,7 +259,7 @@ class MonteCarloTrainer(Trainer):
         if given is not None:
             return given
         if not is_bayesian(self.model):
-            return None if self._posterior is None else self._posterior.recorded_noise_std()
+            return None if self.posterior is None else self.posterior.recorded_noise_std()
         record = conversion_record(self.model)
         stored = self._residual if record is None else record.config.noise_std
         return self.store_residual() if stored is None else check_noise_std(stored)

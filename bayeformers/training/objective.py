@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from ..heads.find import find_head
 from ..likelihoods import NoiseStd
 from ..nn.base import is_bayesian
 from ..nn.kl import kl_divergence, log_variational_posterior
@@ -22,7 +23,7 @@ from .arguments import BayesianTrainingArguments
 from .elbo import Group, elbo_loss, kl_warmup
 from .items import LabelledBatch, LikelihoodsByLabels
 from .own_terms import ForwardPass
-from .records import SILENT_LAYERS, TrainingRecord
+from .records import SILENT_LAYERS, HeadRecord, TrainingRecord
 
 __all__ = ["Objective", "ObjectiveCheck", "check_bases", "overriding"]
 
@@ -71,7 +72,7 @@ class Objective:
     Attributes:
         has_begun: whether the first batch has been seen.
         group: the micro-batches of the present optimizer step; None outside of `train()`.
-        record: N, and the sums of the next log; None before the first batch, and for a model that is not Bayesian.
+        record: N, and the sums of the next log; None before the first batch, and for a model without a prior.
         calibration: the calibration loss, if there is one.
         has_own_terms: whether the model's own loss has terms besides the likelihood, which are trained along.
         likelihoods: of the head, each resolved once.
@@ -83,7 +84,7 @@ class Objective:
         self.args, self._say = args, say
         self.has_begun, self.has_own_terms = False, False
         self.group: Group | None = None
-        self.record: TrainingRecord | None = None
+        self.record: TrainingRecord | HeadRecord | None = None
         self.calibration: CalibrationTerm | None = None
         self.likelihoods = LikelihoodsByLabels()
         self.loss_is_ours, self.has_batches = False, False
@@ -124,7 +125,8 @@ class Objective:
         """This micro-batch's share of its optimizer step's loss, a scalar with gradient; see `training.elbo`.
 
         Args:
-            model: the model; one that is not Bayesian has no KL, and no terms beside the likelihood.
+            model: the model; one that is not Bayesian has no KL, and no terms beside the likelihood, unless it has a
+                VBLL or SNGP head, whose penalty takes the KL's place.
             state: the step, for the KL's warm-up.
             passes: one per draw.
             batch: the micro-batch.
@@ -138,12 +140,13 @@ class Objective:
         """
         args, record, group = self.args, self.record, self.group or Group(batch.num_items, 1)
         nll_sum = torch.stack([forward.nll for forward in passes]).mean()
-        if not is_bayesian(model):
+        head = find_head(model)
+        if not is_bayesian(model) and head is None:
             return elbo_loss(nll_sum, group)[0]
         num_items = args.num_training_items if record is None else record.num_items
         if num_items is None:
             raise ValueError("`num_training_items` must be given to compute the ELBO outside `train()`.")
-        kl = kl_divergence(model).to(nll_sum.device)
+        kl = (kl_divergence(model) if head is None else head.penalty()).to(nll_sum.device)
         weight = args.kl_weight * kl_warmup(state.global_step, state.max_steps, args.kl_warmup_ratio)
         nll, kl_term = elbo_loss(nll_sum, group, weight * kl / num_items)
         # the terms beside it are weighted by the micro-batch's items, as the NLL is
@@ -212,5 +215,5 @@ class ObjectiveCheck(TrainerCallback):
             control: what the training does next; it stays as it is.
             **kwargs: what else a callback is given, such as the model.
         """
-        if is_bayesian(self.trainer.model):
+        if is_bayesian(self.trainer.model) or find_head(self.trainer.model) is not None:
             self.trainer._objective.check_step(type(self.trainer), self.own)

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..heads.find import find_head
 from ..nn.base import variational_tensors
 
 __all__ = ["clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
 
 
 def rho_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every distinct rho of ``model``, in the order of its layers; empty for an unconverted model."""
-    return [tensor.rho for tensor in variational_tensors(model)]
+    """Every distinct rho of ``model``, in the order of its layers, or the scales of its VBLL or SNGP head."""
+    head = find_head(model)
+    return [tensor.rho for tensor in variational_tensors(model)] if head is None else head.scale_parameters()
 
 
 def holds_some(optimizer: torch.optim.Optimizer, rhos: Iterable[nn.Parameter]) -> bool:
@@ -26,8 +28,10 @@ def holds_some(optimizer: torch.optim.Optimizer, rhos: Iterable[nn.Parameter]) -
 
 
 def kl_regularised_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay must leave alone: rho, and the means that the KL already pulls."""
+    """Names of the parameters that weight decay must leave alone: those that the KL, or a head's penalty, pulls."""
     managed = {id(parameter) for tensor in variational_tensors(model) for parameter in (tensor.loc, tensor.rho)}
+    if (head := find_head(model)) is not None:
+        managed |= {id(parameter) for parameter in head.parameters()}
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in managed}
 
 

@@ -9,7 +9,15 @@ from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
 
-__all__ = ["SILENT_LAYERS", "CallWatch", "ScaleShift", "TrainingRecord", "lost_steps", "lost_steps_warning"]
+__all__ = [
+    "SILENT_LAYERS",
+    "CallWatch",
+    "HeadRecord",
+    "ScaleShift",
+    "TrainingRecord",
+    "lost_steps",
+    "lost_steps_warning",
+]
 
 SAMPLED_PER_TENSOR = 4096
 SILENT_LAYERS = (
@@ -126,6 +134,49 @@ class TrainingRecord:
         silent = self._watch.finish() if self._watch is not None else []
         self._watch = None
         return silent
+
+
+class HeadRecord:
+    """One `train()` of a model with a VBLL or SNGP head, as `TrainingRecord` is of a Bayesian one.
+
+    Attributes:
+        num_items: N.
+    """
+
+    fits_noise = False
+    starts_step = False
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+        self._sums: Tensor | None = None
+        self._steps = 0
+
+    def start_step(self) -> None:
+        """A new optimizer step begins."""
+        self._steps += 1
+
+    def add(self, nll: Tensor, kl: Tensor, *others: object) -> None:
+        """Add one micro-batch's share of its step, in nats.
+
+        Args:
+            nll: mean NLL, or its bound.
+            kl: the head's penalty.
+            *others: of a Bayesian model.
+        """
+        share = torch.stack([nll, kl.to(nll)]).detach().float()
+        self._sums = share if self._sums is None else self._sums + share
+
+    def drain(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The log's entries: means per step since the last call."""
+        if self._sums is None:
+            return {}
+        nll, penalty = (mean_over_ranks(self._sums) / self._steps).tolist()
+        self._sums, self._steps = None, 0
+        return {"nll": nll, "penalty": penalty}
+
+    def silent_layers(self) -> list[str]:
+        """None: the head is what is called last."""
+        return []
 
 
 def lost_steps_warning(model: nn.Module, learning_rate: float) -> str | None:

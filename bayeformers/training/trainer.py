@@ -21,8 +21,8 @@ from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_label_column, count_training_items, infer_num_items
+from .heads import HeadTrainer, has_prior, head_pass
 from .items import LabelledBatch, as_labels, check_label_names, model_inputs, settled_problem_type
-from .laplace import LaplaceTrainer
 from .objective import Objective, ObjectiveCheck, check_bases
 from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
@@ -33,7 +33,7 @@ __all__ = ["BayesianTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(LaplaceTrainer):
+class BayesianTrainer(HeadTrainer):
     """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
@@ -44,7 +44,8 @@ class BayesianTrainer(LaplaceTrainer):
 
     whatever the batch size, accumulation and number of processes (see `training.elbo`); with `num_train_samples` > 1
     the NLL is averaged over as many draws. A `calibration_loss` is added with its weight (`training.alignment`).
-    An unconverted model trains on its own loss, scaled as exactly, or, with `noise_std`="head", on its Gaussian NLL.
+    An unconverted model trains on its own loss, scaled as exactly, or, with `noise_std`="head", on its Gaussian NLL;
+    one with a VBLL or SNGP head (`bayeformers.heads`) on that head's objective.
 
     Raises:
         TypeError: other training arguments, or bases whose order would replace the loss.
@@ -66,7 +67,7 @@ class BayesianTrainer(LaplaceTrainer):
         args = BayesianTrainingArguments("tmp_trainer") if args is None else args
         checks.check_arguments(args)
         checks.check_data_parallel(args, model)
-        if model is not None and is_bayesian(model):
+        if model is not None and has_prior(model):
             checks.check_converted(args)
             if args.ddp_find_unused_parameters is None:
                 # The KL reaches every converted parameter; the search would mark an uncalled one as ready twice.
@@ -176,7 +177,7 @@ class BayesianTrainer(LaplaceTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As `Trainer.call_model_init`, for a model that is converted in it."""
         model: nn.Module = super().call_model_init(trial)
-        if is_bayesian(model) and self.args.ddp_find_unused_parameters is None:
+        if has_prior(model) and self.args.ddp_find_unused_parameters is None:
             self.args.ddp_find_unused_parameters = False  # as in `__init__`, where the accelerator stands by now
             if self.accelerator.ddp_handler is not None:
                 self.accelerator.ddp_handler.find_unused_parameters = False
@@ -188,6 +189,8 @@ class BayesianTrainer(LaplaceTrainer):
 
     def _begin(self, inputs: Mapping[str, Any]) -> None:
         """At the first batch of a `train()`: by then `model_init` has made the model and a checkpoint is loaded."""
+        if self._begin_head(inputs):
+            return
         if not is_bayesian(self.model):
             checks.check_uncalibrated(self.args)
             self._say(
@@ -368,6 +371,8 @@ class BayesianTrainer(LaplaceTrainer):
 
     def _pass(self, model: nn.Module, batch: LabelledBatch) -> ForwardPass:
         """One forward under one training draw; a custom label's name is the model's, "labels" is the likelihood's."""
+        if (forward := head_pass(self.model, model, batch)) is not None:
+            return forward
         likelihood, own_loss, trains_own = batch.likelihood, self.compute_loss_func, self._objective.has_own_terms
         is_ours = is_bayesian(self.model) or self.args.noise_std == HEAD
         if own_loss is None and not is_ours and (likelihood.has_stock_loss or not likelihood.is_known):
