@@ -55,7 +55,7 @@ def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION
 def normal_of(
     key: str,
     shape: Sequence[int],
-    device: torch.device = torch.device("cpu"),
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     version: int = NOISE_VERSION,
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ def normal_of(
         version: see `NOISE_VERSION`.
     """
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    generator = keyed_generator(number, device, version)
+    generator = keyed_generator(number, torch.device(device), version)
     return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
