@@ -22,7 +22,7 @@ from bayeformers.posteriors import EnsemblePosterior, PointPosterior, RunningMom
 from benchmarks.harness import arguments, batch, median_ratio, minilm, report
 from benchmarks.memory import resident
 
-MEMBERS, DRAWS, RANK = 5, 4, 5
+MEMBERS, DRAWS, RANK = 3, 3, 2
 MIB = 2**20
 
 

@@ -39,12 +39,12 @@ class InMemory:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[Tensor]:
         """The elements of a tensor, flat."""
-        return iter(torch.split(self._tensors[name].reshape(-1), size))
+        return iter(torch.split(self.tensors[name].reshape(-1), size))
 
 
 class InFiles:
@@ -119,7 +119,9 @@ class Renamed:
 
 
 def whole(tensors: Tensors, names: Collection[str]) -> dict[str, Tensor]:
-    """Copies of the named tensors, on the CPU."""
+    """The named tensors; those that are in memory as they are, those of files read into it."""
+    if isinstance(tensors, InMemory):
+        return {name: tensors.tensors[name] for name in names}
     return {
         name: torch.cat([chunk.cpu() for chunk in tensors.chunks(name)] or [torch.empty(0)]).reshape(
             tensors.shapes[name]

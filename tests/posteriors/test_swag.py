@@ -88,7 +88,7 @@ def test_sampled_covariance() -> None:
     mean, variance, columns = dense()
     covariance = (torch.diag(variance) + columns @ columns.T / (COLUMNS - 1)) / 2
     draws = []
-    for index in range(600):
+    for index in range(400):
         with posterior.draw(index, seed=1):
             draws.append(flat(model))
     samples = torch.stack(draws)

@@ -32,7 +32,7 @@ def make_trainer(seed: int, folder: str, **options: Any) -> Trainer:
     model = tiny.plain()
     nn.init.normal_(model.classifier.weight)  # a fresh head, of torch's own generator
     data = {"train_dataset": tiny.dataset("single"), "eval_dataset": None}
-    return tiny.trainer(folder, model, seed=seed, save_strategy="steps", save_steps=1, max_steps=3, **data, **options)
+    return tiny.trainer(folder, model, seed=seed, save_strategy="steps", save_steps=1, max_steps=2, **data, **options)
 
 
 def weights(folders: list[Path]) -> list[dict[str, Tensor]]:
@@ -50,7 +50,7 @@ def test_train_ensemble(tmp_path: Path) -> None:
     assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
 
     def interrupted(seed: int, folder: str) -> Trainer:
-        return make_trainer(seed, folder, callbacks=[Stop(2)] if seed == 8 else [])
+        return make_trainer(seed, folder, callbacks=[Stop(1)] if seed == 8 else [])
 
     with pytest.raises(Interrupt):
         train_ensemble(interrupted, [3, 8], tmp_path / "parts")

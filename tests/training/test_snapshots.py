@@ -95,7 +95,7 @@ def test_swag_resumes(tmp_path: Path) -> None:
     whole_run = SWAGCallback(**made)
     trainer, _ = run(tmp_path / "whole", whole_run, save_strategy="steps", save_steps=1)
     expected = draws(whole_run.posterior(trainer.model))
-    for step in (1, 2, 5):
+    for step in (1, 5):
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
         callback = SWAGCallback(**made, resume_from=checkpoint)
         resumed, _ = run(tmp_path / "other", callback, resume=checkpoint)
@@ -165,14 +165,14 @@ def test_cycles(tmp_path: Path, in_folder: bool) -> None:
 
 def test_cycles_resume(tmp_path: Path) -> None:
     """Bit by bit, in memory and in a folder, from within an exploration and a sampling part."""
-    for directory in (None, tmp_path / "snapshots"):
+    for directory, at in ((None, (2, 7)), (tmp_path / "snapshots", (5,))):
         made = {"num_cycles": 2, "lr": 0.2, "samples_per_cycle": 2, "directory": directory}
         model = tiny.plain()
         callback, folder = CyclicalCallback(**made), tmp_path / f"run-{directory is None}"
         options = {"save_strategy": "steps", "save_steps": 1}
         trainer, _ = run(folder, callback, model=model, optimizers=chain(model), **options)
         expected = draws(callback.posterior(trainer.model), 4)
-        for step in (2, 5, 7):
+        for step in at:
             model = tiny.plain()
             callback = CyclicalCallback(**made)
             resume = str(folder / f"checkpoint-{step}")
@@ -184,7 +184,7 @@ def test_cycles_resume(tmp_path: Path) -> None:
 @pytest.mark.protects("accumulation gives the same chain")
 def test_accumulation_gives_the_same_chain(tmp_path: Path) -> None:
     found = []
-    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+    for batch, accumulation in ((4, 1), (1, 4)):
         model = tiny.plain()
         model.config.hidden_dropout_prob = 0.0
         for module in model.modules():
