@@ -74,9 +74,7 @@ class EnsemblePosterior(LentPosterior):
         self._settle(names, varying(names, found))
         on_disk = (str, os.PathLike, InFiles)
         self.members: list[Tensors] = [
-            tensors
-            if isinstance(member, on_disk)
-            else InMemory({name: value.clone() for name, value in whole(tensors, self._tensors).items()})
+            tensors if isinstance(member, on_disk) else InMemory(whole(tensors, self._tensors))
             for member, tensors in zip(given, found, strict=True)
         ]
         self._at: dict[str, int] = {}

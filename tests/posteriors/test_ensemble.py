@@ -65,7 +65,6 @@ def given(request: pytest.FixtureRequest, tmp_path: Path) -> list[Any]:
     return [tmp_path / str(number) for number in range(3)]
 
 
-@pytest.mark.protects("an ensemble's draw is the member, and the model comes back bit by bit")
 @pytest.mark.parametrize("standing", [0, 2, 9])
 def test_draws_are_the_members(given: list[Any], standing: int) -> None:
     """Whether the model is one of them or another network."""
@@ -89,7 +88,6 @@ def test_draws_are_the_members(given: list[Any], standing: int) -> None:
         pass
 
 
-@pytest.mark.protects("an ensemble's prediction is the mixture of its members")
 def test_mixture(given: list[Any]) -> None:
     """Entropies of the mixture in float64 from the members' own probabilities; `num_draws` is honoured."""
     posterior = EnsemblePosterior(tiny.plain(seed=7), given)
@@ -196,7 +194,6 @@ def test_adapters(tmp_path: Path) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.protects("an ensemble comes back bit-equal from its folder alone")
 def test_reload(given: list[Any], tmp_path: Path) -> None:
     model = tiny.plain(seed=1).eval()
     model.posterior = EnsemblePosterior(model, given)

@@ -57,7 +57,6 @@ def dense(rank: int = COLUMNS) -> tuple[Tensor, Tensor, Tensor]:
     return averages[-1], variance, (walk - averages)[SNAPSHOTS - rank :].T if rank else walk[:0].T
 
 
-@pytest.mark.protects("SWAG's covariance is the paper's")
 @pytest.mark.parametrize("rank", [0, 2, COLUMNS])
 def test_moments(rank: int) -> None:
     model = network()
@@ -189,7 +188,6 @@ def test_linearised_takes_the_diagonal() -> None:
     assert posterior.predict(inputs(), method="glm").mean_log_probs.shape == (3, 3)
 
 
-@pytest.mark.protects("a SWAG posterior comes back bit-equal from its folder alone")
 def test_reload(tmp_path: Path) -> None:
     model = bert()
     before = state(model)

@@ -32,7 +32,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return chain_worker.results(tmp_path_factory.mktemp("one_process"), 4)
 
 
-@pytest.mark.protects("several processes give one process's chain")
 @pytest.mark.parametrize("kind", ["chain", "swag", "members"])
 def test_draws_are_those_of_one_process(kind: str, ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     """To the rounding of sums in another order."""

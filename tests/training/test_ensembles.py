@@ -43,7 +43,6 @@ def weights(folders: list[Path]) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.protects("an interrupted ensemble ends as the uninterrupted one, member by member")
 def test_train_ensemble(tmp_path: Path) -> None:
     folders = train_ensemble(make_trainer, [3, 8], tmp_path / "whole")
     one, other = weights(folders)
@@ -125,7 +124,6 @@ def member(y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(slope, -at_zero), callback.anchors["weight"][0]
 
 
-@pytest.mark.protects("an anchored ensemble of a linear Gaussian model has the exact posterior's mean and covariance")
 def test_anchored_members_are_exact() -> None:
     """A member's optimum is linear in its anchor and its targets' noise, whose laws are known: no sampling error."""
     x, y = regression()

@@ -66,7 +66,6 @@ def same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
 # -- SWAG --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.protects("SWAG takes the weights of the steps that it says, at a constant rate")
 def test_swag_takes_every_second_step(tmp_path: Path) -> None:
     model = tiny.plain()
     model.bert.embeddings.requires_grad_(False)
@@ -181,7 +180,6 @@ def test_cycles_resume(tmp_path: Path) -> None:
             assert same(draws(callback.posterior(resumed.model), 4), expected)
 
 
-@pytest.mark.protects("accumulation gives the same chain")
 def test_accumulation_gives_the_same_chain(tmp_path: Path) -> None:
     found = []
     for batch, accumulation in ((4, 1), (1, 4)):
