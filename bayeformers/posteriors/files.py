@@ -28,8 +28,10 @@ def register_posterior(kind: Kind) -> Kind:
     name = kind.file_name
     if not name:
         raise ValueError(f"`kind` ({kind.__name__}) must name the file that it saves as `file_name`, got {name!r}.")
-    if _KINDS.setdefault(name, kind) is not kind:
-        raise ValueError(f"`file_name` {name!r} of {kind.__name__} is that of {_KINDS[name].__name__} already.")
+    known = _KINDS.get(name, kind)
+    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):  # the same, imported again, may
+        raise ValueError(f"`file_name` {name!r} of {kind.__name__} is that of {known.__name__} already.")
+    _KINDS[name] = kind
     return kind
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
+from ..linearized import recording_view
 from ..sampling.views import View, alone
 from .base import BasePosterior
 
@@ -23,8 +24,8 @@ Values = Iterable[tuple[nn.Parameter, Tensor]]
 class WeightsPosterior(BasePosterior):
     """A subclass says which Parameters are random, their mean, and the values of one draw.
 
-    A draw is copied into the model's Parameters in place, and what stood there comes back bit by bit; in a private view
-    the Parameters have room of their own, and the model stays as it is.
+    A draw is copied into the model's Parameters in place, and what stood there comes back bit by bit, from the host's
+    memory; in a private view the Parameters have room of their own, and the model stays as it is.
 
     Args:
         model: whose Parameters are drawn; it is not copied.
@@ -63,7 +64,8 @@ class WeightsPosterior(BasePosterior):
             try:
                 with torch.no_grad():
                     for parameter, value in values:
-                        kept.setdefault(parameter, parameter.detach().clone())
+                        if parameter not in kept:  # on the host: the device needs room for one model only
+                            kept[parameter] = parameter.detach().to("cpu", copy=True)
                         parameter.copy_(value)
                 torch.clear_autocast_cache()  # which keeps low-precision copies of what it has seen
                 yield
@@ -72,6 +74,19 @@ class WeightsPosterior(BasePosterior):
                     for parameter, value in kept.items():
                         parameter.copy_(value)
                 torch.clear_autocast_cache()
+
+    @contextlib.contextmanager
+    def recording_view(self, tensors: Iterable[nn.Parameter] = ()) -> Iterator[View]:
+        """The model itself at its mean in ``eval()``: a view to record on has no room for other weights.
+
+        Args:
+            tensors: Parameters whose gradients are wanted.
+
+        Yields:
+            The view.
+        """
+        with recording_view(self.model, tensors, training=False, is_private=False) as view, self.mean():
+            yield view
 
     # -- on a view ---------------------------------------------------------------------------------------------------
 
@@ -102,4 +117,7 @@ class WeightsPosterior(BasePosterior):
 def _fill(view: View, values: Values) -> None:
     with torch.no_grad():
         for parameter, value in values:
-            view.parameter(parameter).copy_(value)
+            own = view.parameter(parameter)
+            if own is parameter or own.data_ptr() == parameter.data_ptr() != 0:
+                raise RuntimeError("This view has no room for drawn weights: they would be written into the model.")
+            own.copy_(value)

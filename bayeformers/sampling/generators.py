@@ -7,7 +7,9 @@ some two would then have the same noise.
 from __future__ import annotations
 
 import functools
+import hashlib
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,6 +50,27 @@ def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION
     np.add(scratch.words, terms, out=scratch.words)
     np.right_shift(scratch.words, _HALF, out=scratch.words)
     return generator.set_state(scratch.state)
+
+
+def normal_of(
+    key: str,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    version: int = NOISE_VERSION,
+) -> torch.Tensor:
+    """Return standard normal values that are a function of a text alone.
+
+    Args:
+        key: the text, of which 64 bits of a hash seed a generator.
+        shape: of the result.
+        device: where the generator runs.
+        dtype: of the values.
+        version: see `NOISE_VERSION`.
+    """
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    generator = keyed_generator(number, torch.device(device), version)
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
 class _Scratch(threading.local):

@@ -1,15 +1,23 @@
 """Training by variational inference, and Monte-Carlo evaluation, with transformers' Trainer."""
 
 from .arguments import BayesianTrainingArguments
+from .ensembles import AnchorCallback, perturbed_targets, train_ensemble
 from .evaluator import BayesianPredictionOutput
 from .items import ItemNLL, count_items, item_nll
+from .snapshots import CyclicalCallback
+from .swag import SWAGCallback
 from .trainer import BayesianTrainer
 
 __all__ = [
+    "AnchorCallback",
     "BayesianPredictionOutput",
     "BayesianTrainer",
     "BayesianTrainingArguments",
+    "CyclicalCallback",
     "ItemNLL",
+    "SWAGCallback",
     "count_items",
     "item_nll",
+    "perturbed_targets",
+    "train_ensemble",
 ]
