@@ -82,7 +82,7 @@ def _chosen(values: FloatArray, classes: IntArray, kind: MapKind) -> float:
         total = 0.0
         for held in range(_FOLDS):
             inside = fold != held
-            found = _fitted(values[inside], classes[inside], kind, penalty)
+            found = _fitted(values[inside], classes[inside], kind, penalty, tolerance=1e-8)
             logits = values[~inside] @ found.weight.T + found.bias
             total -= float(_log_softmax(logits)[np.arange(len(logits)), classes[~inside]].sum())
         return total
@@ -90,7 +90,9 @@ def _chosen(values: FloatArray, classes: IntArray, kind: MapKind) -> float:
     return min(_GRID, key=loss)
 
 
-def _fitted(values: FloatArray, classes: IntArray, kind: MapKind, penalty: float) -> LinearMap:
+def _fitted(
+    values: FloatArray, classes: IntArray, kind: MapKind, penalty: float, tolerance: float = 1e-12
+) -> LinearMap:
     from scipy.optimize import minimize  # here: importing scipy.optimize takes longer than most uses of this module
 
     count = values.shape[1]
@@ -111,7 +113,7 @@ def _fitted(values: FloatArray, classes: IntArray, kind: MapKind, penalty: float
         return float(loss), np.concatenate([of_weight[free], of_bias])
 
     first = np.concatenate([start[free], np.zeros(count)])
-    options = {"maxiter": _MAX_ITERATIONS, "ftol": 1e-13, "gtol": 1e-8, "maxfun": 10 * _MAX_ITERATIONS}
+    options = {"maxiter": _MAX_ITERATIONS, "ftol": tolerance, "gtol": 1e-8, "maxcor": 30}
     found = minimize(objective, first, jac=True, method="L-BFGS-B", options=options).x
     weight = np.zeros((count, count))
     weight[free] = found[:-count]

@@ -238,7 +238,7 @@ class Pass:
         lengths = [1 if own is None else size for size, own in zip(sizes, axes, strict=True)]
         keep = keeps(rate, axes).reshape(*lengths, *[1] * channels)
         self._num_masks += 1
-        return values * (keep / (1 - rate)).to(values.dtype)
+        return values * keep.to(values.dtype) / (1 - rate)  # so that the rounding of 1 / (1 - rate) is no bias
 
     def _words(self, place: str, sizes: Sequence[int], device: torch.device) -> list[Tensor | None]:
         """Of every axis; None of those along which all share their fate."""
@@ -315,18 +315,18 @@ def switch_on(
         kept.append((module, dict(own)))
         own["training"] = own["training"] or handle != state.around_model
         forward = module.forward
-        while hasattr(forward, _MARK):  # of a draw around this one, which this one replaces
+        while getattr(forward, _MARK, state) is not state:  # of a draw around this one, which this one replaces
             forward = forward.__wrapped__  # type: ignore[attr-defined]
-        own["forward"] = _wrapped(forward, handle)
+        own["forward"] = _wrapped(forward, handle, state)
     return kept
 
 
-def _wrapped(forward: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(forward: Callable[..., Any], handle: Callable[..., Any], state: Pass) -> Callable[..., Any]:
     @functools.wraps(forward)  # transformers inspects the signature
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return handle(forward, args, kwargs)
 
-    setattr(wrapper, _MARK, True)
+    setattr(wrapper, _MARK, state)
     return wrapper
 
 

@@ -82,7 +82,7 @@ class TemperaturePosterior(BasePosterior):
         self.base, self.kind, self.model = base, kind, base.model
         self.weight, self.bias = _checked(kind, weight, bias)
         self.num_draws, self.draw_cache_bytes = base.num_draws, base.draw_cache_bytes
-        self.default_method = base.default_method if method is None else method
+        self.method, self.default_method = method, base.default_method if method is None else method
 
     def __repr__(self) -> str:
         shown = f"T={self.temperature:.4g}" if self.kind == "scalar" else f"{len(self.weight)} classes"
@@ -130,7 +130,7 @@ class TemperaturePosterior(BasePosterior):
             ValueError: no label that counts, a head over a vocabulary or over positions, a kind that is not for it, or
                 a regression whose noise is not known.
         """
-        posterior = cls(base, "scalar", method=method)  # checks
+        cls(base, method=method)  # checks
         check_choice("kind", kind, get_args(Calibration))
         check_count("num_samples", num_samples, 1)
         problem = base.problem_type() if problem_type is None else problem_type
@@ -138,14 +138,15 @@ class TemperaturePosterior(BasePosterior):
         found = _collected(base, batches, problem, num_samples=num_samples, method=method, seed=seed)
         weight: Tensor | float
         if get_likelihood(problem).has_noise:
-            return cls(base, kind, weight=_stretch(found), method=posterior.default_method)
-        log_probs, labels = (torch.cat(column).double().cpu().numpy() for column in zip(*found, strict=True))
+            return cls(base, kind, weight=_stretch(found), method=method)
+        log_probs = torch.cat([values for values, _ in found]).double().cpu().numpy()
+        labels = torch.cat([classes for _, classes in found]).cpu().numpy()
         if kind == "scalar":
             weight = 1 / fit_temperature(log_probs.clip(LOG_FLOOR), labels)
-            return cls(base, kind, weight=weight, method=posterior.default_method)
+            return cls(base, kind, weight=weight, method=method)
         linear = fit_linear_map(log_probs, labels, kind, penalty)
         weight, bias = torch.from_numpy(linear.weight), torch.from_numpy(linear.bias)
-        return cls(base, kind, weight=weight, bias=bias, method=posterior.default_method)
+        return cls(base, kind, weight=weight, bias=bias, method=method)
 
     # -- a posterior -------------------------------------------------------------------------------------------------
 
@@ -198,11 +199,10 @@ class TemperaturePosterior(BasePosterior):
         Raises:
             ValueError: another method, or a head that the calibration is not for.
         """
-        if method not in (None, self.default_method):
+        is_same = method == self.default_method and not self.base.wraps  # a mixture's parts have methods of their own
+        if method not in (None, self.method) and not is_same:
             raise ValueError(f"`method` must be {self.default_method!r}, for which it is calibrated, got {method!r}.")
-        predictive = self.base.predict(
-            inputs, num_samples=num_samples, method=self.default_method, seed=seed, **options
-        )
+        predictive = self.base.predict(inputs, num_samples=num_samples, method=self.method, seed=seed, **options)
         _check_head(predictive.problem_type, self.kind)
         if predictive.log_probs is None:
             return stretched(predictive, self.temperature)
@@ -238,7 +238,7 @@ class TemperaturePosterior(BasePosterior):
         if base.file_name is not None:
             base.save(place / _BASE if base.wraps else place)
         tensors = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-        meta = {"kind": self.kind, "base": base.file_name, "wraps": base.wraps, "method": self.default_method}
+        meta = {"kind": self.kind, "base": base.file_name, "wraps": base.wraps, "method": self.method}
         write(place / FILE, tensors, meta, kind=_KIND)
 
     @classmethod
@@ -321,6 +321,8 @@ def _collected(
         labels = labels_of(batch)
         predictive = base.predict(batch, problem_type=problem_type, **options)
         if predictive.log_probs is None:
+            if labels.numel() != predictive.mean.numel():
+                raise ValueError(f"`labels` must have shape {tuple(predictive.mean.shape)}, got {tuple(labels.shape)}.")
             found.append((predictive, labels.reshape(predictive.mean.shape)))
             count += labels.numel()
             continue

@@ -17,7 +17,7 @@ from torch.nn import functional
 import bayeformers
 from bayeformers.forward import logits_of, output_field, rows
 from bayeformers.posteriors import DropoutPosterior
-from bayeformers.posteriors.dropout_masks import keeps, row_words, words
+from bayeformers.posteriors.dropout_masks import keeps, mixed, row_words, words
 from tests.cases import CASES, case
 
 INPUTS = 6
@@ -139,9 +139,9 @@ def test_attention_against_the_formula() -> None:
             super().__init__()
             self.attention_dropout, self.options = 0.4, options
 
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             rate = self.attention_dropout if self.training else 0.0
-            return functional.scaled_dot_product_attention(q, k, v, dropout_p=rate, **self.options)
+            return functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, **self.options)
 
     q = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, 3, 5, dtype=torch.float64)
@@ -150,17 +150,15 @@ def test_attention_against_the_formula() -> None:
     repeated = [t.repeat_interleave(2, 1) for t in (k, v)]
     for options, keys in (({}, repeated), ({"is_causal": True, "scale": 0.3}, repeated), ({"enable_gqa": True}, (k, v)),
                           ({"attn_mask": hidden}, repeated), ({"attn_mask": added}, repeated)):  # fmt: skip
-        model = Attend(**options).eval()
-        posterior = DropoutPosterior(model)
-        found = drawn(posterior, (q, *keys), 1)[0]
+        mask = options.pop("attn_mask", None)
+        inputs = (q, *keys) if mask is None else (q, *keys, mask)
+        found = drawn(DropoutPosterior(Attend(**options).eval()), inputs, 1)[0]
         scores = q @ repeated[0].mT * options.get("scale", 5**-0.5)
         scores = scores.masked_fill(~torch.ones(3, 3).tril().bool(), -torch.inf) if "is_causal" in options else scores
-        scores = scores + added if "attn_mask" in options else scores
+        scores = scores if mask is None else scores + added
         weights, key = scores.softmax(-1), "0/0//1/1"
         axes = [words(f"{key}/{axis}", size, q.device) for axis, size in enumerate(weights.shape)]
-        from bayeformers.posteriors.dropout_masks import mixed
-
-        own = row_words({"q": q, "k": keys[0], "v": keys[1]})
+        own = row_words(dict(zip("qkvm", inputs, strict=False)))
         assert own is not None
         parts = words(f"{key}/parts", 1, q.device).repeat(2)
         axes[0] = mixed(own ^ words(f"{key}/rows", 1, q.device) ^ parts)
