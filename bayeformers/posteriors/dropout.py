@@ -42,8 +42,9 @@ class DropoutPosterior(BasePosterior):
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it has no dropout, or only such of rate 0 and ``rate`` is None; a rate outside of (0, 1), other masks;
-            dropout that cannot be held (inside `torch.nn.LSTM` or `GRU`, alpha dropout, LayerDrop, compiled models).
+        ValueError: it has no dropout, or only such of rate 0 and ``rate`` is None; a rate outside of (0, 1), or other
+            masks; dropout that cannot be held: inside `torch.nn.LSTM` or `GRU`, alpha dropout, LayerDrop, or of a
+            compiled model.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))

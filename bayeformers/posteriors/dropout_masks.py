@@ -24,7 +24,7 @@ _ATTENTION = "attention_mask"
 
 
 def words(key: str, length: int, device: torch.device) -> Tensor:
-    """Random words of 32 bits, in int64: word i is a function of ``key`` and i alone.
+    """Return random words of 32 bits, in int64: word i is a function of ``key`` and i alone.
 
     Args:
         key: whatever the words should depend on.
@@ -36,7 +36,7 @@ def words(key: str, length: int, device: torch.device) -> Tensor:
 
 
 def keeps(rate: float, axes: Sequence[Tensor | None]) -> Tensor:
-    """Which elements stay, each with probability 1 - ``rate``: bool, one axis per entry.
+    """Return which elements stay, each with probability 1 - ``rate``: bool, one axis per entry.
 
     Args:
         rate: the probability of an element to be dropped.
@@ -57,7 +57,7 @@ def mixed(values: Tensor) -> Tensor:
 
 
 def row_words(inputs: Mapping[str, Any]) -> Tensor | None:
-    """A word of 32 bits for each example of a batch, of what the example holds; None for a batch without a tensor.
+    """Return a word of 32 bits for each example of a batch, of what it holds; None for a batch without a tensor.
 
     Padding does not count, where the batch has an attention mask that tells it.
 

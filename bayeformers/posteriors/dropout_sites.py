@@ -83,11 +83,10 @@ def _is_rate(name: str, value: Any) -> bool:
 
 
 def check_model(model: nn.Module, rate: float | None) -> None:
-    """Raise ValueError for a model without dropout, or with dropout that nobody can hold.
+    """A model whose dropout can be held; ``rate`` is what replaces its rates, or None.
 
-    Args:
-        model: the model.
-        rate: in place of its rates.
+    Raises:
+        ValueError: it has no dropout, or dropout that nobody can hold.
     """
     for name, module in model.named_modules():
         reason = _unheld(module)
@@ -217,7 +216,7 @@ class Pass:
         return own if self.rate is None or not (own or self.replaces_zero) else self.rate
 
     def dropped(self, values: Tensor, own_rate: float, *, channels: int = 0) -> Tensor:
-        """``values`` with a part at 0 and the rest divided by 1 - rate.
+        """Return ``values`` with a part at 0 and the rest divided by 1 - rate.
 
         Args:
             values: of any shape, rows first.

@@ -43,7 +43,7 @@ def saved_kinds() -> dict[str, type[BasePosterior]]:
 
 
 def load_beside(directory: Path, name: str | None, model: nn.Module) -> BasePosterior:
-    """What a posterior that wraps others saved of one of them.
+    """Return what a posterior that wraps others saved of one of them.
 
     Args:
         directory: where that one was saved.

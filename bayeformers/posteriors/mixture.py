@@ -80,16 +80,13 @@ class MixturePosterior(BasePosterior):
         raise NotImplementedError("A mixture has no mean network: take one of `components`, or predict.")
 
     def draw(self, index: int, seed: int = 0) -> AbstractContextManager[None]:
-        """Draw ``index`` in the component's own model: the components take turns, and one without more is passed over.
-
-        Draw i is ``component.draw(j, seed)`` in ``component.model``, (component, j) as `place` says.
-        """
+        """The draw that `place` names, in that component's own model; the components take turns."""
         component, inner = self.place(index)
         check_draw(index, seed)
         return component.draw(inner, seed)
 
     def place(self, index: int) -> tuple[BasePosterior, int]:
-        """The component that makes draw ``index``, and which of its own draws it is."""
+        """The component of draw ``index``, and which of its own draws it is; one without more is passed over."""
         check_draw(index, 0, self.num_draws)
         turn = 0
         while True:
@@ -116,7 +113,7 @@ class MixturePosterior(BasePosterior):
         return None
 
     def passes(self, inputs: Inputs, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
-        """The outputs under the same number of draws of each component, in turns: their plain average is the mixture.
+        """Return the outputs under as many draws of each component, in turns: their plain average is the mixture.
 
         Args:
             inputs: what the models' ``forward`` takes.
@@ -137,7 +134,7 @@ class MixturePosterior(BasePosterior):
     def predict(
         self, inputs: Inputs, *, num_samples: int = 16, method: str | None = None, seed: int = 0, **options: Any
     ) -> MixturePredictive:
-        """The mixture of the components' predictions.
+        """Return the mixture of the components' predictions.
 
         Args:
             inputs: what every model's ``forward`` takes; labels are ignored.

@@ -113,7 +113,7 @@ class TemperaturePosterior(BasePosterior):
         penalty: float | None = None,
         problem_type: ProblemType | None = None,
     ) -> TemperaturePosterior:
-        """Calibrate on rows that the model was not trained on, by their NLL.
+        """Return a posterior that is calibrated on rows that the model was not trained on, by their NLL.
 
         Args:
             base: the posterior.
@@ -175,7 +175,7 @@ class TemperaturePosterior(BasePosterior):
         return self.base.recorded_noise_std()
 
     def passes(self, inputs: Inputs, *, num_samples: int = 16, seed: int = 0) -> Iterator[Any]:
-        """The base's outputs, which are not calibrated: their average is what `predict` calibrates.
+        """Return the base's outputs, which are not calibrated: their average is what `predict` calibrates.
 
         Args:
             inputs: what the model's ``forward`` takes.
@@ -187,7 +187,7 @@ class TemperaturePosterior(BasePosterior):
     def predict(
         self, inputs: Inputs, *, num_samples: int = 16, method: str | None = None, seed: int = 0, **options: Any
     ) -> Predictive:
-        """The base's prediction, calibrated; a linearised one without its Gaussian of the logits, which is the base's.
+        """Return the base's prediction, calibrated; a linearised one without the logits' Gaussian, which is the base's.
 
         Args:
             inputs: what the model's ``forward`` takes; labels are ignored.
@@ -261,7 +261,7 @@ class TemperaturePosterior(BasePosterior):
 
 
 def stretched(predictive: Predictive, factor: float, centre: Tensor | None = None) -> Predictive:
-    """A regression's predictive distribution, wider by ``factor`` around its mean.
+    """Return a regression's predictive distribution, wider by ``factor`` around its mean.
 
     Args:
         predictive: of draws, linearised, or a mixture.

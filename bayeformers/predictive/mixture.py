@@ -72,7 +72,7 @@ class MixturePredictive(Predictive):
 
     @property
     def variation_ratio(self) -> Tensor:
-        """Share, by weight, of draws whose argmax is not that of their average, (B, ...); ties go to the lower class."""
+        """Share, by weight, of draws whose argmax is not their average's, (B, ...); ties go to the lower class."""
         mean, log_probs = self._mean_draw, self._classes
         rounding = len(log_probs) * torch.finfo(mean.dtype).eps
         decision = (mean >= mean.amax(-1, keepdim=True) - rounding).to(mean.dtype).argmax(-1)
@@ -112,7 +112,7 @@ class MixturePredictive(Predictive):
 
 
 def mixture_of(parts: Sequence[Predictive], weights: Sequence[float]) -> MixturePredictive:
-    """The mixture of predictions of the same inputs.
+    """Return the mixture of predictions of the same inputs.
 
     Args:
         parts: K >= 1 predictives, of one problem type and shape; they may be mixtures.

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -257,7 +256,7 @@ def test_implementations_of_attention_agree() -> None:
 
 
 def test_rates_and_seeds() -> None:
-    """The model's own, one in their place, and other draws for other seeds; nothing changes with a state of training."""
+    """The model's own, one in their place, and other draws for other seeds; a state of training changes nothing."""
     model, x = net(0.5), torch.ones(1, INPUTS, dtype=torch.float64)
 
     def share(posterior: DropoutPosterior) -> float:

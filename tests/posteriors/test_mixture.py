@@ -61,10 +61,11 @@ def test_entropies_by_sums(weights: tuple[float, float]) -> None:
         per_draw[s] * per_draw[t] * (p[s] * (p[s].log() - p[t].log())).sum(-1) for s in range(8) for t in range(8)
     )
     differs = torch.einsum("s,sb->b", per_draw, (p.argmax(-1) != mean.argmax(-1)).double())
+    labels = torch.tensor([0, 1, 2, 0])
     for value, target in (
         (found.probs, mean), (found.predictive_entropy, entropy(mean)), (found.expected_entropy, expected),
         (found.mutual_information, entropy(mean) - expected), (found.expected_pairwise_kl, pairs),
-        (found.variation_ratio, differs), (found.log_prob(torch.tensor([0, 1, 2, 0])), mean.log()[range(4), [0, 1, 2, 0]]),
+        (found.variation_ratio, differs), (found.log_prob(labels), mean.log()[range(4), labels]),
     ):  # fmt: skip
         torch.testing.assert_close(value, target)
     assert found.num_samples == 8
@@ -101,7 +102,7 @@ def test_a_closed_form_is_mixed_as_it_is() -> None:
 
 
 def test_regression() -> None:
-    """Mean, variances and density of Gaussians, of draws and in closed form; per example where there are two outputs."""
+    """Mean, variances and density, of draws and in closed form; joint ones of an example with two outputs."""
     values = torch.randn(5, 4, 2, dtype=torch.float64)
     mean, variance = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64) + 0.1
     sampled = Predictive(problem_type="regression", values=values, noise_std=0.5)
@@ -127,9 +128,9 @@ def test_regression() -> None:
 # ------------------------------------------------------------------------------------------------------- the posterior
 
 
-def test_predictions_are_the_components(seed: int = 3) -> None:
+def test_predictions_are_the_components() -> None:
     """A Laplace posterior by its linearised network, dropout and a point by their draws, around three models."""
-    x = torch.randn(2, 3, dtype=torch.float64)
+    x, seed = torch.randn(2, 3, dtype=torch.float64), 3
     components = [fitted(net(0)), DropoutPosterior(net(1)), PointPosterior(net(2))]
     mixture = MixturePosterior(components, [2, 1, 1])
     assert mixture.num_draws is None and mixture.default_method == "glm" and mixture.weights == (0.5, 0.25, 0.25)
