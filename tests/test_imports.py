@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "losses": ("likelihoods", "metrics"),
     "predictive": ("likelihoods", "metrics"),
     "linearized": ("likelihoods", "predictive", "sampling"),
-    "posteriors": ("linearized", "likelihoods", "predictive", "sampling"),
+    "posteriors": ("linearized", "likelihoods", "metrics", "predictive", "sampling"),
     "posteriors.variational": ("posteriors", "nn", "sampling"),
     "laplace": ("posteriors", "linearized", "likelihoods", "sampling"),
     "ood": ("posteriors", "laplace", "likelihoods", "predictive", "metrics"),

@@ -13,6 +13,7 @@ from .calibration import (
 )
 from .loading import load
 from .ood import error_aupr, error_auroc, fpr_at_95_tpr, ood_aupr, ood_auroc
+from .scaling import LinearMap, MapKind, fit_linear_map
 from .scoring import (
     accuracy,
     brier_score,
@@ -49,6 +50,8 @@ __all__ = [
     "Binning",
     "BootstrapInterval",
     "CovarianceUncertainty",
+    "LinearMap",
+    "MapKind",
     "Refusal",
     "ReliabilityBins",
     "RiskCoverageCurve",
@@ -69,6 +72,7 @@ __all__ = [
     "expected_calibration_error",
     "expected_entropy",
     "expected_pairwise_kl",
+    "fit_linear_map",
     "fit_temperature",
     "fpr_at_95_tpr",
     "gaussian_negative_log_likelihood",

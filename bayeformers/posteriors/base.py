@@ -84,6 +84,8 @@ class BasePosterior(ABC):
         file_name: what `save` writes beside the model's own files; None: it is not saved along with the model.
         wraps: whether it is made of other posteriors, which are saved beside it.
         predicts_itself: whether its `predict` is more than an average over `passes`: evaluation asks `predict`.
+        shares_prefix: whether a draw changes nothing but `random_parameters`, so that what does not depend on these may
+            be computed once for all draws.
     """
 
     is_shared_by_views = True
@@ -96,6 +98,7 @@ class BasePosterior(ABC):
     file_name: ClassVar[str | None] = None
     wraps: ClassVar[bool] = False
     predicts_itself: ClassVar[bool] = False
+    shares_prefix: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A class with a ``draw`` or ``mean`` of its own has to say it anew: those of a view are its base's."""
@@ -175,6 +178,7 @@ class BasePosterior(ABC):
             inputs,
             num_samples=num_samples,
             seed=seed,
+            share=self.shares_prefix,
             known_as=(self.model, random),
             keeps_random_state=True,
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
+from torch import nn
+
 from .base import BasePosterior
+from .point import PointPosterior
 
 Kind = TypeVar("Kind", bound=type[BasePosterior])
 
@@ -38,3 +42,21 @@ def register_posterior(kind: Kind) -> Kind:
 def saved_kinds() -> dict[str, type[BasePosterior]]:
     """File name -> class, those that wrap others first: where both lie in a folder, the wrapper is the posterior."""
     return dict(sorted(_KINDS.items(), key=lambda item: not item[1].wraps))
+
+
+def load_beside(directory: Path, name: str | None, model: nn.Module) -> BasePosterior:
+    """Return what a posterior that wraps others saved of one of them.
+
+    Args:
+        directory: where that one was saved.
+        name: its `file_name`; None: a point estimate, of which nothing is saved.
+        model: its model.
+
+    Raises:
+        ValueError: no class of that name is registered, or the file is missing or damaged.
+    """
+    if name is None:
+        return PointPosterior(model)
+    if name not in _KINDS:
+        raise ValueError(f"No posterior is registered that saves {name!r}: import the module that registers it first.")
+    return _KINDS[name].load(directory / name, model)

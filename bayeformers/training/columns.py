@@ -21,7 +21,7 @@ from ..likelihoods import (
     resized,
 )
 from ..likelihoods.gaussian import regression_labels
-from ..predictive import Predictive, RunningPredictive
+from ..predictive import MixturePredictive, Predictive, RunningPredictive
 
 __all__ = ["BatchPrediction", "predict_batch", "score_predictive"]
 
@@ -124,6 +124,8 @@ def score_predictive(
         return _classified(likelihood, predictive, scored, inputs, predictive.mask)
     if noise_std is not None and HEAD not in (noise_std, predictive.noise_std):
         predictive = replace(predictive, noise_std=noise_std)
+    if isinstance(predictive, MixturePredictive):
+        return _mixed_regression(predictive, inputs, problem_type)
     noise = None if predictive.noise_std is None else predictive.aleatoric_variance
     if predictive.logit_mean is None or predictive.logit_covariance is None:
         assert predictive.values is not None  # a regression
@@ -134,6 +136,21 @@ def score_predictive(
     if batch.mask is not None and noise is not None:
         labels = regression_labels(inputs, predictive.mean)
         batch.scores["nll"] = _joint_nll(predictive.logit_mean, predictive.logit_covariance, labels, noise)
+    return batch
+
+
+def _mixed_regression(
+    predictive: MixturePredictive, inputs: Mapping[str, Any], problem_type: ProblemType
+) -> BatchPrediction:
+    """Each part scored by itself, and the mixture's density of all outputs of an example, sum_k w_k p_k(y)."""
+    scored = [score_predictive(part, inputs, problem_type) for part in predictive.parts]
+    knows_noise = all("aleatoric_variance" in part.uncertainty for part in scored)
+    noise = predictive.aleatoric_variance if knows_noise else None
+    batch = _regressed(predictive.mean, predictive.epistemic_variance, noise, inputs)
+    if all("nll" in part.scores for part in scored):
+        weights = predictive.weights.to(predictive.mean.device)
+        nll = torch.stack([part.scores["nll"].double() for part in scored])
+        batch.scores["nll"] = -(weights.log()[:, None] - nll).logsumexp(0).to(predictive.mean.dtype)
     return batch
 
 

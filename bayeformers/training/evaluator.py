@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.trainer_utils import PredictionOutput
 
-from ..likelihoods import Likelihood, NoiseStd, get_likelihood, unwrapped, without_ignored
+from ..likelihoods import Likelihood, NoiseStd, ProblemType, get_likelihood, unwrapped, without_ignored
 from ..likelihoods.registry import infer_problem_type
 from ..likelihoods.segmentation import CONFIDENCE, WRONG
 from ..linearized.links import ignores_shift
@@ -183,20 +183,27 @@ class Evaluation:
         posterior = self.posterior or PointPosterior(self.model)
         problem_type = likelihood.problem_type
         if posterior.predicts_itself:
-            with self.autocast():
-                predictive = posterior.predict(
-                    inputs,
-                    num_samples=self.num_samples,
-                    seed=self.args.eval_seed,
-                    method=self.args.eval_method,
-                    link=self.args.eval_link,
-                    problem_type=problem_type,
-                    noise_std=noise_std,
-                )
-            return score_predictive(predictive, inputs, problem_type, noise_std)
+            return self._own_prediction(posterior, inputs, problem_type, noise_std)
         with torch.no_grad(), self.autocast():
             outputs = posterior.passes(inputs, num_samples=self.num_samples, seed=self.args.eval_seed)
             return predict_batch(outputs, without_ignored(inputs, self.model, problem_type), problem_type, noise_std)
+
+    def _own_prediction(
+        self, posterior: BasePosterior, inputs: dict[str, Any], problem_type: ProblemType, noise_std: NoiseStd | None
+    ) -> BatchPrediction:
+        """Of a posterior whose prediction is more than an average of passes: it knows what to make of the noise."""
+        is_sampled = (self.args.eval_method or posterior.default_method) in SAMPLING
+        with self.autocast() if is_sampled else _linearizing(self.model):
+            predictive = posterior.predict(
+                inputs,
+                num_samples=self.num_samples,
+                seed=self.args.eval_seed,
+                method=self.args.eval_method,
+                link=self.args.eval_link,
+                problem_type=problem_type,
+                noise_std=noise_std,
+            )
+        return score_predictive(predictive, inputs, problem_type)
 
     def keep(self, batch: BatchPrediction, gather: Callable[[Tensor], NDArray[Any]]) -> None:
         """Add a batch's columns, those of all ranks."""
@@ -239,9 +246,7 @@ class Evaluation:
     ) -> BatchPrediction:
         """In the model's own precision: covariances are sums of squares of gradients, which need their bits."""
         assert self.posterior is not None  # else `method` samples
-        # Without the autocast that accelerate puts into `forward`, where `torch.autocast(enabled=False)` has no say.
-        # Jacobians are taken by autograd, whatever the caller has switched off.
-        with torch.enable_grad(), unwrapped_forward(self.model):
+        with _linearizing(self.model):
             predictive = self.posterior.predict(
                 inputs,
                 num_samples=self.num_samples,
@@ -253,3 +258,13 @@ class Evaluation:
                 contrasts=ignores_shift(likelihood.problem_type, self.args.eval_link),
             )
         return score_predictive(predictive, inputs, likelihood.problem_type, noise_std)
+
+
+@contextlib.contextmanager
+def _linearizing(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that accelerate puts into `forward`, where `torch.autocast(enabled=False)` has no say.
+
+    Jacobians are taken by autograd, whatever the caller has switched off.
+    """
+    with torch.enable_grad(), unwrapped_forward(model):
+        yield
