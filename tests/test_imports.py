@@ -22,6 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "distributions": (),
     "metrics": (),
     "sampling": (),
+    "optim": ("sampling",),
     "nn": ("distributions", "sampling"),
     "conversion": ("nn", "distributions", "sampling"),
     "likelihoods": (),

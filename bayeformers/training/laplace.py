@@ -21,6 +21,7 @@ from ..laplace.config import PriorChoice, settled
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
 from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
+from ..posteriors import BasePosterior
 from ..sampling.views import unwrapped_forward
 from .arguments import parse_noise_std
 from .checks import check_dataset
@@ -47,7 +48,7 @@ class LaplaceTrainer(MonteCarloTrainer):
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         own = getattr(self.model, _OWN, None)
-        if isinstance(own, LaplacePosterior) and not is_bayesian(self.model):
+        if isinstance(own, BasePosterior) and not is_bayesian(self.model):
             self._posterior = own
 
     def fit_laplace(
@@ -229,7 +230,7 @@ class LaplaceTrainer(MonteCarloTrainer):
             logger.warning("Training goes on: `trainer.posterior`, fitted to the earlier weights, is dropped.")
             self._posterior = None
             carry(self.model, None)
-        if isinstance(getattr(self.model, _OWN, None), LaplacePosterior):
+        if isinstance(getattr(self.model, _OWN, None), BasePosterior):
             delattr(self.model, _OWN)
 
 
