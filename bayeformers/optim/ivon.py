@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,27 +15,12 @@ from torch.optim.optimizer import ParamsT
 from ..checks import check_count
 from ..processes import gathered, num_processes
 from ..sampling.generators import NOISE_VERSION, check_noise_version
-from .ivon_step import Step, check_options, draw, normal, parts, scales, step_of, update
+from .ivon_step import Step, Sums, check_options, draw, normal, parts, scales, step_of, update
 
 __all__ = ["IVON"]
 
 _NOISE = "noise"  # the state of the draws in a `state_dict`
 _TENSORS = ("mean", "momentum", "hessian")
-
-
-@dataclass
-class _Sums:
-    """What the draws of one step have left, by parameter: sums of gradients, and of gradient times noise.
-
-    Attributes:
-        count: how many draws.
-        gradients: of torch, which stand in ``grad`` between the draws.
-        products: in the precision of the state.
-    """
-
-    count: int = 0
-    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    products: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
 
 class IVON(torch.optim.Optimizer):
@@ -65,7 +49,7 @@ class IVON(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them with their own ``lr``, ``ess``, ... Only those that require a gradient
             have a posterior and move.
-        lr: alpha. The paper uses about 0.1 with ``rescale_lr``.
+        lr: alpha; see ``rescale_lr``.
         ess: lambda, the effective sample size: the number of training items N; more makes a colder posterior. None: it
             is set before the first draw, as `BayesianTrainer` does.
         hess_init: h_0 > 0.
@@ -107,7 +91,7 @@ class IVON(torch.optim.Optimizer):
         check_count("mc_samples", mc_samples, 1)
         check_count("seed", seed, 0)
         self.mc_samples, self.seed, self.noise_version = int(mc_samples), int(seed), NOISE_VERSION
-        self._draws, self._sums = 0, _Sums()
+        self._draws, self._sums = 0, Sums()
         self._kept: dict[nn.Parameter, Tensor] | None = None  # the means, while a draw stands in their place
         super().__init__(
             params,
@@ -293,7 +277,7 @@ class IVON(torch.optim.Optimizer):
         self._check_sums()
         for group, members in zip(self.param_groups, self._members(), strict=True):
             self._step_group(step_of(group), [p for p in members if p.grad is not None and p in self._sums.products])
-        self._sums = _Sums()
+        self._sums = Sums()
         return loss
 
     def _run(self, closure: Callable[[], float]) -> float:
@@ -341,7 +325,7 @@ class IVON(torch.optim.Optimizer):
             set_to_none: whether gradients become None, or zeros.
         """
         if self._kept is None:
-            self._sums = _Sums()
+            self._sums = Sums()
         super().zero_grad(set_to_none)
 
     # -- the posterior, and what is saved ------------------------------------------------------------------------------
@@ -393,12 +377,12 @@ class IVON(torch.optim.Optimizer):
                 if name in saved:
                     self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
         self.seed, self._draws, self.noise_version = int(noise["seed"]), int(noise["draws"]), version
-        self._sums = _Sums()
+        self._sums = Sums()
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_at_mean("pickle")
         own = ("mc_samples", "seed", "noise_version", "_draws")
-        fresh = {"_kept": None, "_sums": _Sums()}
+        fresh = {"_kept": None, "_sums": Sums()}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **fresh}
 
     def _check_at_mean(self, what: str) -> None:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_number
 from ..sampling.generators import keyed_generator
@@ -53,6 +53,21 @@ class Step:
     beta2: float
     weight_decay: float
     clip_radius: float = math.inf
+
+
+@dataclass
+class Sums:
+    """What the draws of one step have left, by parameter: sums of gradients, and of gradient times noise.
+
+    Attributes:
+        count: how many draws.
+        gradients: of torch, which stand in ``grad`` between the draws.
+        products: in the precision of the state.
+    """
+
+    count: int = 0
+    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    products: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
