@@ -164,16 +164,24 @@ class IVON(torch.optim.Optimizer):
         steps = [step_of(group) for group in self.param_groups]
         self._noise = self._drawn_noise("training" if train else "prediction", self._draws)
         self._draws += train
-        kept: dict[nn.Parameter, Tensor] = {}
-        for step, members in zip(steps, self._members(), strict=True):
-            for parameter in members:
-                kept[parameter] = self._taken_mean(parameter)
-                if train:
-                    parameter.grad = None
-            aligned = [(kept[p], self.state[p]["hessian"], self._noise[p], p.detach()) for p in members]
-            for means, hessians, noises, values in parts(aligned):
-                torch._foreach_copy_(values, draw(means, hessians, noises, step))
-        self._kept = kept
+        if train and self._sums.count == 1:  # DDP may use the memory of the gradients again
+            self._sums.gradients = {p: gradient.clone() for p, gradient in self._sums.gradients.items()}
+        self._kept = {p: self._taken_mean(p) for members in self._members() for p in members}
+        try:
+            for step, members in zip(steps, self._members(), strict=True):
+                self._place(step, members)
+        except BaseException:
+            self.leave_draw(keeps=False)
+            raise
+        for parameter in self._kept if train else ():
+            parameter.grad = None
+
+    def _place(self, step: Step, members: list[nn.Parameter]) -> None:
+        """A draw in the place of the means that are kept."""
+        assert self._kept is not None
+        aligned = [(self._kept[p], self.state[p]["hessian"], self._noise[p], p.detach()) for p in members]
+        for means, hessians, noises, values in parts(aligned):
+            torch._foreach_copy_(values, draw(means, hessians, noises, step))
 
     @torch.no_grad()
     def leave_draw(self, keeps: bool = True) -> None:

@@ -98,6 +98,7 @@ class IVONTrainer(LaplaceTrainer):
         self._ivon = inner if isinstance(inner, IVON) else None
         if self._ivon is None:
             return
+        self._ivon.leave_draw(keeps=False)  # of a training that begins again with smaller batches
         if is_bayesian(self.model):
             raise ValueError(
                 "IVON makes a posterior of its own, and this model's layers have one already: call "
@@ -112,8 +113,9 @@ class IVONTrainer(LaplaceTrainer):
             )
 
     def begin_ivon_draw(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Before the first micro-batch of a step. A draw that is open is of a stream's last batches, without a step."""
         if self._ivon is not None:
+            self._ivon.leave_draw(keeps=False)
             self._ivon.enter_draw()
 
     def update_ivon(self) -> None:

@@ -210,6 +210,20 @@ def test_micro_batches_with_draws_of_their_own_are_summed() -> None:
     np.testing.assert_allclose(flat([optimizer.state[parameters[0]]["hessian"]]), expected, rtol=1e-10)
 
 
+def test_gradients_of_a_draw_are_kept_whatever_becomes_of_their_memory() -> None:
+    """`DistributedDataParallel(gradient_as_bucket_view=True)` writes the next gradients over them."""
+    (parameter,) = weights((3,))
+    optimizer = IVON([parameter], ess=50)
+    with optimizer.sampled_params():
+        parameter.sum().backward()
+    memory = parameter.grad
+    assert memory is not None
+    with optimizer.sampled_params():
+        memory.zero_()
+        (2 * parameter).sum().backward()
+    assert parameter.grad is not None and parameter.grad.tolist() == [3.0, 3.0, 3.0]
+
+
 def test_clipping_leaves_the_hessian_alone() -> None:
     data = torch.randn(4, 10, dtype=torch.float64, generator=seeded(4))
     found = []
