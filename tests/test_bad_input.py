@@ -316,6 +316,7 @@ def test_embedding_ids_out_of_range(ids: list[int]) -> None:
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Linear": lambda **options: bnn.Linear(3, 2, **options),
+    "Rank1Linear": lambda **options: bnn.Rank1Linear(3, 2, **options),
     "Conv1D": lambda **options: bnn.Conv1D(3, 2, **options),
     "Bilinear": lambda **options: bnn.Bilinear(2, 2, 2, **options),
     "Conv1d": lambda **options: bnn.Conv1d(2, 2, 3, **options),

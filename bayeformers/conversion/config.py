@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
+from ..checks import check_choice
 from ..distributions import MopedPrior, Prior, prior_from_dict
 from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
@@ -13,6 +14,8 @@ from ..distributions.prior import check_prior
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 
 CONFIG_VERSION = 1
+Parametrization = Literal["weights", "rank1"]
+PARAMETRIZATIONS = ("weights", "rank1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,9 @@ class BayesianConfig:
     scale: ScaleName = field(
         default="additive",
         metadata={"help": 'What rho sets: "additive" sigma itself, "multiplicative" sigma / |mean|.'},
+    )
+    parametrization: Parametrization = field(
+        default="weights", metadata={"help": 'What is random: "weights", or "rank1" factors r s^T of Linear weights.'}
     )
     modules: dict[str, str] = field(default_factory=dict, metadata={"help": "Converted modules and their kind."})
     modules_to_save: list[str] = field(default_factory=list, metadata={"help": "Deterministic but trainable."})
@@ -57,6 +63,7 @@ class BayesianConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "delta", check_delta(self.delta))  # a NumPy number is none of JSON's
         check_scale(self.scale)
+        check_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
         check_prior(self.prior)
         for name in ("freeze", "norms"):
             if not isinstance(getattr(self, name), bool):

@@ -17,10 +17,11 @@ from ..nn.adapters import merged_adapter
 from ..nn.base import RECORD, BayesianModule, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..patterns import Patterns
-from .config import BayesianConfig
+from .config import BayesianConfig, Parametrization
 from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
 from .persistence import told_of_adapters, told_of_own_save, without_lost
 from .plain_weights import check_plain_weights
+from .rank1 import check_parametrization, fixed_means, prepare
 from .record import (
     Conversion,
     bayesian_config,
@@ -76,6 +77,7 @@ def to_bayesian(
     modules_to_save: Sequence[str] | None = None,
     norms: bool = False,
     keep_dropout: bool = False,
+    parametrization: Parametrization = "weights",
 ) -> nn.Module:
     """Make a trained model Bayesian, in place: each weight becomes N(weight, (delta |weight|)^2) (MOPED).
 
@@ -104,6 +106,8 @@ def to_bayesian(
         norms: convert the gains and biases of normalisations too: LayerNorm, RMSNorm and the models' own RMSNorm
             classes.
         keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
+        parametrization: "weights", or "rank1": a Linear's weight is multiplied by r s^T with random vectors r and s
+            around 1, of scale ``delta``, see `bayeformers.nn.Rank1Linear`; other layers stay deterministic.
 
     Returns:
         The same object.
@@ -119,10 +123,14 @@ def to_bayesian(
     torch.Size([8, 4])
     """
     _check_flags(freeze=freeze, norms=norms, keep_dropout=keep_dropout)
-    config = BayesianConfig(delta=check_delta(delta), freeze=freeze, prior=as_prior(prior), scale=scale)
+    found_prior = as_prior(prior)
+    check_parametrization(parametrization, estimator, found_prior)
+    config = BayesianConfig(
+        delta=check_delta(delta), freeze=freeze, prior=found_prior, scale=scale, parametrization=parametrization
+    )
     _check_convertible(model)
     saved = matching_subtrees(model, modules_to_save)
-    chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms)
+    chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms, parametrization)
     estimators_of(chosen, estimator)
     is_whole = target_modules == "all" and exclude_modules is None and not saved
     chosen, lost = without_lost(model, chosen, is_multiplicative=scale == "multiplicative", is_whole=is_whole)
@@ -174,6 +182,7 @@ def convert(
 def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: dict[str, str]) -> None:
     prior, posterior = without_posterior(config.prior)
     config = replace(config, prior=prior)
+    prepare(model, chosen)
     state = Conversion(config, {name: p.requires_grad for name, p in _parameters(model)}, skipped)
     for key in config.dropout:
         set_dropout(model, key, 0.0)
@@ -227,6 +236,8 @@ def freeze_as_saved(model: nn.Module, missing: set[str]) -> None:
             tensor.loc.requires_grad_(False)
     if bayesian_config(model).freeze:
         freeze_means(model, bayesian_config(model))
+    for mean in fixed_means(model):
+        mean.requires_grad_(False)
 
 
 def settle_ties(model: nn.Module) -> dict[str, str]:

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 
 from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import posterior_mean
+from .rank1 import shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 _FLOOR = "_scale_floor"
@@ -76,14 +77,11 @@ def _added(
     """Name and shape of every tensor that the conversion may add."""
     found: dict[str, tuple[int, ...]] = {}
     for name, kind in chosen.items():
-        module = model.get_submodule(name)
-        for key in kind.names_of(module):
-            parameter = module._parameters.get(key)
-            if parameter is not None:
-                path = f"{name}.{key}".lstrip(".")
-                found |= {f"{path}{ending}": tuple(parameter.shape) for ending in ENDINGS if ending != _FLOOR}
-                if is_multiplicative:
-                    found[f"{path}{_FLOOR}"] = ()
+        for key, shape in shapes(model.get_submodule(name), kind).items():
+            path = f"{name}.{key}".lstrip(".")
+            found |= {f"{path}{ending}": shape for ending in ENDINGS if ending != _FLOOR}
+            if is_multiplicative:
+                found[f"{path}{_FLOOR}"] = ()
     return found
 
 

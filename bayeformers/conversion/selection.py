@@ -11,7 +11,8 @@ from ..nn.base import BayesianModule
 from ..nn.estimators import REPARAMETERIZATION, get_estimator
 from ..nn.norms import Normalization
 from ..patterns import Patterns, matches, matching, subtrees
-from .config import BayesianConfig
+from .config import BayesianConfig, Parametrization
+from .rank1 import parametrized
 from .registry import Found, bayesian_class, is_layer, supported_layers
 from .ties import full_name
 
@@ -19,7 +20,12 @@ Chosen = dict[str, type[BayesianModule]]
 
 
 def choose(
-    model: nn.Module, target: Patterns, exclude: Patterns | None, saved: list[str], norms: bool = False
+    model: nn.Module,
+    target: Patterns,
+    exclude: Patterns | None,
+    saved: list[str],
+    norms: bool = False,
+    parametrization: Parametrization = "weights",
 ) -> tuple[Chosen, dict[str, str]]:
     """Return the modules to convert with their Bayesian class, and all others with the reason why not.
 
@@ -29,6 +35,7 @@ def choose(
         exclude: `exclude_modules`.
         saved: names of modules that stay deterministic, with all inside them.
         norms: whether normalisations are converted too.
+        parametrization: what is random in a layer.
 
     Raises:
         ValueError: nothing is left to convert, or a name of ``target`` is of nothing convertible.
@@ -41,7 +48,7 @@ def choose(
     for name, module in model.named_modules():
         if not module._parameters or all(p is None for p in module._parameters.values()):
             continue
-        kind, reason = _bayesian_class(model, name, module)
+        kind, reason = parametrized(_bayesian_class(model, name, module), parametrization)
         if kind is not None and issubclass(kind, Normalization) and not norms:
             kind, reason = None, "a normalisation: `norms=True` converts it"
         if any(name == s or name.startswith(f"{s}.") for s in saved):
@@ -54,7 +61,9 @@ def choose(
             skipped[name] = "in exclude_modules"
         else:
             chosen[name] = kind
-            skipped |= dict.fromkeys(_left_alone(name, module, kind), "not a matrix, of a module without a rule for it")
+            why = "not a matrix, of a module without a rule for it"
+            why = "its factors r s^T are random" if parametrization == "rank1" else why
+            skipped |= dict.fromkeys(_left_alone(name, module, kind), why)
     if not chosen:
         raise ValueError(_nothing_to_convert(target, targeted, skipped))
     if not isinstance(target, str):
@@ -211,7 +220,8 @@ def recorded(model: nn.Module, config: BayesianConfig) -> Chosen:
     chosen = {}
     position = {name: number for number, name in enumerate(modules)}  # JSON has sorted the names
     for name in sorted(config.modules, key=lambda name: position.get(name, -1)):
-        kind = _bayesian_class(model, name, modules[name])[0] if name in modules else None
+        found_kind = _bayesian_class(model, name, modules[name]) if name in modules else (None, "")
+        kind, _ = parametrized(found_kind, config.parametrization)
         if kind is None or kind.__name__ != config.modules[name]:
             found = type(modules[name]).__name__ if name in modules else "no such module"
             raise ValueError(

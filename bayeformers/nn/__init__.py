@@ -8,6 +8,7 @@ from .embedding import Embedding, EmbeddingBag
 from .estimators import ESTIMATORS, Estimator, Reparameterization
 from .linear import Bilinear, Conv1D, Linear
 from .norms import LayerNorm, RMSNorm
+from .rank1 import Rank1Linear
 from .recurrent import GRU, LSTM
 from .variational import Variational
 
@@ -32,6 +33,7 @@ __all__ = [
     "MultiheadAttention",
     "NamedVariational",
     "RMSNorm",
+    "Rank1Linear",
     "Reparameterization",
     "Variational",
     "fixed_draw",

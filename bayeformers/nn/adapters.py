@@ -96,6 +96,8 @@ def _reason(layer: Any) -> str | None:
     random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, BayesianModule)]
     if random and not is_sum:
         return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
+    if any(getattr(part, "is_factor", False) for part in random):
+        return "the factors r s^T of the layer under it would multiply it too"
     if any(part.scale_floor(name) is not None for part in random for name in part.specs):
         return "the scale of the Bayesian layer under it is relative to the mean, so that its draws would change"
     return None

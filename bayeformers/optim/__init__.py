@@ -1,5 +1,6 @@
 """Optimizers whose steps are draws from a posterior, or that learn one."""
 
+from .ivon import IVON
 from .sghmc import SGHMC
 
-__all__ = ["SGHMC"]
+__all__ = ["IVON", "SGHMC"]

@@ -1,9 +1,11 @@
 """Posteriors: what can put one draw of the weights into a model. Prediction is written once, for all of them."""
 
 from .base import BasePosterior, Posterior
+from .diagonal import DiagonalPosterior
 from .dropout import DropoutPosterior
 from .ensemble import EnsemblePosterior
 from .files import register_posterior
+from .ivon import IVONPosterior
 from .mixture import MixturePosterior
 from .moments import Moments, RunningMoments
 from .point import PointPosterior
@@ -15,8 +17,10 @@ from .weights import WeightsPosterior
 
 __all__ = [
     "BasePosterior",
+    "DiagonalPosterior",
     "DropoutPosterior",
     "EnsemblePosterior",
+    "IVONPosterior",
     "MixturePosterior",
     "Moments",
     "PointPosterior",

@@ -21,7 +21,7 @@ from .arguments import parse_noise_std
 from .checks import check_converted, check_dataset, check_uncalibrated
 from .elbo import infer_num_items, preserved_rng
 from .items import LabelledBatch, check_label_names
-from .laplace import LaplaceTrainer
+from .ivon import IVONTrainer
 from .own_terms import ForwardPass
 from .records import HeadRecord
 
@@ -55,7 +55,7 @@ def head_pass(model: nn.Module, wrapped: nn.Module, batch: LabelledBatch) -> For
     return ForwardPass(items.sum(), 0.0, with_logits(outputs, head(features)))
 
 
-class HeadTrainer(LaplaceTrainer):
+class HeadTrainer(IVONTrainer):
     """A Trainer that knows the heads of `bayeformers.heads`; of other models it is as its base."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,6 +94,11 @@ class HeadTrainer(LaplaceTrainer):
             raise ValueError(
                 "The model has a VBLL or SNGP head and Bayesian layers: their objectives do not go together. Call "
                 "`to_plain_head(model)` or `to_deterministic(model)`."
+            )
+        if self.trains_by_ivon:
+            raise ValueError(
+                "IVON makes a posterior of its own, and this model's VBLL or SNGP head is one already: call "
+                "`to_plain_head(model)` first, or train it with another optimizer."
             )
         check_converted(self.args)
         check_uncalibrated(self.args)

@@ -23,6 +23,7 @@ from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_label_column, count_training_items, infer_num_items
 from .heads import HeadTrainer, has_prior, head_pass
 from .items import LabelledBatch, as_labels, check_label_names, model_inputs, settled_problem_type
+from .ivon import POINT_ESTIMATE
 from .objective import Objective, ObjectiveCheck, check_bases
 from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
@@ -193,10 +194,8 @@ class BayesianTrainer(HeadTrainer):
             return
         if not is_bayesian(self.model):
             checks.check_uncalibrated(self.args)
-            self._say(
-                "The model is not Bayesian: this is ordinary training of a point estimate. Call `to_bayesian(model)` "
-                "before making the trainer for variational inference, or `fit_laplace()` after training."
-            )
+            if not self.settle_ivon(lambda: self._count_items(self._read(dict(inputs)).likelihood)):
+                self._say(POINT_ESTIMATE)
             return
         checks.check_converted(self.args)
         if conversion_record(self.model) is None:
@@ -207,8 +206,7 @@ class BayesianTrainer(HeadTrainer):
             self._say(warning)
         objective.has_own_terms = self._find_own_terms(inputs, likelihood)
         objective.calibration = self._calibration_term(likelihood)
-        data, count = self.train_dataset, lambda: self._count_labels(likelihood)
-        num_items = infer_num_items(data, likelihood.problem_type, count, self.args.num_training_items)
+        num_items = self._count_items(likelihood)
         update_config(self.model, num_training_items=num_items, kl_weight=float(self.args.kl_weight))
         noise_std = self.noise_std() if likelihood.has_noise else None
         if likelihood.has_noise:
@@ -235,6 +233,11 @@ class BayesianTrainer(HeadTrainer):
         if self._resumed is not None:
             term.load(self._resumed, self.state.global_step)
         return term
+
+    def _count_items(self, likelihood: Likelihood) -> int:
+        """N, of the training data."""
+        count, num_items = (lambda: self._count_labels(likelihood)), self.args.num_training_items
+        return infer_num_items(self.train_dataset, likelihood.problem_type, count, num_items)
 
     def _count_labels(self, likelihood: Likelihood) -> int:
         """Labels of the training data: those of its column, or each rank's share of the collated examples."""
