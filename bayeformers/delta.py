@@ -56,8 +56,8 @@ def calibrate_delta(
     Without labels there are two rules. "sample" takes the largest delta whose NLL against the mean model's own argmax
     labels rises by at most ``tolerance``, relative (after TFB, Shi et al. 2025); it protects accuracy, and on an
     over-fitted model it stops far too early. "glm" takes the largest delta at which no input has a leverage above 1,
-    the largest eigenvalue of H^{1/2} J S J^T H^{1/2} with H the loss Hessian in the logits: no training row of an exact
-    posterior has. Give it training rows, 256 or so; a regression needs a ``noise_std`` that is a number.
+    the trace of H^{1/2} J S J^T H^{1/2} with H the loss Hessian in the logits: of two classes no training row of an
+    exact posterior has. Give it training rows, 256 or so; a regression needs a ``noise_std`` that is a number.
 
     Args:
         model: a trained model, converted or not.
@@ -187,7 +187,7 @@ def _linearized(
 
 
 def _largest_leverage(logits: list[tuple[Tensor, Tensor]], points: list[Predictive]) -> float:
-    """Over all items that count: the largest eigenvalue of S^T (J Sigma J^T) S, S S^T = H the loss Hessian."""
+    """Over all items that count: the largest trace of S^T (J Sigma J^T) S, S S^T = H the loss Hessian."""
     largest = 0.0
     for (mean, covariance), point in zip(logits, points, strict=True):
         likelihood = get_likelihood(point.problem_type)
@@ -199,7 +199,7 @@ def _largest_leverage(logits: list[tuple[Tensor, Tensor]], points: list[Predicti
                 )
             scale = float(point.noise_std) ** -2
         columns = torch.stack(list(likelihood.hessian_columns(mean)), dim=-1).to(covariance)
-        found = scale * torch.linalg.eigvalsh((columns.mT @ covariance @ columns).double())[..., -1]
+        found = scale * (columns.mT @ covariance @ columns).double().diagonal(dim1=-2, dim2=-1).sum(-1)
         found = found if point.mask is None else found[point.mask]
         largest = max([largest, *found.flatten().tolist()])
     return largest
@@ -210,8 +210,8 @@ def _bounded(largest: float, low: float, high: float) -> float:
     delta = largest**-0.5 if largest > 0 else math.inf
     if not low <= delta <= high:
         logger.warning(
-            "calibrate_delta found the largest leverage to be 1 at delta = %.4g, outside `bounds`: it takes the nearest "
-            "end. Sure predictions have small leverages, and say little about the scale.",
+            "calibrate_delta found the largest leverage to be 1 at delta = %.4g, outside `bounds`: the nearest "
+            "end is taken. Sure predictions have small leverages, and say little about the scale.",
             delta,
         )
     return min(max(low, delta), high)
