@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checks import is_finite
+from .checks import is_finite, is_real
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic
 from .distributions import InitialScale
 from .forward import Inputs, check_inputs
@@ -50,10 +50,14 @@ def calibrate_delta(
 ) -> float:
     """The initial scale delta (sigma = delta |w|) that suits a trained model, found on held-out inputs.
 
-    With ``labels``: the delta of the smallest Monte-Carlo NLL; one number is fitted, as in temperature scaling.
-    Without: the largest delta whose NLL against the mean model's own argmax labels rises by at most ``tolerance``,
-    relative (after TFB, Shi et al. 2025); it protects accuracy, and on an over-fitted model it stops far too early. The
+    With ``labels``: the delta of the smallest Monte-Carlo NLL; one number is fitted, as in temperature scaling. The
     same draws serve every delta. The model comes back as it was.
+
+    Without labels there are two rules. "sample" takes the largest delta whose NLL against the mean model's own argmax
+    labels rises by at most ``tolerance``, relative (after TFB, Shi et al. 2025); it protects accuracy, and on an
+    over-fitted model it stops far too early. "glm" takes the largest delta at which no input has a leverage above 1,
+    the trace of H^{1/2} J S J^T H^{1/2} with H the loss Hessian in the logits: of two classes no training row of an
+    exact posterior has. Give it training rows, 256 or so; a regression needs a ``noise_std`` that is a number.
 
     Args:
         model: a trained model, converted or not.
@@ -66,7 +70,7 @@ def calibrate_delta(
         seed: of the draws.
         bounds: smallest and largest delta to consider; by default (0.01, 1), and (0.01, 10) for "glm", whose decision
             does not suffer from large scales.
-        tolerance: allowed relative rise of the NLL in the search without labels.
+        tolerance: allowed relative rise of the NLL in the search without labels, of "sample".
         noise_std: of a regression, or "head" of a model that predicts it; by default what the configuration records.
         progress: show a progress bar.
         conversion: arguments of :func:`to_bayesian` for a model that is not converted (``target_modules``, ...).
@@ -92,6 +96,9 @@ def calibrate_delta(
         posterior = VariationalPosterior(model)
         with posterior.mean():
             means = [PointPosterior(model).predict(batch, noise_std=noise_std) for batch in batches]
+        if targets is None and method == "glm":
+            largest = _largest_leverage(_linearized(posterior, batches, means, progress=progress), means)
+            return _bounded(largest, low, high)
         own = [_own_labels(mean) for mean in means] if targets is None else targets
         if method == "glm":
             predictives = _linearized_search(posterior, batches, means, seed=seed, progress=progress)
@@ -159,13 +166,7 @@ def _linearized_search(
     progress: bool,
 ) -> Callable[[float], Iterator[Predictive]]:
     """The same for the linearised network: its covariance at delta = 1, scaled."""
-    _set_scales(posterior.model, 1.0)
-    logits = [
-        posterior.linearize(batch, problem_type=mean.problem_type)
-        for batch, mean in tqdm(
-            list(zip(batches, means, strict=True)), desc="linearised", leave=False, disable=not progress
-        )
-    ]
+    logits = _linearized(posterior, batches, means, progress=progress)
 
     def predictives(delta: float) -> Iterator[Predictive]:
         for (mean, covariance), point in zip(logits, means, strict=True):
@@ -174,6 +175,46 @@ def _linearized_search(
             )
 
     return predictives
+
+
+def _linearized(
+    posterior: VariationalPosterior, batches: list[Batch], means: list[Predictive], *, progress: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and covariance of every batch's logits at delta = 1."""
+    _set_scales(posterior.model, 1.0)
+    pairs = tqdm(list(zip(batches, means, strict=True)), desc="linearised", leave=False, disable=not progress)
+    return [posterior.linearize(batch, problem_type=mean.problem_type) for batch, mean in pairs]
+
+
+def _largest_leverage(logits: list[tuple[Tensor, Tensor]], points: list[Predictive]) -> float:
+    """Over all items that count: the largest trace of S^T (J Sigma J^T) S, S S^T = H the loss Hessian."""
+    largest = 0.0
+    for (mean, covariance), point in zip(logits, points, strict=True):
+        likelihood = get_likelihood(point.problem_type)
+        scale = 1.0
+        if likelihood.has_noise:
+            if not is_real(point.noise_std):
+                raise ValueError(
+                    "`labels` are needed, or a `noise_std` that is a number: a regression has no labels of its own."
+                )
+            scale = float(point.noise_std) ** -2
+        columns = torch.stack(list(likelihood.hessian_columns(mean)), dim=-1).to(covariance)
+        found = scale * (columns.mT @ covariance @ columns).double().diagonal(dim1=-2, dim2=-1).sum(-1)
+        found = found if point.mask is None else found[point.mask]
+        largest = max([largest, *found.flatten().tolist()])
+    return largest
+
+
+def _bounded(largest: float, low: float, high: float) -> float:
+    """The delta at which the ``largest`` leverage, which grows with its square, is 1; or the nearest end, said."""
+    delta = largest**-0.5 if largest > 0 else math.inf
+    if not low <= delta <= high:
+        logger.warning(
+            "calibrate_delta found the largest leverage to be 1 at delta = %.4g, outside `bounds`: the nearest "
+            "end is taken. Sure predictions have small leverages, and say little about the scale.",
+            delta,
+        )
+    return min(max(low, delta), high)
 
 
 def _smallest(function: Callable[[float], float], low: float, high: float) -> float:

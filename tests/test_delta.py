@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,43 @@ def test_of_the_linearised_network() -> None:
     best = min(values, key=values.__getitem__)
     assert 0.1 < best < 5
     assert abs(math.log(search(network(), x, y, method="glm") / best)) <= PRECISION + 2 * STEP
+
+
+@pytest.mark.parametrize("kind", ["classes", "multilabel", "regression"])
+def test_without_labels_the_linearised_network_has_no_leverage_above_one(kind: str) -> None:
+    """At delta the largest trace of H J Sigma J^T over the inputs is 1; H by autograd."""
+    x, _ = data()
+    net, options, inputs = network(), {}, x
+    if kind == "regression":
+        options = {"noise_std": 0.5}
+    problem = {"classes": "single_label_classification", "multilabel": "multi_label_classification"}.get(kind, kind)
+    net.config = SimpleNamespace(problem_type=problem, num_labels=3)
+    delta = calibrate_delta(net, inputs, method="glm", bounds=(1e-4, 1e3), progress=False, **options)
+    bayesian = to_bayesian(copy.deepcopy(net), delta)
+    mean, covariance = VariationalPosterior(bayesian).linearize(x, problem_type=problem)
+    losses = {
+        "classes": lambda f: torch.nn.functional.cross_entropy(f, torch.tensor(0)),
+        "multilabel": lambda f: torch.nn.functional.binary_cross_entropy_with_logits(f, torch.zeros_like(f)),
+        "regression": lambda f: f.square().sum() / 2 / 0.5**2,
+    }
+    weight = {"multilabel": 3.0}.get(kind, 1.0)  # torch's mean over labels
+    largest = 0.0
+    for f, block in zip(mean.double(), covariance.double(), strict=True):
+        hessian = weight * torch.autograd.functional.hessian(losses[kind], f)
+        largest = max(largest, float((hessian @ block).trace()))
+    assert largest == pytest.approx(1, rel=1e-4)  # logits in float32
+
+
+def test_leverages_that_are_one_outside_the_bounds(caplog: pytest.LogCaptureFixture) -> None:
+    x, _ = data()
+    for bounds, expected in (((1e-9, 1e-8), 1e-8), ((1e3, 1e4), 1e3)):
+        caplog.clear()
+        assert search(network(), x, method="glm", bounds=bounds) == expected
+        assert "outside `bounds`" in caplog.text
+    net = network()
+    net.config = SimpleNamespace(problem_type="regression", num_labels=3)
+    with pytest.raises(ValueError, match="`labels` are needed, or a `noise_std` that is a number"):
+        search(net, x, method="glm")
 
 
 def test_the_decisions_are_those_of_the_mean() -> None:

@@ -15,7 +15,7 @@ from ..distributions.initial_scale import check_delta
 from ..nn.estimators import get_estimator
 from ..training import BayesianTrainingArguments
 
-PRIOR_CHOICES = ("marglik", "marglik_per_layer", "holdout")
+PRIOR_CHOICES = ("leverage", "marglik", "marglik_per_layer", "holdout")
 _PREDICTS = "the results are made of the predictions of every row"
 _CHOOSES = "the example trains epoch by epoch and keeps the one of least validation NLL"
 _MAX_SEED = 2**32 - 1  # of NumPy's generator
@@ -129,8 +129,8 @@ class LaplaceArguments(Checked):
     )
     prior_precision: str = flag(
         "holdout",
-        "tau of the Laplace posterior's prior N(0, 1/tau): holdout (validation NLL), marglik, "
-        "marglik_per_layer (the evidence), or a number.",
+        "tau of the Laplace posterior's prior N(0, 1/tau): holdout (validation NLL), leverage (of training rows), "
+        "marglik, marglik_per_layer (the evidence), or a number.",
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ CurvatureChoice = Literal["auto", "kfac", "ekfac", "diagonal", "dense", "full"]
 FisherChoice = Literal["auto", "exact", "mc", "empirical"]
 WeightSharing = Literal["expand", "reduce"]
 Subset = Literal["all", "last_layer"]
-PriorChoice = Literal["marglik", "marglik_per_layer", "holdout"]
+PriorChoice = Literal["leverage", "marglik", "marglik_per_layer", "holdout"]
 
 if TYPE_CHECKING:
     PatternsField = Patterns
@@ -84,9 +84,10 @@ class LaplaceConfig:
     prior_precision: PrecisionField | None = field(
         default=None,
         metadata={
-            "help": "tau, or a mapping from layer name; or how to find it: marglik (the evidence), one for all layers, "
-            "marglik_per_layer, or holdout: least NLL of the linearised predictive on held-out rows, which predicts "
-            "better. By default holdout where there are such rows, else marglik."
+            "help": "tau, or a mapping from layer name; or how to find it: holdout (least NLL of the linearised "
+            "predictive on held-out rows), leverage (the evidence's, but no smaller than keeps the leverages of "
+            "training rows below 1), marglik (the evidence), one for all layers, or marglik_per_layer. By default "
+            "holdout where there are such rows, else leverage, of a head with too many logits for it marglik."
         },
     )
     temperature: float = field(

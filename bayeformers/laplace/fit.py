@@ -30,7 +30,7 @@ from .kronecker import KroneckerEigen
 from .moved import in_columns
 from .posterior import FitRecord, LaplacePosterior
 from .targets import Target, choose_targets, squared_distances
-from .tuning import checked_validation, default_choice, tune
+from .tuning import checked_rows, default_choice, tune
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,11 @@ def fit(
     _check_kinds(model, prior_mean, logits, seed)
     config = settled(config, options)
     _check_noise(noise_std, config.likelihood or likelihood_of(model))
-    precision = default_choice(validation) if config.prior_precision is None else config.prior_precision
-    if precision == "holdout":
-        checked_validation(model, validation)
+    precision = (
+        default_choice(model, validation, dataloader) if config.prior_precision is None else config.prior_precision
+    )
+    if precision in ("holdout", "leverage"):
+        checked_rows(model, precision, validation if precision == "holdout" else dataloader)
     targets, skipped = choose_targets(model, config.target_modules, config.exclude_modules)
     if not isinstance(precision, str):
         checked_precision(precision, [target.name for target in targets])
@@ -117,7 +119,15 @@ def fit(
         noise_std=noise_std or 1.0,
         outputs_of=logits,
     )
-    return tune(posterior, precision, noise_std=noise_std, validation=validation, link=config.link, progress=shows)
+    return tune(
+        posterior,
+        precision,
+        noise_std=noise_std,
+        validation=validation,
+        training=loader,
+        link=config.link,
+        progress=shows,
+    )
 
 
 # -- passes over the data ---------------------------------------------------------------------------------------------

@@ -39,13 +39,15 @@ def posterior_of(
     Args:
         model: the trained model.
         curvature: the sums.
-        prior_precision: as for `fit`: where nothing is said, by ``validation`` if it is given, else by the evidence.
+        prior_precision: as for `fit`: where nothing is said, by ``validation`` or else ``training`` if they are given,
+            else by the evidence.
         temperature: as for `fit`.
         noise_std: as for `fit`.
         num_data: N, the examples that the sums stand for; by default those that were seen, times ``data_scale``.
         logits: as for `fit`.
         device: of the eigenvectors; by default that of the sums.
-        tuning: ``validation``, ``link`` and ``progress`` of prior_precision="holdout", as for `fit`.
+        tuning: ``validation`` and ``link`` of prior_precision="holdout", ``training`` of "leverage", and ``progress``:
+            see `tune`.
 
     Raises:
         ValueError: no sums; a layer that the model lacks, or that has another form or other weights there; "ekfac"
@@ -80,8 +82,9 @@ def posterior_of(
         noise_std=noise_std or 1.0,
         outputs_of=logits,
     )
-    choice = default_choice(tuning.get("validation")) if prior_precision is None else prior_precision
-    return tune(posterior, choice, noise_std=noise_std, **tuning)
+    if prior_precision is None:
+        prior_precision = default_choice(model, tuning.get("validation"), tuning.get("training"))
+    return tune(posterior, prior_precision, noise_std=noise_std, **tuning)
 
 
 def _check_form(target: Target, curvature: Curvature) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..posteriors.files import register_posterior
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 from ..storage import folder, read, write
 from .blocks import LaplaceBlock
-from .config import CurvatureConfig
+from .config import CurvatureConfig, PriorChoice
 from .curvature import Curvature
 from .evidence import Precision, Spectrum, checked_precision, effective_parameters, log_marginal_likelihood
 from .kronecker import KroneckerEigen
@@ -33,6 +33,7 @@ DEFAULT_DRAW_CACHE_BYTES = 2 * 2**30
 
 
 End = Literal["smallest", "largest"]
+ChoiceMethod = Literal["given", PriorChoice]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,16 @@ class PrecisionChoice:
     """How tau was found.
 
     Attributes:
-        method: "given", the evidence ("marglik", "marglik_per_layer"), or held-out NLL ("holdout").
+        method: "given", held-out NLL ("holdout"), the leverages of training rows ("leverage"), or the evidence
+            ("marglik", "marglik_per_layer").
         at_grid_end: the end of the range that was searched where tau lies there (of any layer), else None: the true
             optimum lies beyond, or there is none.
+        num_rows: training rows that "leverage" looked at, of all processes; else None.
     """
 
-    method: Literal["given", "marglik", "marglik_per_layer", "holdout"] = "given"
+    method: ChoiceMethod = "given"
     at_grid_end: End | None = None
+    num_rows: int | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PrecisionChoice:
@@ -55,11 +59,11 @@ class PrecisionChoice:
         Raises:
             ValueError: it is no such choice.
         """
-        methods, ends = ("given", "marglik", "marglik_per_layer", "holdout"), (None, "smallest", "largest")
-        method, end = data.get("method"), data.get("at_grid_end")
-        if method not in methods or end not in ends:
+        methods, ends = get_args(ChoiceMethod), (None, *get_args(End))
+        method, end, rows = data.get("method"), data.get("at_grid_end"), data.get("num_rows")
+        if method not in methods or end not in ends or not isinstance(rows, int | None):
             raise ValueError(f"The file's choice of the prior precision must be one of {methods}, got {data!r}.")
-        return cls(method=method, at_grid_end=end)
+        return cls(method=cast(ChoiceMethod, method), at_grid_end=end, num_rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +224,10 @@ class LaplacePosterior(MovedPosterior):
         found = []
         if self.choice.at_grid_end is not None:
             found.append(f"tau lies at the {self.choice.at_grid_end} end of the range that was searched")
+            if self.choice.method == "leverage" and self.choice.at_grid_end == "largest":
+                found.append(
+                    "none in it keeps the leverages of training rows below 1: it stays next to the trained network"
+                )
         if self.exceeds_data:
             gamma = sum(self.effective_parameters.values())
             found.append(

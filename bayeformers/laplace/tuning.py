@@ -1,6 +1,7 @@
-"""The prior precision and a regression's noise: given, of largest evidence, or of least held-out NLL.
+"""The prior precision and a regression's noise: given, of largest evidence, bounded by leverages, or by held-out NLL.
 
-One pass over the held-out data serves the whole grid of precisions, for the predictive that will be used.
+One pass over the held-out data, or over the training rows whose leverages are bounded, serves the whole grid of
+precisions.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from ..likelihoods.registry import likelihood_of_family
 from ..linearized.captured import bare_tensors, covariance, linearize
 from ..linearized.links import Link, ignores_shift, linearized_predictive
 from ..posteriors.heads import has_many_logits, known_problem_type
-from ..processes import process_index, summed
+from ..processes import gathered, process_index, summed
 from .config import PriorChoice, check_precision_choice
 from .data import Batch, Loader
 from .evidence import DEFAULT_BOUNDS, Precision, optimal_precision_and_noise, optimal_prior_precision
+from .leverage import items_apart, leverages, safe_precision, training_rows
 from .posterior import End, LaplacePosterior, PrecisionChoice
 
 T = TypeVar("T")
@@ -32,9 +34,17 @@ GRID: tuple[float, ...] = tuple(np.logspace(-4, 6, 21).tolist())
 """Two values per decade; a parabola refines the best."""
 
 
-def default_choice(validation: object) -> PriorChoice:
-    """How tau is found where nothing is said: by held-out data if there are any, else by the evidence."""
-    return "marglik" if validation is None else "holdout"
+def default_choice(model: nn.Module, validation: object, training: object) -> PriorChoice:
+    """Return how tau is found where nothing is said: by held-out rows, else leverages of training rows, else evidence.
+
+    Args:
+        model: whose head may have too many logits for leverages.
+        validation: held-out data, or None.
+        training: the training data, or None where they are not at hand.
+    """
+    if validation is not None:
+        return "holdout"
+    return "marglik" if training is None or has_many_logits(model, known_problem_type(model)) else "leverage"
 
 
 def tune(
@@ -43,18 +53,22 @@ def tune(
     *,
     noise_std: float | None = None,
     validation: Iterable[Any] | None = None,
+    training: Iterable[Any] | Loader | None = None,
     link: Link = "auto",
     progress: bool = True,
 ) -> LaplacePosterior:
     """Return the posterior at a prior precision (and noise) that is given, or found as `fit` says.
 
-    No curvature is refitted.
+    No curvature is refitted. "leverage" takes the tau of largest evidence, but no smaller a one than keeps the leverage
+    of each of some 256 random training rows below 1, as it would be if the curvature were not approximated: see
+    `laplace.leverage`. No label is read.
 
     Args:
         posterior: at any prior precision.
         prior_precision: tau, one per layer name, or how to find it.
         noise_std: s of a regression; by default the one of largest evidence.
         validation: held-out batches with labels, of "holdout".
+        training: the data of the fit, of "leverage", as `fit` takes them.
         link: of the predictive that "holdout" judges.
         progress: whether to show a progress bar.
     """
@@ -86,7 +100,29 @@ def tune(
         choice = PrecisionChoice(method="holdout", at_grid_end=_grid_end(nll))
         return posterior.with_prior_precision(holdout_precision(nll), choice)
     end = _end_of(list(best.values()) if isinstance(best, Mapping) else [best], *DEFAULT_BOUNDS)
-    return posterior.with_prior_precision(best, PrecisionChoice(method=prior_precision, at_grid_end=end))
+    evidence = posterior.with_prior_precision(best, PrecisionChoice(method=prior_precision, at_grid_end=end))
+    return evidence if prior_precision != "leverage" else _raised(evidence, training)
+
+
+def _raised(posterior: LaplacePosterior, training: Iterable[Any] | Loader | None) -> LaplacePosterior:
+    """The posterior at its own tau, or at the least that the leverages of training rows allow if that is larger."""
+    checked_rows(posterior.model, "leverage", training)
+    loader = training if isinstance(training, Loader) else Loader(posterior.model, training or (), None, None, False)
+    rows = items_apart(posterior, training_rows(loader))
+    found = np.concatenate(gathered(leverages(posterior, rows, GRID)), axis=1)
+    count = sum(gathered(sum(len(batch) for batch in rows)))
+    if found.shape[1] == 0:
+        raise ValueError('`training` holds no row with a loss term for `prior_precision`="leverage".')
+    least, evidence = safe_precision(found, GRID), float(posterior.prior_precision)  # type: ignore[arg-type]
+    end = "largest" if least == GRID[-1] else None if least > evidence else posterior.choice.at_grid_end
+    if end == "largest" and process_index() == 0:
+        logger.warning(
+            'prior_precision="leverage" found no tau up to %.4g at which the leverages of the training rows stay below '
+            "1: nothing safe is known, and the posterior stays next to the trained network.",
+            GRID[-1],
+        )
+    choice = PrecisionChoice(method="leverage", at_grid_end=end, num_rows=count)
+    return posterior.with_prior_precision(max(least, evidence), choice)
 
 
 def checked_validation(model: nn.Module, validation: T | None) -> T:
@@ -95,14 +131,29 @@ def checked_validation(model: nn.Module, validation: T | None) -> T:
     Raises:
         ValueError: ``validation`` is None, or the head has too many logits.
     """
-    if validation is None:
-        raise ValueError('`prior_precision`="holdout" needs `validation`: held-out batches with labels.')
+    return checked_rows(model, "holdout", validation)
+
+
+def checked_rows(model: nn.Module, choice: PriorChoice, rows: T | None) -> T:
+    """Return the rows of a way to find tau as they are, of a model whose predictive can be linearised.
+
+    Args:
+        model: the trained model.
+        choice: "holdout" or "leverage".
+        rows: the data that it needs.
+
+    Raises:
+        ValueError: ``rows`` is None, or the head has too many logits.
+    """
+    if rows is None:
+        needs = {"holdout": "`validation`: held-out batches with labels", "leverage": "`training`: the data of the fit"}
+        raise ValueError(f'`prior_precision`="{choice}" needs {needs[choice]}.')
     if has_many_logits(model, known_problem_type(model)):
         raise ValueError(
-            '`prior_precision`="holdout" judges the linearised predictive, for which this head has too many logits: '
+            f'`prior_precision`="{choice}" judges the linearised predictive, for which this head has too many logits: '
             'use "marglik", or give a number.'
         )
-    return validation
+    return rows
 
 
 def holdout_nll(

@@ -19,7 +19,7 @@ from ..posteriors.heads import without_labels
 from ..sampling.views import viewed
 from .arguments import parse_noise_std
 from .checks import check_converted, check_dataset, check_uncalibrated
-from .elbo import infer_num_items, preserved_rng
+from .elbo import preserved_rng
 from .items import LabelledBatch, check_label_names
 from .ivon import IVONTrainer
 from .own_terms import ForwardPass
@@ -112,9 +112,7 @@ class HeadTrainer(IVONTrainer):
         check_label_names(self.args.label_names, likelihood.problem_type)
         check_likelihood(head, likelihood)
         self._check_way(without_labels(self.model, self._prepare_inputs(dict(inputs))))
-        count = lambda: self._count_labels(likelihood)  # noqa: E731
-        num_items = infer_num_items(self.train_dataset, likelihood.problem_type, count, self.args.num_training_items)
-        self._objective.record = HeadRecord(num_items)
+        self._objective.record = HeadRecord(self._count_items(likelihood))
         if isinstance(head, RandomFeatureHead):
             head.forget()
             check_spectral_layers(self.model, head)

@@ -26,12 +26,12 @@ class HeldOut:
     """How tau is to be found.
 
     Attributes:
-        prior_precision: a number, or the method.
+        prior_precision: a number, or the method; None: the best one of those that need no held-out rows.
         data: the held-out dataset of "holdout", else None.
         name: what the user calls that dataset; without one, why there is none.
     """
 
-    prior_precision: Precision | PriorChoice
+    prior_precision: Precision | PriorChoice | None
     data: Any = None
     name: str = ""
 
@@ -45,7 +45,7 @@ def choose_rows(
     training: Any,
     label_names: Iterable[str],
 ) -> HeldOut:
-    """Return ``validation``, else ``evaluation``, for "holdout" or where nothing is said; the evidence if neither can.
+    """Return ``validation``, else ``evaluation``, for "holdout" or where nothing is said; neither if none can.
 
     Args:
         model: the trained model, whose head must have labels to be scored by.
@@ -63,7 +63,7 @@ def choose_rows(
     data, name = (evaluation, "eval_dataset") if validation is None else (validation, "validation_dataset")
     if prior_precision is None and validation is None:
         reason = _why_not(model, data, training, set(label_names))
-        return HeldOut("marglik", None, reason) if reason else HeldOut("holdout", data, name)
+        return HeldOut(None, None, reason) if reason else HeldOut("holdout", data, name)
     if data is None:
         raise ValueError('`prior_precision`="holdout" needs `validation_dataset`, or a trainer with `eval_dataset`.')
     if isinstance(data, dict):
@@ -122,6 +122,9 @@ def said_choice(posterior: LaplacePosterior, held_out: HeldOut, num_training: in
         how = f"of least held-out NLL on {count}`{held_out.name}`"
     elif posterior.choice.method == "given":
         how = "as given"
+    elif posterior.choice.method == "leverage":
+        how = f"the least that the evidence and the leverages of {posterior.choice.num_rows} training rows allow, "
+        how += f"no held-out ones ({held_out.name})" if held_out.name else "as asked for"
     else:
         each = ", layer by layer," if posterior.choice.method == "marglik_per_layer" else ""
         how = f"of largest evidence{each} on {rows}, no held-out ones"

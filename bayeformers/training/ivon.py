@@ -84,14 +84,16 @@ class IVONTrainer(LaplaceTrainer):
         """Whether the optimizer of the present training is an `IVON`."""
         return self._ivon is not None
 
-    def settle_ivon(self, count: Callable[[], int]) -> bool:
-        """Return whether the optimizer is an `IVON`; its ``ess`` becomes ``count()``, the number N, if it had none."""
-        unknown = [group for group in (self._ivon.param_groups if self._ivon else ()) if group["ess"] is None]
+    def settle_ivon(self, count: Callable[[], int]) -> None:
+        """At the first batch of a model that is not Bayesian: ``ess`` becomes ``count()``, the number N, if unset."""
+        if self._ivon is None:
+            self._say(POINT_ESTIMATE)
+            return
+        unknown = [group for group in self._ivon.param_groups if group["ess"] is None]
         if unknown:
             num_items = count()
             for group in unknown:
                 group["ess"] = num_items
-        return self._ivon is not None
 
     def find_ivon(self, optimizer: Any) -> None:
         """Take up an optimizer, which accelerate may have wrapped, if it is an `IVON`.

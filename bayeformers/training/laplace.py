@@ -82,7 +82,8 @@ class LaplaceTrainer(MonteCarloTrainer):
             noise_std: s of a regression; by default `args.noise_std` if that is a number, else that of most evidence.
                 Evaluation predicts with the same.
             validation_dataset: held-out data of prior_precision="holdout"; by default the `eval_dataset`, as of early
-                stopping. Where nothing is said, labelled held-out rows of one set choose the prior precision.
+                stopping. Where nothing is said, labelled held-out rows of one set choose the prior precision; without
+                any, the leverages of training rows do.
             batch_size: of one process; by default `args.per_device_eval_batch_size`. It changes nothing.
             seed: of the chosen examples, of fisher="mc"'s labels and of a random data collator.
             **options: fields of the configuration by name; they replace those of ``config``.
@@ -124,7 +125,9 @@ class LaplaceTrainer(MonteCarloTrainer):
             logger.warning(said_choice(posterior, held_out, posterior.record.num_data))
         return posterior
 
-    def _resolved(self, config: LaplaceConfig, prior_precision: Precision | PriorChoice, data: Any) -> LaplaceConfig:
+    def _resolved(
+        self, config: LaplaceConfig, prior_precision: Precision | PriorChoice | None, data: Any
+    ) -> LaplaceConfig:
         """What the trainer knows in place of what the configuration leaves open."""
         shows = not self.args.disable_tqdm if config.progress is None else config.progress
         return replace(

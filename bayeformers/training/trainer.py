@@ -23,7 +23,6 @@ from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_label_column, count_training_items, infer_num_items
 from .heads import HeadTrainer, has_prior, head_pass
 from .items import LabelledBatch, as_labels, check_label_names, model_inputs, settled_problem_type
-from .ivon import POINT_ESTIMATE
 from .objective import Objective, ObjectiveCheck, check_bases
 from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
@@ -194,8 +193,7 @@ class BayesianTrainer(HeadTrainer):
             return
         if not is_bayesian(self.model):
             checks.check_uncalibrated(self.args)
-            if not self.settle_ivon(lambda: self._count_items(self._read(dict(inputs)).likelihood)):
-                self._say(POINT_ESTIMATE)
+            self.settle_ivon(lambda: self._count_items(self._read(dict(inputs)).likelihood))
             return
         checks.check_converted(self.args)
         if conversion_record(self.model) is None:

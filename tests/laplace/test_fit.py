@@ -250,12 +250,12 @@ def test_holdout_needs_few_logits() -> None:
 
 
 def test_held_out_data_choose_the_prior_where_nothing_is_said() -> None:
-    """And the evidence does without them."""
+    """And the leverages of training rows without them."""
     data = batches(X, Y)
     unsaid = [fit(mlp(), data, validation=held_out, **QUIET).prior_precision for held_out in (None, data)]
     named = [
         fit(mlp(), data, validation=data, prior_precision=name, **QUIET).prior_precision  # type: ignore[arg-type]
-        for name in ("marglik", "holdout")
+        for name in ("leverage", "holdout")
     ]
     assert unsaid == named and named[0] != named[1]
 

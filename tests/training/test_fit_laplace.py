@@ -203,7 +203,7 @@ def test_the_evaluation_data_choose_unasked_and_a_line_says_so(
         ("causal", {}, "too many logits"),
     ],
 )
-def test_the_evidence_chooses_where_no_held_out_rows_can(
+def test_leverages_or_the_evidence_choose_where_no_held_out_rows_can(
     kind: str, options: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if options.get("eval_dataset") == "training":
@@ -212,8 +212,10 @@ def test_the_evidence_chooses_where_no_held_out_rows_can(
     trainer = trainer_of(tmp_path, kind, **options)
     with caplog.at_level(logging.WARNING, "bayeformers"):
         found = trainer.fit_laplace()
-    assert found.choice.method == "marglik" and said in caplog.text
-    assert "of largest evidence on 20 training rows, no held-out ones" in caplog.text
+    has_many = kind == "causal"
+    assert found.choice.method == ("marglik" if has_many else "leverage") and said in caplog.text
+    how = "of largest evidence on 20" if has_many else "the least that the evidence and the leverages of 20"
+    assert f"{how} training rows" in caplog.text and ", no held-out ones (" in caplog.text
     trainer.fit_laplace(prior_precision=3.0)
     assert "tau = 3, as given." in caplog.text
 
