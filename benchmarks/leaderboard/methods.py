@@ -1,0 +1,76 @@
+"""The methods of the board: each fits on a checkpoint, chooses on its held-out rows, and predicts any part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args
+
+from bayeformers import VariationalPosterior, calibrate_delta, to_bayesian
+from bayeformers.laplace.config import PriorChoice
+from benchmarks.real_data.context import Context, Predictor
+from benchmarks.real_data.methods import CALIBRATION_ROWS, mean_network
+from benchmarks.real_data.prediction import of_posterior
+
+from .dropout import mc_dropout
+from .fits import fitted
+from .recalibrated import recalibrated
+
+GLM = {"method": "glm", "contrasts": True}
+
+Run = Callable[[Context], tuple[Predictor, dict[str, Any]]]
+"""Fit and choose, then return a predictor and what was chosen, for the record.
+
+Of what is chosen the board reads "reads", other methods whose predictions are taken, and "members", the seeds of the
+checkpoints that are used besides the row's own: their costs are added.
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: what it does, what it is called, and of how many trainings it is made."""
+
+    run: Run
+    title: str
+    trainings: int = 1
+    """1: of the checkpoint alone. More: of so many checkpoints of other seeds."""
+    available: Callable[[], bool] = lambda: True
+    """Whether this version of the package has what it needs."""
+
+
+def laplace(
+    context: Context, *, prior_precision: str = "holdout", **options: Any
+) -> tuple[Predictor, dict[str, Any]]:
+    """A Laplace posterior at the tau of a rule, linearised; rows that differ in the rule alone share a fit."""
+    posterior, shared = fitted(context, prior_precision=prior_precision, **options)
+    chosen = {"prior_precision": posterior.prior_precision, **shared}
+    return of_posterior(context, posterior, **GLM), chosen
+
+
+def delta(context: Context) -> tuple[Predictor, dict[str, Any]]:
+    """Noise delta |w| around the weights, linearised; delta by the held-out NLL."""
+    model, rows = context.model(), context.held_out[: CALIBRATION_ROWS["glm"]]
+    value = calibrate_delta(model, context.batches(rows), method="glm", progress=False)
+    posterior = VariationalPosterior(to_bayesian(model, value))
+    return of_posterior(context, posterior, **GLM), {"delta": value}
+
+
+def _has_leverage() -> bool:
+    return "leverage" in get_args(PriorChoice)
+
+
+METHODS: dict[str, Method] = {
+    "map": Method(mean_network, "fine-tuned (MAP)"),
+    "temperature": Method(partial(recalibrated, base="map"), "MAP + temperature"),
+    "mc_dropout": Method(mc_dropout, "MC dropout"),
+    "mc_dropout_temperature": Method(partial(recalibrated, base="mc_dropout"), "MC dropout + temperature"),
+    "evidence": Method(partial(laplace, prior_precision="marglik"), "Laplace, tau by evidence"),
+    "holdout": Method(laplace, "Laplace, tau by held-out rows"),
+    "leverage": Method(partial(laplace, prior_precision="leverage"), "Laplace, tau by leverage", available=_has_leverage),
+    "laplace_last_layer": Method(partial(laplace, subset="last_layer"), "Laplace, last layer"),
+    "delta_glm": Method(delta, "delta |w|, linearised"),
+}
+"""By name, in the order of the table. One that reads another's predictions stands below it."""
+REFERENCES = ("map", "temperature", "mc_dropout")
+"""What every method is compared with, row by row of the data."""
