@@ -68,14 +68,18 @@ def read_clinc(path: str | PathLike[str]) -> dict[str, Split]:
         rows = _rows(file, content, key)
         if unknown := [(number, intent) for number, (_, intent) in enumerate(rows, 1) if intent not in known]:
             number, intent = unknown[0]
-            raise ValueError(f"{file}, `{key}`, row {number}: {intent!r} is not one of CLINC150's {len(known)} intents.")
+            raise ValueError(
+                f"{file}, `{key}`, row {number}: {intent!r} is not one of CLINC150's {len(known)} intents."
+            )
         splits[split] = {"text": [text for text, _ in rows], "label": [known[intent] for _, intent in rows]}
     for split, key in OUTSIDE_SPLITS.items():
         if key in content:
             rows = _rows(file, content, key)
             if inside := [number for number, (_, intent) in enumerate(rows, 1) if intent != OUTSIDE]:
                 wrong = rows[inside[0] - 1][1]
-                raise ValueError(f"{file}, `{key}`, row {inside[0]}: expected {OUTSIDE!r} as the intent, got {wrong!r}.")
+                raise ValueError(
+                    f"{file}, `{key}`, row {inside[0]}: expected {OUTSIDE!r} as the intent, got {wrong!r}."
+                )
             splits[split] = {"text": [text for text, _ in rows]}
     return splits
 

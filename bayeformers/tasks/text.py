@@ -1,4 +1,4 @@
-"""Tasks of texts and classes whose official files are not GLUE's TSV: a row knows its reader and its copy on the hub."""
+"""Tasks of texts and classes whose official files are not GLUE's TSV: a row knows its reader and its hub copy."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def read_trec(directory: str | PathLike[str]) -> dict[str, Split]:
 
 
 def read_questions(path: str | PathLike[str]) -> Split:
-    """Return the columns ``"text"`` and ``"label"``, a position in `KINDS`, of one file in the official layout.
+    r"""Return the columns ``"text"`` and ``"label"``, a position in `KINDS`, of one file in the official layout.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,7 +35,7 @@ def read_questions(path: str | PathLike[str]) -> Split:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / "train.txt").write_text("LOC:city Where is Sparta ?\\n")
+    ...     _ = (Path(folder) / "train.txt").write_text("LOC:city Where is Sparta ?\n")
     ...     read_questions(Path(folder) / "train.txt")
     {'text': ['Where is Sparta ?'], 'label': [4]}
     """

@@ -51,9 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds glue, trec and clinc")
     parser.add_argument("--output_dir", type=Path, required=True, help="holds a folder per checkpoint")
     parser.add_argument("--model", help="pretrained encoder; missing checkpoints are trained from it")
-    parser.add_argument("--processes", type=_positive, default=1, help="rows at a time, each on one core")
+    parser.add_argument(
+        "--processes", type=_count, default=1, help="rows at a time, each on one core; 0: all in this process"
+    )
     parser.add_argument("--report_only", action="store_true", help="run nothing: tables of what is there")
-    parser.add_argument("--num_resamples", type=_positive, default=1000, help="of the bootstrap")
+    parser.add_argument("--num_resamples", type=_count, default=1000, help="of the bootstrap")
     parser.add_argument("--page", type=Path, help="Markdown page of results to write")
     parser.add_argument("--html", type=Path, help="self-contained sortable table to write")
     return parser
@@ -78,9 +80,9 @@ def _seeds(text: str) -> list[int]:
     return [int(name) for name in dict.fromkeys(names)]
 
 
-def _positive(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)
 
 

@@ -67,7 +67,7 @@ COLUMNS = (
 def table(cells: Sequence[Cell], title: str = "Leaderboard") -> str:
     """The file's text."""
     heads = "".join(
-        f'<th{" class=text" if name in TEXT else ""} tabindex=0 scope=col>{html.escape(name)}</th>' for name in COLUMNS
+        f"<th{' class=text' if name in TEXT else ''} tabindex=0 scope=col>{html.escape(name)}</th>" for name in COLUMNS
     )
     rows = "\n".join(_row(cell, method) for cell in cells for method in cell["methods"].values())
     return f"""<!doctype html>

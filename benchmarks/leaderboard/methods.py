@@ -39,9 +39,7 @@ class Method:
     """Whether this version of the package has what it needs."""
 
 
-def laplace(
-    context: Context, *, prior_precision: str = "holdout", **options: Any
-) -> tuple[Predictor, dict[str, Any]]:
+def laplace(context: Context, *, prior_precision: str = "holdout", **options: Any) -> tuple[Predictor, dict[str, Any]]:
     """A Laplace posterior at the tau of a rule, linearised; rows that differ in the rule alone share a fit."""
     posterior, shared = fitted(context, prior_precision=prior_precision, **options)
     chosen = {"prior_precision": posterior.prior_precision, **shared}
@@ -67,7 +65,9 @@ METHODS: dict[str, Method] = {
     "mc_dropout_temperature": Method(partial(recalibrated, base="mc_dropout"), "MC dropout + temperature"),
     "evidence": Method(partial(laplace, prior_precision="marglik"), "Laplace, tau by evidence"),
     "holdout": Method(laplace, "Laplace, tau by held-out rows"),
-    "leverage": Method(partial(laplace, prior_precision="leverage"), "Laplace, tau by leverage", available=_has_leverage),
+    "leverage": Method(
+        partial(laplace, prior_precision="leverage"), "Laplace, tau by leverage", available=_has_leverage
+    ),
     "laplace_last_layer": Method(partial(laplace, subset="last_layer"), "Laplace, last layer"),
     "delta_glm": Method(delta, "delta |w|, linearised"),
 }

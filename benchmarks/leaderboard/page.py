@@ -44,7 +44,10 @@ def page(cells: Sequence[Cell]) -> str:
     for cell in cells:
         seeds = sorted({seed for method in cell["methods"].values() for seed in method["seeds"]})
         shown = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-        blocks += [f"## {cell['task']}, {KIND_TITLES.get(cell['kind'], cell['kind'])}", f"{cell['rows']} rows, {shown}."]
+        blocks += [
+            f"## {cell['task']}, {KIND_TITLES.get(cell['kind'], cell['kind'])}",
+            f"{cell['rows']} rows, {shown}.",
+        ]
         blocks += [_values(cell), *(_differences(cell, reference) for reference in REFERENCES), _chosen(cell)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

@@ -50,7 +50,9 @@ class Ranking:
         return found
 
 
-def rank(values: Mapping[str, Sequence[float]], tasks: Sequence[str], *, lower_is_better: bool = True) -> Ranking | None:
+def rank(
+    values: Mapping[str, Sequence[float]], tasks: Sequence[str], *, lower_is_better: bool = True
+) -> Ranking | None:
     """Rank methods by their values, one per task; None with fewer than three methods or two tasks.
 
     Raises:

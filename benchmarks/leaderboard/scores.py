@@ -1,7 +1,8 @@
 """The metrics of predictions under many weightings of the rows at once: a bootstrap's resamples are such weightings.
 
-A resample of N rows with replacement is a vector of N counts. Every metric here is a function of counts, so all resamples
-are evaluated by a few matrix products instead of a loop; equal, to rounding, to `bayeformers.metrics` on the resample.
+A resample of N rows with replacement is a vector of N counts. Every metric here is a function of counts, so all
+resamples are evaluated by a few matrix products instead of a loop; to rounding they equal `bayeformers.metrics` on the
+resample.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ def _cell(board: Board, task: str, kind: str, rows: Mapping[str, list[Row]], num
             if labels is None:
                 labels, counts = truth, resamples(len(truth), num_resamples)
             elif not np.array_equal(labels, truth):
-                raise ValueError(f"{row}: its predictions are of other rows than those before it; remove and rerun them.")
+                raise ValueError(
+                    f"{row}: its predictions are of other rows than those before it; remove and rerun them."
+                )
             values.setdefault(name, {})[row.seed] = Judged.of(probs, truth).values(counts)
     methods = {name: _method(board, rows[name], values, name) for name in rows}
     return {"task": task, "kind": kind, "rows": 0 if labels is None else len(labels), "methods": methods}
