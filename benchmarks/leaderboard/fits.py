@@ -31,9 +31,11 @@ def fitted(
         posterior = LaplacePosterior.load(folder, model)
     else:
         posterior = _fit(context, model, folder, num_batches, options)
-    rows = context.held_out[: CALIBRATION_ROWS["glm"]]
-    validation = context.batches(rows) if prior_precision == "holdout" else None
-    return laplace.tune(posterior, prior_precision, validation=validation, progress=False), cost
+    if prior_precision == "holdout":
+        rows: dict[str, Any] = {"validation": context.batches(context.held_out[: CALIBRATION_ROWS["glm"]])}
+    else:
+        rows = {"training": random_batches(context, num_batches)} if prior_precision == "leverage" else {}
+    return laplace.tune(posterior, prior_precision, progress=False, **rows), cost
 
 
 def random_batches(context: Context, num_batches: int | None) -> list[Batch]:

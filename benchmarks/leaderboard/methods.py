@@ -13,7 +13,7 @@ from benchmarks.real_data.context import Context, Predictor
 from benchmarks.real_data.methods import CALIBRATION_ROWS, mean_network
 from benchmarks.real_data.prediction import of_posterior
 
-from .dropout import mc_dropout
+from .dropout import mc_dropout, tuned_dropout
 from .fits import fitted
 from .recalibrated import recalibrated
 
@@ -63,6 +63,8 @@ METHODS: dict[str, Method] = {
     "temperature": Method(partial(recalibrated, base="map"), "MAP + temperature"),
     "mc_dropout": Method(mc_dropout, "MC dropout"),
     "mc_dropout_temperature": Method(partial(recalibrated, base="mc_dropout"), "MC dropout + temperature"),
+    "dropout_tuned": Method(tuned_dropout, "MC dropout, rate by held-out rows"),
+    "dropout_tuned_temperature": Method(partial(recalibrated, base="dropout_tuned"), "the same + temperature"),
     "evidence": Method(partial(laplace, prior_precision="marglik"), "Laplace, tau by evidence"),
     "holdout": Method(laplace, "Laplace, tau by held-out rows"),
     "leverage": Method(

@@ -1,13 +1,18 @@
 """A board of a tiny model on a made-up task: rows run once, tables of what they left, and the errors of a user."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import BertConfig, BertModel
 
+from bayeformers import metrics
 from benchmarks.leaderboard.__main__ import main
+from benchmarks.leaderboard.dropout import passes, set_rate, tuned_dropout
+from benchmarks.leaderboard.fits import fitted
 from benchmarks.leaderboard.methods import METHODS, REFERENCES
 from benchmarks.leaderboard.rows import Board, Row, plan, run_rows
 from benchmarks.leaderboard.tables import cells, cost
@@ -101,6 +106,48 @@ def test_costs_count_what_other_rows_did(board: Board) -> None:
     expected = (row["predict_seconds"] + base["predict_seconds"]) / base["predict_seconds"]
     assert found["predict"] == pytest.approx(expected) and found["predict"] >= 1
     assert found["train"] == pytest.approx(1 + (row["fit_seconds"] + base["fit_seconds"]) / training)
+
+
+def test_rows_of_one_curvature_share_it(board: Board, tmp_path: Path) -> None:
+    context = board.context(Row("trec", 0, "best", "map"))
+    kept, cost_of_another = fitted(context, prior_precision=30.0, subset="last_layer")
+    fresh, own = fitted(replace(context, output_dir=copied(board, tmp_path)), prior_precision=30.0, subset="last_layer")
+    assert own == {} and cost_of_another["shared_seconds"] > 0  # the fixture's row has paid
+    inputs = context.batches(context.held_out)[0]
+    torch.testing.assert_close(kept.predict(inputs).logit_covariance, fresh.predict(inputs).logit_covariance)
+
+
+def copied(board: Board, folder: Path) -> Path:
+    """The checkpoint of seed 0 without what rows have left."""
+    (folder / "trec-0").mkdir()
+    for path in (board.output_dir / "trec-0").iterdir():
+        if path.is_file():
+            (folder / "trec-0" / path.name).symlink_to(path)
+    return folder
+
+
+def test_dropout_passes_are_a_function_of_the_batch_and_leave_the_generator(board: Board) -> None:
+    context = board.context(Row("trec", 0, "best", "map"))
+    arrays, batch = passes(context.model(), 4), context.batches(context.held_out)[0]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second = arrays(batch), arrays(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first["draws"], second["draws"]) and not torch.equal(first["draws"][:, 0], first["draws"][:, 1])
+    torch.testing.assert_close(first["probs"], first["draws"].mean(1))
+
+
+def test_a_tuned_rate_has_the_least_nll_of_held_out_rows(board: Board) -> None:
+    context, nll = board.context(Row("trec", 0, "best", "map")), {}
+    predict, chosen = tuned_dropout(context, rates=(0.1, 0.5), num_samples=4)
+    for rate in (0.1, 0.5):
+        model = context.model()
+        set_rate(model, rate)
+        probs = context.predict("held_out", passes(model, 4))["probs"]
+        nll[rate] = metrics.negative_log_likelihood(probs, [row["labels"] for row in context.held_out])
+    assert chosen["rate"] == min(nll, key=nll.__getitem__) and nll[0.1] != nll[0.5]
+    found = metrics.negative_log_likelihood(predict("held_out")["probs"], [row["labels"] for row in context.held_out])
+    assert found == pytest.approx(min(nll.values()))
 
 
 def test_members_are_the_complete_checkpoints_of_other_seeds(board: Board, tmp_path: Path) -> None:
