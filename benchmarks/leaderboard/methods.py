@@ -15,7 +15,8 @@ from benchmarks.real_data.prediction import of_posterior
 
 from .dropout import mc_dropout, tuned_dropout
 from .fits import fitted
-from .recalibrated import recalibrated
+from .members import ensemble, has, laplace_ensemble, swag
+from .recalibrated import averaged, recalibrated
 
 GLM = {"method": "glm", "contrasts": True}
 
@@ -29,12 +30,10 @@ checkpoints that are used besides the row's own: their costs are added.
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: what it does, what it is called, and of how many trainings it is made."""
+    """A row of the table: what it does, and what it is called."""
 
     run: Run
     title: str
-    trainings: int = 1
-    """1: of the checkpoint alone. More: of so many checkpoints of other seeds."""
     available: Callable[[], bool] = lambda: True
     """Whether this version of the package has what it needs."""
 
@@ -70,8 +69,21 @@ METHODS: dict[str, Method] = {
     "leverage": Method(
         partial(laplace, prior_precision="leverage"), "Laplace, tau by leverage", available=_has_leverage
     ),
+    "dropout_and_laplace": Method(partial(averaged, bases=("mc_dropout", "holdout")), "MC dropout and Laplace, mixed"),
+    "dropout_and_laplace_temperature": Method(
+        partial(recalibrated, base="dropout_and_laplace"), "the same + temperature"
+    ),
     "laplace_last_layer": Method(partial(laplace, subset="last_layer"), "Laplace, last layer"),
     "delta_glm": Method(delta, "delta |w|, linearised"),
+    "swag": Method(swag, "SWAG", available=has("SWAGPosterior")),
+    "swag_temperature": Method(
+        partial(recalibrated, base="swag"), "SWAG + temperature", available=has("SWAGPosterior")
+    ),
+    "ensemble": Method(ensemble, "ensemble", available=has("EnsemblePosterior")),
+    "ensemble_temperature": Method(
+        partial(recalibrated, base="ensemble"), "ensemble + temperature", available=has("EnsemblePosterior")
+    ),
+    "laplace_ensemble": Method(laplace_ensemble, "ensemble of Laplace posteriors", available=has("MixturePosterior")),
 }
 """By name, in the order of the table. One that reads another's predictions stands below it."""
 REFERENCES = ("map", "temperature", "mc_dropout")

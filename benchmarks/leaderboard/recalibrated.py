@@ -1,7 +1,8 @@
-"""A temperature on top of another method's predictions."""
+"""Methods that are made of other methods' predictions: a temperature on top of one, the mean of several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ def recalibrated(context: Context, *, base: str) -> tuple[Predictor, dict[str, A
         return {"probs": softmax(_log_probs(context.saved(base, part)) / value)}
 
     return predict, {"temperature": value, "reads": [base]}
+
+
+def averaged(context: Context, *, bases: Sequence[str]) -> tuple[Predictor, dict[str, Any]]:
+    """The mixture of other methods of the same checkpoint, of equal weights."""
+
+    def predict(part: str) -> Arrays:
+        return {"probs": np.mean([context.saved(base, part)["probs"] for base in bases], axis=0)}
+
+    return predict, {"reads": list(bases)}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ resampled jointly in all seeds and methods, as they share these rows; the spread
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,22 +101,30 @@ def cost(board: Board, row: Row) -> dict[str, float]:
 
     What other rows did for this one counts: the predictions it reads, the fit it shares, its members' trainings.
     """
-    own, base = board.record(row), board.record(Row(row.task, row.seed, row.kind, "map"))
-    training = board.training(row)["cpu_seconds"]
-    fit, predict = own["fit_seconds"] + own["chosen"].get("shared_seconds", 0.0), own["predict_seconds"]
-    for read in own["chosen"].get("reads", ()):
-        other = board.record(Row(row.task, row.seed, row.kind, read))
-        fit, predict = fit + other["fit_seconds"], predict + other["predict_seconds"]
-    others = [Row(row.task, seed, row.kind, "map") for seed in own["chosen"].get("members", ()) if seed != row.seed]
-    trainings = training + sum(board.training(other)["cpu_seconds"] for other in others)
+    base, training = board.record(replace(row, method="map")), board.training(row)["cpu_seconds"]
+    records = _used(board, row)
+    fit = sum(one["fit_seconds"] + one["chosen"].get("shared_seconds", 0.0) for one in records.values())
+    predict = sum(one["predict_seconds"] for one in records.values())
+    seeds = {seed for one in records.values() for seed in one["chosen"].get("members", ())} - {row.seed}
+    trainings = training + sum(board.training(replace(row, seed=seed))["cpu_seconds"] for seed in seeds)
     return {
         "train": (trainings + fit) / training,
         "fit": fit / training,
         "predict": predict / base["predict_seconds"],
-        "peak_mib": own.get("peak_mib", float("nan")),
+        "peak_mib": max(one.get("peak_mib", 0.0) for one in records.values()),
     }
 
 
+def _used(board: Board, row: Row) -> dict[str, dict[str, Any]]:
+    """The record of the row, and those of the rows whose predictions it reads, and they."""
+    found, ahead = dict[str, dict[str, Any]](), [row.method]
+    while ahead:
+        if (name := ahead.pop()) not in found:
+            found[name] = board.record(replace(row, method=name))
+            ahead += found[name]["chosen"].get("reads", ())
+    return found
+
+
 def _mean_cost(board: Board, rows: Sequence[Row]) -> dict[str, float]:
-    costs = [cost(board, row) for row in rows if board.is_done(Row(row.task, row.seed, row.kind, "map"))]
+    costs = [cost(board, row) for row in rows if board.is_done(replace(row, method="map"))]
     return {key: float(np.mean([one[key] for one in costs])) for key in costs[0]} if costs else {}

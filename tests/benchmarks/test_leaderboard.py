@@ -13,7 +13,9 @@ from bayeformers import metrics
 from benchmarks.leaderboard.__main__ import main
 from benchmarks.leaderboard.dropout import passes, set_rate, tuned_dropout
 from benchmarks.leaderboard.fits import fitted
+from benchmarks.leaderboard.members import members
 from benchmarks.leaderboard.methods import METHODS, REFERENCES
+from benchmarks.leaderboard.recalibrated import averaged
 from benchmarks.leaderboard.rows import Board, Row, plan, run_rows
 from benchmarks.leaderboard.tables import cells, cost
 from benchmarks.real_data import finetune as finetuning
@@ -26,7 +28,7 @@ QUESTIONS = {
     "NUM:count": "how many {} are there",
 }
 WORDS = "amber birch cedar delta ember flint grove haven islet jetty knoll larch".split()
-METHODS_RUN = "map,temperature,mc_dropout,laplace_last_layer"
+METHODS_RUN = "map,temperature,mc_dropout,mc_dropout_temperature,laplace_last_layer"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_page_table_and_numbers_are_written(board: Board, tmp_path: Path) -> Non
     assert set(cell["methods"]["laplace_last_layer"]["minus"]) == set(REFERENCES)
     assert all(METHODS[name].title in page.read_text() for name in cell["methods"])
     text = html.read_text()
-    assert text.count("<tr>") == 5 and "src=" not in text and "http" not in text
+    assert text.count("<tr>") == 6 and "src=" not in text and "http" not in text
 
 
 def test_differences_are_paired_within_seeds(board: Board) -> None:
@@ -106,6 +108,36 @@ def test_costs_count_what_other_rows_did(board: Board) -> None:
     expected = (row["predict_seconds"] + base["predict_seconds"]) / base["predict_seconds"]
     assert found["predict"] == pytest.approx(expected) and found["predict"] >= 1
     assert found["train"] == pytest.approx(1 + (row["fit_seconds"] + base["fit_seconds"]) / training)
+
+
+def test_costs_reach_through_rows_that_read_rows(board: Board) -> None:
+    (board.output_dir / "trec-0" / "predictions" / "mixed.json").write_text(
+        json.dumps({
+            "fit_seconds": 0.5,
+            "predict_seconds": 0.25,
+            "chosen": {"reads": ["mc_dropout_temperature", "map"]},
+        })
+    )
+    names = ("map", "mc_dropout", "mc_dropout_temperature")
+    records = {name: board.record(Row("trec", 0, "best", name)) for name in names}
+    found = cost(board, Row("trec", 0, "best", "mixed"))
+    predict = 0.25 + sum(one["predict_seconds"] for one in records.values())
+    assert found["predict"] == pytest.approx(predict / records["map"]["predict_seconds"])
+    assert found["peak_mib"] == max(one["peak_mib"] for one in records.values())
+
+
+def test_averaged_predictions_are_the_mean_of_those_read(board: Board) -> None:
+    context = board.context(Row("trec", 1, "best", "map"))
+    predict, _ = averaged(context, bases=("map", "mc_dropout"))
+    both = [context.saved(name, "dev")["probs"] for name in ("map", "mc_dropout")]
+    np.testing.assert_allclose(predict("dev")["probs"], (both[0] + both[1]) / 2)
+
+
+def test_an_ensemble_needs_a_second_seed(board: Board, tmp_path: Path) -> None:
+    context = Context("trec", 0, board.data_dir, copied(board, tmp_path))
+    with pytest.raises(ValueError, match="needs checkpoints of two seeds of trec, there is 0 alone"):
+        members(context)
+    assert [one.seed for one in members(board.context(Row("trec", 1, "best", "map")))] == [1, 0]
 
 
 def test_rows_of_one_curvature_share_it(board: Board, tmp_path: Path) -> None:
