@@ -36,7 +36,8 @@ def load_hub(
     import datasets
 
     try:
-        splits: Mapping[str, Any] = datasets.load_dataset(name, config, revision=revision)
+        where = {} if revision is None else {"revision": revision}
+        splits: Mapping[str, Any] = datasets.load_dataset(name, config, **where)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client each have their own kinds
         why = f"{type(error).__name__}: {error}" + (f"\n{remedy}" if remedy else "")
         raise OSError(f"{what or name} could not be loaded from the Hugging Face hub: {why}") from error
