@@ -13,10 +13,10 @@ from benchmarks.real_data.context import Context, Predictor
 from benchmarks.real_data.data import BATCH_SIZE
 from benchmarks.real_data.prediction import of_posterior
 
+from .dropout import NUM_SAMPLES
 from .fits import fitted
 
 NUM_MEMBERS = 5
-NUM_SAMPLES = 16
 SWAG_LEARNING_RATE = 2e-5
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
-from bayeformers import VariationalPosterior, calibrate_delta, to_bayesian
+from bayeformers import VariationalPosterior, calibrate_delta, posteriors, to_bayesian
 from bayeformers.laplace.config import PriorChoice
 from benchmarks.real_data.context import Context, Predictor
 from benchmarks.real_data.methods import CALIBRATION_ROWS, mean_network
 from benchmarks.real_data.prediction import of_posterior
 
-from .dropout import mc_dropout, tuned_dropout
+from .dropout import NUM_SAMPLES, mc_dropout, tuned_dropout
 from .fits import fitted
 from .members import ensemble, has, laplace_ensemble, swag
 from .recalibrated import averaged, recalibrated
@@ -53,6 +53,12 @@ def delta(context: Context) -> tuple[Predictor, dict[str, Any]]:
     return of_posterior(context, posterior, **GLM), {"delta": value}
 
 
+def unit_dropout(context: Context) -> tuple[Predictor, dict[str, Any]]:
+    """Dropout whose masks are of units, the same for all rows and positions: a draw is one network."""
+    posterior = posteriors.DropoutPosterior(context.model(), masks="unit")
+    return of_posterior(context, posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
+
+
 def _has_leverage() -> bool:
     return "leverage" in get_args(PriorChoice)
 
@@ -64,6 +70,10 @@ METHODS: dict[str, Method] = {
     "mc_dropout_temperature": Method(partial(recalibrated, base="mc_dropout"), "MC dropout + temperature"),
     "dropout_tuned": Method(tuned_dropout, "MC dropout, rate by held-out rows"),
     "dropout_tuned_temperature": Method(partial(recalibrated, base="dropout_tuned"), "the same + temperature"),
+    "unit_dropout": Method(unit_dropout, "MC dropout, masks of units", available=has("DropoutPosterior")),
+    "unit_dropout_temperature": Method(
+        partial(recalibrated, base="unit_dropout"), "the same + temperature", available=has("DropoutPosterior")
+    ),
     "evidence": Method(partial(laplace, prior_precision="marglik"), "Laplace, tau by evidence"),
     "holdout": Method(laplace, "Laplace, tau by held-out rows"),
     "leverage": Method(
