@@ -1,7 +1,9 @@
-"""Fine-tune a BERT on a GLUE task, make it Bayesian, and compare what both say about how sure they are.
+"""Fine-tune a BERT on GLUE, TREC or CLINC150, make it Bayesian, and compare what both say about how sure they are.
 
     python -m examples.bert_glue                                      # embedded task: no download, minutes of CPU
     python -m examples.bert_glue --task_name cola --data_dir glue/CoLA --model_name_or_path bert-base-uncased
+    python -m examples.bert_glue --task_name clinc --data_dir clinc --far_task_name trec --far_data_dir trec \\
+        --model_name_or_path bert-base-uncased                        # requests of no known intent, and questions
     python -m examples.bert_glue --method linearized                  # one delta, no further training; or laplace
     python -m examples.bert_glue --method all                         # every method in one table
     torchrun --standalone --nproc_per_node 2 -m examples.bert_glue --use_cpu      # on two processes
@@ -263,7 +265,8 @@ def held_out(data: GlueData, data_args: GlueArguments) -> dict[str, Any]:
 def report(run: Run, comparison: Comparison, results: dict[str, Any]) -> None:
     """Print the tables and write results.json, predictions.csv and the figure."""
     data, held = run.data, results["held_out"]
-    shifted = "" if data.shifted is None else f", {len(data.shifted)} shifted inputs"
+    others = {name: rows for name, rows in data.reported.items() if name != "test"}
+    shifted = "".join(f", {len(rows)} {name} inputs" for name, rows in others.items())
     title = f"How sure is it, and why? Task {data.task.name}: {len(data.test)} test inputs{shifted}"
     figure = comparison.figure(title=title, **(WHAT_IS_KNOWN if data.task.name == "embedded" else {}))
     files = comparison.write(run.experiment.folder, results, figure, figure_name="uncertainty.png")

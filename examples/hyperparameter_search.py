@@ -163,7 +163,9 @@ def make_start(arguments: Arguments) -> Start:
     set_seed(args.seed)
     with user_input():
         past = experiments.past_of(how.model_name_or_path, trains=args.num_train_epochs > 0)
-        data = replace(experiments.load_glue_data(data_args, args.seed, past, embedded=generate), shifted=None)
+        data = replace(
+            experiments.load_glue_data(data_args, args.seed, past, embedded=generate), shifted=None, far=None
+        )
     tokenizer, model = load_classifier(how.model_name_or_path, data)
     data = data.tokenized(tokenizer, data_args.max_seq_length)
     return Start(arguments, data, model, data.experiment(args, tokenizer))

@@ -1,4 +1,4 @@
-"""A GLUE task as an experiment sees it: what trains, what is held out of it, and what results are about."""
+"""A task of texts as an experiment sees it: what trains, what is held out of it, and what results are about."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..reports import (
     majority_predictions,
     standard_report,
 )
-from ..tasks import GLUE_TASKS, GlueTask, load_glue, load_tsv
+from ..tasks import GLUE_TASKS, TEXT_TASKS, GlueTask, load_text_task, load_tsv
 from .arguments import BestEpochArguments, HoldOutArguments, flag
 from .command import say
 from .phases import Experiment
@@ -37,15 +37,17 @@ Generate = Callable[[int], Mapping[str, Sequence[Any]]]
 class GlueArguments(HoldOutArguments):
     """Which task, and from where."""
 
-    task_name: str | None = flag(
-        None, f"GLUE task: {', '.join(GLUE_TASKS)}. Left out: the embedded acceptability task."
-    )
+    task_name: str | None = flag(None, f"Task: {', '.join(TEXT_TASKS)}. Left out: the embedded acceptability task.")
     data_dir: str | None = flag(
-        None, "Folder of the task's official TSV files, such as glue/CoLA; else the hub's nyu-mll/glue."
+        None, "Folder of the task's official files, such as glue/CoLA, trec or clinc; else the hub's copy."
     )
     ood_data_file: str | None = flag(
         None, "TSV file of shifted inputs: the task's layout, or a header with its columns; labels optional."
     )
+    far_task_name: str | None = flag(
+        None, "Another task, whose reported texts are inputs far from this one's, unlabelled: the set far."
+    )
+    far_data_dir: str | None = flag(None, "Folder of that task's official files; else the hub's copy.")
     validation_file: str | None = flag(
         None,
         "TSV file of labelled rows that choose epochs, temperature, delta and prior precision, laid out as "
@@ -55,16 +57,20 @@ class GlueArguments(HoldOutArguments):
 
     def __post_init__(self) -> None:
         """Refuse an unknown task, and files without a task."""
-        if self.task_name is not None:
-            self.task_name = self.task_name.lower()
-            if self.task_name not in GLUE_TASKS:
-                raise ValueError(f"`task_name` must be one of {', '.join(GLUE_TASKS)}, got {self.task_name!r}.")
-        elif self.data_dir is not None:
-            raise ValueError(f"`data_dir` {self.data_dir!r} needs a `task_name`: {', '.join(GLUE_TASKS)}.")
+        for task, folder in (("task_name", "data_dir"), ("far_task_name", "far_data_dir")):
+            name, path = getattr(self, task), getattr(self, folder)
+            if name is not None:
+                setattr(self, task, name.lower())
+                if name.lower() not in TEXT_TASKS:
+                    raise ValueError(f"`{task}` must be one of {', '.join(TEXT_TASKS)}, got {name!r}.")
+            elif path is not None:
+                raise ValueError(f"`{folder}` {path!r} needs a `{task}`: {', '.join(TEXT_TASKS)}.")
+        if self.far_task_name is not None:
+            check_far(self.task_name, self.far_task_name)
         super().__post_init__()
 
     def check_model(self, name_or_path: str | None) -> None:
-        """Refuse a GLUE task without a model."""
+        """Refuse a task of real texts without a model."""
         if self.task_name is not None and name_or_path is None:
             raise ValueError(
                 f"`model_name_or_path` is needed for the task {self.task_name}: a folder or a hub name, such as "
@@ -82,9 +88,9 @@ class GlueArguments(HoldOutArguments):
 class GlueData:
     """A task's data. Fitting and stopping see `train` and `validation` alone; `test` and `shifted` are only reported.
 
-    ``test`` and ``shifted`` have a column ``group``. ``shifted`` is None where there are no such inputs, and has no
-    column ``label`` where they are unlabelled. ``rows``: the record of a model that this run saves; None where it
-    cannot be known.
+    ``test``, ``shifted`` and ``far`` have a column ``group``. ``shifted`` and ``far`` are None where there are no such
+    inputs, and have no column ``label`` where they are unlabelled. ``rows``: the record of a model that this run saves;
+    None where it cannot be known.
     """
 
     task: GlueTask
@@ -93,11 +99,13 @@ class GlueData:
     test: Dataset
     shifted: Dataset | None
     rows: TrainingRows | None = None
+    far: Dataset | None = None
 
     @property
     def reported(self) -> dict[str, Dataset]:
         """The sets that results are about."""
-        return {"test": self.test, **({} if self.shifted is None else {"shifted": self.shifted})}
+        others = {"shifted": self.shifted, "far": self.far}
+        return {"test": self.test, **{name: rows for name, rows in others.items() if rows is not None}}
 
     @property
     def predicted(self) -> dict[str, Dataset]:
@@ -163,11 +171,14 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
     """
     from datasets import Dataset
 
-    task, file = EMBEDDED_TASK if args.task_name is None else GLUE_TASKS[args.task_name], args.validation_file
+    task, file = EMBEDDED_TASK if args.task_name is None else TEXT_TASKS[args.task_name], args.validation_file
     official = {}
     if args.task_name is not None:
         remedy = ", or leave out --task_name for the embedded task, which needs none"
-        official = load_glue(task, args.data_dir, remedy=remedy)
+        official = load_text_task(task, args.data_dir, remedy=remedy)
+    far = None if args.far_task_name is None else load_far(task, args.far_task_name, args.far_data_dir)
+    chooses = "test" in official  # then the task's own validation rows do
+    given, settings = (("validation",), {**args.settings, "validation_share": 0.0}) if chooses else ((), args.settings)
 
     def make(split: Split) -> dict[str, Any]:
         if not official:
@@ -175,8 +186,9 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
         train, share = official["train"], split.settings["validation_share"]
         train = train.select(range(len(train))[: split.settings["max_train_samples"]])
         parts = train.train_test_split(share, seed=split.seed) if share > 0 else {"train": train}
-        test = _grouped(official["validation"], "in-domain")
-        sets = {"train": parts["train"], "validation": parts.get("test", train.select([])), "test": test}
+        validation = official["validation"] if chooses else parts.get("test", train.select([]))
+        test = _grouped(official["test" if chooses else "validation"], "in-domain")
+        sets = {"train": parts["train"], "validation": validation, "test": test}
         return {**sets, "shifted": _grouped(official["shifted"], "shifted")} if "shifted" in official else sets
 
     def with_files(sets: dict[str, Any]) -> dict[str, Any]:
@@ -192,16 +204,48 @@ def load_glue_data(args: GlueArguments, seed: int, history: History = FRESH, *, 
             )
         if args.ood_data_file is not None:
             sets["shifted"] = _grouped(load_tsv(task, args.ood_data_file, labelled=None), "shifted")
-        return sets
+        return sets if far is None else {**sets, "far": _grouped(far, "far")}
 
     called = {} if file is None else {"validation": f"rows of `validation_file` {file}"}
     noun = "Held-out rows" if official else "Sentences"
     sets, rows = hold_out(
         make, args, seed, history, RowKind(task.name, noun, lambda rows: hashes_of(rows, task), called),
         source=hashes_of(official["train"], task) if official else None,
-        settings=args.settings, given=() if file is None else ("validation",), then=with_files,
+        settings=settings, given=given if file is None else ("validation",), then=with_files,
     )  # fmt: skip
     return GlueData(task, **{"shifted": None, **sets}, rows=rows)
+
+
+def check_far(task_name: str | None, far_task_name: str) -> None:
+    """Refuse a far task that is the task itself, or that has fewer texts in a row than the task.
+
+    Raises:
+        ValueError: so.
+    """
+    task = EMBEDDED_TASK if task_name is None else TEXT_TASKS[task_name]
+    columns = len(task.columns)
+    if far_task_name == task_name:
+        raise ValueError(f"`far_task_name` must be another task than `task_name`, got {far_task_name!r} for both.")
+    if len(TEXT_TASKS[far_task_name].columns) < columns:
+        able = ", ".join(name for name, of in TEXT_TASKS.items() if len(of.columns) >= columns and name != task_name)
+        raise ValueError(
+            f"`far_task_name` must have {columns} texts in a row, as {task.name} does, got {far_task_name!r}: {able}."
+        )
+
+
+def load_far(task: GlueTask, far_task_name: str, data_dir: str | None) -> Dataset:
+    """Return the reported texts of another task, in the task's columns and without labels.
+
+    Args:
+        task: of the run.
+        far_task_name: the other; of a pair of texts a task of single ones takes the first.
+        data_dir: the folder of its official files; without one the hub's copy.
+    """
+    from datasets import Dataset
+
+    splits = load_text_task(far_task_name, data_dir)
+    rows, columns = splits["test" if "test" in splits else "validation"], TEXT_TASKS[far_task_name].columns
+    return Dataset.from_dict({own: list(rows[far]) for own, far in zip(task.columns, columns, strict=False)})
 
 
 def hashes_of(split: Dataset, task: GlueTask) -> Hashes:

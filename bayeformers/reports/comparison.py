@@ -159,7 +159,10 @@ class Comparison:
         return {name: self.report_of(predictions) for name, predictions in self.predictions.items()}
 
     def report_of(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """A report for each group, ``intervals`` on whole sets, and ``ood_auroc`` of telling the second set apart."""
+        """Return a report per group, ``intervals`` on whole sets, and ``ood_auroc`` of telling the second set apart.
+
+        Of telling a further set: ``ood_auroc_`` and its name.
+        """
         groups: dict[str, Any] = {}
         intervals: dict[str, Any] = {}
         for group, (name, mask) in self.masks().items():
@@ -169,9 +172,14 @@ class Comparison:
             if truth is not None and mask.all() and isinstance(predictions[name], STANDARD):
                 intervals[group] = bootstrap_intervals(predictions[name], truth)
         found: dict[str, Any] = {"groups": groups, "intervals": intervals}
-        if len(self.sets) > 1 and hasattr(predictions[self.test], "ood_scores"):
-            found["ood_auroc"] = ood_report(predictions[self.test], predictions[list(self.sets)[1]])
+        if hasattr(predictions[self.test], "ood_scores"):
+            for key, name in self._told_apart():
+                found[key] = ood_report(predictions[self.test], predictions[name])
         return found
+
+    def _told_apart(self) -> list[tuple[str, str]]:
+        """(key of a report, set) of each set but the first: the second's key has no name."""
+        return [("ood_auroc" if i == 0 else f"ood_auroc_{name}", name) for i, name in enumerate(list(self.sets)[1:])]
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -194,9 +202,9 @@ class Comparison:
         apart = {f"{name}: {of}": report["groups"][of] for name, report in split.items() for of in self._disjoint()}
         spreads = {heading: {key: row[key] for key in row if key in SPREADS} for heading, row in apart.items()}
         parts.append(format_table(spreads, corner="uncertainty (means per group)"))
-        told = {name: report["ood_auroc"] for name, report in split.items() if "ood_auroc" in report}
-        if told:
-            parts.append(format_table(told, corner=f"AUROC of telling {list(self.sets)[1]} {self.noun}, by"))
+        for key, shifted in self._told_apart():
+            if told := {name: report[key] for name, report in split.items() if key in report}:
+                parts.append(format_table(told, corner=f"AUROC of telling {shifted} {self.noun}, by"))
         return "\n\n".join(parts)
 
     def _chosen_table(self, source: str) -> str:

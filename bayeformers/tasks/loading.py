@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .glue import GLUE_TASKS, GlueTask, TsvLayout, read_task, read_tsv
+from .registry import TEXT_TASKS
+from .text import TextTask, from_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
 HUB = "nyu-mll/glue"
 
 
-def load_hub(name: str, config: str | None = None, *, what: str = "", remedy: str = "") -> Mapping[str, Any]:
+def load_hub(
+    name: str, config: str | None = None, *, revision: str | None = None, what: str = "", remedy: str = ""
+) -> Mapping[str, Any]:
     """Return the rows by split of a data set of the hub.
 
     Args:
         name: its name there.
         config: its configuration.
+        revision: its branch, by default the main one.
         what: what to call it in an error; by default its name.
         remedy: what an error says to do without network.
 
@@ -31,7 +36,8 @@ def load_hub(name: str, config: str | None = None, *, what: str = "", remedy: st
     import datasets
 
     try:
-        splits: Mapping[str, Any] = datasets.load_dataset(name, config)
+        where = {} if revision is None else {"revision": revision}
+        splits: Mapping[str, Any] = datasets.load_dataset(name, config, **where)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client each have their own kinds
         why = f"{type(error).__name__}: {error}" + (f"\n{remedy}" if remedy else "")
         raise OSError(f"{what or name} could not be loaded from the Hugging Face hub: {why}") from error
@@ -68,6 +74,34 @@ def load_glue(task: GlueTask | str, data_dir: str | PathLike[str] | None = None,
     splits = {"train": found["train"], "validation": found[first]}
     shifted = found.get("shifted") or (found[others[0]] if others else None)
     return splits if shifted is None else {**splits, "shifted": shifted}
+
+
+def load_text_task(
+    task: GlueTask | str, data_dir: str | PathLike[str] | None = None, *, remedy: str = ""
+) -> dict[str, Any]:
+    """Return the splits of any row of `TEXT_TASKS` as datasets: of GLUE's `load_glue`.
+
+    Results are about ``test`` where there is one, whose ``validation`` is then for choices, else about ``validation``.
+    ``shifted`` are inputs out of the training distribution, of CLINC150 those with none of its intents, unlabelled.
+
+    Args:
+        task: the row, or its name.
+        data_dir: the folder of the official files; without one the hub's copy is loaded.
+        remedy: what the error of a hub that cannot be reached adds to its advice.
+    """
+    from datasets import Dataset
+
+    task = TEXT_TASKS[task] if isinstance(task, str) else task
+    if not isinstance(task, TextTask):
+        return load_glue(task, data_dir, remedy=remedy)
+    if data_dir is None:
+        hub = task.hub
+        advice = f"Without network, give --data_dir a folder of the official files ({task.files}){remedy}."
+        what = f"{hub.name} ({task.name})"
+        splits = from_hub(task, load_hub(hub.name, hub.config, revision=hub.revision, what=what, remedy=advice))
+    else:
+        splits = task.read(data_dir)
+    return {name: Dataset.from_dict(split) for name, split in splits.items()}
 
 
 def load_tsv(task: GlueTask, path: str | PathLike[str], *, labelled: bool | None = True) -> Dataset:

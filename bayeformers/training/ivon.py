@@ -15,9 +15,9 @@ from ..optim import IVON
 from ..posteriors import IVONPosterior
 from .laplace import LaplaceTrainer
 
-__all__ = ["POINT_ESTIMATE", "IVONTrainer"]
+__all__ = ["IVONTrainer"]
 
-POINT_ESTIMATE = (
+_POINT_ESTIMATE = (
     "The model is not Bayesian: this is ordinary training of a point estimate. Call `to_bayesian(model)` before making "
     "the trainer for variational inference, train with `IVON`, or call `fit_laplace()` after training."
 )
@@ -87,7 +87,7 @@ class IVONTrainer(LaplaceTrainer):
     def settle_ivon(self, count: Callable[[], int]) -> None:
         """At the first batch of a model that is not Bayesian: ``ess`` becomes ``count()``, the number N, if unset."""
         if self._ivon is None:
-            self._say(POINT_ESTIMATE)
+            self._say(_POINT_ESTIMATE)
             return
         unknown = [group for group in self._ivon.param_groups if group["ess"] is None]
         if unknown:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,20 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from .data import BATCH_SIZE, Batch, Row, batches, by_length, labels, load_reported, load_training
+from .finetune import RECORD
 
 Arrays = dict[str, np.ndarray]
 """Of one part, in the order of its rows: "probs" (N, C), and whatever else is worth keeping, N first."""
 
 Predictor = Callable[[str], Arrays]
 """The arrays of a part, by its name."""
+
+BEST, OVERFIT = KINDS = ("best", "overfit")
+
+
+def folder_name(task: str, seed: int, kind: str = BEST) -> str:
+    """Of a checkpoint."""
+    return f"{task}-{seed}" + ("" if kind == BEST else f"-{kind}")
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,26 @@ class Context:
     output_dir: Path
     pretrained: str | None = None
     """The model that fine-tuning began with, for methods that ask for it."""
+    kind: str = BEST
+    """Of the checkpoint: "best", of as many epochs as suit the task, or "overfit", of three times as many."""
     fits: dict[Any, Any] = field(default_factory=dict)
     """Posteriors that several methods of one run share."""
 
     @property
     def folder(self) -> Path:
-        return self.output_dir / f"{self.task}-{self.seed}"
+        return self.output_dir / folder_name(self.task, self.seed, self.kind)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The record of the checkpoint's training."""
+        return dict(json.loads((self.folder / RECORD).read_text(encoding="utf-8")))
+
+    @property
+    def members(self) -> list[Context]:
+        """The checkpoints of this task and kind that are complete, this one first: one for each seed."""
+        seeds = [int(path.parent.name.split("-")[1]) for path in self.output_dir.glob(f"{self.task}-*/{RECORD}")]
+        others = [replace(self, seed=seed, fits={}) for seed in sorted({*seeds} - {self.seed})]
+        return [self, *(other for other in others if (other.folder / RECORD).exists())]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -114,17 +137,21 @@ def run(
         "method": name,
         "task": context.task,
         "seed": context.seed,
+        "kind": context.kind,
         "chosen": chosen,
         "fit_seconds": fitted - start,
         "predict_seconds": done - fitted,
         "train_rows": rows,
         "predicted_rows": sum(len(rows) for rows in parts.values()),
         "threads": torch.get_num_threads(),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # of the process: also earlier methods'
     }
     path = _path(context.folder, name)
     path.parent.mkdir(exist_ok=True)
     np.savez(path, **arrays)
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".json.part")  # a record is whole or not there, and is written last
+    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path.with_suffix(".json"))
     return record
 
 
@@ -144,7 +171,7 @@ def load_record(folder: Path, method: str) -> dict[str, Any]:
 
 
 def is_saved(folder: Path, method: str) -> bool:
-    return _path(folder, method).exists()
+    return _path(folder, method).with_suffix(".json").exists()
 
 
 def _path(folder: Path, method: str) -> Path:

@@ -1,0 +1,84 @@
+"""Posteriors of several networks: the checkpoints of other seeds, and snapshots of further training."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from transformers import DataCollatorWithPadding
+
+from bayeformers import BayesianTrainer, BayesianTrainingArguments, posteriors, training
+from benchmarks.real_data.context import Context, Predictor
+from benchmarks.real_data.data import BATCH_SIZE
+from benchmarks.real_data.prediction import of_posterior
+
+from .dropout import NUM_SAMPLES
+from .fits import fitted
+
+NUM_MEMBERS = 5
+SWAG_LEARNING_RATE = 2e-5
+
+
+def has(*names: str) -> Callable[[], bool]:
+    """Whether `bayeformers.posteriors` has these names."""
+    return lambda: all(hasattr(posteriors, name) for name in names)
+
+
+def members(context: Context) -> list[Context]:
+    """This checkpoint and those of other seeds, `NUM_MEMBERS` of them.
+
+    Raises:
+        ValueError: there is no other.
+    """
+    found = context.members[:NUM_MEMBERS]
+    if len(found) < 2:
+        raise ValueError(
+            f"an ensemble needs checkpoints of two seeds of {context.task}, there is {context.seed} alone."
+        )
+    return found
+
+
+def ensemble(context: Context) -> tuple[Predictor, dict[str, Any]]:
+    """The average of fine-tunings that differ in their seed (Lakshminarayanan et al. 2017, arXiv 1612.01474)."""
+    found = members(context)
+    posterior = posteriors.EnsemblePosterior(context.model(), [member.folder for member in found])
+    seeds = [member.seed for member in found]
+    return of_posterior(context, posterior, num_samples=len(found)), {"members": seeds}
+
+
+def laplace_ensemble(context: Context) -> tuple[Predictor, dict[str, Any]]:
+    """A mixture of Laplace posteriors, one around each member (Eschenhagen et al. 2021, arXiv 2111.03577)."""
+    found = [(member, fitted(member, prior_precision="holdout")) for member in members(context)]
+    posterior = posteriors.MixturePosterior([each for _, (each, _) in found])
+    chosen = {
+        "members": [member.seed for member, _ in found],
+        "prior_precision": [each.prior_precision for _, (each, _) in found],
+        "shared_seconds": sum(cost.get("shared_seconds", 0.0) for _, (_, cost) in found),
+    }
+    return of_posterior(context, posterior), chosen
+
+
+def swag(context: Context) -> tuple[Predictor, dict[str, Any]]:
+    """An epoch more at a constant rate, whose snapshots are a Gaussian (Maddox et al. 2019, arXiv 1902.02476)."""
+    model, rows = context.model(), context.train
+    every = max(1, len(rows) // BATCH_SIZE // 8)
+    callback = training.SWAGCallback(start=0, every=every, lr=SWAG_LEARNING_RATE)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = BayesianTrainingArguments(
+            folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH_SIZE,
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            report_to=[],
+            seed=context.seed,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        collator = DataCollatorWithPadding(context.tokenizer)
+        BayesianTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[callback]
+        ).train()
+    posterior = callback.posterior(model.eval())
+    return of_posterior(context, posterior, num_samples=NUM_SAMPLES), {"lr": SWAG_LEARNING_RATE, "every": every}
