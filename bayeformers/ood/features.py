@@ -148,11 +148,17 @@ def pooled(states: Tensor, inputs: Inputs, pooling: Pooling) -> Tensor:
     mask = attended_positions(inputs, states.shape[1])
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    weights = mask[..., None].to(states.device)
-    if pooling == "mean":
-        return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+    mask = mask.to(states.device)
+    if pooling == "mean":  # a product of matrices: no second tensor of the states' size
+        weights = mask.to(states.dtype) / mask.sum(1, keepdim=True).clamp_min(1)
+        found = torch.bmm(weights[:, None], states).squeeze(1)
+        if bool(found.isfinite().all()):
+            return found
+        return torch.bmm(weights[:, None], states.masked_fill(~mask[..., None], 0)).squeeze(1)  # 0 x NaN is NaN
     if pooling == "max":
-        return states.masked_fill(~weights, torch.finfo(states.dtype).min).amax(1)
+        if not bool(mask.all()):
+            states = states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min)
+        return states.amax(1)
     positions = torch.arange(states.shape[1], device=states.device)
     chosen = mask.to(positions).argmax(1) if pooling == "cls" else (mask.to(positions) * positions).argmax(1)
     return states[torch.arange(len(states), device=states.device), chosen]

@@ -68,6 +68,15 @@ def test_pooling_counts_attended_positions_alone(model: nn.Module, pooling: Any,
     torch.testing.assert_close(found, by_hand(model, batch, 1, pooling))
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max", "last"])
+def test_what_padding_holds_does_not_matter(pooling: Any) -> None:
+    states, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    broken = states.masked_fill(mask[..., None] == 0, torch.nan)
+    torch.testing.assert_close(
+        pooled(broken, {"attention_mask": mask}, pooling), pooled(states, {"attention_mask": mask}, pooling)
+    )
+
+
 def test_feature_maps_are_pooled_over_pixels() -> None:
     maps = torch.randn(2, 3, 4, 5)
     torch.testing.assert_close(pooled(maps, maps, "mean"), maps.mean((2, 3)))
