@@ -31,7 +31,7 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 Aligned = tuple[Tensor, ...]
 """Tensors of one shape, on one device: a parameter's, or the same part of each of them."""
 
-_CACHED, _WHOLE = 2**16, 2**26  # elements that are worked on together: what stays in a CPU's cache; a GPU's launches
+_CACHED, _WHOLE = 2**17, 2**26  # elements that are worked on together: what stays in a CPU's cache; a GPU's launches
 
 
 @dataclass(frozen=True, kw_only=True)
