@@ -82,7 +82,6 @@ def test_masks_are_independent_coins() -> None:
         assert ((mask.mean(axis) - 0.7).abs() < 6 * math.sqrt(0.21 / 64)).all()
 
 
-@pytest.mark.protects("a draw of dropout divides by 1 - rate what it keeps, and the average is the network's mean")
 def test_against_all_masks() -> None:
     """Every draw is one of the 2^6 networks of a linear layer; their average, and spread, in closed form."""
     model, x, count = net(0.25), torch.randn(1, INPUTS, dtype=torch.float64), 500
@@ -194,7 +193,6 @@ SEVERAL = {"clip"}  # rows of images and of texts are no rows of one batch
 ONLY_ATTENTION = {"clip", "llama", "llama-lm", "mistral-lm", "qwen2", "mixtral-lm"}
 
 
-@pytest.mark.protects("a row's draws depend neither on its place, on its batch nor on the padding")
 @pytest.mark.parametrize("name", [one.name for one in CASES])
 def test_every_architecture(name: str) -> None:
     """Rows in another order and alone, draws in views and in the model, the random state and the model untouched."""
