@@ -5,6 +5,7 @@ the device's allocated memory; on a CPU, where host and device are one, of the p
 held before the model was loaded. The baseline is the same prediction of the model alone. Linux only.
 """
 
+import copy
 import multiprocessing
 import statistics
 import sys
@@ -34,10 +35,6 @@ def ensemble(model: Any, folder: Path) -> EnsemblePosterior:
     return EnsemblePosterior(model, sorted(folder.glob("member-*.safetensors")))
 
 
-def modules_in_memory(model: Any, folder: Path) -> EnsemblePosterior:
-    return EnsemblePosterior(model, [minilm() for _ in range(MEMBERS)])
-
-
 def swag(model: Any, folder: Path, draw_cache_bytes: int = 0) -> SWAGPosterior:
     posterior = SWAGPosterior.load(folder, model)
     posterior.draw_cache_bytes = draw_cache_bytes
@@ -47,7 +44,6 @@ def swag(model: Any, folder: Path, draw_cache_bytes: int = 0) -> SWAGPosterior:
 VARIANTS: dict[str, Callable[[Any, Path], Any]] = {
     "one model": point,
     f"ensemble of {MEMBERS} files": ensemble,
-    f"ensemble of {MEMBERS} modules": modules_in_memory,
     f"SWAG of rank {RANK}": swag,
     f"SWAG of rank {RANK}, draws kept": partial(swag, draw_cache_bytes=2**31),
 }
@@ -59,7 +55,7 @@ def prepare(folder: Path) -> None:
     torch.manual_seed(0)
     parameters = dict(model.named_parameters())
     for number in range(MEMBERS + 1):
-        moved = {n: p.detach() + (0.01 * torch.randn_like(p) if number else 0) for n, p in parameters.items()}
+        moved = {n: p.detach() + 0.01 * torch.randn_like(p) if number else p.detach() for n, p in parameters.items()}
         running.add(moved)
         if number < MEMBERS:
             save_file(moved, folder / f"member-{number}.safetensors")
@@ -74,7 +70,7 @@ def measure(name: str, folder: Path, pipe: Connection) -> None:
     torch.ones(512, 512) @ torch.ones(512, 512)  # loads the maths library and starts its threads
     inputs = {key: value.to(device) for key, value in batch().items() if key != "labels"}
     before = resident("VmRSS")
-    model = minilm().to(device).eval()
+    model = copy.deepcopy(minilm()).to(device).eval()  # in memory whole, and no map of a file
     if "SWAG" in name:  # at the mean, as after a training that ends there
         model.load_state_dict(load_file(folder / "mean.safetensors"), strict=False)
     posterior = VARIANTS[name](model, folder)
