@@ -46,6 +46,7 @@ class HeadPosterior(WeightsPosterior):
     """
 
     default_method = HEAD_METHOD
+    follows_weights = True
     predicts_itself = True
     draws_in_views = True
 

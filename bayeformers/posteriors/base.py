@@ -83,6 +83,7 @@ class BasePosterior(ABC):
             not draws in the model itself, one prediction after the other.
         file_name: what `save` writes beside the model's own files; None: it is not saved along with the model.
         wraps: whether it is made of other posteriors, which are saved beside it.
+        follows_weights: whether it is of whatever weights the model has, so that it stays when these are trained.
         predicts_itself: whether its `predict` is more than an average over `passes`: evaluation asks `predict`.
         shares_prefix: whether a draw changes nothing but `random_parameters`, so that what does not depend on these may
             be computed once for all draws.
@@ -97,6 +98,7 @@ class BasePosterior(ABC):
     draws_in_views: bool = False
     file_name: ClassVar[str | None] = None
     wraps: ClassVar[bool] = False
+    follows_weights: ClassVar[bool] = False
     predicts_itself: ClassVar[bool] = False
     shares_prefix: ClassVar[bool] = True
 

@@ -55,6 +55,7 @@ class DropoutPosterior(BasePosterior):
 
     draws_in_views = True
     file_name = FILE
+    follows_weights = True
     shares_prefix = False
 
     def __init__(self, model: nn.Module, rate: float | None = None, *, masks: Masks = "element") -> None:

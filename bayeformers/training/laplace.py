@@ -228,12 +228,13 @@ class LaplaceTrainer(MonteCarloTrainer):
                 logger.info("Deterministic (%s): %s.", reason, ", ".join(names))
 
     def _drop_posterior(self) -> None:
-        """Before the weights move: a posterior is that of the weights it was fitted to."""
-        if self._posterior is not None:
+        """Before the weights move: a posterior is that of the weights it was fitted to, unless it follows them."""
+        if self._posterior is not None and not self._posterior.follows_weights:
             logger.warning("Training goes on: `trainer.posterior`, fitted to the earlier weights, is dropped.")
             self._posterior = None
             carry(self.model, None)
-        if isinstance(getattr(self.model, _OWN, None), BasePosterior):
+        own = getattr(self.model, _OWN, None)
+        if isinstance(own, BasePosterior) and not own.follows_weights:
             delattr(self.model, _OWN)
 
 
