@@ -137,14 +137,14 @@ def test_the_least_safe_precision(largest: Sequence[float], expected: float) -> 
 
 
 def test_leverages_raise_the_precision_of_the_evidence() -> None:
-    """At the tau that is chosen the largest leverage is 1, up to a straight line between the grid's points."""
+    """At the tau that is chosen the largest leverage is 1, up to a straight line over a decade of the grid."""
     posterior = laplace.fit(mlp(), batches(4 * X, Y), **QUIET)
     evidence = laplace.tune(posterior, "marglik", **QUIET)
     assert posterior.choice == PrecisionChoice(method="leverage", num_rows=40)
     assert posterior.prior_precision > evidence.prior_precision  # type: ignore[operator]
     rows = prepared(posterior, 4 * X)
     at_choice = leverages(posterior, rows, [float(posterior.prior_precision)]).max()  # type: ignore[arg-type]
-    assert at_choice == pytest.approx(1, abs=0.1)
+    assert at_choice == pytest.approx(1, abs=0.25)
     again = laplace.tune(evidence, "leverage", training=batches(4 * X), **QUIET)  # no label is read
     assert again.prior_precision == pytest.approx(posterior.prior_precision, rel=1e-9)
 
