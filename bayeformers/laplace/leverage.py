@@ -30,7 +30,7 @@ from .posterior import LaplacePosterior
 
 __all__ = ["items_apart", "leverages", "safe_precision", "training_rows"]
 
-MAX_ROWS = 256
+MAX_ROWS = 128
 """Training rows that are looked at, of all processes."""
 MAX_DIRECTIONS = 4
 """Directions of an item's logits that are looked at: those in which its loss curves most."""

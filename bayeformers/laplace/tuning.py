@@ -60,7 +60,7 @@ def tune(
     """Return the posterior at a prior precision (and noise) that is given, or found as `fit` says.
 
     No curvature is refitted. "leverage" takes the tau of largest evidence, but no smaller a one than keeps the leverage
-    of each of some 256 random training rows below 1, as it would be if the curvature were not approximated: see
+    of each of some 128 random training rows below 1, as it would be if the curvature were not approximated: see
     `laplace.leverage`. No label is read.
 
     Args:
@@ -109,20 +109,22 @@ def _raised(posterior: LaplacePosterior, training: Iterable[Any] | Loader | None
     checked_rows(posterior.model, "leverage", training)
     loader = training if isinstance(training, Loader) else Loader(posterior.model, training or (), None, None, False)
     rows = items_apart(posterior, training_rows(loader))
-    found = np.concatenate(gathered(leverages(posterior, rows, GRID)), axis=1)
+    evidence = float(posterior.prior_precision)  # type: ignore[arg-type]
+    grid = (evidence, *(tau for tau in GRID[::2] if tau > evidence))  # a smaller tau than the evidence's is never taken
+    found = np.concatenate(gathered(leverages(posterior, rows, grid)), axis=1)
     count = sum(gathered(sum(len(batch) for batch in rows)))
     if found.shape[1] == 0:
         raise ValueError('`training` holds no row with a loss term for `prior_precision`="leverage".')
-    least, evidence = safe_precision(found, GRID), float(posterior.prior_precision)  # type: ignore[arg-type]
-    end = "largest" if least == GRID[-1] else None if least > evidence else posterior.choice.at_grid_end
+    tau = safe_precision(found, grid)
+    end = "largest" if found[-1].max() > 1 else None if tau > evidence else posterior.choice.at_grid_end
     if end == "largest" and process_index() == 0:
         logger.warning(
             'prior_precision="leverage" found no tau up to %.4g at which the leverages of the training rows stay below '
             "1: nothing safe is known, and the posterior stays next to the trained network.",
-            GRID[-1],
+            grid[-1],
         )
     choice = PrecisionChoice(method="leverage", at_grid_end=end, num_rows=count)
-    return posterior.with_prior_precision(max(least, evidence), choice)
+    return posterior.with_prior_precision(tau, choice)
 
 
 def checked_validation(model: nn.Module, validation: T | None) -> T:

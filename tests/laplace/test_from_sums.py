@@ -43,7 +43,8 @@ def test_two_passes_and_a_merge_equal_one_fit(curvature: Any, tmp_path: Path) ->
         path = tmp_path / f"{number}.safetensors"
         fit(model, batches(x[rows], y[rows]), checkpoint=path, **options)
     merged = Curvature.load(tmp_path / "0.safetensors").merge(Curvature.load(tmp_path / "1.safetensors"))
-    same(posterior_of(model, merged, progress=False), fit(model, batches(x, y), **options))
+    found = posterior_of(model, merged, training=batches(x, y), progress=False)
+    same(found, fit(model, batches(x, y), **options))
 
 
 def test_the_other_half_in_another_process(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_the_other_half_in_another_process(tmp_path: Path) -> None:
     fit(model, batches(x[:5], y[:5], 2, 3), checkpoint=paths[0], **options)
     subprocess.run([sys.executable, "-c", HALF, str(paths[1])], check=True, timeout=300)
     merged = Curvature.load(paths[0]).merge(Curvature.load(paths[1]))
-    same(posterior_of(model, merged), fit(model, batches(x, y), **options))
+    same(posterior_of(model, merged, training=batches(x, y)), fit(model, batches(x, y), **options))
 
 
 def test_every_kind_of_layer(tmp_path: Path) -> None:

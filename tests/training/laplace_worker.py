@@ -79,6 +79,7 @@ def fits(folder: Path) -> dict[str, Described]:
         "ekfac": lambda: trainer_of(folder, "single").fit_laplace(curvature="ekfac"),
         "holdout": lambda: trainer_of(folder, "single").fit_laplace(prior_precision="holdout"),
         "evidence": lambda: trainer_of(folder, "single").fit_laplace(prior_precision="marglik"),
+        "leverage": lambda: trainer_of(folder, "single").fit_laplace(prior_precision="leverage"),
         "stream": lambda: trainer_of(folder, "single", train_dataset=Stream()).fit_laplace(),
     }
     return {name: describe(case()) for name, case in cases.items()}

@@ -12,7 +12,7 @@ import torch
 from tests.training import laplace_worker as worker
 
 ROOT = Path(__file__).parents[2]
-FITS = (*worker.KINDS, "ekfac", "holdout", "evidence", "stream")
+FITS = (*worker.KINDS, "ekfac", "holdout", "evidence", "leverage", "stream")
 LOADERS = ("torch", "accelerate", "accelerate, shuffled")
 
 
@@ -56,7 +56,7 @@ def test_duplicates_of_samplers_do_not_count(
     name: str, ranks: list[dict[str, Any]], alone: dict[str, worker.Described]
 ) -> None:
     for rank in ranks:
-        assert_same(rank["loaders"][name], alone["evidence"])
+        assert_same(rank["loaders"][name], alone["leverage"])
 
 
 def test_a_layer_that_one_process_alone_calls(ranks: list[dict[str, Any]]) -> None:
