@@ -22,7 +22,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return worker.evaluated(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.protects("evaluation with a posterior is what its `predict` says of every row alone")
 @pytest.mark.parametrize("name", ["element", "unit", "temperature", "mixture", "calibrated mixture"])
 def test_evaluation(name: str, alone: dict[str, Any]) -> None:
     posterior, (metrics, predictions, uncertainty) = worker.posteriors()[name], alone[name]

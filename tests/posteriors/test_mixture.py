@@ -47,7 +47,6 @@ def fitted(model: nn.Module, likelihood: str = "classification") -> Any:
 # ------------------------------------------------------------------------------------------------------ the predictive
 
 
-@pytest.mark.protects("a mixture's entropies are those of its weighted draws")
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.7, 0.3)])
 def test_entropies_by_sums(weights: tuple[float, float]) -> None:
     """Of 3 and 5 draws, each w_k / S_k: every sum over draws and pairs written out."""

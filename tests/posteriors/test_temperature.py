@@ -81,7 +81,6 @@ def test_families_lie_within_each_other() -> None:
     assert fit_linear_map(x, y, "vector").penalty in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
-@pytest.mark.protects("draws are pooled first and calibrated then")
 @pytest.mark.parametrize("kind", ["scalar", "vector", "dirichlet"])
 def test_pooled_then_calibrated(kind: Any) -> None:
     torch.manual_seed(0)
