@@ -36,9 +36,9 @@ class DropoutPosterior(BasePosterior):
     Args:
         model: a model with `torch.nn.Dropout` modules or functional dropout; it is not copied.
         rate: in place of every rate of the model above 0, or where all are 0 of those; None: the model's own rates.
-        masks: "element", the usual kind: every element of a row is dropped by itself, by a number that depends on what
-            the row holds, and neither on its padding nor on the other rows. "unit": a unit of a layer is dropped for
-            all rows and positions at once, so that a draw is one network; attention weights, which are no units, stay.
+        masks: "unit": a unit of a layer is dropped for all rows and positions at once, so that a draw is one network;
+            attention weights, which are no units, stay. "element", as in training: every element of a row is dropped by
+            itself, by a number that depends on what the row holds, and neither on its padding nor on the other rows.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -58,7 +58,7 @@ class DropoutPosterior(BasePosterior):
     follows_weights = True
     shares_prefix = False
 
-    def __init__(self, model: nn.Module, rate: float | None = None, *, masks: Masks = "element") -> None:
+    def __init__(self, model: nn.Module, rate: float | None = None, *, masks: Masks = "unit") -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if rate is not None:

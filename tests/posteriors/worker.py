@@ -34,7 +34,7 @@ def posteriors() -> dict[str, Any]:
     model, batch = case("bert").build(), collate(dataset())
     share = slice(*_process())  # what is summed over the processes
     fitted = laplace.fit(model, [collate(dataset()[share])], target_modules="classifier", prior_precision=3.0)
-    dropout = DropoutPosterior(model, 0.2)
+    dropout = DropoutPosterior(model, 0.2, masks="element")
     mixture = MixturePosterior([fitted, DropoutPosterior(case("bert").build(), 0.2, masks="unit")], [1, 2])
     return {
         "element": dropout,
