@@ -150,7 +150,7 @@ def test_attention_against_the_formula() -> None:
                           ({"attn_mask": hidden}, repeated), ({"attn_mask": added}, repeated)):  # fmt: skip
         mask = options.pop("attn_mask", None)
         inputs = (q, *keys) if mask is None else (q, *keys, mask)
-        found = drawn(DropoutPosterior(Attend(**options).eval()), inputs, 1)[0]
+        found = drawn(DropoutPosterior(Attend(**options).eval(), masks="element"), inputs, 1)[0]
         scores = q @ repeated[0].mT * options.get("scale", 5**-0.5)
         scores = scores.masked_fill(~torch.ones(3, 3).tril().bool(), -torch.inf) if "is_causal" in options else scores
         scores = scores if mask is None else scores + added
