@@ -39,8 +39,8 @@ def made_up(batches: Sequence[Inputs], kind: str, seed: int) -> list[Inputs]:
     >>> ids = torch.tensor([[1, 5, 6, 7, 2], [1, 8, 9, 4, 2]])
     >>> [batch] = made_up([{"input_ids": ids}], "mixed", 0)
     >>> batch["input_ids"]
-    tensor([[1, 5, 9, 4, 2],
-            [1, 8, 6, 7, 2]])
+    tensor([[1, 5, 6, 4, 2],
+            [1, 8, 9, 7, 2]])
     """
     generator = torch.Generator().manual_seed(seed)
     given: list[Any] = list(batches)

@@ -36,6 +36,7 @@ def prediction_score(method: str, predictive: Predictive) -> Tensor:
     Returns:
         (B,), higher for the less familiar.
 
+    >>> import torch
     >>> sure = torch.tensor([[[0.99, 0.01], [0.6, 0.4]]]).log()
     >>> predictive = Predictive(problem_type="single_label_classification", log_probs=sure)
     >>> prediction_score("max_probability", predictive)
