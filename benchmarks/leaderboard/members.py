@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 from transformers import DataCollatorWithPadding
@@ -18,11 +17,6 @@ from .fits import fitted
 
 NUM_MEMBERS = 5
 SWAG_LEARNING_RATE = 2e-5
-
-
-def has(*names: str) -> Callable[[], bool]:
-    """Whether `bayeformers.posteriors` has these names."""
-    return lambda: all(hasattr(posteriors, name) for name in names)
 
 
 def members(context: Context) -> list[Context]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from bayeformers import VariationalPosterior, calibrate_delta, posteriors, to_bayesian
-from bayeformers.laplace.config import PriorChoice
 from benchmarks.real_data.context import Context, Predictor
 from benchmarks.real_data.methods import CALIBRATION_ROWS, mean_network
 from benchmarks.real_data.prediction import of_posterior
 
 from .dropout import NUM_SAMPLES, mc_dropout, tuned_dropout
 from .fits import fitted
-from .members import ensemble, has, laplace_ensemble, swag
+from .members import ensemble, laplace_ensemble, swag
 from .recalibrated import averaged, recalibrated
 
 GLM = {"method": "glm", "contrasts": True}
@@ -34,8 +33,6 @@ class Method:
 
     run: Run
     title: str
-    available: Callable[[], bool] = lambda: True
-    """Whether this version of the package has what it needs."""
 
 
 def laplace(context: Context, *, prior_precision: str = "holdout", **options: Any) -> tuple[Predictor, dict[str, Any]]:
@@ -59,41 +56,33 @@ def unit_dropout(context: Context) -> tuple[Predictor, dict[str, Any]]:
     return of_posterior(context, posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
 
 
-def _has_leverage() -> bool:
-    return "leverage" in get_args(PriorChoice)
-
-
 METHODS: dict[str, Method] = {
     "map": Method(mean_network, "fine-tuned (MAP)"),
     "temperature": Method(partial(recalibrated, base="map"), "MAP + temperature"),
     "mc_dropout": Method(mc_dropout, "MC dropout"),
     "mc_dropout_temperature": Method(partial(recalibrated, base="mc_dropout"), "MC dropout + temperature"),
     "dropout_tuned": Method(tuned_dropout, "MC dropout, rate by held-out rows"),
-    "dropout_tuned_temperature": Method(partial(recalibrated, base="dropout_tuned"), "the same + temperature"),
-    "unit_dropout": Method(unit_dropout, "MC dropout, masks of units", available=has("DropoutPosterior")),
+    "dropout_tuned_temperature": Method(
+        partial(recalibrated, base="dropout_tuned"), "MC dropout, rate by held-out rows, + temperature"
+    ),
+    "unit_dropout": Method(unit_dropout, "MC dropout, masks of units"),
     "unit_dropout_temperature": Method(
-        partial(recalibrated, base="unit_dropout"), "the same + temperature", available=has("DropoutPosterior")
+        partial(recalibrated, base="unit_dropout"), "MC dropout, masks of units, + temperature"
     ),
     "evidence": Method(partial(laplace, prior_precision="marglik"), "Laplace, tau by evidence"),
     "holdout": Method(laplace, "Laplace, tau by held-out rows"),
-    "leverage": Method(
-        partial(laplace, prior_precision="leverage"), "Laplace, tau by leverage", available=_has_leverage
-    ),
+    "leverage": Method(partial(laplace, prior_precision="leverage"), "Laplace, tau by leverage"),
     "dropout_and_laplace": Method(partial(averaged, bases=("mc_dropout", "holdout")), "MC dropout and Laplace, mixed"),
     "dropout_and_laplace_temperature": Method(
-        partial(recalibrated, base="dropout_and_laplace"), "the same + temperature"
+        partial(recalibrated, base="dropout_and_laplace"), "MC dropout and Laplace, mixed, + temperature"
     ),
     "laplace_last_layer": Method(partial(laplace, subset="last_layer"), "Laplace, last layer"),
     "delta_glm": Method(delta, "delta |w|, linearised"),
-    "swag": Method(swag, "SWAG", available=has("SWAGPosterior")),
-    "swag_temperature": Method(
-        partial(recalibrated, base="swag"), "SWAG + temperature", available=has("SWAGPosterior")
-    ),
-    "ensemble": Method(ensemble, "ensemble", available=has("EnsemblePosterior")),
-    "ensemble_temperature": Method(
-        partial(recalibrated, base="ensemble"), "ensemble + temperature", available=has("EnsemblePosterior")
-    ),
-    "laplace_ensemble": Method(laplace_ensemble, "ensemble of Laplace posteriors", available=has("MixturePosterior")),
+    "swag": Method(swag, "SWAG"),
+    "swag_temperature": Method(partial(recalibrated, base="swag"), "SWAG + temperature"),
+    "ensemble": Method(ensemble, "ensemble"),
+    "ensemble_temperature": Method(partial(recalibrated, base="ensemble"), "ensemble + temperature"),
+    "laplace_ensemble": Method(laplace_ensemble, "ensemble of Laplace posteriors"),
 }
 """By name, in the order of the table. One that reads another's predictions stands below it."""
 REFERENCES = ("map", "temperature", "mc_dropout")
