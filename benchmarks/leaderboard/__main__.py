@@ -44,9 +44,8 @@ def report(board: Board, args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=_several(list(PLACES)), default=list(PLACES), help=f"of {','.join(PLACES)}")
-    parser.add_argument(
-        "--methods", type=_several(list(METHODS)), default=list(METHODS), help=f"of {','.join(METHODS)}"
-    )
+    methods = list(METHODS)
+    parser.add_argument("--methods", type=_several(methods), default=methods, help=f"of {','.join(methods)}")
     parser.add_argument("--kinds", type=_several(list(KINDS)), default=list(KINDS), help=f"of {','.join(KINDS)}")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="such as 0,1,2")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds glue, trec and clinc")
