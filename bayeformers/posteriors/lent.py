@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..sampling.views import alone
+from ..sampling.views import alone, lend
 from ..storage import digest
 from .base import BasePosterior
 from .streamed import same_bits, write
@@ -35,6 +35,8 @@ class LentPosterior(BasePosterior):
         self.model = model
         self._tensors, self._shared = dict(tensors), dict(shared)
         self._versions = {name: tensor._version for name, tensor in self._shared.items()}
+        self._digests = {name: digest(tensor) for name, tensor in self._shared.items()}
+        lend(model)
 
     @abstractmethod
     def pieces(self, name: str, index: int, seed: int) -> Iterable[Tensor]:
@@ -94,8 +96,14 @@ class LentPosterior(BasePosterior):
     # -- what draws do not write -------------------------------------------------------------------------------------
 
     def is_of_present_weights(self) -> bool:
-        """Whether the tensors that all draws share are as they were."""
-        return all(tensor._version == self._versions[name] for name, tensor in self._shared.items())
+        """Whether the tensors that all draws share are as they were, or are so again after another posterior's draw."""
+        for name, tensor in self._shared.items():
+            version = tensor._version
+            if version != self._versions[name]:
+                if digest(tensor) != self._digests[name]:
+                    return False
+                self._versions[name] = version
+        return True
 
     def shared_record(self) -> dict[str, list[str]]:
         """Return dtype and digest of each tensor that all draws share, for `check_shared` of a reload.

@@ -1,0 +1,84 @@
+"""Posteriors of one model beside each other, copied, and in threads."""
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bayeformers.posteriors import (
+    DiagonalPosterior,
+    EnsemblePosterior,
+    MixturePosterior,
+    RunningMoments,
+    SWAGPosterior,
+)
+
+INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).eval()
+
+
+def swag(model: nn.Module, seed: int = 0) -> SWAGPosterior:
+    generator, running = torch.Generator().manual_seed(seed), RunningMoments(rank=2)
+    for _ in range(3):
+        running.add({n: p + 0.3 * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()})
+    return SWAGPosterior(model, running.moments())
+
+
+def diagonal(model: nn.Module) -> DiagonalPosterior:
+    return DiagonalPosterior(model, {name: torch.full_like(p, 0.1) for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("method", ["sample", "glm"])
+def test_a_view_waits_for_draws_that_are_written_into_the_model(method: str) -> None:
+    """Deterministic: a draw is open in the model while the other thread asks."""
+    model = net()
+    lent, own = swag(model), diagonal(model)
+    expected = own.predict(INPUTS, num_samples=2, method=method).mean_log_probs
+    found: list[Tensor] = []
+    thread = threading.Thread(
+        target=lambda: found.append(own.predict(INPUTS, num_samples=2, method=method).mean_log_probs)
+    )
+    with lent.draw(0):
+        thread.start()
+        thread.join(0.2)
+        assert not found
+    thread.join()
+    assert torch.equal(found[0], expected)
+
+
+def test_a_thread_may_ask_inside_its_own_draw() -> None:
+    model = net()
+    lent, own = swag(model), diagonal(model)
+    with lent.draw(0):
+        own.predict(INPUTS, num_samples=2)
+
+
+def test_a_draw_of_one_posterior_leaves_the_others_fresh(tmp_path: Path) -> None:
+    model = net()
+    heads = [{"2.bias": torch.randn(3)} for _ in range(2)]
+    mixture = MixturePosterior([EnsemblePosterior(model, heads), swag(model)])
+    mixture.predict(INPUTS, num_samples=4)
+    assert mixture.is_of_present_weights()
+    mixture.save(tmp_path)
+    with torch.no_grad():
+        model[0].weight.add_(1)  # type: ignore[operator]
+    assert not mixture.is_of_present_weights()
+
+
+def test_copies_of_a_model_with_posteriors_from_files(tmp_path: Path) -> None:
+    model = net()
+    MixturePosterior([swag(model), EnsemblePosterior(model, [{"2.bias": torch.randn(3)}] * 2)]).save(tmp_path)
+    model.posterior = MixturePosterior.load(tmp_path, model)
+    expected = model.posterior.predict(INPUTS).mean_log_probs
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.zero_()  # type: ignore[operator, index]
+    assert torch.equal(model.posterior.predict(INPUTS).mean_log_probs, expected)
+    assert other.posterior.model is other
