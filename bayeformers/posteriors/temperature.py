@@ -81,12 +81,17 @@ class TemperaturePosterior(BasePosterior):
         check_choice("kind", kind, get_args(Calibration))
         self.base, self.kind, self.model = base, kind, base.model
         self.weight, self.bias = _checked(kind, weight, bias)
-        self.num_draws, self.draw_cache_bytes = base.num_draws, base.draw_cache_bytes
+        self.draw_cache_bytes = base.draw_cache_bytes
         self.method, self.default_method = method, base.default_method if method is None else method
 
     def __repr__(self) -> str:
         shown = f"T={self.temperature:.4g}" if self.kind == "scalar" else f"{len(self.weight)} classes"
         return f"TemperaturePosterior({type(self.base).__name__}, {self.kind}, {shown})"
+
+    @property
+    def num_draws(self) -> int | None:  # type: ignore[override]
+        """The base's."""
+        return self.base.num_draws
 
     @property
     def temperature(self) -> float:
@@ -112,6 +117,7 @@ class TemperaturePosterior(BasePosterior):
         seed: int = 0,
         penalty: float | None = None,
         problem_type: ProblemType | None = None,
+        noise_std: NoiseStd | None = None,
     ) -> TemperaturePosterior:
         """Return a posterior that is calibrated on rows that the model was not trained on, by their NLL.
 
@@ -124,6 +130,7 @@ class TemperaturePosterior(BasePosterior):
             seed: of the draws.
             penalty: of "vector" and "dirichlet", see `metrics.fit_linear_map`; None: cross-validated.
             problem_type: what the head predicts; None: as its model says.
+            noise_std: of a regression, as `predict` will be asked with: None: as the base knows it.
 
         Raises:
             TypeError: ``base`` is no posterior, or ``batches`` are not mappings.
@@ -135,7 +142,8 @@ class TemperaturePosterior(BasePosterior):
         check_count("num_samples", num_samples, 1)
         problem = base.problem_type() if problem_type is None else problem_type
         _check_head(problem, kind)
-        found = _collected(base, batches, problem, num_samples=num_samples, method=method, seed=seed)
+        options = {"num_samples": num_samples, "method": method, "seed": seed}
+        found = _collected(base, batches, problem, **options, **({} if noise_std is None else {"noise_std": noise_std}))
         weight: Tensor | float
         if get_likelihood(problem).has_noise:
             return cls(base, kind, weight=_stretch(found), method=method)

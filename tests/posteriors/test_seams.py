@@ -12,8 +12,10 @@ from bayeformers.posteriors import (
     DiagonalPosterior,
     EnsemblePosterior,
     MixturePosterior,
+    PointPosterior,
     RunningMoments,
     SWAGPosterior,
+    TemperaturePosterior,
 )
 
 INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -82,3 +84,45 @@ def test_copies_of_a_model_with_posteriors_from_files(tmp_path: Path) -> None:
         other[0].weight.zero_()  # type: ignore[operator, index]
     assert torch.equal(model.posterior.predict(INPUTS).mean_log_probs, expected)
     assert other.posterior.model is other
+
+
+def test_draws_that_become_few_are_few_in_what_wraps_them() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    posterior = swag(model)
+    mixture, calibrated = MixturePosterior([posterior]), TemperaturePosterior(posterior)
+    assert mixture.num_draws is calibrated.num_draws is None
+    posterior.update_batch_norm([INPUTS], num_draws=3)
+    assert mixture.num_draws == calibrated.num_draws == 3
+    with pytest.raises(ValueError, match="index"), mixture.draw(3):
+        pass
+
+
+def test_mixture_of_swag_posteriors_around_several_networks() -> None:
+    """Multi-SWAG: the average of each network's own draws, of which the networks are as they were."""
+    torch.manual_seed(2)
+    first, second = (nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval() for _ in range(2))
+    components = [swag(first, 0), swag(second, 1)]
+    probs = []
+    for posterior in components:
+        for index in range(3):
+            with torch.no_grad(), posterior.draw(index, 5):
+                probs.append(posterior.model(INPUTS).softmax(-1))
+    before = [p.clone() for model in (first, second) for p in model.parameters()]
+    mixture = MixturePosterior(components)
+    found = mixture.predict(INPUTS, num_samples=6, seed=5)
+    torch.testing.assert_close(found.probs, torch.stack(probs).mean(0))
+    outputs = torch.stack([output.softmax(-1) for output in mixture.passes(INPUTS, num_samples=6, seed=5)])
+    torch.testing.assert_close(outputs.mean(0), torch.stack(probs).mean(0))
+    assert all(map(torch.equal, before, [p for model in (first, second) for p in model.parameters()]))
+
+
+def test_a_regressions_noise_is_told_when_it_is_calibrated() -> None:
+    """Of exact means the factor is the ratio of the targets' standard deviation to the noise."""
+    model = nn.Linear(6, 1).double().eval()
+    inputs = INPUTS.double()
+    signs = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    rows = [{"input": inputs, "labels": model(inputs).detach() + 0.6 * signs}]
+    posterior = PointPosterior(model)
+    found = TemperaturePosterior.fit(posterior, rows, problem_type="regression", noise_std=0.3)
+    assert found.weight.item() == pytest.approx(2.0, rel=1e-6)
