@@ -117,7 +117,7 @@ def test_mixture_of_swag_posteriors_around_several_networks() -> None:
     assert all(map(torch.equal, before, [p for model in (first, second) for p in model.parameters()]))
 
 
-def test_a_regressions_noise_is_told_when_it_is_calibrated() -> None:
+def test_a_regressions_noise_is_told_when_it_is_calibrated(tmp_path: Path) -> None:
     """Of exact means the factor is the ratio of the targets' standard deviation to the noise."""
     model = nn.Linear(6, 1).double().eval()
     inputs = INPUTS.double()
@@ -125,4 +125,8 @@ def test_a_regressions_noise_is_told_when_it_is_calibrated() -> None:
     rows = [{"input": inputs, "labels": model(inputs).detach() + 0.6 * signs}]
     posterior = PointPosterior(model)
     found = TemperaturePosterior.fit(posterior, rows, problem_type="regression", noise_std=0.3)
-    assert found.weight.item() == pytest.approx(2.0, rel=1e-6)
+    assert found.temperature == pytest.approx(2.0, rel=1e-6)
+    found.save(tmp_path)
+    for again in (found, TemperaturePosterior.load(tmp_path, model)):  # the model does not say that it regresses
+        variance = again.predict(inputs, noise_std=0.3).aleatoric_variance
+        torch.testing.assert_close(variance, torch.full_like(variance, 0.36), rtol=1e-5, atol=0)
