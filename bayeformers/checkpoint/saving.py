@@ -157,6 +157,8 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
         folder, variant = Path(save_directory), given.get("variant")
         writes = self.should_save_on_this_rank(given.get("is_main_process", True)) and not folder.is_file()
         posterior = saved_along(self)
+        if writes and posterior is None:
+            _tell_unsaved(self)
         # first: a push to the hub takes it along
         is_saved = writes and posterior is not None and save_posterior(posterior, folder)
         before = _recorded(folder / digests_name(variant)) if writes and not is_saved else None
@@ -200,6 +202,13 @@ def save_posterior(posterior: BasePosterior, folder: Path) -> bool:
         kind,
     )
     return False
+
+
+def _tell_unsaved(model: nn.Module) -> None:
+    own = vars(model).get(_OWN)
+    if isinstance(own, BasePosterior) and own.file_name:
+        why = "it is of another model" if own.model is not model else "the model's layers are a posterior themselves"
+        logger.warning("`model.posterior` (%s) is not saved with the model: %s.", type(own).__name__, why)
 
 
 def _recorded(path: Path) -> dict[str, str] | None:

@@ -375,7 +375,7 @@ class BayesianTrainer(HeadTrainer):
         if (forward := head_pass(self.model, model, batch)) is not None:
             return forward
         likelihood, own_loss, trains_own = batch.likelihood, self.compute_loss_func, self._objective.has_own_terms
-        is_ours = is_bayesian(self.model) or self.args.noise_std == HEAD
+        is_ours = is_bayesian(self.model) or self.args.noise_std == HEAD or self.trains_by_noise(likelihood)
         if own_loss is None and not is_ours and (likelihood.has_stock_loss or not likelihood.is_known):
             loss, outputs = super().compute_loss(model, dict(batch.given), return_outputs=True)
             return ForwardPass(loss * batch.num_items, 0.0, outputs)
