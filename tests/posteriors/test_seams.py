@@ -130,3 +130,29 @@ def test_a_regressions_noise_is_told_when_it_is_calibrated(tmp_path: Path) -> No
     for again in (found, TemperaturePosterior.load(tmp_path, model)):  # the model does not say that it regresses
         variance = again.predict(inputs, noise_std=0.3).aleatoric_variance
         torch.testing.assert_close(variance, torch.full_like(variance, 0.36), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "swag"])
+def test_draws_follow_a_model_whose_tensors_are_replaced(kind: str) -> None:
+    """As `model.to` another device or precision replaces buffers, and loading by assignment Parameters."""
+
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        model(seed + (1 + seed) * INPUTS)
+        return model.eval()
+
+    model, posterior = network(0), None
+    if kind == "ensemble":
+        posterior = EnsemblePosterior(model, [network(1), network(2)])
+    else:
+        posterior = swag(model)
+        posterior.update_batch_norm([INPUTS], num_draws=2)
+    expected = posterior.predict(INPUTS).log_probs
+    model.double()
+    torch.testing.assert_close(posterior.predict(INPUTS.double()).log_probs, expected.double(), rtol=1e-4, atol=1e-5)
+    model.float()
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    before = [value.clone() for value in model.state_dict().values()]
+    torch.testing.assert_close(posterior.predict(INPUTS).log_probs, expected)
+    assert all(map(torch.equal, before, model.state_dict().values())) and posterior.is_of_present_weights()
