@@ -31,7 +31,7 @@ from ..heads.persistence import without_stale_head
 from ..nn.draws import bayesian_modules
 from ..posteriors import BasePosterior
 from ..posteriors.files import saved_kinds
-from ..storage import file_digests, write_digests
+from ..storage import difference, file_digests, read_digests, write_digests
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +157,11 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
         folder, variant = Path(save_directory), given.get("variant")
         writes = self.should_save_on_this_rank(given.get("is_main_process", True)) and not folder.is_file()
         posterior = saved_along(self)
-        if writes and posterior is not None:  # first: a push to the hub takes it along
-            _save_posterior(posterior, folder)
+        if writes and posterior is None:
+            _tell_unsaved(self)
+        # first: a push to the hub takes it along
+        is_saved = writes and posterior is not None and save_posterior(posterior, folder)
+        before = _recorded(folder / digests_name(variant)) if writes and not is_saved else None
         if writes:
             (folder / digests_name(variant)).unlink(missing_ok=True)  # of the weights that are overwritten
         with without_stale_record(self), without_stale_head(self):
@@ -171,22 +174,58 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
             files = _written(folder, variant)
             if files:
                 write_digests(folder / digests_name(variant), file_digests(files))
+        if before is not None and difference(file_digests(_written(folder, variant)), before) is not None:
+            _remove_posteriors(folder)
 
     return save_pretrained
 
 
-def _save_posterior(posterior: BasePosterior, folder: Path) -> None:
+def save_posterior(posterior: BasePosterior, folder: Path) -> bool:
+    """Save a posterior in place of one that was saved there before, whatever its kind.
+
+    Args:
+        posterior: the posterior; one of no registered kind writes what it writes.
+        folder: the model's.
+
+    Returns:
+        Whether it was saved: one of weights that have moved since is not.
+    """
     if posterior.is_of_present_weights():
-        for name in saved_kinds():  # of another kind that was saved here before
+        for name in saved_kinds() if posterior.file_name else ():  # of another kind that was saved here before
             (folder / name).unlink(missing_ok=True)
         posterior.save(folder)
-    else:
-        kind = type(posterior).__name__.removesuffix("Posterior")
-        logger.warning(
-            "The model's weights have moved since its %s posterior was fitted: the posterior is not saved with "
-            "them. Fit it again.",
-            kind,
-        )
+        return True
+    kind = type(posterior).__name__.removesuffix("Posterior")
+    logger.warning(
+        "The model's weights have moved since its %s posterior was fitted: the posterior is not saved with "
+        "them. Fit it again.",
+        kind,
+    )
+    return False
+
+
+def _tell_unsaved(model: nn.Module) -> None:
+    own = vars(model).get(_OWN)
+    if isinstance(own, BasePosterior) and own.file_name:
+        why = "it is of another model" if own.model is not model else "the model's layers are a posterior themselves"
+        logger.warning("`model.posterior` (%s) is not saved with the model: %s.", type(own).__name__, why)
+
+
+def _recorded(path: Path) -> dict[str, str] | None:
+    """The digests of weights that lie in a folder; None where there are none, or they cannot be read."""
+    try:
+        return read_digests(path) if path.is_file() else None
+    except ValueError:
+        return None
+
+
+def _remove_posteriors(folder: Path) -> None:
+    """Those of weights that were overwritten, which a reload would take for the new ones'."""
+    stale = [name for name in saved_kinds() if (folder / name).is_file()]
+    for name in stale:
+        (folder / name).unlink()
+    if stale:
+        logger.warning("Removed %s from %r: the posterior of weights that were overwritten.", stale, str(folder))
 
 
 def _written(folder: Path, variant: str | None) -> list[Path]:

@@ -35,7 +35,7 @@ from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
 from ..predictive import Predictive
 from ..sampling.passes import monte_carlo
 from ..sampling.random_state import left_alone
-from ..sampling.views import View, itself, private_view
+from ..sampling.views import View, itself, lend, private_view, undisturbed
 from .heads import has_many_logits, known_problem_type, recorded_noise_std, without_labels
 
 
@@ -163,11 +163,13 @@ class BasePosterior(ABC):
         random = list(self.random_parameters())
         own = {id(p): own for p, own in self.own_parameters().items()}
         view = private_view(self.model, own) if self.draws_in_views else None
+        if view is None:
+            lend(self.model)
 
         @contextlib.contextmanager
         def draw(index: int, seed: int) -> Iterator[None]:
             if view is not None:
-                with self.draw_in(view, index, seed):
+                with undisturbed(self.model), self.draw_in(view, index, seed):
                     yield
             else:
                 with itself(self.model), self.draw(index, seed):
@@ -340,6 +342,7 @@ class BasePosterior(ABC):
     def recording_view(self, tensors: Iterable[nn.Parameter] = ()) -> Iterator[View]:
         """The model at its mean in ``eval()``, for `linearized.record`: a view where there can be one."""
         with (
+            undisturbed(self.model),
             recording_view(self.model, tensors, training=False, is_private=self.draws_in_views) as view,
             self.mean_in(view) if view.is_private else self.mean(),
         ):

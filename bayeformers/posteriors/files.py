@@ -60,3 +60,23 @@ def load_beside(directory: Path, name: str | None, model: nn.Module) -> BasePost
     if name not in _KINDS:
         raise ValueError(f"No posterior is registered that saves {name!r}: import the module that registers it first.")
     return _KINDS[name].load(directory / name, model)
+
+
+def check_model(posterior: BasePosterior, model: nn.Module, what: str) -> None:
+    """Check that a posterior that is saved beside its model is of this one, or of a part of it.
+
+    Args:
+        posterior: the posterior.
+        model: the model that it is given to.
+        what: what it is, for the error.
+
+    Raises:
+        ValueError: it is of another model, whose predictions would be taken for this one's.
+    """
+    own = posterior.model
+    is_related = any(part is own for part in model.modules()) or any(part is model for part in own.modules())
+    if posterior.file_name is not None and not is_related:
+        raise ValueError(
+            f"{what} is a {type(posterior).__name__} of another model ({type(own).__name__}) than this "
+            f"{type(model).__name__}: make it around this one, or use the posterior's own `model` here."
+        )

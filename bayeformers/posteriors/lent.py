@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..sampling.views import alone
+from ..sampling.views import alone, lend
 from ..storage import digest
 from .base import BasePosterior
 from .streamed import same_bits, write
@@ -34,7 +34,9 @@ class LentPosterior(BasePosterior):
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
         self.model = model
         self._tensors, self._shared = dict(tensors), dict(shared)
-        self._versions = {name: tensor._version for name, tensor in self._shared.items()}
+        self._versions = {name: _version(tensor) for name, tensor in self._shared.items()}
+        self._digests = {name: (tensor.dtype, digest(tensor)) for name, tensor in self._shared.items()}
+        lend(model)
 
     @abstractmethod
     def pieces(self, name: str, index: int, seed: int) -> Iterable[Tensor]:
@@ -61,14 +63,24 @@ class LentPosterior(BasePosterior):
         with self._holding(self.mean_pieces):
             yield
 
+    def find_tensors(self) -> None:
+        """Take up the model's tensors: ``model.to`` makes other buffers, and loading by assignment other Parameters."""
+        model = self.model
+        own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        own |= dict(model.named_buffers(remove_duplicate=False))
+        for known in (self._tensors, self._shared):
+            known.update({name: own.get(name, tensor) for name, tensor in known.items()})
+
     def random_parameters(self) -> Iterable[nn.Parameter]:
         """The Parameters that a draw writes."""
+        self.find_tensors()
         return [tensor for tensor in self._tensors.values() if isinstance(tensor, nn.Parameter)]
 
     @contextlib.contextmanager
     def _holding(self, pieces: Callable[[str], Iterable[Tensor]]) -> Iterator[None]:
         kept: dict[str, Pieces] = {}
         with alone(self.model):
+            self.find_tensors()
             try:
                 with torch.no_grad():
                     for name, tensor in self._tensors.items():
@@ -94,8 +106,15 @@ class LentPosterior(BasePosterior):
     # -- what draws do not write -------------------------------------------------------------------------------------
 
     def is_of_present_weights(self) -> bool:
-        """Whether the tensors that all draws share are as they were."""
-        return all(tensor._version == self._versions[name] for name, tensor in self._shared.items())
+        """Whether the tensors that all draws share are as they were, or are so again after another posterior's draw."""
+        self.find_tensors()
+        for name, tensor in self._shared.items():
+            version, (dtype, found) = _version(tensor), self._digests[name]
+            if version != self._versions[name]:
+                if tensor.dtype == dtype and digest(tensor) != found:  # in another precision it may be
+                    return False
+                self._versions[name] = version
+        return True
 
     def shared_record(self) -> dict[str, list[str]]:
         """Return dtype and digest of each tensor that all draws share, for `check_shared` of a reload.
@@ -128,3 +147,8 @@ def check_shared(own: Mapping[str, Tensor], record: Mapping[str, Any], written: 
             f"{where} goes with another model: `model` lacks {missing[:3]} ({len(missing)}) and has other values in "
             f"{changed[:3]} ({len(changed)}). Load the model that it was saved with."
         )
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Which tensor it is, and how often it was written; one that was made in inference mode does not count."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version

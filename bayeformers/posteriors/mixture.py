@@ -60,8 +60,6 @@ class MixturePosterior(BasePosterior):
         self.components = _checked(components)
         self.weights = _normalised(weights, len(self.components))
         self.model = self.components[0].model
-        counts = [component.num_draws for component in self.components]
-        self.num_draws = None if None in counts else sum(count for count in counts if count is not None)
         linear = [c.default_method for c in self.components if c.default_method not in SAMPLING]
         self.default_method = linear[0] if linear else "sample"
 
@@ -70,6 +68,12 @@ class MixturePosterior(BasePosterior):
         return f"MixturePosterior({parts})"
 
     # -- a posterior -------------------------------------------------------------------------------------------------
+
+    @property
+    def num_draws(self) -> int | None:  # type: ignore[override]
+        """All that the components have; None: unlimited."""
+        counts = [component.num_draws for component in self.components]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     def mean(self) -> AbstractContextManager[None]:
         """Not offered: the average of several networks' weights is none of them.

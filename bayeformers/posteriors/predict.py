@@ -10,7 +10,8 @@ from ..forward import Inputs
 from ..likelihoods import NoiseStd, ProblemType
 from ..linearized.links import Link
 from ..predictive import Predictive
-from .base import Posterior
+from .base import BasePosterior, Posterior
+from .files import check_model
 from .point import PointPosterior
 from .variational import VariationalPosterior, is_bayesian
 
@@ -70,6 +71,8 @@ def as_posterior(model_or_posterior: nn.Module | Posterior) -> Posterior:
         )
     own = getattr(model_or_posterior, "posterior", None)
     if isinstance(own, Posterior):
+        if isinstance(own, BasePosterior):
+            check_model(own, model_or_posterior, "`model.posterior`")
         return own
     if is_bayesian(model_or_posterior):
         return VariationalPosterior(model_or_posterior, draw_cache_bytes=0)  # a single batch finds nothing again

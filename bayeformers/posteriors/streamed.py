@@ -86,6 +86,10 @@ class InFiles:
             opened.close()
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file of a network: {error!r}.") from error
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> InFiles:
+        """Itself: it is only read, and from given places, so that copies of a model may share it."""
+        return self
+
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[Tensor]:
         """The elements of a tensor, flat, on the CPU."""
         file, begin, dtype = self._places[name]

@@ -178,6 +178,7 @@ class SWAGPosterior(LentPosterior):
         """The diagonal of Sigma, by Parameter: (v + sum_k D_k^2 / (K - 1)) / 2, or v; times the scale's square."""
         found = {}
         columns = self.moments.num_columns
+        self.find_tensors()
         for name in self.moments.names:
             parameter = self._tensors[name]
             assert isinstance(parameter, nn.Parameter)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_count
 from ..forward import Inputs, labels_of
-from ..likelihoods import IGNORED, NoiseStd, ProblemType, get_likelihood, ignored_label
+from ..likelihoods import IGNORED, NoiseStd, ProblemType, check_problem_type, get_likelihood, ignored_label
 from ..metrics import fit_temperature
 from ..metrics.scaling import LOG_FLOOR, fit_linear_map
 from ..predictive import Predictive
@@ -52,6 +52,7 @@ class TemperaturePosterior(BasePosterior):
         weight: W: of "scalar" the number 1 / T > 0 (of a regression T itself), else (C, C), of "vector" diagonal.
         bias: b, (C,); None for "scalar".
         method: the base's way to predict, for which it was fitted; None: its default.
+        problem_type: what the head predicts, where its model does not say; None: as the base says.
 
     Raises:
         TypeError: ``base`` is no posterior.
@@ -75,18 +76,25 @@ class TemperaturePosterior(BasePosterior):
         weight: Tensor | float = 1.0,
         bias: Tensor | None = None,
         method: str | None = None,
+        problem_type: ProblemType | None = None,
     ) -> None:
         if not isinstance(base, BasePosterior):
             raise TypeError(f"`base` must be a posterior, got {type(base).__name__}.")
         check_choice("kind", kind, get_args(Calibration))
         self.base, self.kind, self.model = base, kind, base.model
         self.weight, self.bias = _checked(kind, weight, bias)
-        self.num_draws, self.draw_cache_bytes = base.num_draws, base.draw_cache_bytes
+        self.draw_cache_bytes = base.draw_cache_bytes
         self.method, self.default_method = method, base.default_method if method is None else method
+        self._problem_type = None if problem_type is None else check_problem_type(problem_type)
 
     def __repr__(self) -> str:
         shown = f"T={self.temperature:.4g}" if self.kind == "scalar" else f"{len(self.weight)} classes"
         return f"TemperaturePosterior({type(self.base).__name__}, {self.kind}, {shown})"
+
+    @property
+    def num_draws(self) -> int | None:  # type: ignore[override]
+        """The base's."""
+        return self.base.num_draws
 
     @property
     def temperature(self) -> float:
@@ -112,6 +120,7 @@ class TemperaturePosterior(BasePosterior):
         seed: int = 0,
         penalty: float | None = None,
         problem_type: ProblemType | None = None,
+        noise_std: NoiseStd | None = None,
     ) -> TemperaturePosterior:
         """Return a posterior that is calibrated on rows that the model was not trained on, by their NLL.
 
@@ -124,6 +133,7 @@ class TemperaturePosterior(BasePosterior):
             seed: of the draws.
             penalty: of "vector" and "dirichlet", see `metrics.fit_linear_map`; None: cross-validated.
             problem_type: what the head predicts; None: as its model says.
+            noise_std: of a regression, as `predict` will be asked with: None: as the base knows it.
 
         Raises:
             TypeError: ``base`` is no posterior, or ``batches`` are not mappings.
@@ -135,18 +145,19 @@ class TemperaturePosterior(BasePosterior):
         check_count("num_samples", num_samples, 1)
         problem = base.problem_type() if problem_type is None else problem_type
         _check_head(problem, kind)
-        found = _collected(base, batches, problem, num_samples=num_samples, method=method, seed=seed)
+        options = {"num_samples": num_samples, "method": method, "seed": seed}
+        found = _collected(base, batches, problem, **options, **({} if noise_std is None else {"noise_std": noise_std}))
         weight: Tensor | float
         if get_likelihood(problem).has_noise:
-            return cls(base, kind, weight=_stretch(found), method=method)
+            return cls(base, kind, weight=_stretch(found), method=method, problem_type=problem_type)
         log_probs = torch.cat([values for values, _ in found]).double().cpu().numpy()
         labels = torch.cat([classes for _, classes in found]).cpu().numpy()
         if kind == "scalar":
             weight = 1 / fit_temperature(log_probs.clip(LOG_FLOOR), labels)
-            return cls(base, kind, weight=weight, method=method)
+            return cls(base, kind, weight=weight, method=method, problem_type=problem_type)
         linear = fit_linear_map(log_probs, labels, kind, penalty)
         weight, bias = torch.from_numpy(linear.weight), torch.from_numpy(linear.bias)
-        return cls(base, kind, weight=weight, bias=bias, method=method)
+        return cls(base, kind, weight=weight, bias=bias, method=method, problem_type=problem_type)
 
     # -- a posterior -------------------------------------------------------------------------------------------------
 
@@ -167,8 +178,8 @@ class TemperaturePosterior(BasePosterior):
         return self.base.is_of_present_weights()
 
     def problem_type(self) -> ProblemType:
-        """The base's."""
-        return self.base.problem_type()
+        """That for which it is calibrated, or the base's."""
+        return self._problem_type or self.base.problem_type()
 
     def recorded_noise_std(self) -> NoiseStd | None:
         """The base's, which `predict` stretches."""
@@ -202,10 +213,12 @@ class TemperaturePosterior(BasePosterior):
         is_same = method == self.default_method and not self.base.wraps  # a mixture's parts have methods of their own
         if method not in (None, self.method) and not is_same:
             raise ValueError(f"`method` must be {self.default_method!r}, for which it is calibrated, got {method!r}.")
+        if self._problem_type is not None and options.get("problem_type") is None:
+            options["problem_type"] = self._problem_type
         predictive = self.base.predict(inputs, num_samples=num_samples, method=self.method, seed=seed, **options)
         _check_head(predictive.problem_type, self.kind)
         if predictive.log_probs is None:
-            return stretched(predictive, self.temperature)
+            return stretched(predictive, float(self.weight))  # whatever the model says of its head
         return replace(
             predictive,
             log_probs=self._mapped(predictive.log_probs),
@@ -239,6 +252,7 @@ class TemperaturePosterior(BasePosterior):
             base.save(place / _BASE if base.wraps else place)
         tensors = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
         meta = {"kind": self.kind, "base": base.file_name, "wraps": base.wraps, "method": self.method}
+        meta |= {"problem_type": self._problem_type}
         write(place / FILE, tensors, meta, kind=_KIND)
 
     @classmethod
@@ -257,7 +271,8 @@ class TemperaturePosterior(BasePosterior):
         tensors, meta = read(path, kind=_KIND)
         check_whole(tensors, ["weight"] if meta["kind"] == "scalar" else ["weight", "bias"], f"{str(path)!r}")
         base = load_beside(path.parent / _BASE if meta["wraps"] else path.parent, meta["base"], model)
-        return cls(base, meta["kind"], **tensors, method=meta["method"])
+        problem_type = meta.get("problem_type")  # older files say nothing
+        return cls(base, meta["kind"], **tensors, method=meta["method"], problem_type=problem_type)
 
 
 def stretched(predictive: Predictive, factor: float, centre: Tensor | None = None) -> Predictive:

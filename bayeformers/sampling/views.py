@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ INERT = "inert_in_views"
 """A module's class may name here attributes that reach no module."""
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_lent: WeakSet[nn.Module] = WeakSet()
+"""Models into which the draws of a posterior are written."""
 _making = threading.Lock()
 _unwrapped: ContextVar[tuple[nn.Module, ...]] = ContextVar("bayeformers_unwrapped", default=())
 _ORIGINAL = "_original_forward"
@@ -152,6 +154,19 @@ def alone(model: nn.Module) -> Iterator[None]:
     with _making:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
+        yield
+
+
+def lend(model: nn.Module) -> None:
+    """Predictions may write draws into the model itself from now on: those on views wait for them."""
+    with _making:
+        _lent.add(model)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model's own weights stand in it until exit: a view reads them, and another posterior's draw may be there."""
+    with alone(model) if model in _lent else contextlib.nullcontext():
         yield
 
 

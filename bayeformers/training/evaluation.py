@@ -18,6 +18,7 @@ from ..heads import HeadPosterior
 from ..heads.find import find_head
 from ..likelihoods import NoiseStd, check_noise_std
 from ..posteriors import BasePosterior, VariationalPosterior
+from ..posteriors.files import check_model
 from ..sampling.random_state import preserved as preserved_rng
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_test_dataset
@@ -72,6 +73,11 @@ class MonteCarloTrainer(Trainer):
                 "`posterior` cannot be set: the model is Bayesian, and its layers are the posterior. "
                 "Call `to_deterministic(model)` first."
             )
+        if posterior is not None:
+            check_model(posterior, self.model, "`posterior`")
+            own = vars(self.model).get("posterior")
+            if isinstance(own, BasePosterior) and posterior.file_name:  # in place of the one that the model brought
+                self.model.posterior = posterior  # type: ignore[assignment]
         self._posterior = posterior
         carry(self.model, posterior)
 

@@ -11,9 +11,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..conversion.convert import is_bayesian
-from ..optim import IVON
+from ..likelihoods import Likelihood
+from ..optim import IVON, SGHMC
 from ..posteriors import IVONPosterior
+from .arguments import parse_noise_std
 from .laplace import LaplaceTrainer
+from .schedules import check_chain
 
 __all__ = ["IVONTrainer"]
 
@@ -22,6 +25,12 @@ _POINT_ESTIMATE = (
     "the trainer for variational inference, train with `IVON`, or call `fit_laplace()` after training."
 )
 """Said of a training that ends without a posterior."""
+
+_SQUARED_ERROR = (
+    "The loss of this regression is the squared error, and the posterior that of a Gaussian likelihood with a noise of "
+    "0.7071 (2 s^2 = 1). Give the labels' own noise as `noise_std`."
+)
+"""Said of a sampling optimizer, for which the scale of the loss is that of the likelihood."""
 
 _FILE = str(IVONPosterior.file_name)
 
@@ -38,6 +47,7 @@ class IVONTrainer(LaplaceTrainer):
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self._ivon: IVON | None = None
+        self._is_sampler = False  # whether the optimizer is IVON or SGHMC, which need the likelihood's own scale
         self.add_callback(_Draws(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -95,14 +105,25 @@ class IVONTrainer(LaplaceTrainer):
             for group in unknown:
                 group["ess"] = num_items
 
+    def trains_by_noise(self, likelihood: Likelihood) -> bool:
+        """Whether the loss is the Gaussian NLL of the noise that was given, as N times the mean loss has to be."""
+        if not (self._is_sampler and likelihood.has_noise and self.compute_loss_func is None):
+            return False
+        if parse_noise_std(self.args.noise_std) is None:
+            self._say(_SQUARED_ERROR)
+            return False
+        return True
+
     def find_ivon(self, optimizer: Any) -> None:
         """Take up an optimizer, which accelerate may have wrapped, if it is an `IVON`.
 
         Raises:
-            ValueError: it cannot train this model, or not so.
+            ValueError: it cannot train this model, or not so; or the gradients of an `SGHMC` are changed.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
         self._ivon = inner if isinstance(inner, IVON) else None
+        self._is_sampler = isinstance(inner, IVON | SGHMC)
+        check_chain(inner, self.args)
         if self._ivon is None:
             return
         self._ivon.leave_draw(keeps=False)  # of a training that begins again with smaller batches

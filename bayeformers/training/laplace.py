@@ -22,6 +22,7 @@ from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
 from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
 from ..posteriors import BasePosterior
+from ..posteriors.files import check_model
 from ..sampling.views import unwrapped_forward
 from .arguments import parse_noise_std
 from .checks import check_dataset
@@ -49,6 +50,7 @@ class LaplaceTrainer(MonteCarloTrainer):
         super().__init__(model, *args, **kwargs)
         own = getattr(self.model, _OWN, None)
         if isinstance(own, BasePosterior) and not is_bayesian(self.model):
+            check_model(own, self.model, "`model.posterior`")
             self._posterior = own
 
     def fit_laplace(
@@ -215,8 +217,6 @@ class LaplaceTrainer(MonteCarloTrainer):
 
     def _adopt(self, posterior: LaplacePosterior, seconds: float) -> None:
         self.posterior = posterior
-        if getattr(self.model, _OWN, None) is not None:
-            setattr(self.model, _OWN, posterior)  # in place of the one it brought along
         if posterior.record.config.fisher == "empirical":
             self._say(
                 'fisher="empirical" is no estimate of the curvature: its gradients vanish where a model fits its '

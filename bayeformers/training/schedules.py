@@ -9,9 +9,10 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import storage
+from ..optim import SGHMC
 from .checkpoints import unwrapped
 
-__all__ = ["checkpoint_folder", "lent_model", "load_beside", "save_beside", "set_rate"]
+__all__ = ["check_chain", "checkpoint_folder", "lent_model", "load_beside", "save_beside", "set_rate", "sghmc_in"]
 
 
 def set_rate(rate: float, kwargs: Mapping[str, Any]) -> None:
@@ -32,6 +33,29 @@ def set_rate(rate: float, kwargs: Mapping[str, Any]) -> None:
 def lent_model(kwargs: Mapping[str, Any]) -> nn.Module:
     """The model that a callback is handed, out of what wraps it."""
     return unwrapped(kwargs["model"])
+
+
+def sghmc_in(optimizer: Any) -> SGHMC | None:
+    """An optimizer out of what accelerate wraps it in, if it is an `SGHMC`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, SGHMC) else None
+
+
+def check_chain(optimizer: Any, args: TrainingArguments) -> None:
+    """Check that nothing changes the gradients of an `SGHMC`; another optimizer may have them changed.
+
+    Raises:
+        ValueError: they are clipped, or scaled.
+    """
+    if sghmc_in(optimizer) is None:
+        return
+    if args.max_grad_norm:
+        raise ValueError(
+            f"`max_grad_norm` is {args.max_grad_norm!r}: with clipped gradients SGHMC samples from another "
+            "distribution. Set `max_grad_norm=0`, and lower `lr` if the loss grows."
+        )
+    if args.fp16:
+        raise ValueError("`fp16` scales gradients and skips steps, which changes SGHMC's chain: use `bf16`.")
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -12,10 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .. import storage
 from ..checks import check_count, check_number
 from ..conversion.convert import is_bayesian
-from ..optim import SGHMC
 from ..posteriors import EnsemblePosterior
 from ..processes import gathered
-from .schedules import lent_model, load_beside, save_beside, set_rate
+from .schedules import check_chain, lent_model, load_beside, save_beside, set_rate, sghmc_in
 
 __all__ = ["CyclicalCallback"]
 
@@ -115,15 +114,7 @@ class CyclicalCallback(TrainerCallback):
     def _check(self, args: TrainingArguments, kwargs: Any) -> None:
         if is_bayesian(lent_model(kwargs)):
             raise ValueError("`CyclicalCallback` is for a model with one set of weights, and this one is converted.")
-        if _sghmc(kwargs) is None:
-            return
-        if args.max_grad_norm:
-            raise ValueError(
-                f"`max_grad_norm` is {args.max_grad_norm!r}: with clipped gradients SGHMC samples from another "
-                "distribution. Set `max_grad_norm=0`, and lower `lr` if the loss grows."
-            )
-        if args.fp16:
-            raise ValueError("`fp16` scales gradients and skips steps, which changes SGHMC's chain: use `bf16`.")
+        check_chain(kwargs["optimizer"], args)
 
     def _due_steps(self) -> list[int]:
         """Numbers of finished steps after which a snapshot is taken."""
@@ -144,7 +135,7 @@ class CyclicalCallback(TrainerCallback):
     ) -> None:
         """The rate, and whether there is noise, of the step that begins."""
         set_rate(self._rate(state.global_step), kwargs)
-        chain = _sghmc(kwargs)
+        chain = sghmc_in(kwargs["optimizer"])
         if chain is not None:
             for group in chain.param_groups:
                 is_sampling = self._place(state.global_step) >= self.exploration
@@ -182,11 +173,6 @@ class CyclicalCallback(TrainerCallback):
     ) -> None:
         """Every process waits for the files that the main one writes."""
         gathered(None)
-
-
-def _sghmc(kwargs: Any) -> SGHMC | None:
-    inner = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
-    return inner if isinstance(inner, SGHMC) else None
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

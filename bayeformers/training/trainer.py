@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..checkpoint.saving import saved_along
+from ..checkpoint.saving import save_posterior, saved_along
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config, without_stale_record
 from ..likelihoods import HEAD, Likelihood, ProblemType, get_likelihood, without_ignored
@@ -324,7 +324,7 @@ class BayesianTrainer(HeadTrainer):
         """
         own = self._posterior
         if own is not None and self.args.should_save and saved_along(self.model) is not own:
-            own.save(output_dir or str(self.args.output_dir))  # first: a push to the hub takes it along
+            save_posterior(own, Path(output_dir or str(self.args.output_dir)))  # first: a push takes it along
         inner, folder = checkpoints.unwrapped(self.model), output_dir or str(self.args.output_dir)
         has_adapter = adapter_checkpoints.is_peft(inner) and is_bayesian(inner) and not self._is_sharded()
         if has_adapter and self.args.should_save:
@@ -375,7 +375,7 @@ class BayesianTrainer(HeadTrainer):
         if (forward := head_pass(self.model, model, batch)) is not None:
             return forward
         likelihood, own_loss, trains_own = batch.likelihood, self.compute_loss_func, self._objective.has_own_terms
-        is_ours = is_bayesian(self.model) or self.args.noise_std == HEAD
+        is_ours = is_bayesian(self.model) or self.args.noise_std == HEAD or self.trains_by_noise(likelihood)
         if own_loss is None and not is_ours and (likelihood.has_stock_loss or not likelihood.is_known):
             loss, outputs = super().compute_loss(model, dict(batch.given), return_outputs=True)
             return ForwardPass(loss * batch.num_items, 0.0, outputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bayeformers
-from bayeformers.optim import IVON
+from bayeformers.optim import IVON, SGHMC
 from bayeformers.posteriors import IVONPosterior
 from bayeformers.training import BayesianTrainer
 from tests.training import ivon_worker, tiny
@@ -181,3 +181,28 @@ def test_two_processes_are_one(way: str, ranks: list[dict[str, Any]], tmp_path: 
 @pytest.mark.slow
 def test_gradients_that_were_not_averaged_are_refused(ranks: list[dict[str, Any]]) -> None:
     assert all("gradients of the processes differ" in rank["refused"]["no_sync"] for rank in ranks)
+
+
+def test_a_regression_trains_on_the_noise_that_was_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The Gaussian NLL's gradient is the squared error's times 1 / (2 s^2): 2 at s = 1/2."""
+    found = {}
+    for noise_std in ("residual", "0.5"):
+        model = tiny.plain("regression", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        optimizer = IVON(model.parameters(), lr=0.0, hess_init=0.5, weight_decay=0.0)
+        taken: list[Tensor] = []
+        bias = model.classifier.bias
+        bias.register_hook(lambda grad, taken=taken: taken.append(grad.clone()))
+        trainer = tiny.trainer(
+            tmp_path, model, "regression", optimizers=(optimizer, None), noise_std=noise_std, max_steps=1
+        )
+        trainer.train()
+        found[noise_std] = taken[0]
+    torch.testing.assert_close(found["0.5"], 2 * found["residual"])
+    assert "with a noise of 0.7071" in caplog.text
+
+
+def test_a_chain_of_clipped_gradients_is_refused(tmp_path: Path) -> None:
+    model = tiny.plain()
+    chain = SGHMC(model.parameters(), lr=0.01, num_data=20, prior_precision=1.0)
+    with pytest.raises(ValueError, match="with clipped gradients SGHMC samples from another"):
+        tiny.trainer(tmp_path, model, optimizers=(chain, None)).train()
