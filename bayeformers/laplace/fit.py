@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, is_whole
-from ..likelihoods import logits_of
+from ..likelihoods import logits_of, unwrapped
 from ..likelihoods.registry import likelihood_of_family
 from ..linearized import check_reads, record, recording_view
 from ..linearized.captured import OutputOf
@@ -269,6 +269,11 @@ def _check_kinds(model: Any, prior_mean: Any, logits: Any, seed: Any) -> None:
         raise ValueError(
             "`model` has one set of weights for a Laplace posterior, but this one's layers are Bayesian already: call "
             "`to_deterministic(model)` first, which takes the posterior mean."
+        )
+    if getattr(getattr(unwrapped(model), "config", None), "bayesian_head", None) is not None:
+        raise ValueError(
+            "`model` has a VBLL or SNGP head, which is a posterior already and would be left out of this one: call "
+            "`to_plain_head(model)` first."
         )
     if not is_whole(seed):
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
