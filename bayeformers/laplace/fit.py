@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, is_whole
-from ..likelihoods import logits_of, unwrapped
+from ..likelihoods import logits_of
 from ..likelihoods.registry import likelihood_of_family
 from ..linearized import check_reads, record, recording_view
 from ..linearized.captured import OutputOf
@@ -270,7 +270,7 @@ def _check_kinds(model: Any, prior_mean: Any, logits: Any, seed: Any) -> None:
             "`model` has one set of weights for a Laplace posterior, but this one's layers are Bayesian already: call "
             "`to_deterministic(model)` first, which takes the posterior mean."
         )
-    if getattr(getattr(unwrapped(model), "config", None), "bayesian_head", None) is not None:
+    if any(getattr(module, "is_own_posterior", False) for module in model.modules()):
         raise ValueError(
             "`model` has a VBLL or SNGP head, which is a posterior already and would be left out of this one: call "
             "`to_plain_head(model)` first."
