@@ -343,6 +343,11 @@ def _check_convertible(model: nn.Module) -> None:
             "`model` cannot be converted under `torch.inference_mode()`, nor if it was made there: scales made there "
             "can never be trained. Use `torch.no_grad()`, or convert outside."
         )
+    if any(getattr(module, "is_own_posterior", False) for module in model.modules()):
+        raise ValueError(
+            "`model` has a VBLL or SNGP head, whose objective and the ELBO of other layers do not go together: call "
+            "`to_plain_head(model)` first."
+        )
     if is_bayesian(model):
         by_hand = conversion_record(model) is None
         raise ValueError(

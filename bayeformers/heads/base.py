@@ -48,6 +48,7 @@ class Head(nn.Module, ABC):
     weight: nn.Parameter
     log_noise_std: nn.Parameter | None
     has_logit_noise: ClassVar[bool] = False  # logits have noise of their own
+    is_own_posterior: ClassVar[bool] = True  # which conversion and Laplace refuse
 
     def __init__(self, in_features: int, out_features: int, config: HeadConfig, *, is_regression: bool) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
@@ -13,6 +14,7 @@ from ..likelihoods import get_likelihood, resolve_problem_type
 from ..posteriors.heads import without_labels
 from .base import features_of
 from .find import check_likelihood, head_of
+from .sngp import RandomFeatureHead
 
 __all__ = ["head_loss"]
 
@@ -21,7 +23,8 @@ def head_loss(model: nn.Module, batch: Mapping[str, Any], num_items: int) -> Ten
     """Return mean nll + penalty / N, which `BayesianTrainer` minimises too; a scalar with gradient.
 
     The nll is VBLL's bound, or that of SNGP at its weights; the penalty VBLL's KL(q || p), or SNGP's -log p(w), with
-    that of a learned noise.
+    that of a learned noise. A loss with gradient is one to train by, so SNGP's head drops the covariance that it has,
+    which is that of the weights before: call `fit_covariance` again.
 
     Args:
         model: with such a head.
@@ -36,6 +39,8 @@ def head_loss(model: nn.Module, batch: Mapping[str, Any], num_items: int) -> Ten
     labels = labels_of(batch)
     likelihood = get_likelihood(resolve_problem_type(model, labels))
     check_likelihood(head, likelihood)
+    if isinstance(head, RandomFeatureHead) and head.is_fitted and torch.is_grad_enabled():
+        head.forget()
     _, features = features_of(model, head, without_labels(model, batch))
     values, mask = head.item_nll(features, batch, likelihood)
     return values.sum() / mask.sum().clamp_min(1) + head.penalty() / num_items

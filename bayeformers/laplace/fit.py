@@ -270,6 +270,11 @@ def _check_kinds(model: Any, prior_mean: Any, logits: Any, seed: Any) -> None:
             "`model` has one set of weights for a Laplace posterior, but this one's layers are Bayesian already: call "
             "`to_deterministic(model)` first, which takes the posterior mean."
         )
+    if any(getattr(module, "is_own_posterior", False) for module in model.modules()):
+        raise ValueError(
+            "`model` has a VBLL or SNGP head, which is a posterior already and would be left out of this one: call "
+            "`to_plain_head(model)` first."
+        )
     if not is_whole(seed):
         raise TypeError(f"`seed` must be a whole number, got {seed!r}.")
     if not callable(logits):

@@ -225,9 +225,7 @@ class LaplacePosterior(MovedPosterior):
         if self.choice.at_grid_end is not None:
             found.append(f"tau lies at the {self.choice.at_grid_end} end of the range that was searched")
             if self.choice.method == "leverage" and self.choice.at_grid_end == "largest":
-                found.append(
-                    "none in it keeps the leverages of training rows below 1: it stays next to the trained network"
-                )
+                found.append("the posterior stays next to the trained network")
         if self.exceeds_data:
             gamma = sum(self.effective_parameters.values())
             found.append(

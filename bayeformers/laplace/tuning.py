@@ -112,12 +112,14 @@ def _raised(posterior: LaplacePosterior, training: Iterable[Any] | Loader | None
     evidence = float(posterior.prior_precision)  # type: ignore[arg-type]
     grid = (evidence, *(tau for tau in GRID[::2] if tau > evidence))  # a smaller tau than the evidence's is never taken
     found = np.concatenate(gathered(leverages(posterior, rows, grid)), axis=1)
-    count = sum(gathered(sum(len(batch) for batch in rows)))
+    likelihood = likelihood_of_family(posterior.record.config.likelihood)
+    count = sum(gathered(sum(len(batch.labelled(likelihood)) for batch in rows)))
     if found.shape[1] == 0:
         raise ValueError('`training` holds no row with a loss term for `prior_precision`="leverage".')
     tau = safe_precision(found, grid)
-    end = "largest" if found[-1].max() > 1 else None if tau > evidence else posterior.choice.at_grid_end
-    if end == "largest" and process_index() == 0:
+    is_unsafe = bool(found[-1].max() > 1)
+    end = "largest" if is_unsafe else None if tau > evidence else posterior.choice.at_grid_end
+    if is_unsafe and process_index() == 0:
         logger.warning(
             'prior_precision="leverage" found no tau up to %.4g at which the leverages of the training rows stay below '
             "1: nothing safe is known, and the posterior stays next to the trained network.",

@@ -26,7 +26,8 @@ def standardized(parts: Sequence[Part], familiar: Tensor) -> list[Part]:
     """
     if familiar.shape[1] < 2:
         raise ValueError(
-            f"{familiar.shape[1]} rows are left to standardise the scores by, but 2 are needed: give `validation` rows."
+            f"{familiar.shape[1]} rows are left to standardise the scores by, but 2 are needed: give more `validation` "
+            "rows."
         )
     return [part.calibrated(row) for part, row in zip(parts, familiar, strict=True)]
 

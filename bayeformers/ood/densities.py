@@ -50,11 +50,18 @@ def from_moments(methods: Sequence[str], moments: Moments) -> dict[str, dict[str
         moments: the sums.
 
     Raises:
-        ValueError: fewer than two rows, or the features are constant or not finite.
+        ValueError: fewer than two rows, or classes to compare, or the features are constant or not finite.
     """
     if float(moments.counts.sum()) < 2:
-        raise ValueError(f"A density needs at least 2 rows, got {int(moments.counts.sum())}.")
+        raise ValueError(
+            f"A density needs at least 2 rows, of a classifier with labels other than -100, got "
+            f"{int(moments.counts.sum())}."
+        )
     seen, total = moments.counts > 0, moments.total()
+    if "relative_mahalanobis" in methods and int(seen.sum()) < 2:
+        raise ValueError(
+            "'relative_mahalanobis' needs rows of at least 2 classes, got those of one: take 'marginal_mahalanobis'."
+        )
     scale = deviations(total[0])
     found: dict[str, dict[str, Tensor]] = {}
     if set(methods) & {"marginal_mahalanobis", "relative_mahalanobis"}:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .predictions import PREDICTIONS, point_prediction, prediction_score
 from .thresholds import threshold
 
 FILE = "density.safetensors"
+
+_Versions = tuple[Any, ...]
+"""A model, and the place and the number of in-place changes of all that is in its state."""
 
 _POSITIVE = ("marginal_mahalanobis", "mahalanobis", "knn")  # whose logarithm is taken: distances are skewed
 
@@ -99,6 +103,7 @@ class FeatureDensity:
     calibration: Tensor
     digests: Mapping[str, str]
     num_rows: int
+    _known: list[_Versions] = field(default_factory=list, init=False, repr=False)  # weights that were compared last
 
     def __str__(self) -> str:
         """Its parts in words."""
@@ -112,15 +117,24 @@ class FeatureDensity:
             inputs: what its forward takes; labels are ignored.
 
         Returns:
-            (B,), higher for the less familiar.
+            (B,), higher for the less familiar; infinity where features are not finite, which no threshold lets pass.
 
         Raises:
-            ValueError: the batch is empty.
+            ValueError: the batch is empty, or the model has other weights than those that the density was fitted to.
         """
         posterior = as_posterior(model_or_posterior)
+        self.check_weights(posterior.model)
         inputs = without_labels(posterior.model, inputs)
         check_filled(inputs)
-        return self.score_raw(raw_scores(posterior, inputs, self.parts))
+        scores = self.score_raw(raw_scores(posterior, inputs, self.parts))
+        return scores.masked_fill(scores.isnan(), math.inf)
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raise ValueError unless the weights are those of the fit; hashed only if they may have changed since."""
+        versions = _versions(model)
+        if versions not in self._known:
+            check_same_weights(model, self.digests)
+            self._known[:] = [versions]
 
     def score_raw(self, raw: Tensor) -> Tensor:
         """Add the parts' raw scores, (parts, B), up: (B,)."""
@@ -185,8 +199,19 @@ _NUMBERS = ("loc", "scale", "low", "weight")
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
-    """Hashes of everything in the model's state, by name."""
-    return {name: digest(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Hashes of everything in the model's state, by its name without wrappers' (data-parallel, compiled)."""
+    state = {_bare(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: digest(value) for name, value in state.items()}
+
+
+def _bare(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return _bare(rest) if first in ("module", "_orig_mod") and rest else name
+
+
+def _versions(model: nn.Module) -> _Versions:
+    state = model.state_dict(keep_vars=True).values()
+    return (weakref.ref(model), *((value.data_ptr(), value._version) for value in state if isinstance(value, Tensor)))
 
 
 def check_same_weights(model: nn.Module, expected: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from .features import Place, Pooling, at_mean, read_features, read_states
 from .made_up import KINDS, can_be_made_up, made_up
 from .moments import Moments
 from .places import Layer, check_layer, check_pooling, chosen_places, listed
+
+logger = logging.getLogger(__name__)
 
 _KEPT_SHARE = 10
 _MOST_KEPT = 1000
@@ -63,7 +66,7 @@ def fit_density(
         pooling: see `Place`; "auto": all that the model has.
         validation: rows that the network was not trained on, which standardise the parts and give the thresholds; by
             default a tenth of the training rows, at most 1,000, is left out of the densities for it.
-        outliers: unfamiliar inputs, in place of those that are made up; never those that are to be scored.
+        outliers: unfamiliar inputs, in place of those that are made up; never those that are to be scored. Of "auto".
         num_neighbours: k of "knn".
         num_references: M, the training rows that "knn" keeps, drawn by ``seed``.
         seed: of these choices.
@@ -90,6 +93,8 @@ def fit_density(
     check_count("seed", seed, 0)
     if num_neighbours > num_references:
         raise ValueError(f"`num_neighbours` must be at most `num_references`={num_references}, got {num_neighbours!r}.")
+    if outliers is not None and method != "auto":
+        raise ValueError(f'`outliers` choose the weights of `method`="auto", so leave out one of them, got {method!r}.')
     posterior = as_posterior(model_or_posterior)
     loader = Loader(posterior.model, dataloader, None, None, progress)
     held_out = None if validation is None else Loader(posterior.model, validation, None, None, progress)
@@ -104,6 +109,8 @@ def fit_density(
     if len({part.method for part in parts}) > 1:
         batches = _unfamiliar(familiar, shifted, seed)
         unfamiliar = {kind: _scores(posterior, inputs, parts) for kind, inputs in batches.items()}
+    elif outliers is not None:
+        logger.warning("`outliers` have no say: rows of no or one class leave a single family, and nothing to weigh.")
     density = FeatureDensity(
         parts=parts, calibration=raw[0], digests=weight_digests(posterior.model), num_rows=fitting.num_rows
     )
@@ -192,6 +199,10 @@ class _Pass:
 
     def parts(self, num_neighbours: int) -> tuple[Part, ...]:
         """The densities of all places, family by family; they share their tensors."""
+        if (
+            len(self.methods) > 1 and int((self.moments[self.places[0]].counts > 0).sum()) == 1
+        ):  # none to be relative to
+            self.methods = tuple(method for method in self.methods if method != "relative_mahalanobis")
         tensors = {place: self._tensors(place, num_neighbours) for place in self.places}
         found = [
             Part(method=method, place=place, tensors=tensors[place][method])
@@ -274,7 +285,10 @@ def _scores(posterior: Posterior, batches: Iterable[Inputs], parts: tuple[Part, 
 def _unfamiliar(familiar: list[Inputs], given: Loader | None, seed: int) -> dict[str, list[Inputs]]:
     """Batches by kind: those given, or made up of some familiar rows; none of inputs that are no token ids."""
     if given is not None:
-        return {"given": [batch.inputs for batch in given.batches("Outliers")]}
+        outliers = [batch.inputs for batch in given.batches("Outliers")]
+        if not any(gathered(len(outliers))):
+            raise ValueError("`outliers` is empty: it must give at least one batch.")
+        return {"given": outliers}
     if not familiar or not all(map(can_be_made_up, familiar)):
         return {}
     sizes = torch.tensor([batch_size(inputs) for inputs in familiar]).cumsum(0)

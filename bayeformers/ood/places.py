@@ -66,7 +66,7 @@ def chosen_places(
     else:
         layers = listed(layer)
     poolings = _poolings(model, states) if pooling == "auto" else (pooling,)
-    return [Place(each, how) for each in layers for how in poolings]
+    return list(dict.fromkeys(Place(each, how) for each in layers for how in poolings))
 
 
 def _spread(last: int, shape: Sequence[int]) -> list[int]:

@@ -76,7 +76,8 @@ def _rank(count: int, rate: float) -> int:
     if rank > count:
         raise ValueError(
             f"`scores` has {count} rows, too few for `false_alarm_rate`={rate:g}: no threshold keeps it with fewer "
-            f"than {math.ceil(1 / rate - 1e-9) - 1}."
+            f"than {math.ceil(1 / rate - 1e-9) - 1}. Of a density they are its calibration rows: give `fit_density` "
+            "more `validation` rows."
         )
     return rank
 

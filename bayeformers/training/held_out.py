@@ -13,6 +13,7 @@ from ..laplace import LaplacePosterior
 from ..laplace.config import PriorChoice
 from ..laplace.evidence import Precision
 from ..laplace.tuning import checked_validation
+from ..posteriors.heads import has_many_logits, known_problem_type
 from .checks import check_dataset
 
 __all__ = ["COLLATED", "HeldOut", "choose_rows", "said_choice"]
@@ -75,6 +76,8 @@ def choose_rows(
 
 def _why_not(model: nn.Module, data: Any, training: Any, label_names: set[str]) -> str:
     """Why the `eval_dataset` cannot choose tau unasked; empty if it can."""
+    if has_many_logits(model, known_problem_type(model)):
+        return "this head has too many logits for held-out rows or leverages to judge"
     if data is None or isinstance(data, str):
         return "there is no `eval_dataset`"
     if isinstance(data, dict):
@@ -85,10 +88,6 @@ def _why_not(model: nn.Module, data: Any, training: Any, label_names: set[str]) 
         return "`eval_dataset` is empty"
     if not _has_labels(data, label_names):
         return "`eval_dataset` has no labels"
-    try:
-        checked_validation(model, data)
-    except ValueError:
-        return "this head has too many logits for held-out rows to judge"
     return ""
 
 
@@ -106,17 +105,22 @@ def _has_labels(data: Any, label_names: set[str]) -> bool:
     return bool(label_names & set(names))
 
 
-def said_choice(posterior: LaplacePosterior, held_out: HeldOut, num_training: int | None) -> str:
+def said_choice(
+    posterior: LaplacePosterior, held_out: HeldOut, num_training: int | None, num_seen: int | None = None
+) -> str:
     """Return a line: tau, how it was chosen, on which rows; and what speaks against believing the posterior.
 
     Args:
         posterior: the fit.
         held_out: how its prior precision was found.
         num_training: rows of the fit; None where that is not known.
+        num_seen: rows that the curvature was measured on, where it is scaled up to all of them.
     """
     tau = posterior.prior_precision
     shown = f"{tau:.4g}" if isinstance(tau, float) else f"{min(tau.values()):.4g} to {max(tau.values()):.4g} by layer"
     rows = "the training data" if num_training is None else f"{num_training:,} training rows"
+    if num_training is not None and num_seen is not None and num_seen < num_training:
+        rows = f"{num_seen:,} of {rows}"
     if held_out.data is not None:
         count = f"the {len(held_out.data):,} rows of " if has_length(held_out.data) else ""
         how = f"of least held-out NLL on {count}`{held_out.name}`"

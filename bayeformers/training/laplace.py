@@ -124,7 +124,8 @@ class LaplaceTrainer(MonteCarloTrainer):
             )
         self._adopt(posterior, time.perf_counter() - start)
         if self.is_world_process_zero():
-            logger.warning(said_choice(posterior, held_out, posterior.record.num_data))
+            seen = None if config.num_batches is None else config.num_batches * size * self.args.world_size
+            logger.warning(said_choice(posterior, held_out, posterior.record.num_data, seen))
         return posterior
 
     def _resolved(

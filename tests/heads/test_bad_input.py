@@ -229,3 +229,24 @@ def test_configurations_are_json() -> None:
     for config in (VBLLConfig(prior_std=0.1, rank=3), SNGPConfig(spectral_layers=("a.b",), seed=4)):
         assert head_config(json.loads(json.dumps(config.to_dict()))) == config
     assert head_config({"version": 1, "kind": "sngp", "of_a_newer_version": 1}) == SNGPConfig()
+
+
+@pytest.mark.parametrize("kind", ["vbll", "sngp"])
+def test_no_other_posterior_around_a_head(kind: str) -> None:
+    """Their layers would leave the head out, or scatter its mean."""
+    model = fitted(kind)
+    for call in (bayeformers.to_bayesian, lambda model: bayeformers.laplace.fit(model, batches(), progress=False)):
+        with pytest.raises(ValueError, match="VBLL or SNGP head"):
+            call(model)
+    assert bayeformers.predict(model, rows()).logit_covariance is not None
+
+
+def test_a_covariance_of_former_weights_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """A loss that is only looked at leaves it."""
+    model, batch = fitted("sngp"), batches()[0]
+    with torch.no_grad():
+        head_loss(model, batch, 18)
+    assert head_of(model).is_fitted
+    head_loss(model, batch, 18).backward()
+    covariance = bayeformers.predict(model, rows()).logit_covariance
+    assert covariance is not None and float(covariance.abs().max()) == 0 and "no covariance yet" in caplog.text

@@ -167,6 +167,21 @@ def test_nothing_safe_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert any("stays next to the trained network" in caveat for caveat in found.caveats)
 
 
+def test_the_evidences_own_end_is_not_laid_to_the_leverages(caplog: pytest.LogCaptureFixture) -> None:
+    """A prior around the weights themselves has no largest evidence; no leverage forbids the end of its range."""
+    net = mlp()
+    with caplog.at_level(logging.WARNING):
+        found = laplace.fit(net, batches(4 * X, Y), prior_mean=net, **QUIET)
+    assert found.choice == PrecisionChoice(method="leverage", at_grid_end="largest", num_rows=40)
+    assert "leverages" not in caplog.text + "".join(found.caveats)
+
+
+def test_rows_without_a_label_are_not_counted() -> None:
+    labels = Y.clone()
+    labels[::2] = -100
+    assert laplace.fit(mlp(), batches(4 * X, labels), **QUIET).choice.num_rows == 20
+
+
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 

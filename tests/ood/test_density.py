@@ -277,6 +277,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rows": ({"dataloader": [{"input_ids": [1, 2, 3]}]}, "must give batches of tensors"),
     "number": ({"dataloader": 3}, "must give batches"),
     "one_row": ({"dataloader": [tiny.tokens(1)]}, "at least 2 rows"),
+    "one_class_alone": ({"method": "relative_mahalanobis", "dataloader": [{**tiny.tokens(9), "labels": torch.ones(9)}]},
+                        "at least 2 classes"),
+    "ignored": ({"dataloader": [{**tiny.tokens(9), "labels": torch.full((9,), -100)}]}, "labels other than -100"),
+    "outliers_unused": ({"method": "knn", "outliers": batches(1)}, "`outliers` choose the weights"),
+    "outliers_empty": ({"outliers": []}, "`outliers` is empty"),
     "validation_empty": ({"validation": []}, "rows are left to standardise"),
     "validation_one": ({"validation": [tiny.tokens(1)]}, "rows are left to standardise"),
     "validation_iterator": ({"validation": iter(batches(1))}, "read more than once"),
@@ -307,9 +312,9 @@ def test_a_wrong_argument_of_fit_density_is_refused(name: str, model: nn.Module,
         (lambda m, d, x: score_ood(m, x, method="energy", seed=-1), "`seed`"),
         (lambda m, d, x: score_ood(tiny.plain("regression"), x, method="energy"), "regression"),
         (lambda m, d, x: score_ood(tiny.plain("regression"), x), "regression"),
-        (lambda m, d, x: d.score(tiny.plain("single"), x), "must be in|the density's"),
+        (lambda m, d, x: d.score(tiny.plain("single"), x), "fitted to other weights"),
         (lambda m, d, x: d.threshold(0.0), "`false_alarm_rate`"),
-        (lambda m, d, x: d.threshold(0.001), "too few"),
+        (lambda m, d, x: d.threshold(0.001), "too few .* more `validation` rows"),
         (lambda m, d, x: d.save(3), "`directory`"),
         (lambda m, d, x: FeatureDensity.load("/nowhere/at/all", m), "There is no density file"),
         (lambda m, d, x: FeatureDensity.load("folder", "model"), "`model` must be"),
@@ -333,6 +338,38 @@ def test_another_models_weights_are_refused(model: nn.Module, held_out: list[Bat
     for other in (moved, tiny.plain(num_hidden_layers=2), tiny.plain().double()):
         with pytest.raises(ValueError, match="fitted to other weights"):
             FeatureDensity.load(tmp_path, other)
+
+
+def test_weights_that_change_after_the_fit_are_refused(held_out: list[Batch]) -> None:
+    """In place, as an optimizer changes them; of a wrapped model, and where they are put back, scores stay."""
+    model = tiny.plain(num_hidden_layers=2).eval()
+    density, rows = fitted(model, held_out, layer=2, pooling="mean"), tiny.tokens(3)
+    scores = density.score(model, rows)
+    assert torch.equal(density.score(nn.DataParallel(model), rows), scores)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.classifier.bias.add_(1)  # type: ignore[union-attr,operator]
+    for other in (model, PointPosterior(model)):
+        with pytest.raises(ValueError, match="fitted to other weights"):
+            density.score(other, rows)
+    model.load_state_dict(state)
+    assert torch.equal(density.score(model, rows), scores)
+
+
+@pytest.mark.parametrize("method", ["marginal_mahalanobis", "relative_mahalanobis", "gaussian", "knn"])
+def test_features_that_are_not_finite_are_flagged(method: Any) -> None:
+    """NaN would be above no threshold."""
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(60, 3)
+    density = fit_density(net, [(x, (x[:, 0] > 0).long())], method=method, layer="0", validation=[x], progress=False)
+    scores = density.score(net, torch.tensor([[math.nan] * 3, [math.inf] * 3, [0.0] * 3]))
+    assert (scores[:2] > density.threshold(0.1)).all() and bool(scores[2].isfinite())
+
+
+def test_rows_of_one_class_have_no_relative_distance(model: nn.Module, held_out: list[Batch]) -> None:
+    """Unasked it is left out; the other families do not need it."""
+    one = [{**batch, "labels": torch.ones_like(batch["labels"])} for batch in batches()]
+    density = fit_density(model, one, validation=held_out, progress=False)
+    assert {part.method for part in density.parts} <= {"marginal_mahalanobis", "energy"}
 
 
 def test_a_damaged_file_is_refused(model: nn.Module, held_out: list[Batch], tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def test_the_evaluation_data_choose_unasked_and_a_line_says_so(
     caplog.clear()
     trainer.fit_laplace(validation_dataset=other)
     assert "on the 6 rows of `validation_dataset`" in caplog.text
+    trainer.fit_laplace(num_batches=2, batch_size=3)
+    assert "curvature of 6 of 20 training rows" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,7 @@ def test_the_evaluation_data_choose_unasked_and_a_line_says_so(
         ("single", {"eval_dataset": tiny.Rows(**tiny.tokens(6))}, "`eval_dataset` has no labels"),
         ("single", {"eval_dataset": "training"}, "`eval_dataset` is the training data"),
         ("causal", {}, "too many logits"),
+        ("causal", {"eval_dataset": None}, "too many logits"),
     ],
 )
 def test_leverages_or_the_evidence_choose_where_no_held_out_rows_can(
