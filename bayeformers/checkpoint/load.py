@@ -133,8 +133,8 @@ def _with_posterior(
     if not found:
         raise ValueError(
             f"`directory` {directory!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
-            f"no {FILE}. {files.scales_without_record()}Load it with transformers, and call `to_bayesian`, or fit a "
-            "posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by "
+            f"no {FILE} or other file of a posterior. {files.scales_without_record()}Load it with transformers, and "
+            "call `to_bayesian`, or fit a posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by "
             "`bayeformers.quantization.load`.)"
         )
     model, info = _plain(files, config, architecture(config, directory, hub), kwargs)
