@@ -134,8 +134,8 @@ def _with_posterior(
         raise ValueError(
             f"`directory` {directory!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
             f"no {FILE} or other file of a posterior. {files.scales_without_record()}Load it with transformers, and "
-            "call `to_bayesian`, or fit a posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded by "
-            "`bayeformers.quantization.load`.)"
+            "call `to_bayesian`, or fit a posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded "
+            "by `bayeformers.quantization.load`.)"
         )
     model, info = _plain(files, config, architecture(config, directory, hub), kwargs)
     name, path = next(iter(found.items()))
