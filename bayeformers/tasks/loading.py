@@ -82,8 +82,8 @@ def load_text_task(
     """Return the splits of any row of `TEXT_TASKS` as datasets: of GLUE's `load_glue`.
 
     Results are about ``test`` where there is one, whose ``validation`` is then for choices, else about ``validation``.
-    ``shifted`` are inputs out of the training distribution, of CLINC150 those with none of its intents, unlabelled. Rows
-    that the files sort by class are mixed, always in the same order: the first so many are of all classes.
+    ``shifted`` are inputs out of the training distribution, of CLINC150 those with none of its intents, unlabelled.
+    Rows that the files sort by class are mixed, always in the same order: the first so many are of all classes.
 
     Args:
         task: the row, or its name.
