@@ -79,7 +79,7 @@ def calibrate_delta(
         delta, for ``to_bayesian(model, delta)``.
 
     Raises:
-        ValueError: an argument is not one of these, there is no batch, or a regression has no labels.
+        ValueError: an argument is not one of these, there is no batch, no label counts, or a regression has none.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> delta = calibrate_delta(net, torch.randn(64, 4), torch.randint(3, (64,)), num_samples=4, progress=False)
@@ -245,7 +245,9 @@ def _nll(predictives: Iterable[Predictive], targets: list[Tensor]) -> float:
         log_prob = predictive.log_prob(target)
         kept = log_prob[~log_prob.isnan()]
         total, count = total - float(kept.double().sum()), count + kept.numel()
-    return total / max(count, 1)
+    if count == 0:
+        raise ValueError("`labels` hold none that counts: all are -100, or beyond the sequence.")
+    return total / count
 
 
 def _own_labels(predictive: Predictive) -> Tensor:

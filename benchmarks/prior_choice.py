@@ -1,6 +1,6 @@
 """Ways to choose the prior precision tau on one checkpoint: NLL, ECE and AURC on its reported rows, against MAP.
 
-    python -m benchmarks.prior_choice --data_dir glue --output_dir runs --task cola --seed 0 [--num_batches 60]
+    python -m benchmarks.prior_choice --data_dir data --output_dir runs --task cola --seed 0 [--num_batches 60]
 
 The checkpoint is a folder that `python -m benchmarks.real_data finetune` wrote. One KFAC fit and one pass over the
 reported rows serve every rule: the logits' covariance is kept at each tau of the grid, and a tau between two of its
@@ -28,7 +28,7 @@ from bayeformers.linearized.captured import bare_tensors, covariance, linearize
 from bayeformers.linearized.links import linearized_predictive
 
 from .real_data.context import Context
-from .real_data.data import FOLDERS
+from .real_data.data import PLACES
 
 Probs = np.ndarray
 """(N, C)."""
@@ -37,17 +37,17 @@ Probs = np.ndarray
 def main() -> None:
     """Parse the command line; print the table and write it to the checkpoint's folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds CoLA, MRPC, SST-2")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds glue, trec and clinc")
     parser.add_argument("--output_dir", type=Path, required=True, help="holds a folder per task and seed")
-    parser.add_argument("--task", choices=sorted(FOLDERS), required=True)
+    parser.add_argument("--task", choices=sorted(PLACES), required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_batches", type=int, help="random training batches of the fit; by default all")
     parser.add_argument("--max_rows", type=int, default=1000, help="held-out and reported rows, chosen at random")
     args = parser.parse_args()
-    result = compare(Context(args.task, args.seed, args.data_dir, args.output_dir), args.num_batches, args.max_rows)
+    context = Context(args.task, args.seed, args.data_dir, args.output_dir)
+    result = compare(context, args.num_batches, args.max_rows)
     print("\n".join(lines(result)))
-    folder = args.output_dir / f"{args.task}-{args.seed}"
-    (folder / "prior_choice.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (context.folder / "prior_choice.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(context: Context, num_batches: int | None, max_rows: int) -> dict[str, Any]:

@@ -313,6 +313,8 @@ def test_only_the_layers_that_are_asked_for_have_noise() -> None:
 
 X, Y = torch.zeros(5, 4), torch.zeros(5, dtype=torch.long)
 BAD: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    ((torch.randn(8, 4), torch.full((8,), -100)), {"method": "glm"}, "none that counts"),
+    ((torch.randn(8, 4), torch.full((8,), -100)), {}, "none that counts"),
     ((X, Y), {"bounds": (0.0, 1.0)}, r"`bounds` must be two finite numbers, 0 < low < high, got \(0.0, 1.0\)"),
     ((X, Y), {"bounds": (0.5, 0.1)}, r"`bounds` must .* got \(0.5, 0.1\)"),
     ((X, Y), {"bounds": (0.1, math.inf)}, r"`bounds` must .* got \(0.1, inf\)"),

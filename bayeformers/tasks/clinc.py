@@ -130,5 +130,6 @@ CLINC = TextTask(
     read=read_clinc,
     files=FILE,
     hub=HubCopy(name="clinc/clinc_oos", config="plus", label="intent", outside=OUTSIDE),
+    is_sorted=True,
 )
 """The row of `TEXT_TASKS`; the shifted inputs, requests with none of its intents, are near ones."""

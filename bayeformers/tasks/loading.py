@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .glue import GLUE_TASKS, GlueTask, TsvLayout, read_task, read_tsv
 from .registry import TEXT_TASKS
-from .text import TextTask, from_hub
+from .text import TextTask, from_hub, mixed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,6 +83,7 @@ def load_text_task(
 
     Results are about ``test`` where there is one, whose ``validation`` is then for choices, else about ``validation``.
     ``shifted`` are inputs out of the training distribution, of CLINC150 those with none of its intents, unlabelled.
+    Rows that the files sort by class are mixed, always in the same order: the first so many are of all classes.
 
     Args:
         task: the row, or its name.
@@ -101,6 +102,7 @@ def load_text_task(
         splits = from_hub(task, load_hub(hub.name, hub.config, revision=hub.revision, what=what, remedy=advice))
     else:
         splits = task.read(data_dir)
+    splits = {name: mixed(split) for name, split in splits.items()} if task.is_sorted else splits
     return {name: Dataset.from_dict(split) for name, split in splits.items()}
 
 

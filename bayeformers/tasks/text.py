@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import numpy as np
+
 from .glue import GlueTask, Split
 
 
@@ -42,11 +44,13 @@ class TextTask(GlueTask):
             ``test`` and ``shifted``.
         files: what messages call these files.
         hub: the copy on the hub.
+        is_sorted: whether the rows are sorted by class, so that the first ones of a split are of few classes.
     """
 
     read: Callable[[str | PathLike[str]], dict[str, Split]]
     files: str
     hub: HubCopy
+    is_sorted: bool = False
 
 
 def from_hub(task: TextTask, splits: Mapping[str, Any]) -> dict[str, Split]:
@@ -76,6 +80,12 @@ def from_hub(task: TextTask, splits: Mapping[str, Any]) -> dict[str, Split]:
         if split == "test" and len(inside) < len(classes):
             found["shifted"] = {"text": [t for t, kind in zip(texts, classes, strict=True) if kind == hub.outside]}
     return found
+
+
+def mixed(split: Split) -> Split:
+    """Return the rows in an order that is drawn once and for all."""
+    order = np.random.default_rng(0).permutation(len(split["text"]))
+    return {name: [values[i] for i in order] for name, values in split.items()}
 
 
 def _columns(task: TextTask, rows: Any) -> tuple[list[str], list[str]]:

@@ -93,6 +93,16 @@ def test_clinc_splits_and_labels(tmp_path: Path) -> None:
     assert len(INTENTS) == len(set(INTENTS)) == 150 and tuple(sorted(INTENTS)) == INTENTS
 
 
+def test_the_first_clinc_rows_are_of_all_classes(tmp_path: Path) -> None:
+    """The files are sorted by intent; every row stays beside its label, in an order that is always the same."""
+    rows = [[f"{intent} {i}", intent] for intent in INTENTS[:10] for i in range(20)]
+    first, again = (load_text_task("clinc", clinc(tmp_path, train=rows))["train"] for _ in range(2))
+    assert len(set(first["label"][:40])) == 10 and list(first["text"]) == list(again["text"])
+    assert sorted(zip(first["text"], first["label"], strict=True)) == sorted(
+        (text, INTENTS.index(intent)) for text, intent in rows
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
