@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..forward import Inputs
-from ..posteriors import Posterior
+from ..posteriors import PointPosterior, Posterior
 from ..posteriors.predict import as_posterior
 from .density import FeatureDensity
 from .predictions import PREDICTIONS, PredictionMethod, prediction_score
 
 ScoreMethod = Literal["auto", "density"] | PredictionMethod
 _METHODS: tuple[str, ...] = ("auto", "density", *PREDICTIONS)
+_OF_DRAWS = ("mutual_information", "logit_variance")
 
 
 def score_ood(
@@ -43,7 +44,7 @@ def score_ood(
 
     Raises:
         TypeError: the density is none.
-        ValueError: the method is unknown, or there is no density for it.
+        ValueError: the method is unknown, there is no density for it, or no posterior for a disagreement of draws.
 
     >>> import torch
     >>> score_ood(nn.Linear(2, 3), torch.ones(5, 2), method="energy").shape
@@ -58,5 +59,10 @@ def score_ood(
         return density.score(model_or_posterior, inputs)
     name = "max_probability" if method == "auto" else method
     posterior = as_posterior(model_or_posterior)
+    if isinstance(posterior, PointPosterior) and name in _OF_DRAWS:
+        raise ValueError(
+            f"`method`={name!r} is how far draws of the weights differ, and this {type(posterior.model).__name__} is a "
+            'point estimate, for which it is 0 everywhere: give a posterior, or take "energy" or a density.'
+        )
     predictive = posterior.predict(inputs, num_samples=num_samples, seed=seed)
     return prediction_score(name, predictive)

@@ -225,6 +225,13 @@ def test_scores_of_a_prediction_are_its_properties(model: nn.Module) -> None:
         torch.testing.assert_close(score_ood(posterior, new, method=method), values)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", ["mutual_information", "logit_variance"])
+def test_a_point_estimate_has_no_draws_that_differ(model: nn.Module, method: Any) -> None:
+    """0 for every input would pass for an answer."""
+    with pytest.raises(ValueError, match=f"`method`='{method}' is how far draws .* point estimate"):
+        score_ood(model, tiny.tokens(6, seed=3), method=method)
+
+
 def test_auto_takes_the_density_that_is_given(model: nn.Module, held_out: list[Batch]) -> None:
     density = fitted(model, held_out)
     new = tiny.tokens(6, seed=3)
