@@ -16,6 +16,7 @@ from .dropout import NUM_SAMPLES, mc_dropout, tuned_dropout
 from .fits import fitted
 from .members import ensemble, laplace_ensemble, swag
 from .recalibrated import averaged, recalibrated
+from .trained import ivon, sghmc, snapshots, sngp, vbll
 
 GLM = {"method": "glm", "contrasts": True}
 
@@ -80,6 +81,13 @@ METHODS: dict[str, Method] = {
     "delta_glm": Method(delta, "delta |w|, linearised"),
     "swag": Method(swag, "SWAG"),
     "swag_temperature": Method(partial(recalibrated, base="swag"), "SWAG + temperature"),
+    "snapshots": Method(snapshots, "snapshots of one training"),
+    "snapshots_temperature": Method(partial(recalibrated, base="snapshots"), "snapshots + temperature"),
+    "sghmc": Method(sghmc, "cyclical SGHMC"),
+    "ivon": Method(ivon, "IVON"),
+    "ivon_temperature": Method(partial(recalibrated, base="ivon"), "IVON + temperature"),
+    "vbll": Method(vbll, "VBLL head"),
+    "sngp": Method(sngp, "SNGP head"),
     "ensemble": Method(ensemble, "ensemble"),
     "ensemble_temperature": Method(partial(recalibrated, base="ensemble"), "ensemble + temperature"),
     "laplace_ensemble": Method(laplace_ensemble, "ensemble of Laplace posteriors"),

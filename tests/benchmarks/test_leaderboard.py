@@ -208,3 +208,17 @@ def test_wrong_flags_are_named(
     with pytest.raises(SystemExit):
         main([*arguments(board), *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["snapshots", "sghmc", "ivon", "vbll", "sngp"])
+def test_methods_that_train_from_the_pretrained_encoder(
+    board: Board, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In small batches, for a cycle has to have steps enough: probabilities of every test row."""
+    monkeypatch.setattr("benchmarks.leaderboard.trained.BATCH_SIZE", 8)
+    context = board.context(Row("trec", 0, "best", method))
+    predictor, _ = METHODS[method].run(context)
+    probs = predictor("dev")["probs"]
+    assert probs.shape == (18, 6) and np.allclose(probs.sum(1), 1)
+    with pytest.raises(ValueError, match="give --model"):
+        METHODS[method].run(replace(context, pretrained=None))
