@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -148,28 +148,37 @@ def _with_head(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model with a VBLL or SNGP head, and with the posterior that lies beside it, if there is one."""
     original = architecture(config, files.directory, hub)
-    model, info = _plain(files, config, building(original, head), kwargs)
+    model, info = _plain(files, config, building(original, head), kwargs, is_whole=_check_head)
     settle(model, original)
-    if info["mismatched_keys"]:
-        names = sorted(key for key, *_ in info["mismatched_keys"])
-        raise ValueError(
-            f"The checkpoint in {files.directory!r} has a VBLL or SNGP head, and {names[:3]} ({len(names)}) are of "
-            "another size: a fresh head has no posterior. Load it as it is, or with transformers, and make a new head."
-        )
     found = next(((kind, path) for name, kind in saved_kinds().items() if (path := files.find(name)) is not None), None)
     if found is not None:
         model.__dict__[_OWN] = found[0].load(found[1], model)
     return model, info
 
 
+def _check_head(info: Mapping[str, Any], directory: str) -> None:
+    """Raise ValueError where a head of another size was asked for: its tensors were never written."""
+    if info["mismatched_keys"]:
+        names = sorted(key for key, *_ in info["mismatched_keys"])
+        raise ValueError(
+            f"The checkpoint in {directory!r} has a VBLL or SNGP head, and {names[:3]} ({len(names)}) are of "
+            "another size: a fresh head has no posterior. Load it as it is, or with transformers, and make a new head."
+        )
+
+
 def _plain(
-    files: Files, config: Any, loader: type[PreTrainedModel], kwargs: dict[str, Any]
+    files: Files,
+    config: Any,
+    loader: type[PreTrainedModel],
+    kwargs: dict[str, Any],
+    is_whole: Callable[[Mapping[str, Any], str], None] = lambda *_: None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model without Bayesian layers, all of it."""
+    """A model without Bayesian layers, all of it; ``is_whole`` may refuse what was loaded, before values are read."""
     files.check(has_posterior=False)
     model, info = _load(files.directory, config, loader, kwargs)
     if info["missing_keys"]:
         raise ValueError(told_missing(model, files.directory, info["missing_keys"]))
+    is_whole(info, files.directory)
     check_values(model, files.directory, is_verified=True)
     return model, info
 
