@@ -48,7 +48,6 @@ class HeadPosterior(WeightsPosterior):
     default_method = HEAD_METHOD
     follows_weights = True
     predicts_itself = True
-    draws_in_views = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -18,7 +18,7 @@ from ..heads.spectral import check_spectral_layers
 from ..posteriors.heads import without_labels
 from ..sampling.views import viewed
 from .arguments import parse_noise_std
-from .checks import check_converted, check_dataset, check_uncalibrated
+from .checks import check_converted, check_uncalibrated
 from .elbo import preserved_rng
 from .items import LabelledBatch, check_label_names
 from .ivon import IVONTrainer
@@ -75,11 +75,7 @@ class HeadTrainer(IVONTrainer):
             ValueError: the model has no SNGP head, or there are no data.
         """
         data = self.train_dataset if train_dataset is None else train_dataset
-        if data is None:
-            raise ValueError("`fit_covariance` needs data: pass `train_dataset` here or to the trainer.")
-        check_dataset(data, "train_dataset")
-        if has_length(data) and len(data) < self.args.world_size:
-            raise ValueError(f"`train_dataset` has {len(data)} examples for {self.args.world_size} processes.")
+        self._check_rows(data, "fit_covariance")
         head_of(self.model)
         with self._measuring(self.args.seed):
             batches = self._curvature_batches(data, "training", self.args.per_device_eval_batch_size)

@@ -190,13 +190,17 @@ class LaplaceTrainer(MonteCarloTrainer):
         likelihood_of(self.model)  # a head whose labels are positions has none
 
     def _check_data(self, data: Any, config: LaplaceConfig) -> None:
+        self._check_rows(data, "fit_laplace")
+        if config.num_batches is not None and config.num_data is None and not has_length(data):
+            raise ValueError("`num_batches` needs `num_data`, the number of examples: `train_dataset` has no length.")
+
+    def _check_rows(self, data: Any, method: str) -> None:
+        """Of a pass over training data that ``method`` makes: there are some, and one for each process at least."""
         if data is None:
-            raise ValueError("`fit_laplace` needs data: pass `train_dataset` here or to the trainer.")
+            raise ValueError(f"`{method}` needs data: pass `train_dataset` here or to the trainer.")
         check_dataset(data, "train_dataset")
         if has_length(data) and len(data) < self.args.world_size:
             raise ValueError(f"`train_dataset` has {len(data)} examples for {self.args.world_size} processes.")
-        if config.num_batches is not None and config.num_data is None and not has_length(data):
-            raise ValueError("`num_batches` needs `num_data`, the number of examples: `train_dataset` has no length.")
 
     def _curvature_batches(
         self, data: Any, description: str, batch_size: int, num_batches: int | None = None, seed: int = 0

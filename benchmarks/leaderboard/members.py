@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
-from transformers import DataCollatorWithPadding
-
-from bayeformers import BayesianTrainer, BayesianTrainingArguments, posteriors, training
+from bayeformers import posteriors, training
 from benchmarks.real_data.context import Context, Predictor
 from benchmarks.real_data.data import BATCH_SIZE
 from benchmarks.real_data.prediction import of_posterior
 
 from .dropout import NUM_SAMPLES
 from .fits import fitted
+from .trained import trained
 
 NUM_MEMBERS = 5
 SWAG_LEARNING_RATE = 2e-5
@@ -58,21 +56,6 @@ def swag(context: Context) -> tuple[Predictor, dict[str, Any]]:
     model, rows = context.model(), context.train
     every = max(1, len(rows) // BATCH_SIZE // 8)
     callback = training.SWAGCallback(start=0, every=every, lr=SWAG_LEARNING_RATE)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = BayesianTrainingArguments(
-            folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=BATCH_SIZE,
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            report_to=[],
-            seed=context.seed,
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        collator = DataCollatorWithPadding(context.tokenizer)
-        BayesianTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[callback]
-        ).train()
+    trained(context, model, [callback], num_train_epochs=1)
     posterior = callback.posterior(model.eval())
     return of_posterior(context, posterior, num_samples=NUM_SAMPLES), {"lr": SWAG_LEARNING_RATE, "every": every}

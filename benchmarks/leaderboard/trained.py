@@ -27,13 +27,13 @@ CHAIN = {"lr": 0.02, "momentum": 0.9, "temperature": 1.0, "prior_precision": 100
 
 def vbll(context: Context) -> tuple[Predictor, dict[str, Any]]:
     """A variational last layer (Harrison et al. 2024, arXiv 2404.11599), trained with the encoder by its bound."""
-    trainer = _trained(context, heads.to_vbll(_pretrained(context)))
+    trainer = trained(context, heads.to_vbll(_pretrained(context)))
     return of_posterior(context, trainer.posterior), {}
 
 
 def sngp(context: Context) -> tuple[Predictor, dict[str, Any]]:
     """A Gaussian process on random features (Liu et al. 2022, arXiv 2205.00403), trained with the encoder."""
-    trainer = _trained(context, heads.to_sngp(_pretrained(context)))
+    trainer = trained(context, heads.to_sngp(_pretrained(context)))
     return of_posterior(context, trainer.posterior), {}
 
 
@@ -41,7 +41,7 @@ def ivon(context: Context) -> tuple[Predictor, dict[str, Any]]:
     """IVON in AdamW's place (Shen et al. 2024, arXiv 2402.17641)."""
     model = _pretrained(context)
     optimizer = bayesian_optim.IVON(model.parameters(), **IVON)
-    posterior = _trained(context, model, optimizer=optimizer).posterior
+    posterior = trained(context, model, optimizer=optimizer).posterior
     return of_posterior(context, posterior, num_samples=NUM_SAMPLES), dict(IVON)
 
 
@@ -50,7 +50,7 @@ def snapshots(context: Context) -> tuple[Predictor, dict[str, Any]]:
     rate = LEARNING_RATES.get(context.task, 5e-5)
     cycles = training.CyclicalCallback(num_cycles=CYCLES, lr=rate)
     model = _pretrained(context)
-    trainer = _trained(context, model, [cycles], optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0))
+    trainer = trained(context, model, [cycles], optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0))
     return _of_cycles(context, trainer, cycles), {"lr": rate, "cycles": CYCLES}
 
 
@@ -59,7 +59,7 @@ def sghmc(context: Context) -> tuple[Predictor, dict[str, Any]]:
     cycles = training.CyclicalCallback(num_cycles=CYCLES, lr=CHAIN["lr"], samples_per_cycle=2)
     model, count = _pretrained(context), len(context.train)
     optimizer = bayesian_optim.SGHMC(model.parameters(), num_data=count, prior_mean="start", seed=context.seed, **CHAIN)
-    trainer = _trained(context, model, [cycles], optimizer, max_grad_norm=0.0)
+    trainer = trained(context, model, [cycles], optimizer, max_grad_norm=0.0)
     return _of_cycles(context, trainer, cycles), {**CHAIN, "cycles": CYCLES}
 
 
@@ -81,7 +81,7 @@ def _pretrained(context: Context) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(context.pretrained, num_labels=labels)
 
 
-def _trained(
+def trained(
     context: Context,
     model: nn.Module,
     callbacks: Sequence[TrainerCallback] = (),

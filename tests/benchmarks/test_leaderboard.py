@@ -222,3 +222,9 @@ def test_methods_that_train_from_the_pretrained_encoder(
     assert probs.shape == (18, 6) and np.allclose(probs.sum(1), 1)
     with pytest.raises(ValueError, match="give --model"):
         METHODS[method].run(replace(context, pretrained=None))
+
+
+def test_swag_trains_on_from_the_checkpoint(board: Board) -> None:
+    context = board.context(Row("trec", 0, "best", "swag"))
+    predictor, chosen = METHODS["swag"].run(context)
+    assert np.allclose(predictor("dev")["probs"].sum(1), 1) and chosen == {"lr": 2e-5, "every": 1}
