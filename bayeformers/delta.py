@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,6 @@ from tqdm.auto import tqdm
 
 from .checks import is_finite, is_real
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic
-from .distributions import InitialScale
 from .forward import Inputs, check_inputs
 from .likelihoods import IGNORED, NoiseStd, get_likelihood
 from .linearized.links import linearized_predictive
@@ -261,7 +261,7 @@ def _own_labels(predictive: Predictive) -> Tensor:
 def _set_scales(model: nn.Module, delta: float) -> None:
     with torch.no_grad():
         for tensor in variational_tensors(model):
-            rule = InitialScale.of(tensor.loc, delta, tensor.spec.padding_idx)
+            rule = replace(tensor.module.initial_scale(tensor.parameter_name, tensor.loc), delta=delta)
             tensor.module.set_scale(tensor.parameter_name, rule(tensor.loc))
 
 

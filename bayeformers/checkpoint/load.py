@@ -32,6 +32,7 @@ from ..nn.draws import bayesian_modules
 from ..nn.parameters import of_source
 from ..posteriors.files import saved_kinds
 from .accounting import Files, check_arguments, check_values, posterior_like, told_missing
+from .adapter_loading import is_adapter, load_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,12 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     """
     if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
         raise TypeError(f"`directory` must be a folder or a name on the hub, got {_short(directory)}.")
-    check_arguments(kwargs)
-    wants_info = kwargs.pop("output_loading_info", False)
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     files = Files(directory, {key: hub[key] for key in _FOLDER if key in hub}, kwargs.get("variant"))
+    if is_adapter(files):
+        return load_adapter(files, architecture, hub, kwargs)  # type: ignore[no-any-return]
+    check_arguments(kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
     config, kwargs = _configuration(directory, kwargs, hub)
     recorded, head = getattr(config, "bayesian", None), recorded_head(config)
     if head is not None:

@@ -32,6 +32,7 @@ from ..nn.draws import bayesian_modules
 from ..posteriors import BasePosterior
 from ..posteriors.files import saved_kinds
 from ..storage import difference, file_digests, read_digests, write_digests
+from .adapters import wrap_peft
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def digests_name(variant: str | None = None) -> str:
 
 def carry(model: nn.Module, posterior: Any) -> None:
     """Let ``model.save_pretrained`` save a posterior that something else holds, such as a Trainer; None: no longer."""
+    wrap_peft()
     _CARRIED.pop(model, None)
     if isinstance(posterior, BasePosterior) and posterior.file_name:
         _CARRIED[model] = weakref.ref(posterior)

@@ -40,6 +40,12 @@ class BayesianConfig:
         default="weights", metadata={"help": 'What is random: "weights", or "rank1" factors r s^T of Linear weights.'}
     )
     modules: dict[str, str] = field(default_factory=dict, metadata={"help": "Converted modules and their kind."})
+    parameters: dict[str, list[str]] = field(
+        default_factory=dict, metadata={"help": "Of adapters' bare Parameters, by what holds them, the random ones."}
+    )
+    floors_of_zeros: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Initial scale over delta of tensors that were all zeros: LoRA's B."}
+    )
     modules_to_save: list[str] = field(default_factory=list, metadata={"help": "Deterministic but trainable."})
     norms: bool = field(default=False, metadata={"help": "Gains and biases of normalisations are Bayesian too."})
     dropout: dict[str, float] = field(default_factory=dict, metadata={"help": "Dropout rates switched off."})

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..distributions import MopedPrior, PosteriorPrior, Prior
+from ..distributions import PosteriorPrior, Prior
 from ..distributions.diagonal_normal import ScaleName
-from ..distributions.initial_scale import check_delta
 from ..nn import draws
-from ..nn.adapters import merged_adapter
+from ..nn.adapters import keep_frozen, let_thaw, merged_adapter, notice_other_adapters
 from ..nn.base import RECORD, BayesianModule, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..patterns import Patterns
+from .adapters import ADAPTERS, floors_in, floors_of_zeros, only_adapters, store_centres, target_of
 from .config import BayesianConfig, Parametrization
 from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
 from .persistence import told_of_adapters, told_of_own_save, without_lost
@@ -37,6 +38,7 @@ from .selection import (
     check_ties,
     check_weights,
     choose,
+    entries_in,
     estimators_of,
     matching_subtrees,
     meant,
@@ -61,18 +63,17 @@ from .ties import TIES, declare_ties, full_name, hold_ties, release_ties, ties_o
 logger = logging.getLogger(__name__)
 
 _RESIZE = "resize_token_embeddings"
-_MOPED_PRIOR = MopedPrior()
 
 
 def to_bayesian(
     model: nn.Module,
-    delta: float = 0.05,
-    freeze: bool = True,
+    delta: float | None = None,
+    freeze: bool | None = None,
     *,
-    prior: Prior | nn.Module | HasModel = _MOPED_PRIOR,
+    prior: Prior | nn.Module | HasModel | None = None,
     scale: ScaleName = "additive",
     estimator: str | Mapping[str, str] = "reparameterization",
-    target_modules: Patterns = "all",
+    target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     modules_to_save: Sequence[str] | None = None,
     norms: bool = False,
@@ -88,9 +89,11 @@ def to_bayesian(
     Args:
         model: any `torch.nn.Module`; usually a fine-tuned transformers model.
         delta: initial posterior scale relative to |weight|, > 0; with the default prior also the prior's noise level.
+            None: 0.05.
         freeze: keep means and all other parameters fixed and train only the scales (``rho``); False leaves the
-            `requires_grad` flags of the means as they are.
-        prior: prior of every converted weight; default `MopedPrior()`. Or a model of the last task that was converted
+            `requires_grad` flags of the means as they are. None: True, but False where only adapters become Bayesian,
+            for a fresh adapter has yet to learn.
+        prior: prior of every converted weight; None: `MopedPrior()`. Or a model of the last task that was converted
             and trained, or its `VariationalPosterior`: each tensor that it has too, by name, takes its posterior as
             the prior and starts at its scale, the others take `MopedPrior()` (see `posterior_as_prior`).
         scale: "additive", sigma = softplus(rho), or "multiplicative", sigma = softplus(rho) max(|mean|, floor), which
@@ -100,6 +103,8 @@ def to_bayesian(
             pattern (a name suffix, or a regular expression matched in full) to one of them, where the first
             pattern that matches a layer decides and other layers keep "reparameterization".
         target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
+            None: "all", but of a model with PEFT's adapters the weights of the active ones, and nothing of the base.
+            PEFT's names of an adapter's parts, such as "lora_A" or "ia3_l", mean those of the active adapters.
         exclude_modules: names to leave out with all inside them, in the same forms.
         modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
             fresh head.
@@ -122,13 +127,12 @@ def to_bayesian(
     >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
     torch.Size([8, 4])
     """
-    _check_flags(freeze=freeze, norms=norms, keep_dropout=keep_dropout)
-    found_prior = as_prior(prior)
-    check_parametrization(parametrization, estimator, found_prior)
-    config = BayesianConfig(
-        delta=check_delta(delta), freeze=freeze, prior=found_prior, scale=scale, parametrization=parametrization
-    )
+    _check_flags(freeze=freeze is None or freeze, norms=norms, keep_dropout=keep_dropout)
+    given = {"delta": delta, "freeze": freeze, "prior": None if prior is None else as_prior(prior)}
+    config = BayesianConfig(scale=scale, parametrization=parametrization, **_told(given))
+    check_parametrization(parametrization, estimator, config.prior)
     _check_convertible(model)
+    target_modules = target_of(model, target_modules)
     saved = matching_subtrees(model, modules_to_save)
     chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms, parametrization)
     estimators_of(chosen, estimator)
@@ -139,11 +143,15 @@ def to_bayesian(
     check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
     check_weights(model, chosen)
     _check_unmerged(model, chosen)
+    if only_adapters(model, chosen):
+        config = replace(config, **_told(vars(ADAPTERS) | _told(given)))
     config = replace(
         config,
         prior=fitted_prior(config.prior, owner_shapes(model, chosen)),
         estimator=dict(estimator) if isinstance(estimator, Mapping) else estimator,
         modules={name: kind.__name__ for name, kind in chosen.items()},
+        parameters=entries_in(model, chosen),
+        floors_of_zeros=floors_of_zeros(model, _random_ids(model, chosen)),
         modules_to_save=list(modules_to_save or []),
         norms=norms,
         dropout={} if keep_dropout else dropout_rates(model),
@@ -152,6 +160,8 @@ def to_bayesian(
     )
     told = told_of_own_save(model)
     convert(model, config, chosen, skipped)
+    if target_modules is None:
+        notice_other_adapters(model)
     if (told := told or told_of_adapters(model)) is not None:
         logger.warning(told)
     return model
@@ -197,7 +207,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     config = replace(config, ties=ties_of(model, owners))
     estimators = estimators_of(chosen, config.estimator)
     for name, kind in chosen.items():
-        _become(model.get_submodule(name), kind, config, estimators[name])
+        _become(model.get_submodule(name), kind, config, estimators[name], floors_in(name, config.floors_of_zeros))
     for tied in owners:
         name = full_name(tied[0])
         layers = [(model.get_submodule(owner), key) for owner, key in tied]
@@ -210,6 +220,10 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     state.config = config
     setattr(model, RECORD, state)
     draws.one_draw_per_forward(model)
+    if config.freeze:
+        keep_frozen(model)
+    else:
+        store_centres(model)
     if hasattr(model, _RESIZE):
         model.__dict__[_RESIZE] = refuse_resize
     publish(model, config)
@@ -311,6 +325,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
     with all_or_nothing(model):
         for tensor in variational_tensors(converted):
             tensor.module.store_centre(tensor.parameter_name)
+        let_thaw(model)
         for name, parameter in _parameters(converted):
             if not name.endswith("_rho"):
                 parameter.requires_grad_(flags.get(name, True))
@@ -322,6 +337,15 @@ def _check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def _told(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a configuration those that are given."""
+    return {name: given[name] for name in ("delta", "freeze", "prior") if given.get(name) is not None}
+
+
+def _random_ids(model: nn.Module, chosen: Chosen) -> dict[int, str]:
+    return {key: full_name(owners[0]) for key, owners in owners_of(model, chosen).items()}
 
 
 def _check_unmerged(model: nn.Module, chosen: Chosen) -> None:
@@ -362,9 +386,12 @@ def _check_convertible(model: nn.Module) -> None:
         )
 
 
-def _become(module: nn.Module, kind: type[BayesianModule], config: BayesianConfig, estimator: str) -> None:
+def _become(
+    module: nn.Module, kind: type[BayesianModule], config: BayesianConfig, estimator: str, floors: dict[str, float]
+) -> None:
     swap_class(module, kind)
     assert isinstance(module, BayesianModule)
+    vars(module)["floors_of_zeros"] = floors
     module.become_bayesian(prior=config.prior, delta=config.delta, estimator=estimator, scale=config.scale)
 
 

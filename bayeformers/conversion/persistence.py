@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from ..nn.base import BayesianModule, variational_tensors
+from ..nn.base import BayesianModule
 from ..nn.draws import posterior_mean
 from .rank1 import shapes
 
@@ -194,31 +194,14 @@ def told_of_own_save(model: nn.Module) -> str | None:
 
 
 def told_of_adapters(model: nn.Module) -> str | None:
-    """Return what to say of a converted model with adapters: a folder of theirs holds no conversion; None: it has none.
+    """Return what to say of a converted model with adapters of transformers' own `add_adapter`; None: it has none.
 
-    The adapters are PEFT's, or were added by transformers' own `add_adapter`, which saves them alone too.
+    It saves these alone. Of a `PeftModel` the posterior is saved beside the adapter.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         kind = type(model).__name__
         return f"{kind}: with adapters, its own `save_pretrained` saves these alone, without the posterior. {_WHOLE}"
-    if not hasattr(model, "peft_config"):
-        return None
-    kind, tensors = type(model).__name__, list(variational_tensors(model))
-    try:
-        saved = saved_by_peft(model, model.state_dict(keep_vars=True))
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # of some kinds before they are trained
-        saved = set()
-    lost = [tensor.name for tensor in tensors if id(tensor.rho) not in saved]
-    if lost:
-        return (
-            f"{kind}: the adapter's folder holds no scales of {len(lost)} of its {len(tensors)} Bayesian tensors, such "
-            f"as {lost[:3]}. {_WHOLE}"
-        )
-    return (
-        f"{kind}: the adapter's folder will hold the scales of its Bayesian layers, and `from_pretrained` of PEFT "
-        "reads the means alone. To load all: load the adapter, call `to_bayesian` as here, then "
-        "`peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder))`."
-    )
+    return None
 
 
 def peft_state(model: Any, own: dict[str, Any], adapter: str) -> dict[str, Tensor]:

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ..nn.adapters import adapter_parts
 from ..nn.base import BayesianModule
 from ..nn.estimators import REPARAMETERIZATION, get_estimator
 from ..nn.norms import Normalization
+from ..nn.parameters import name_clash
 from ..patterns import Patterns, matches, matching, subtrees
+from .adapters import active_names, entries_of, random_entries
 from .config import BayesianConfig, Parametrization
 from .rank1 import parametrized
 from .registry import Found, bayesian_class, is_layer, supported_layers
@@ -21,7 +24,7 @@ Chosen = dict[str, type[BayesianModule]]
 
 def choose(
     model: nn.Module,
-    target: Patterns,
+    target: Patterns | None,
     exclude: Patterns | None,
     saved: list[str],
     norms: bool = False,
@@ -31,7 +34,7 @@ def choose(
 
     Args:
         model: to be converted.
-        target: `target_modules`.
+        target: `target_modules`; None: the active adapters.
         exclude: `exclude_modules`.
         saved: names of modules that stay deterministic, with all inside them.
         norms: whether normalisations are converted too.
@@ -40,23 +43,29 @@ def choose(
     Raises:
         ValueError: nothing is left to convert, or a name of ``target`` is of nothing convertible.
     """
+    entries = entries_of(model)
     names = [name for name, _ in model.named_modules()]
-    targeted = set(names) if target == "all" else matching(names, target, "target_modules")
+    names += [f"{name}.{key}" for name, keys in entries.items() for key in keys]
+    targeted = _targeted(model, names, target)
     excluded = set() if exclude is None else subtrees(names, matching(names, exclude, "exclude_modules"))
     chosen: Chosen = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if not module._parameters or all(p is None for p in module._parameters.values()):
             continue
-        kind, reason = parametrized(_bayesian_class(model, name, module), parametrization)
+        keys = [key for key in entries.get(name, ()) if f"{name}.{key}" in targeted - excluded]
+        found = _bayesian_class(model, name, module)
+        if name in entries and target != "all":
+            found = _entries_class(module, keys, found)
+        kind, reason = parametrized(found, parametrization)
         if kind is not None and issubclass(kind, Normalization) and not norms:
             kind, reason = None, "a normalisation: `norms=True` converts it"
         if any(name == s or name.startswith(f"{s}.") for s in saved):
             skipped[name] = "in modules_to_save"
         elif kind is None:
             skipped[name] = reason
-        elif name not in targeted:
-            skipped[name] = "not in target_modules"
+        elif name not in targeted and not keys:
+            skipped[name] = "not of an active adapter" if target is None else "not in target_modules"
         elif name in excluded:
             skipped[name] = "in exclude_modules"
         else:
@@ -66,14 +75,14 @@ def choose(
             skipped |= dict.fromkeys(_left_alone(name, module, kind), why)
     if not chosen:
         raise ValueError(_nothing_to_convert(target, targeted, skipped))
-    if not isinstance(target, str):
-        _check_each_convertible(target, chosen, skipped)
+    if target is not None and not isinstance(target, str):
+        _check_each_convertible(target, _with_entries(model, chosen), skipped)
     check_ties(model, chosen, skipped)
     return chosen, skipped
 
 
 def meant(
-    model: nn.Module, chosen: Chosen, target: Patterns, exclude: Patterns | None, saved: list[str]
+    model: nn.Module, chosen: Chosen, target: Patterns | None, exclude: Patterns | None, saved: list[str]
 ) -> frozenset[str]:
     """Return the modules that a conversion is meant for, whether or not they can be converted.
 
@@ -111,7 +120,39 @@ def matching_subtrees(model: nn.Module, patterns: Sequence[str] | None) -> list[
     return sorted(matching(names, patterns, "modules_to_save")) if patterns else []
 
 
+def _targeted(model: nn.Module, names: list[str], target: Patterns | None) -> set[str]:
+    """The names that are meant; what is named as PEFT names it, such as "lora_A", means the active adapters' parts."""
+    if target is None:
+        return active_names(model)
+    if target == "all":
+        return set(names)
+    matched = matching(names, target, "target_modules")
+    return matched | active_names(model, matched)
+
+
+def _entries_class(module: nn.Module, keys: list[str], found: Found) -> Found:
+    """Of a `ParameterDict` of adapters the class in which the entries ``keys`` are random."""
+    kind = random_entries(module, keys)
+    clash = name_clash(module)
+    if kind is None or clash is not None:
+        return None, found[1] or f"{type(module).__name__} has no entry that is meant" if clash is None else found[1]
+    return kind, ""
+
+
+def entries_in(model: nn.Module, chosen: Chosen) -> dict[str, list[str]]:
+    """Of the `ParameterDict`s of adapters among the modules ``chosen``, which entries become random."""
+    known = entries_of(model)
+    return {name: list(kind.bayesian_parameters) for name, kind in chosen.items() if name in known}
+
+
+def _with_entries(model: nn.Module, chosen: Chosen) -> list[str]:
+    """Names of the modules ``chosen``, and of what holds them or they hold in an adapter, as PEFT says it."""
+    own = [f"{name}.{key}" for name, keys in entries_in(model, chosen).items() for key in keys]
+    return [*chosen, *own, *(part.container for part in adapter_parts(model) if part.holds_any(chosen))]
+
+
 def _check_each_convertible(target: Sequence[str], chosen: Iterable[str], skipped: dict[str, str]) -> None:
+    chosen = list(chosen)
     for pattern in target:
         if not any(name == pattern or name.endswith(f".{pattern}") for name in chosen):
             reasons = {r for name, r in skipped.items() if name == pattern or name.endswith(f".{pattern}")}
@@ -121,8 +162,10 @@ def _check_each_convertible(target: Sequence[str], chosen: Iterable[str], skippe
             )
 
 
-def _nothing_to_convert(target: Patterns, targeted: Iterable[str], skipped: dict[str, str]) -> str:
+def _nothing_to_convert(target: Patterns | None, targeted: Iterable[str], skipped: dict[str, str]) -> str:
     reasons = sorted({skipped[name] for name in targeted if name in skipped})[:5]
+    if target is None and not targeted:
+        reasons = ['no adapter is active: call `set_adapter`, or leave `disable_adapter()`; or name "all"']
     return (
         f"`target_modules`={target!r} leaves nothing to convert ({'; '.join(reasons) or 'no layer with weights'}). "
         f"Supported layers: {supported_layers()}."
@@ -221,6 +264,8 @@ def recorded(model: nn.Module, config: BayesianConfig) -> Chosen:
     position = {name: number for number, name in enumerate(modules)}  # JSON has sorted the names
     for name in sorted(config.modules, key=lambda name: position.get(name, -1)):
         found_kind = _bayesian_class(model, name, modules[name]) if name in modules else (None, "")
+        if name in modules and name in config.parameters:
+            found_kind = _entries_class(modules[name], config.parameters[name], found_kind)
         kind, _ = parametrized(found_kind, config.parametrization)
         if kind is None or kind.__name__ != config.modules[name]:
             found = type(modules[name]).__name__ if name in modules else "no such module"

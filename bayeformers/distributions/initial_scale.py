@@ -22,26 +22,30 @@ class InitialScale:
 
     Attributes:
         delta: scale relative to |w|.
-        floor: 0.1 mean|w| of the whole tensor; 0.02 for an all-zero one. A scalar tensor.
+        floor: 0.1 mean|w| of the whole tensor; 0.02, or what is given, for an all-zero one. A scalar tensor.
     """
 
     delta: float
     floor: Tensor
 
     @classmethod
-    def from_weight(cls, weight: Tensor, delta: float, padding_idx: int | None = None) -> InitialScale:
+    def from_weight(
+        cls, weight: Tensor, delta: float, padding_idx: int | None = None, floor_of_zeros: float | None = None
+    ) -> InitialScale:
         """Return the rule for one tensor.
 
         Args:
             weight: all of the tensor's trained values, of any shape.
             delta: initial scale relative to |w|.
             padding_idx: row of ``weight`` that does not count in the mean of |w|; None: all rows do.
+            floor_of_zeros: the floor of an all-zero tensor; None: 0.02.
         """
         total, count = _norm1(weight), weight.numel()
         if padding_idx is not None:
             total, count = total - _norm1(weight[padding_idx]), count - weight[padding_idx].numel()
         mean = total / max(count, 1)
-        return cls(delta, torch.where(mean > 0, 0.1 * mean, _INITIALIZER_RANGE))
+        zeros = _INITIALIZER_RANGE if floor_of_zeros is None else floor_of_zeros
+        return cls(delta, torch.where(mean > 0, 0.1 * mean, zeros))
 
     of = from_weight  # its name until 0.2
 

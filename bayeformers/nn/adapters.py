@@ -1,4 +1,4 @@
-"""PEFT's adapters in a Bayesian model: what they do to weights, and where that would lose draws.
+"""PEFT's adapters in a Bayesian model: what is whose, which are in use, and what their switching does to flags.
 
 Nothing of PEFT is imported: a model has its layers only where somebody else did.
 """
@@ -7,33 +7,108 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .base import BayesianModule
+from .base import BayesianModule, NamedVariational, variational_tensors
 
 ASIDE = "PEFT's `target_parameters` takes its parameter out of the module in every forward"
 LATE = (
-    "The active adapter {!r} of this %s came after the conversion and is deterministic, while the others are Bayesian: "
-    "draws leave it as it is. To make it Bayesian call `to_deterministic(model)` with all adapters in place, then "
+    "The active adapter {!r} of this %s was not converted and is deterministic, while the others are Bayesian: draws "
+    "leave it as it is. To make it Bayesian call `to_deterministic(model)` with all adapters in place, then "
     "`to_bayesian` again."
 )
-_MERGE, _PLAIN = "merge", "_bayeformers_plain_adapters"
+_PLAIN = "_bayeformers_plain_adapters"
+_SWITCHES = ("set_adapter", "enable_adapters", "set_requires_grad")
 
 
-class MergeRefused:
-    """Stands in for a tuner layer's ``merge`` where merging would lose or change draws."""
+@dataclass(frozen=True)
+class AdapterPart:
+    """What one adapter has in one tuner layer, in the encoder of its prompt, or as its copy of a head.
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+    Attributes:
+        container: name in the model of what holds it, as PEFT says it, such as "...query.lora_A".
+        adapter: the adapter's name.
+        module: the part; of a bare Parameter the `ParameterDict` that holds it.
+        is_bare: whether it is a bare Parameter, whose name in ``module`` is the adapter's.
+        is_active: whether a forward uses it now: of an active adapter that is neither disabled nor merged.
+        is_head: whether it is a copy of a module in `modules_to_save`, or the module that was copied.
+        layer: the tuner layer that it belongs to; None of a prompt and of a head.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to merge, whatever the arguments."""
-        raise RuntimeError(
-            f"The adapter of {self.name!r} cannot be merged: {self.reason}. `to_deterministic(model)` first merges at "
-            "the posterior mean; `predict` and `fixed_draw` need no merging."
-        )
+    container: str
+    adapter: str
+    module: nn.Module
+    is_bare: bool
+    is_active: bool
+    is_head: bool = False
+    layer: Any = None
+
+    @property
+    def name(self) -> str:
+        """The part's name in the model."""
+        return f"{self.container}.{self.adapter}".lstrip(".")
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of what it is, such as "lora_A"."""
+        return self.container.rpartition(".")[2]
+
+    def holds_any(self, names: Iterable[str]) -> bool:
+        """Whether one of these modules of the model is the part, or holds it, or lies inside it."""
+        own = self.container if self.is_bare else self.name
+        return any(name == own or name.startswith(f"{own}.") for name in names)
+
+    def parameters(self) -> list[Tensor]:
+        """Its Parameters."""
+        if self.is_bare:
+            return [p for p in (self.module._parameters.get(self.adapter),) if p is not None]
+        return list(self.module.parameters())
+
+
+def adapter_parts(model: nn.Module) -> Iterator[AdapterPart]:
+    """Every part of every adapter of ``model``, and the copies of heads."""
+    wrapper, tuner = _peft("utils.other", "ModulesToSaveWrapper"), _peft("tuners.tuners_utils", "BaseTunerLayer")
+    if tuner is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, tuner):
+            yield from _of_layer(name, module)
+        elif isinstance(module, wrapper):
+            yield from _of_head(name, module)
+        elif isinstance(encoders := module._modules.get("prompt_encoder"), nn.ModuleDict):
+            active = None if getattr(module, "_adapters_disabled", False) else getattr(module, "active_adapter", None)
+            path = f"{name}.prompt_encoder".lstrip(".")
+            for adapter, encoder in encoders.items():
+                yield AdapterPart(path, adapter, encoder, is_bare=False, is_active=adapter == active)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter, or a prompt, into ``model``."""
+    return any(not part.is_head for part in adapter_parts(model))
+
+
+def active_tensors(model: nn.Module) -> list[NamedVariational]:
+    """Return the Bayesian tensors of ``model`` but those that belong to adapters alone which are not in use.
+
+    An adapter that is not active, is disabled or merged takes no part in the network, and so has no KL.
+    """
+    tensors = list(variational_tensors(model))
+    idle: set[int] = set()
+    in_parts: set[int] = set()
+    active: set[int] = set()
+    for part in adapter_parts(model):
+        ids = {id(parameter) for parameter in part.parameters()}
+        (active if part.is_active else idle).update(ids)
+        in_parts |= {id(part.module)} if part.is_bare else {id(module) for module in part.module.modules()}
+    if not idle:
+        return tensors
+    for module in model.modules():  # a tensor that a layer outside uses too
+        if isinstance(module, BayesianModule) and id(module) not in in_parts:
+            active |= {id(module.get_parameter(name)) for name in module.specs}
+    return [tensor for tensor in tensors if id(tensor.loc) in active or id(tensor.loc) not in idle]
 
 
 def is_put_aside(owner: nn.Module | None) -> bool:
@@ -42,34 +117,63 @@ def is_put_aside(owner: nn.Module | None) -> bool:
     return wrapper is not None and isinstance(owner, wrapper)
 
 
-def refuse_merges(model: nn.Module) -> None:
-    """Let ``merge``, and with it `merge_adapter` and `merge_and_unload`, raise where it would lose or change draws."""
-    for name, layer in _tuner_layers(model):
-        reason = _reason(layer)
-        if reason is not None and _MERGE not in vars(layer):
-            vars(layer)[_MERGE] = MergeRefused(name, reason)
+class KeepsFrozen:
+    """Stands in for a switch of PEFT that sets `requires_grad`: means that the conversion froze stay so."""
+
+    is_shared_by_views = True
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self._layer, self._name = layer, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Switch, and freeze the means again."""
+        getattr(type(self._layer), self._name)(self._layer, *args, **kwargs)
+        for module in self._layer.modules():
+            for name in getattr(module, "specs", ()) if isinstance(module, BayesianModule) else ():
+                module.get_parameter(name).requires_grad_(False)
 
 
-def allow_merges(model: nn.Module) -> None:
-    """Undo :func:`refuse_merges` and :func:`note_adapters`."""
+def keep_frozen(model: nn.Module) -> None:
+    """Let `set_adapter`, `disable_adapter` and the like leave frozen means frozen."""
+    for module in _switchable(model):
+        for name in _SWITCHES:
+            if callable(getattr(type(module), name, None)):
+                vars(module)[name] = KeepsFrozen(module, name)
+
+
+def let_thaw(model: nn.Module) -> None:
+    """Undo :func:`keep_frozen`."""
     for module in model.modules():
-        vars(module).pop(_PLAIN, None)
-        if isinstance(vars(module).get(_MERGE), MergeRefused):
-            del vars(module)[_MERGE]
+        for name in _SWITCHES:
+            if isinstance(vars(module).get(name), KeepsFrozen):
+                del vars(module)[name]
 
 
 def note_adapters(model: nn.Module) -> None:
     """At a conversion: keep in each tuner layer with Bayesian adapters which of its others are not, as was asked."""
-    for _, layer in _tuner_layers(model):
+    for _, layer in tuner_layers(model):
         is_random = _randomness(layer)
         if any(is_random.values()):
             vars(layer)[_PLAIN] = tuple(name for name, is_so in is_random.items() if not is_so)
 
 
+def notice_other_adapters(model: nn.Module) -> None:
+    """After a conversion of the active adapters by default: another one that becomes active is told of, as if late."""
+    for _, layer in tuner_layers(model):
+        if _PLAIN in vars(layer):
+            vars(layer)[_PLAIN] = ()
+
+
+def forget_adapters(model: nn.Module) -> None:
+    """Undo :func:`note_adapters`."""
+    for module in model.modules():
+        vars(module).pop(_PLAIN, None)
+
+
 def late_adapters(model: nn.Module) -> list[str]:
     """Names of active adapters that came after the conversion into layers whose adapters it made Bayesian."""
     found: dict[str, None] = {}
-    for _, layer in _tuner_layers(model):
+    for _, layer in tuner_layers(model):
         known = vars(layer).get(_PLAIN)
         if known is not None and not layer.disable_adapters:
             is_random = _randomness(layer)
@@ -81,51 +185,68 @@ def late_adapters(model: nn.Module) -> list[str]:
 def merged_adapter(model: nn.Module, chosen: Iterable[str]) -> str | None:
     """Name of a tuner layer that is merged while a layer of its adapter is among those ``chosen``; None: no such."""
     names = set(chosen)
-    for name, layer in _tuner_layers(model):
-        inside = {f"{name}.{part}".lstrip(".") for part in _adapter_parts(layer)}
+    for name, layer in tuner_layers(model):
+        inside = {f"{name}.{part}".lstrip(".") for part in adapter_modules(layer)}
         if layer.merged and names & inside:
             return name
     return None
 
 
-def _reason(layer: Any) -> str | None:
-    if any(isinstance(part, BayesianModule) for part in _adapter_parts(layer).values()):
-        return "its scales would be lost, and its draws with them"
+def adapter_modules(layer: Any) -> dict[str, nn.Module]:
+    """Modules of a tuner layer, by their names in it, without those of the layer that it adapts."""
+    return {name: part for name, part in layer.named_modules() if name.partition(".")[0] not in ("", "base_layer")}
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every layer of PEFT's that adapts another."""
+    kind = _peft("tuners.tuners_utils", "BaseTunerLayer")
+    if kind is not None:
+        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+
+
+def lora_like(layer: Any) -> bool:
+    """Whether a tuner layer adds B A to a weight, and does nothing else with it."""
     lora = _peft("tuners.lora.layer", "LoraLayer")
-    is_sum = lora is not None and isinstance(layer, lora) and not getattr(layer, "lora_variant", None)
-    random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, BayesianModule)]
-    if random and not is_sum:
-        return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
-    if any(getattr(part, "is_factor", False) for part in random):
-        return "the factors r s^T of the layer under it would multiply it too"
-    if any(part.scale_floor(name) is not None for part in random for name in part.specs):
-        return "the scale of the Bayesian layer under it is relative to the mean, so that its draws would change"
-    return None
+    return lora is not None and isinstance(layer, lora) and not getattr(layer, "lora_variant", None)
+
+
+def _of_layer(name: str, layer: Any) -> Iterator[AdapterPart]:
+    active = () if layer.disable_adapters or layer.merged else layer.active_adapters
+    for kind in layer.adapter_layer_names:
+        container = getattr(layer, kind, None)
+        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
+            is_bare, path = isinstance(container, nn.ParameterDict), f"{name}.{kind}".lstrip(".")
+            for key, value in container.items():
+                module = container if is_bare else value
+                yield AdapterPart(path, key, module, is_bare=is_bare, is_active=key in active, layer=layer)
+
+
+def _of_head(name: str, wrapper: Any) -> Iterator[AdapterPart]:
+    active = () if wrapper.disable_adapters else wrapper.active_adapters
+    for key, module in wrapper.modules_to_save.items():
+        path = f"{name}.modules_to_save".lstrip(".")
+        yield AdapterPart(path, key, module, is_bare=False, is_active=key in active, is_head=True)
+    is_original_used = not any(key in wrapper.modules_to_save for key in active)
+    original = wrapper.original_module
+    yield AdapterPart(name, "original_module", original, is_bare=False, is_active=is_original_used, is_head=True)
+
+
+def _switchable(model: nn.Module) -> Iterator[nn.Module]:
+    kinds = _peft("tuners.tuners_utils", "BaseTunerLayer"), _peft("utils.other", "AuxiliaryTrainingWrapper")
+    found = tuple(kind for kind in kinds if kind is not None)
+    yield from (module for module in model.modules() if isinstance(module, found))
 
 
 def _randomness(layer: Any) -> dict[str, bool]:
     """Whether the adapters of a tuner layer have a Bayesian tensor, by their names."""
     found: dict[str, bool] = {}
-    for kind in layer.adapter_layer_names:
-        container = getattr(layer, kind, None)
-        if isinstance(container, nn.ParameterDict):
-            names = getattr(container, "specs", {})
-            found |= {name: found.get(name, False) or name in names for name in container}
-        elif isinstance(container, nn.ModuleDict):
-            for name, module in container.items():
-                found[name] = found.get(name, False) or any(isinstance(m, BayesianModule) for m in module.modules())
+    for part in _of_layer("", layer):
+        if part.is_bare:
+            is_random = part.adapter in getattr(part.module, "specs", {})
+        else:
+            is_random = any(isinstance(module, BayesianModule) for module in part.module.modules())
+        found[part.adapter] = found.get(part.adapter, False) or is_random
     return found
-
-
-def _adapter_parts(layer: Any) -> dict[str, nn.Module]:
-    """Modules of a tuner layer, by their names in it, without those of the layer that it adapts."""
-    return {name: part for name, part in layer.named_modules() if name.partition(".")[0] not in ("", "base_layer")}
-
-
-def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    kind = _peft("tuners.tuners_utils", "BaseTunerLayer")
-    if kind is not None:
-        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
 
 
 def _peft(module: str, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -47,6 +47,7 @@ class BayesianModule(nn.Module):
     Attributes:
         specs: per parameter, what its noise depends on.
         scope: training draws, shared by the layers of one model.
+        floors_of_zeros: by parameter, the initial scale over delta of one that is all zeros, as LoRA's B is at first.
     """
 
     inert_in_views: ClassVar[frozenset[str]] = frozenset({"prior", "delta", "estimator", "specs", "scope", "_holds"})
@@ -58,6 +59,7 @@ class BayesianModule(nn.Module):
     delta: float
     estimator: Estimator
     _holds: tuple[Hold, ...] = ()
+    floors_of_zeros: ClassVar[Mapping[str, float]] = {}
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
@@ -96,9 +98,8 @@ class BayesianModule(nn.Module):
         check_prior(prior)
         self.prior, self.delta, self.estimator = prior, check_delta(delta), get_estimator(estimator)
         self.draw, self.scope = None, DrawScope()
-        names = [name for name in self.names_of(self) if getattr(self, name, None) is not None]
-        self.specs = {name: self._spec_of(name) for name in names}
-        for name in names:
+        self.specs = {n: self._spec_of(n) for n in self.names_of(self) if getattr(self, n, None) is not None}
+        for name in self.specs:
             rho = torch.empty_like(self.get_parameter(name), dtype=torch.float32)
             self.register_parameter(f"{name}_rho", nn.Parameter(rho))
             if scale == "multiplicative":
@@ -114,8 +115,8 @@ class BayesianModule(nn.Module):
             delattr(self, f"{name}_rho")
             for ending in (_CENTRE, _PRIOR_SCALE, _FLOOR):
                 self._buffers.pop(f"{name}{ending}", None)
-        for attribute in ("prior", "delta", "estimator", "_holds", "specs", "scope"):
-            delattr(self, attribute)
+        for attribute in ("prior", "delta", "estimator", "_holds", "specs", "scope", "floors_of_zeros"):
+            vars(self).pop(attribute, None)
         kl_watch.unwatch(self)
 
     @classmethod
@@ -143,8 +144,7 @@ class BayesianModule(nn.Module):
     @property
     def draw(self) -> Draw | str | None:
         """What the running code holds: None, the mean, or a draw. Set on a layer, it is held for everyone."""
-        holds = self._holds
-        if not holds:
+        if not (holds := self._holds):
             return None
         if torch.compiler.is_compiling():  # which caller runs it cannot be traced
             return holds[-1].draw  # type: ignore[no-any-return]
@@ -230,15 +230,13 @@ class BayesianModule(nn.Module):
         Raises:
             RuntimeError: the mean trains and no copy was stored.
         """
-        stored = self._buffers.get(f"{name}{_CENTRE}")
-        if stored is not None:
+        if (stored := self._buffers.get(f"{name}{_CENTRE}")) is not None:
             return stored
         loc = self.get_parameter(name)
         if loc.requires_grad and self.prior.needs_centre:
             raise RuntimeError(
                 f"The mean {self.specs[name].name!r} requires a gradient but the centre of its prior was not stored. "
                 "Call `bayeformers.unfreeze(model)` instead of setting `requires_grad`: it stores the centre. "
-                "(PEFT's `set_adapter` and `disable_adapter` set it too: freeze the means again.)"
             )
         return loc
 
@@ -285,7 +283,9 @@ class BayesianModule(nn.Module):
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
-        return InitialScale.from_weight(centre, self.delta, self.specs[name].padding_idx)
+        return InitialScale.from_weight(
+            centre, self.delta, self.specs[name].padding_idx, self.floors_of_zeros.get(name)
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

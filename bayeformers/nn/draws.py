@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from ..checks import check_draw
-from .adapters import LATE, allow_merges, late_adapters, note_adapters, refuse_merges
+from .adapters import LATE, forget_adapters, late_adapters, let_thaw, note_adapters
 from .base import BayesianModule
 from .base import bayesian_modules as bayesian_modules
 from .base import check_module as check_module
 from .holds import holding
+from .merging import stand_in_for_merges, stock_merges
 from .noise import Draw
 from .reading import MEAN
 from .scope import DrawScope, fresh_key
@@ -85,7 +86,7 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
             f"`model` ({type(model).__name__}) has no Bayesian layer to draw; call `to_bayesian(model)` first."
         )
     check_names(model)
-    refuse_merges(model)  # of adapters that came after the conversion
+    stand_in_for_merges(model)  # of adapters that came after the conversion
     if draw is not MEAN:
         _tell_of_late_adapters(next(iter(modules.values())).scope, model)
     with holding(modules.values() if layers is None else layers, draw):
@@ -118,13 +119,15 @@ def one_draw_per_forward(model: nn.Module) -> nn.Module:
     model.register_forward_hook(_End(scope), always_call=True)
     _hold_while_generating(model)
     note_adapters(model)
-    refuse_merges(model)
+    stand_in_for_merges(model)
     return model
 
 
 def release(model: nn.Module) -> None:
     """Undo :func:`one_draw_per_forward` on ``model`` itself."""
-    allow_merges(model)
+    stock_merges(model)
+    forget_adapters(model)
+    let_thaw(model)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, OneDraw):

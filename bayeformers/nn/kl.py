@@ -15,6 +15,7 @@ from ..distributions import kl_divergence as _kl_divergence
 from ..distributions.block_kl import block_size, normal_kl, separable_kl
 from ..distributions.kl import has_closed_form
 from . import kl_watch
+from .adapters import active_tensors
 from .base import NamedVariational, check_module, record_of, variational_tensors
 from .draws import say_once
 from .variational import scale_of, wide
@@ -33,7 +34,8 @@ def kl_divergence(model: nn.Module) -> Tensor:
     """KL(q || p) in nats, **summed** over every Bayesian weight of ``model``, each distinct Parameter once.
 
     Equal to `log_variational_posterior(model) - log_prior(model)`. A prior without a closed form (scale mixture) gives
-    the one-draw estimate, with the draw of the latest training forward.
+    the one-draw estimate, with the draw of the latest training forward. An adapter of PEFT's that is not active, or is
+    disabled or merged, has no part in the network, and none in the sum.
 
     ValueError is raised if ``model`` has no Bayesian layer, RuntimeError if a mean was set to train without its prior's
     centre being stored (see `unfreeze`).
@@ -55,7 +57,7 @@ def _tell_of_thawed(model: nn.Module) -> None:
     record = record_of(model)
     if record is None or not record.config.freeze:
         return
-    thawed = next((tensor for tensor in variational_tensors(model) if tensor.loc.requires_grad), None)
+    thawed = next((tensor for tensor in active_tensors(model) if tensor.loc.requires_grad), None)
     if thawed is not None:
         say_once(thawed.module.scope, THAWED.format(thawed.name.replace("%", "%%")), model)
 
@@ -156,7 +158,10 @@ def _blocks(tensor: NamedVariational, *values: Tensor) -> Iterator[tuple[Tensor,
 
 
 def _sum_over_tensors(model: nn.Module, function: Callable[[NamedVariational], Tensor]) -> Tensor:
-    parts = [function(tensor) for tensor in variational_tensors(model)]
-    if not parts:
+    tensors = list(variational_tensors(model))
+    if not tensors:
         raise ValueError(f"`model` ({type(model).__name__}) has no Bayesian layer; call `to_bayesian(model)` first.")
+    parts = [function(tensor) for tensor in active_tensors(model)]
+    if not parts:  # its adapters are disabled
+        return torch.zeros((), dtype=wide(tensors[0].loc[:0], tensors[0].rho).dtype, device=tensors[0].rho.device)
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.adapters import CONFIG, lacking, plain_state
+from ..checkpoint.adapters import TENSORS as BESIDE
 from ..conversion.persistence import peft_state, saved_by_peft
 from ..nn.base import is_bayesian, variational_tensors
 from .checkpoints import ADDED, RESUMED, RHO, misfit, read, restore, same, unconverted, weight_files
 
-__all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "save_beside", "take_up"]
+__all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "take_up"]
 
-BESIDE = "bayesian_tensors.safetensors"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -62,17 +62,10 @@ def take_up(
         restore_adapter(model, folder, what)
 
 
-def save_beside(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write those tensors of a Bayesian ``model`` that PEFT does not: scales, prior centres, Parameters that train."""
-    lacking = _lacking(model)
-    (Path(folder) / BESIDE).unlink(missing_ok=True)  # of a model that is overwritten
-    if lacking:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({n: t.detach().clone().contiguous() for n, t in lacking.items()}, Path(folder) / BESIDE)
-
-
 def is_complete(model: Any, folder: str | os.PathLike[str]) -> bool:
     """Whether `restore_adapter` needs no PEFT: of prompts all that trains is saved, and PEFT fails at their scales."""
+    if _is_clean(folder):
+        return is_bayesian(model)
     configs = getattr(model, "peft_config", {}).values()
     return (Path(folder) / BESIDE).is_file() and any(config.is_prompt_learning for config in configs)
 
@@ -96,7 +89,7 @@ def check_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str = 
     if unknown and not expected:
         raise ValueError(unconverted(what, unknown))
     own = model.state_dict(keep_vars=True)
-    missing += [n for n in _lacking(model) if n.endswith(ADDED) and not n.endswith(RHO) and n not in saved]
+    missing += [n for n in _lacking(model, folder) if n.endswith(ADDED) and not n.endswith(RHO) and n not in saved]
     unknown += [n for n, t in beside.items() if not n.endswith(RHO) and (n not in own or own[n].shape != t.shape)]
     if missing or unknown:
         raise ValueError(misfit(what, missing, unknown))
@@ -120,7 +113,8 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str 
     for adapter in getattr(model, "peft_config", ()):
         file = _file_of(folder, adapter)
         saved = {} if file is None else read(file)
-        for name, tensor in peft_state(model, own, adapter).items() if saved else ():
+        state = peft_state(model, plain_state(model, own) if _is_clean(folder) else own, adapter) if saved else {}
+        for name, tensor in state.items():
             is_own = id(tensor) in ids  # else computed: a prompt, which what it is computed of restores
             if name not in saved or tensor.shape != saved[name].shape:
                 differing.append(name)
@@ -149,8 +143,15 @@ def _beside(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return read(file) if file.is_file() else {}
 
 
-def _lacking(model: nn.Module) -> dict[str, Tensor]:
+def _is_clean(folder: str | os.PathLike[str]) -> bool:
+    """Whether PEFT's files there hold no scale; an earlier bayeformers left in them what PEFT saves by itself."""
+    return (Path(folder) / CONFIG).is_file() and (Path(folder) / BESIDE).is_file()
+
+
+def _lacking(model: Any, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """By its first name, each tensor that a conversion added or that trains, and that PEFT does not save."""
+    if _is_clean(folder):
+        return lacking(model, list(model.peft_config))
     own = model.state_dict(keep_vars=True)
     seen = saved_by_peft(model, own)
     found = {}

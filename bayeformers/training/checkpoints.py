@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from ..checkpoint.adapters import CONFIG
 from ..conversion.record import conversion_record
 from ..nn.base import WIDE_BUFFERS, variational_tensors
 
@@ -216,8 +217,9 @@ def same(tensor: Tensor, value: Tensor) -> bool:
 
 
 def recorded_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The "bayesian" entry of a checkpoint's `config.json`; None if it has none."""
+    """The "bayesian" entry of a checkpoint's `config.json`, or of an adapter's `bayesian_config.json`; None: none."""
     path = Path(checkpoint) / "config.json"
+    path = path if path.is_file() else Path(checkpoint) / CONFIG
     recorded: dict[str, Any] | None = json.loads(path.read_text()).get("bayesian") if path.is_file() else None
     return recorded
 

@@ -1,6 +1,5 @@
 """`BayesianTrainer`: transformers' Trainer with the ELBO as its loss and Monte-Carlo prediction in its evaluation."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from ..checkpoint.saving import save_posterior, saved_along
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config, without_stale_record
 from ..likelihoods import HEAD, Likelihood, ProblemType, get_likelihood, without_ignored
-from ..nn.draws import one_draw_per_forward, posterior_mean, training_draw
+from ..nn.draws import one_draw_per_forward, training_draw
 from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
@@ -325,12 +324,7 @@ class BayesianTrainer(HeadTrainer):
         own = self._posterior
         if own is not None and self.args.should_save and saved_along(self.model) is not own:
             save_posterior(own, Path(output_dir or str(self.args.output_dir)))  # first: a push takes it along
-        inner, folder = checkpoints.unwrapped(self.model), output_dir or str(self.args.output_dir)
-        has_adapter = adapter_checkpoints.is_peft(inner) and is_bayesian(inner) and not self._is_sharded()
-        if has_adapter and self.args.should_save:
-            adapter_checkpoints.save_beside(inner, folder)
-        # PEFT saves what its prompt encoders compute
-        with without_stale_record(self.model), posterior_mean(inner) if has_adapter else contextlib.nullcontext():
+        with without_stale_record(self.model):
             super().save_model(output_dir, _internal_call)
 
     # -- loss --------------------------------------------------------------------------------------------------------
