@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 from ..conversion.config import BayesianConfig
 from ..conversion.convert import convert
-from ..conversion.persistence import peft_state
 from ..nn.adapters import adapter_parts
 from ..nn.base import variational_tensors
 from ..posteriors.files import saved_kinds
@@ -249,7 +248,7 @@ def _with_adapters(
 
 
 def _weights(files: Files, name: str) -> dict[str, Tensor]:
-    for ending in ("adapter_model.safetensors", "adapter_model.bin"):
+    for ending in saved.ADAPTER_FILES:
         places = [ending] if name == "default" else [f"{name}/{ending}", ending]
         path = next((found for place in places if (found := files.find(place)) is not None), None)
         if path is not None:
@@ -274,7 +273,7 @@ def _fill(model: Any, tensors: Mapping[str, Tensor], content: Mapping[str, Any],
             raise ValueError(_damaged(files, f"has {sorted(unfit)[:3]} ({len(unfit)}), which are not of this model"))
         if broken := [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]:
             raise ValueError(_damaged(files, f"has NaN or infinite values in {sorted(broken)[:3]} ({len(broken)})"))
-        for name, value in (tensors | _of_heads(model, content, files)).items():
+        for name, value in {**tensors, **_of_heads(model, content, files)}.items():
             own[name].copy_(value)
         trains = set(content.get("trains", ()))
         for name, parameter in model.named_parameters():
@@ -285,11 +284,12 @@ def _fill(model: Any, tensors: Mapping[str, Tensor], content: Mapping[str, Any],
 
 
 def _of_heads(model: Any, content: Mapping[str, Any], files: Files) -> dict[str, Tensor]:
-    """By the model's names, what PEFT's files hold of models with prompts beside these, which are computed: the heads."""
-    found, names = {}, {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    """By the model's names, what PEFT's files hold beside prompts, which are computed: the heads."""
+    found: dict[str, Tensor] = {}
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     for adapter in content["adapters"]:
         if model.peft_config[adapter].is_prompt_learning:
-            state, weights = peft_state(model, saved.plain_state(model), adapter), _weights(files, adapter)
+            state, weights = saved.clean_state(model, adapter), _weights(files, adapter)
             found |= {names[id(t)]: weights[n] for n, t in state.items() if id(t) in names and n in weights}
     return found
 
@@ -308,7 +308,7 @@ def _same_centres(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _verify(model: Any, adapter: str, files: Files) -> None:
     """Raise ValueError where the model does not hold what PEFT's file of an adapter has."""
-    state = peft_state(model, saved.plain_state(model), adapter)
+    state = saved.clean_state(model, adapter)
     weights = _weights(files, adapter)
     for verb, names in (("lacks", state.keys() - weights.keys()), ("has besides", weights.keys() - state.keys())):
         if names:

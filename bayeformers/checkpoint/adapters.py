@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..conversion import adapters as converted_adapters
@@ -35,6 +36,7 @@ TENSORS, CONFIG, PEFT_CONFIG = "bayesian_tensors.safetensors", "bayesian_config.
 KIND = "bayesian adapter"
 NOTICE = "posterior_is_loaded_by_bayeformers.from_pretrained"
 """A key of `adapter_config.json` that PEFT does not know, and so tells of when it loads the mean."""
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADDED = ("_rho", "_prior_centre", *WIDE_BUFFERS)
 VERSION = 1
 
@@ -70,8 +72,7 @@ def lacking(model: Any, adapters: Collection[str]) -> dict[str, Tensor]:
         adapters: the names of those that are meant; what belongs to others alone is left out.
     """
     own = model.state_dict(keep_vars=True)
-    plain = plain_state(model, own)
-    seen = {id(tensor) for adapter in adapters for tensor in peft_state(model, plain, adapter).values()}
+    seen = {id(tensor) for adapter in adapters for tensor in clean_state(model, adapter).values()}
     meant, others = (
         {id(t) for p in adapter_parts(model) if (p.adapter in adapters) is is_meant for t in _tensors(p)}
         for is_meant in (True, False)
@@ -97,16 +98,23 @@ def _tensors(part: AdapterPart) -> list[Tensor]:
     return [tensor for name in names if (tensor := own.get(name)) is not None]
 
 
-def plain_state(model: nn.Module, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the state dict without what a conversion has added.
+def clean_state(model: Any, adapter: str) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter, by its names, without what a conversion has added."""
+    state = peft_state(model, model.state_dict(keep_vars=True), adapter)
+    return {name: tensor for name, tensor in state.items() if not name.endswith(ADDED)}
 
-    Args:
-        model: a converted one.
-        own: its state dict; None: it is made.
-    """
-    own = model.state_dict(keep_vars=True) if own is None else own
-    added = added_names(model)
-    return {name: value for name, value in own.items() if name not in added}
+
+def _clean(folder: Path) -> None:
+    """Rewrite PEFT's file of an adapter without what a conversion has added."""
+    for name in ADAPTER_FILES:
+        path = folder / name
+        if path.is_file():
+            is_safe = path.suffix == ".safetensors"
+            tensors = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
+            kept = {key: value for key, value in tensors.items() if not key.endswith(ADDED)}
+            partial = path.with_name(f"{name}.{os.getpid()}.partial")
+            save_file(kept, partial, {"format": "pt"}) if is_safe else torch.save(kept, partial)
+            partial.replace(path)
 
 
 def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
@@ -122,9 +130,7 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
                 _save_fitted(self, Path(save_directory))
             return
         names = list(given.get("selected_adapters") or self.peft_config)
-        own = kwargs.pop("state_dict", None)
         with torch.no_grad(), posterior_mean(self):  # of prompts PEFT saves what its encoder computes
-            kwargs["state_dict"] = plain_state(self, self.state_dict() if own is None else own)
             original(self, save_directory, *args, **kwargs)
         if writes:
             write_posterior(self, Path(save_directory), names)
@@ -150,6 +156,7 @@ def write_posterior(model: Any, folder: Path, adapters: list[str]) -> None:
     _write(model, folder, adapters)
     for adapter in adapters:
         own = folder if adapter == "default" else folder / adapter
+        _clean(own)
         if own != folder:
             _write(model, own, [adapter])
         path = own / PEFT_CONFIG

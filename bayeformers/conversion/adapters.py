@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributions import MopedPrior, Prior
-from ..nn.adapters import AdapterPart, adapter_parts, has_adapters
+from ..nn.adapters import AdapterPart, adapter_parts, has_adapters, merged_adapter
 from ..nn.base import BayesianModule
 from ..nn.parameters import random_class
 from ..patterns import Patterns
@@ -43,6 +43,8 @@ class AdapterDefaults:
 
 ADAPTERS = AdapterDefaults()
 
+_UNLOAD = "_unload_and_optionally_merge"
+
 listeners: list[Callable[[], None]] = []
 """Called when a model with adapters is converted, before anything changes: saving, which is of a later room."""
 
@@ -56,6 +58,45 @@ def target_of(model: nn.Module, target: Patterns | None) -> Patterns | None:
     return target
 
 
+def check_unmerged(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Raise ValueError where an adapter that is to become Bayesian is merged."""
+    merged = merged_adapter(model, chosen)
+    if merged is not None:
+        raise ValueError(
+            f"`model` has the adapter of {merged!r} merged into the weights beside it, where its draws would have no "
+            "effect: call `model.unmerge_adapter()` first, or leave the adapter out by `target_modules`."
+        )
+
+
+class _Unloading:
+    """Stands in for a tuner's ``_unload_and_optionally_merge``: what is left bears no record of a conversion."""
+
+    is_shared_by_views = True
+
+    def __init__(self, model: nn.Module, tuner: nn.Module, forget: Callable[[nn.Module], None]) -> None:
+        self._model, self._tuner, self._forget = model, tuner, forget
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = getattr(type(self._tuner), _UNLOAD)(self._tuner, *args, **kwargs)
+        vars(self._tuner).pop(_UNLOAD, None)
+        self._forget(self._model)
+        return unloaded
+
+
+def watch_unloading(model: nn.Module, forget: Callable[[nn.Module], None]) -> None:
+    """Let `merge_and_unload` and `unload` of a converted model call ``forget`` of it afterwards."""
+    tuner = model._modules.get("base_model")
+    if tuner is not None and hasattr(type(tuner), _UNLOAD) and hasattr(model, "peft_config"):
+        vars(tuner)[_UNLOAD] = _Unloading(model, tuner, forget)
+
+
+def forget_unloading(model: nn.Module) -> None:
+    """Undo :func:`watch_unloading`."""
+    for tuner in model.children():
+        if isinstance(vars(tuner).get(_UNLOAD), _Unloading):
+            del vars(tuner)[_UNLOAD]
+
+
 def store_centres(model: nn.Module) -> None:
     """Keep the prior's centres of all adapters: which of them trains is for `set_adapter` to say, at any time."""
     for part in adapter_parts(model):
@@ -63,6 +104,11 @@ def store_centres(model: nn.Module) -> None:
         for layer in (layer for layer in layers if isinstance(layer, BayesianModule)):
             for name in layer.specs:
                 layer.store_centre(name)
+
+
+def only_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``delta``, ``freeze`` and ``prior`` those that are given."""
+    return {name: options[name] for name in ("delta", "freeze", "prior") if options.get(name) is not None}
 
 
 def random_entries(container: nn.Module, keys: Iterable[str]) -> type[BayesianModule] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +12,22 @@ from torch import nn
 from ..distributions import PosteriorPrior, Prior
 from ..distributions.diagonal_normal import ScaleName
 from ..nn import draws
-from ..nn.adapters import keep_frozen, let_thaw, merged_adapter, notice_other_adapters
+from ..nn.adapters import keep_frozen, let_thaw, notice_other_adapters
 from ..nn.base import RECORD, BayesianModule, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..patterns import Patterns
-from .adapters import ADAPTERS, floors_in, floors_of_zeros, only_adapters, store_centres, target_of
+from .adapters import (
+    ADAPTERS,
+    check_unmerged,
+    floors_in,
+    floors_of_zeros,
+    forget_unloading,
+    only_adapters,
+    only_given,
+    store_centres,
+    target_of,
+    watch_unloading,
+)
 from .config import BayesianConfig, Parametrization
 from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
 from .persistence import told_of_adapters, told_of_own_save, without_lost
@@ -40,6 +50,7 @@ from .selection import (
     choose,
     entries_in,
     estimators_of,
+    first_names,
     matching_subtrees,
     meant,
     owner_shapes,
@@ -129,7 +140,7 @@ def to_bayesian(
     """
     _check_flags(freeze=freeze is None or freeze, norms=norms, keep_dropout=keep_dropout)
     given = {"delta": delta, "freeze": freeze, "prior": None if prior is None else as_prior(prior)}
-    config = BayesianConfig(scale=scale, parametrization=parametrization, **_told(given))
+    config = BayesianConfig(scale=scale, parametrization=parametrization, **only_given(given))
     check_parametrization(parametrization, estimator, config.prior)
     _check_convertible(model)
     target_modules = target_of(model, target_modules)
@@ -142,27 +153,27 @@ def to_bayesian(
     check_ties(model, chosen, skipped)
     check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
     check_weights(model, chosen)
-    _check_unmerged(model, chosen)
+    check_unmerged(model, chosen)
     if only_adapters(model, chosen):
-        config = replace(config, **_told(vars(ADAPTERS) | _told(given)))
+        config = replace(config, **only_given(vars(ADAPTERS) | only_given(given)))
     config = replace(
         config,
         prior=fitted_prior(config.prior, owner_shapes(model, chosen)),
         estimator=dict(estimator) if isinstance(estimator, Mapping) else estimator,
         modules={name: kind.__name__ for name, kind in chosen.items()},
         parameters=entries_in(model, chosen),
-        floors_of_zeros=floors_of_zeros(model, _random_ids(model, chosen)),
+        floors_of_zeros=floors_of_zeros(model, first_names(model, chosen)),
         modules_to_save=list(modules_to_save or []),
         norms=norms,
         dropout={} if keep_dropout else dropout_rates(model),
         padding=padding_rows(model, chosen),
         predicted_padding=predicted_padding(model, owners_of(model, chosen).values()),
     )
-    told = told_of_own_save(model)
+    told = told_of_own_save(model) or told_of_adapters(model)
     convert(model, config, chosen, skipped)
     if target_modules is None:
         notice_other_adapters(model)
-    if (told := told or told_of_adapters(model)) is not None:
+    if told is not None:
         logger.warning(told)
     return model
 
@@ -207,7 +218,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     config = replace(config, ties=ties_of(model, owners))
     estimators = estimators_of(chosen, config.estimator)
     for name, kind in chosen.items():
-        _become(model.get_submodule(name), kind, config, estimators[name], floors_in(name, config.floors_of_zeros))
+        _become(model, name, kind, config, estimators[name])
     for tied in owners:
         name = full_name(tied[0])
         layers = [(model.get_submodule(owner), key) for owner, key in tied]
@@ -220,6 +231,7 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
     state.config = config
     setattr(model, RECORD, state)
     draws.one_draw_per_forward(model)
+    watch_unloading(model, _unloaded)
     if config.freeze:
         keep_frozen(model)
     else:
@@ -293,6 +305,7 @@ def _undo(model: nn.Module) -> None:
     for encoder, attribute, value in state.fused:
         setattr(encoder, attribute, value)
     release_ties(model)
+    forget_unloading(model)
     if TIES in vars(model):
         model.all_tied_weights_keys = state.declared_ties  # type: ignore[assignment]
     draws.release(model)
@@ -300,6 +313,13 @@ def _undo(model: nn.Module) -> None:
     model.__dict__.pop(_RESIZE, None)
     if hasattr(getattr(model, "config", None), "bayesian"):
         del model.config.bayesian  # type: ignore[union-attr]
+
+
+def _unloaded(model: nn.Module) -> None:
+    """Forget a conversion of which PEFT's `unload` has left no Bayesian layer."""
+    if (record := conversion_record(model)) is not None and not is_bayesian(model):
+        record.requires_grad = {name: p.requires_grad for name, p in _parameters(model)}
+        _undo(converted_module(model))
 
 
 def _become_deterministic(model: nn.Module) -> None:
@@ -339,24 +359,6 @@ def _check_flags(**flags: object) -> None:
             raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
-def _told(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the options of a configuration those that are given."""
-    return {name: given[name] for name in ("delta", "freeze", "prior") if given.get(name) is not None}
-
-
-def _random_ids(model: nn.Module, chosen: Chosen) -> dict[int, str]:
-    return {key: full_name(owners[0]) for key, owners in owners_of(model, chosen).items()}
-
-
-def _check_unmerged(model: nn.Module, chosen: Chosen) -> None:
-    merged = merged_adapter(model, chosen)
-    if merged is not None:
-        raise ValueError(
-            f"`model` has the adapter of {merged!r} merged into the weights beside it, where its draws would have no "
-            "effect: call `model.unmerge_adapter()` first, or leave the adapter out by `target_modules`."
-        )
-
-
 def _check_convertible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
@@ -386,12 +388,11 @@ def _check_convertible(model: nn.Module) -> None:
         )
 
 
-def _become(
-    module: nn.Module, kind: type[BayesianModule], config: BayesianConfig, estimator: str, floors: dict[str, float]
-) -> None:
+def _become(model: nn.Module, name: str, kind: type[BayesianModule], config: BayesianConfig, estimator: str) -> None:
+    module = model.get_submodule(name)
     swap_class(module, kind)
     assert isinstance(module, BayesianModule)
-    vars(module)["floors_of_zeros"] = floors
+    vars(module)["floors_of_zeros"] = floors_in(name, config.floors_of_zeros)
     module.become_bayesian(prior=config.prior, delta=config.delta, estimator=estimator, scale=config.scale)
 
 

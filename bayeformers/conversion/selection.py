@@ -199,6 +199,11 @@ def random_names(model: nn.Module, chosen: Chosen) -> list[str]:
     return [full_name(owner) for shared in owners_of(model, chosen).values() for owner in shared]
 
 
+def first_names(model: nn.Module, chosen: Chosen) -> dict[int, str]:
+    """By the id of each distinct Parameter that becomes random, the name of its first owner."""
+    return {key: full_name(owners[0]) for key, owners in owners_of(model, chosen).items()}
+
+
 def owner_shapes(model: nn.Module, chosen: Chosen) -> dict[str, tuple[int, ...]]:
     """Shape of each distinct tensor that becomes random, by the name of its first owner."""
     names = [".".join(filter(None, owners[0])) for owners in owners_of(model, chosen).values()]

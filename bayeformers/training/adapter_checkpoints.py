@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.adapters import CONFIG, lacking, plain_state
+from ..checkpoint.adapters import CONFIG, clean_state, lacking
 from ..checkpoint.adapters import TENSORS as BESIDE
 from ..conversion.persistence import peft_state, saved_by_peft
 from ..nn.base import is_bayesian, variational_tensors
@@ -113,7 +113,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str 
     for adapter in getattr(model, "peft_config", ()):
         file = _file_of(folder, adapter)
         saved = {} if file is None else read(file)
-        state = peft_state(model, plain_state(model, own) if _is_clean(folder) else own, adapter) if saved else {}
+        state = (clean_state(model, adapter) if _is_clean(folder) else peft_state(model, own, adapter)) if saved else {}
         for name, tensor in state.items():
             is_own = id(tensor) in ids  # else computed: a prompt, which what it is computed of restores
             if name not in saved or tensor.shape != saved[name].shape:

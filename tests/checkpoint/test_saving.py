@@ -250,48 +250,26 @@ def test_a_wrapper_that_saves_itself_is_told(tmp_path: Path, caplog: pytest.LogC
     assert all(torch.equal(value, inner[0].state_dict()[name]) for name, value in reloaded.state_dict().items())
 
 
-def test_a_peft_model_is_told_how_it_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_adapters_of_transformers_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its `save_pretrained` saves them alone; a state dict holds all."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
-    adapters = r".*\.lora_[AB]\.default"
-    with caplog.at_level(logging.WARNING):
-        model = to_bayesian(peft.get_peft_model(case("bert").build(), config), target_modules=adapters)
-    assert "peft.set_peft_model_state_dict" in caplog.text
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.1 if name.endswith("_rho") else 0)
-    model.save_pretrained(tmp_path)
-    loaded = to_bayesian(peft.PeftModel.from_pretrained(case("bert").build(), tmp_path), target_modules=adapters)
-    peft.set_peft_model_state_dict(loaded, peft.load_peft_weights(str(tmp_path)))
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["all of the base", "prompts", "of transformers"])
-def test_adapters_that_would_lose_scales_are_told(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Which are not in the adapter's folder, and that a state dict holds them all."""
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, target_modules=["query"])
-    prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
 
     def built() -> nn.Module:
         model = case("bert").build()
-        if kind == "of transformers":
-            model.add_adapter(lora)
-            return model
-        return peft.get_peft_model(model, prompts if kind == "prompts" else lora)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+        return model
 
     with caplog.at_level(logging.WARNING):
-        model = to_bayesian(built(), target_modules=r".*prompt.*" if kind == "prompts" else "all")
-    assert "alone" in caplog.text if kind == "of transformers" else "holds no scales of" in caplog.text
-    assert "`model.state_dict()`" in caplog.text
+        model = to_bayesian(built(), target_modules="all")
+    assert "alone" in caplog.text and "`model.state_dict()`" in caplog.text
     caplog.clear()
     model.save_pretrained(tmp_path / "adapter")
-    assert kind != "of transformers" or "without the posterior" in caplog.text
+    assert "without the posterior" in caplog.text
     with torch.no_grad():
         for tensor in variational_tensors(model):
             tensor.rho.add_(0.1)
     torch.save(model.state_dict(), tmp_path / "whole.pt")
-    other = to_bayesian(built(), target_modules=r".*prompt.*" if kind == "prompts" else "all")
+    other = to_bayesian(built(), target_modules="all")
     other.load_state_dict(torch.load(tmp_path / "whole.pt"))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 

@@ -287,7 +287,6 @@ def test_not_a_posterior() -> None:
     fails(SimpleNamespace(model=net()), r"`prior`.*SimpleNamespace.*no Bayesian layer")  # as a Laplace posterior
     fails(SimpleNamespace(model="bert"), r"`model` must be a converted model", TypeError)
     fails("task a", r"`prior` must be", TypeError)
-    fails(None, r"`prior` must be", TypeError)
     fails(MopedPrior, r"`prior` must be", TypeError)
     fails({"type": "posterior"}, r"`prior` must be", TypeError)
     fails(posterior_as_prior, r"`prior` must be", TypeError)

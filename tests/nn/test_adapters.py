@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from bayeformers import fixed_draw, kl_divergence, posterior_mean, summary, to_bayesian, to_deterministic
+from bayeformers import fixed_draw, is_bayesian, kl_divergence, posterior_mean, summary, to_bayesian, to_deterministic
 from bayeformers import nn as bnn
 from bayeformers.nn.draws import training_draw
 
@@ -92,16 +93,42 @@ def test_adapting_converted_experts_is_refused_before_the_mean_is_lost() -> None
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_merging_a_bayesian_adapter_is_refused(merge: str) -> None:
-    model = to_bayesian(bert(), delta=0.5, target_modules=ADAPTERS).eval()
-    expected = logits(model)
-    with pytest.raises(RuntimeError, match=r"query.*cannot be merged.*scales would be lost.*to_deterministic"):
-        getattr(model, merge)()
-    with fixed_draw(model, 0):
-        assert not torch.equal(logits(model), expected)
-    to_deterministic(model)
-    merged = getattr(model, merge)() or model
-    torch.testing.assert_close(logits(merged), expected)
+@pytest.mark.parametrize("index", [None, 2])
+def test_merging_gives_the_mean_or_the_held_draw(
+    merge: str, index: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one line says which, however many layers are merged."""
+    model = to_bayesian(bert(target_modules=["query", "value"]), delta=0.5).eval()
+    with contextlib.nullcontext() if index is None else fixed_draw(model, index):
+        expected = logits(model)
+        merged = getattr(model, merge)() or model
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+    (told,) = [record.getMessage() for record in caplog.records if "merged at" in record.getMessage()]
+    assert ("posterior mean" in told) if index is None else ("draw 2 of seed 0" in told)
+
+
+def test_unmerging_gives_the_posterior_back_bit_for_bit() -> None:
+    """The weights beside it too, though (w + d) - d is not w in floats; a merged adapter has no noise and no KL."""
+    model = to_bayesian(bert(), delta=0.5).eval()
+    before, kl = {name: value.clone() for name, value in model.state_dict().items()}, kl_divergence(model)
+    for index in (0, 1):
+        with fixed_draw(model, index):
+            model.merge_adapter()
+        assert not all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        with fixed_draw(model, 5):
+            drawn = logits(model)
+        assert torch.equal(drawn, logits(model)) and float(kl_divergence(model)) == 0
+        model.unmerge_adapter()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert torch.equal(kl_divergence(model), kl)
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_nothing_of_the_conversion_is_left_after_unloading(how: str) -> None:
+    model = to_bayesian(bert(), delta=0.5).eval()
+    plain = getattr(model, how)()
+    assert not list(bnn.variational_tensors(plain)) and getattr(plain.config, "bayesian", None) is None
+    assert not is_bayesian(to_deterministic(to_bayesian(plain)))
 
 
 def test_converting_a_merged_adapter_is_refused() -> None:
@@ -137,7 +164,7 @@ def test_merging_dora_into_a_bayesian_layer_is_refused(first: str) -> None:
 
 def test_merging_into_a_draw_is_refused() -> None:
     """PEFT would add to the copy that a reading gives: the adapter would be gone, and `unmerge` change the mean."""
-    model = to_bayesian(bert(), delta=0.5, exclude_modules=["default"]).eval()
+    model = to_bayesian(bert(), delta=0.5, target_modules="all", exclude_modules=["default"]).eval()
     models = {"model": model, "copy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
     for one in models.values():
         before, expected = {name: value.clone() for name, value in one.state_dict().items()}, logits(one)
@@ -154,7 +181,7 @@ def test_merging_into_a_draw_is_refused() -> None:
 
 
 def test_merging_in_a_held_mean_is_allowed() -> None:
-    model = to_bayesian(bert(), delta=0.5, exclude_modules=["default"]).eval()
+    model = to_bayesian(bert(), delta=0.5, target_modules="all", exclude_modules=["default"]).eval()
     expected = logits(model)
     with posterior_mean(model):
         model.merge_adapter()
@@ -162,7 +189,9 @@ def test_merging_in_a_held_mean_is_allowed() -> None:
 
 
 def test_merging_under_a_scale_relative_to_the_mean_is_refused() -> None:
-    model = to_bayesian(bert(), delta=0.5, scale="multiplicative", exclude_modules=["default"]).eval()
+    model = to_bayesian(
+        bert(), delta=0.5, scale="multiplicative", target_modules="all", exclude_modules=["default"]
+    ).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"query.*cannot be merged.*relative to the mean.*draws would change"):
         model.merge_adapter()
