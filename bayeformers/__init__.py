@@ -20,6 +20,7 @@ from .distributions import (
     PosteriorPrior,
     ScaleMixturePrior,
 )
+from .generation import Generation, generate
 from .laplace import LaplacePosterior
 from .moved import keep_old_paths, old_module
 from .nn import fixed_draw, posterior_mean
@@ -40,6 +41,7 @@ __all__ = [
     "BayesianTrainingArguments",
     "DoubleExponentialPrior",
     "EmpiricalBayesPrior",
+    "Generation",
     "LaplacePosterior",
     "LogUniformPrior",
     "MopedPrior",
@@ -53,6 +55,7 @@ __all__ = [
     "calibrate_delta",
     "fixed_draw",
     "from_pretrained",
+    "generate",
     "heads",
     "is_bayesian",
     "kl_divergence",

@@ -95,7 +95,7 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
 
 
 ROOMS = (
-    "distributions", "experiments", "heads", "laplace", "losses", "metrics", "models", "nn", "posteriors",
+    "distributions", "experiments", "generation", "heads", "laplace", "losses", "metrics", "models", "nn", "posteriors",
     "quantization", "reports", "tasks", "training",
 )  # fmt: skip
 

@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "linearized": ("likelihoods", "predictive", "sampling"),
     "posteriors": ("linearized", "likelihoods", "metrics", "predictive", "sampling"),
     "posteriors.variational": ("posteriors", "nn", "sampling"),
+    "generation": ("posteriors", "posteriors.variational", "sampling"),
     "laplace": ("posteriors", "linearized", "likelihoods", "sampling"),
     "ood": ("posteriors", "laplace", "likelihoods", "predictive", "metrics"),
     "heads": ("laplace", "posteriors", "linearized", "likelihoods", "predictive", "sampling", "nn"),

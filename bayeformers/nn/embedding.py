@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributions import Prior
+from ..sampling import batched
 from .base import DEFAULT_DELTA, DEFAULT_PRIOR, BayesianModule
 from .estimators import REPARAMETERIZATION, Layout
 from .variational import Variational
@@ -235,3 +236,6 @@ class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
 
 def _product(counts: Tensor, table: Tensor, bias: None) -> Tensor:
     return counts @ table
+
+
+batched.register_batched(Embedding, batched.embedding)

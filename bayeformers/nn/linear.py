@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import transformers.pytorch_utils
 from torch import Tensor
 
+from ..sampling import batched
 from .base import BayesianModule
 from .estimators import Layout
 
@@ -77,3 +78,7 @@ def _conv1d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = input.reshape(-1, input.shape[-1])
     output = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return output.view(*input.shape[:-1], weight.shape[1])
+
+
+batched.register_batched(Linear, batched.linear)
+batched.register_batched(Conv1D, batched.conv1d)
