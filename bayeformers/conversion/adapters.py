@@ -90,6 +90,13 @@ def watch_unloading(model: nn.Module, forget: Callable[[nn.Module], None]) -> No
         vars(tuner)[_UNLOAD] = _Unloading(model, tuner, forget)
 
 
+def trained_heads(model: nn.Module, random: Iterable[str]) -> list[str]:
+    """Names of the copies of heads that PEFT's `modules_to_save` trains now and of which nothing becomes Bayesian."""
+    heads = [part.name for part in adapter_parts(model) if part.is_head and part.adapter != "original_module"]
+    own = {name for name in heads if any(p.requires_grad for p in model.get_submodule(name).parameters())}
+    return sorted(own - {above for name in random for above in _above(name, own)})
+
+
 def forget_unloading(model: nn.Module) -> None:
     """Undo :func:`watch_unloading`."""
     for tuner in model.children():
