@@ -18,6 +18,7 @@ from ..nn.adapters import AdapterPart, adapter_parts, has_adapters, merged_adapt
 from ..nn.base import BayesianModule
 from ..nn.parameters import random_class
 from ..patterns import Patterns
+from .adalora import take_all, take_means
 
 Entries = dict[str, tuple[str, ...]]
 """Of `ParameterDict`s in a model, by name, which of their Parameters are meant."""
@@ -85,6 +86,7 @@ class _Unloading:
 
 def watch_unloading(model: nn.Module, forget: Callable[[nn.Module], None]) -> None:
     """Let `merge_and_unload` and `unload` of a converted model call ``forget`` of it afterwards."""
+    take_means(model)
     tuner = model._modules.get("base_model")
     if tuner is not None and hasattr(type(tuner), _UNLOAD) and hasattr(model, "peft_config"):
         vars(tuner)[_UNLOAD] = _Unloading(model, tuner, forget)
@@ -99,6 +101,7 @@ def trained_heads(model: nn.Module, random: Iterable[str]) -> list[str]:
 
 def forget_unloading(model: nn.Module) -> None:
     """Undo :func:`watch_unloading`."""
+    take_all(model)
     for tuner in model.children():
         if isinstance(vars(tuner).get(_UNLOAD), _Unloading):
             del vars(tuner)[_UNLOAD]
