@@ -238,13 +238,22 @@ def _with_adapters(
         else:
             model.add_adapter(name, config, autocast_adapter_dtype=is_wide)
         if not config.is_prompt_learning or "bayesian" not in content:
-            peft.set_peft_model_state_dict(model, dict(weights), adapter_name=name)
+            peft.set_peft_model_state_dict(model, _of_random_heads(model, name) | weights, adapter_name=name)
     active = content["active"]
     if len(configs) > 1:
-        (model.set_adapter if next(iter(configs.values())).is_prompt_learning else model.base_model.set_adapter)(
-            active[0] if len(active) == 1 else active
-        )
+        model.set_adapter(active[0]) if len(active) == 1 else model.base_model.set_adapter(active)
     return model
+
+
+def _of_random_heads(model: Any, adapter: str) -> dict[str, Tensor]:
+    """What PEFT asks a file for of a Bayesian head, though it lies beside: as it is now."""
+    found: dict[str, Tensor] = {}
+    for part in adapter_parts(model):
+        if part.is_head and part.adapter == adapter:
+            state = part.module.state_dict()
+            own = {f"{part.container.removesuffix('.modules_to_save')}.{name}": t for name, t in state.items()}
+            found |= {name: t for name, t in own.items() if name.endswith(saved.ADDED)}
+    return found
 
 
 def _weights(files: Files, name: str) -> dict[str, Tensor]:
@@ -277,7 +286,7 @@ def _fill(model: Any, tensors: Mapping[str, Tensor], content: Mapping[str, Any],
             own[name].copy_(value)
         trains = set(content.get("trains", ()))
         for name, parameter in model.named_parameters():
-            if not name.endswith("_rho") and parameter.requires_grad != (name in trains):
+            if parameter.requires_grad != (name in trains):
                 parameter.requires_grad_(name in trains)
     for name in content["adapters"]:
         _verify(model, name, files)

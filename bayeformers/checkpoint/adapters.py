@@ -185,7 +185,7 @@ def _described(model: Any, adapters: list[str]) -> dict[str, Any]:
         **_of_plain(model, adapters),
         "bayesian": data,
         "converted": at,
-        "trains": sorted(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("_rho")),
+        "trains": sorted(name for name, p in model.named_parameters() if p.requires_grad),
     }
 
 
@@ -281,7 +281,7 @@ def _of_plain(model: Any, adapters: list[str]) -> dict[str, Any]:
 
 def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
     partial = folder / f"{CONFIG}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(folder / CONFIG)
 
 

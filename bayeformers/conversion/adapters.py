@@ -18,6 +18,7 @@ from ..nn.adapters import AdapterPart, adapter_parts, has_adapters, merged_adapt
 from ..nn.base import BayesianModule
 from ..nn.parameters import random_class
 from ..patterns import Patterns
+from .adalora import take_all, take_means
 
 Entries = dict[str, tuple[str, ...]]
 """Of `ParameterDict`s in a model, by name, which of their Parameters are meant."""
@@ -85,13 +86,22 @@ class _Unloading:
 
 def watch_unloading(model: nn.Module, forget: Callable[[nn.Module], None]) -> None:
     """Let `merge_and_unload` and `unload` of a converted model call ``forget`` of it afterwards."""
+    take_means(model)
     tuner = model._modules.get("base_model")
     if tuner is not None and hasattr(type(tuner), _UNLOAD) and hasattr(model, "peft_config"):
         vars(tuner)[_UNLOAD] = _Unloading(model, tuner, forget)
 
 
+def trained_heads(model: nn.Module, random: Iterable[str]) -> list[str]:
+    """Names of the copies of heads that PEFT's `modules_to_save` trains now and of which nothing becomes Bayesian."""
+    heads = [part.name for part in adapter_parts(model) if part.is_head and part.adapter != "original_module"]
+    own = {name for name in heads if any(p.requires_grad for p in model.get_submodule(name).parameters())}
+    return sorted(own - {above for name in random for above in _above(name, own)})
+
+
 def forget_unloading(model: nn.Module) -> None:
     """Undo :func:`watch_unloading`."""
+    take_all(model)
     for tuner in model.children():
         if isinstance(vars(tuner).get(_UNLOAD), _Unloading):
             del vars(tuner)[_UNLOAD]

@@ -26,6 +26,7 @@ from .adapters import (
     only_given,
     store_centres,
     target_of,
+    trained_heads,
     watch_unloading,
 )
 from .config import BayesianConfig, Parametrization
@@ -242,8 +243,8 @@ def _convert(model: nn.Module, config: BayesianConfig, chosen: Chosen, skipped: 
 
 
 def freeze_means(model: nn.Module, config: BayesianConfig) -> None:
-    """``freeze=True``: of all Parameters only scales, and what is in ``modules_to_save``, require a gradient."""
-    saved = matching_subtrees(model, config.modules_to_save)
+    """``freeze=True``: of all Parameters only scales, and what is in ``modules_to_save``, ours or PEFT's, train."""
+    saved = [*matching_subtrees(model, config.modules_to_save), *trained_heads(model, config.modules)]
     scales = {id(tensor.rho) for tensor in variational_tensors(model)}
     for name, parameter in _parameters(model):
         parameter.requires_grad_(id(parameter) in scales or any(name.startswith(f"{s}.") for s in saved))
@@ -287,7 +288,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     if not is_bayesian(model):
         raise ValueError(not_bayesian(model))
     with all_or_nothing(model):
-        for part in [module for module in model.modules() if hasattr(module, RECORD)]:
+        for part in [module for module in model.modules() if RECORD in vars(module)]:
             _undo(part)
         _become_deterministic(model)  # what was built by hand
         draws.release(model)
@@ -339,9 +340,8 @@ def unfreeze(model: nn.Module) -> nn.Module:
     """
     if not is_bayesian(model):
         raise ValueError(not_bayesian(model))
-    state = conversion_record(model)
+    flags = {} if (state := conversion_record(model)) is None else state.requires_grad
     converted = model if state is None else converted_module(model)
-    flags = {} if state is None else state.requires_grad
     with all_or_nothing(model):
         for tensor in variational_tensors(converted):
             tensor.module.store_centre(tensor.parameter_name)

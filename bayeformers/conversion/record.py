@@ -51,7 +51,7 @@ def converted_module(model: nn.Module) -> nn.Module:
     """
     draws.check_module(model)
     for module in model.modules():
-        if hasattr(module, RECORD):
+        if RECORD in vars(module):  # a `PeftModel` has its base's attributes too
             return module
     if is_bayesian(model):
         raise ValueError(

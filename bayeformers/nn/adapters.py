@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -109,6 +109,17 @@ def active_tensors(model: nn.Module) -> list[NamedVariational]:
         if isinstance(module, BayesianModule) and id(module) not in in_parts:
             active |= {id(module.get_parameter(name)) for name in module.specs}
     return [tensor for tensor in tensors if id(tensor.loc) in active or id(tensor.loc) not in idle]
+
+
+def name_heads(model: nn.Module) -> None:
+    """Give the copies that PEFT has made of a Bayesian head noise of their own: they are other tensors."""
+    for part in adapter_parts(model) if has_adapters(model) else ():
+        if not part.is_head or part.adapter == "original_module":
+            continue
+        for module in (module for module in part.module.modules() if isinstance(module, BayesianModule)):
+            for name, spec in module.specs.items():
+                if spec.named and "modules_to_save." not in spec.name:
+                    module.specs[name] = replace(spec, name=f"{spec.name}.modules_to_save.{part.adapter}")
 
 
 def is_put_aside(owner: nn.Module | None) -> bool:

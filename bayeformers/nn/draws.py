@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..checks import check_draw
-from .adapters import LATE, forget_adapters, late_adapters, let_thaw, note_adapters
+from .adapters import LATE, forget_adapters, late_adapters, let_thaw, name_heads, note_adapters
 from .base import BayesianModule
 from .base import bayesian_modules as bayesian_modules
 from .base import check_module as check_module
@@ -85,6 +85,7 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
         raise ValueError(
             f"`model` ({type(model).__name__}) has no Bayesian layer to draw; call `to_bayesian(model)` first."
         )
+    name_heads(model)
     check_names(model)
     stand_in_for_merges(model)  # of adapters that came after the conversion
     if draw is not MEAN:
