@@ -20,6 +20,8 @@ from .reading import MEAN
 
 logger = logging.getLogger(__name__)
 
+_REQUANTISED = ("Int8Params",)  # what it computes with lies elsewhere: PEFT adds and subtracts in 8 bits
+_ADDED_TO = ("Parameter", "Params4bit", "Int8Params")  # weights that PEFT's `merge` changes
 _MERGE, _UNMERGE, _KEPT = "merge", "unmerge", "_bayeformers_before_merge"
 
 
@@ -132,7 +134,8 @@ def _weights_beside(layer: Any) -> list[_Before]:
     found = []
     for owner in base.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None and (only is None or (owner is base and name == only)):
+            is_meant = only is None or (owner is base and name == only)
+            if parameter is not None and is_meant and type(parameter).__name__ not in _REQUANTISED:
                 found.append(_Before(owner, name, parameter))
     return found
 
@@ -147,6 +150,9 @@ def _what(layer: Any) -> str:
 
 
 def _reason(layer: Any) -> str | None:
+    weight = layer.get_base_layer()._parameters.get("weight")
+    if weight is not None and type(weight).__name__ not in _ADDED_TO:
+        return f"the weight beside it is a {type(weight).__name__}, which PEFT would leave as it is"
     random: list[Any] = [part for part in layer.get_base_layer().modules() if isinstance(part, BayesianModule)]
     if random and not lora_like(layer):
         return "it would change the means of a Bayesian layer and leave their scales, so that its draws would change"
