@@ -97,7 +97,7 @@ def test_which_rows_can_be(batch: Batch, likelihood: str, mask: TokenMask | None
     assert is_perturbable(batch, likelihood, mask) is expected
 
 
-# ------------------------------------------------------------------------------------------------------------- the choice
+# ----------------------------------------------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -163,7 +163,7 @@ def test_an_unsure_network_keeps_its_predictions() -> None:
     assert any("stays next to the trained network" in caveat for caveat in found.caveats)
 
 
-# ------------------------------------------------------------------------------------------------- where nothing is said
+# ------------------------------------------------------------------------------------------------ where nothing is said
 
 
 def test_masked_words_choose_where_a_mask_is_given(caplog: pytest.LogCaptureFixture) -> None:
