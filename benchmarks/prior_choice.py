@@ -23,7 +23,8 @@ from torch import Tensor
 from bayeformers import laplace, metrics
 from bayeformers.laplace.data import Loader
 from bayeformers.laplace.leverage import leverages, safe_precision, training_rows
-from bayeformers.laplace.tuning import GRID, holdout_nll, holdout_precision
+from bayeformers.laplace.perturbed import MAX_ROWS, cautious_precision, perturbed_rows
+from bayeformers.laplace.tuning import GRID, QUANTILES, holdout_nll, holdout_precision, row_nll
 from bayeformers.linearized.captured import bare_tensors, covariance, linearize
 from bayeformers.linearized.links import linearized_predictive
 
@@ -62,6 +63,8 @@ def compare(context: Context, num_batches: int | None, max_rows: int) -> dict[st
     measured = training_rows(Loader(posterior.model, batches, None, None, False))
     found = leverages(posterior, measured, GRID)
     ruled = time.process_time()
+    masked = on_masked(posterior, context, batches)
+    done = time.process_time()
     held_out = Loader(posterior.model, context.batches(context.held_out[:max_rows]), None, None, False)
     taus = {
         "evidence": float(posterior.prior_precision),  # type: ignore[arg-type]
@@ -69,7 +72,10 @@ def compare(context: Context, num_batches: int | None, max_rows: int) -> dict[st
         "leverage, 95 %": safe_precision(np.quantile(found, 0.95, axis=1)[:, None], GRID),
         "leverage, 99 %": safe_precision(np.quantile(found, 0.99, axis=1)[:, None], GRID),
         "leverage, largest": safe_precision(found, GRID),
+        "masked rows, least NLL": GRID[int(masked.mean(axis=1).argmin())],
+        "masked rows, one standard error": cautious_precision(masked, GRID),
     }
+    taus["perturbed: the default"] = max(taus["masked rows, one standard error"], taus["evidence"], bound(found))
     reported = [row for part, rows in context.parts.items() if part != "held_out" for row in rows]
     reported = [reported[i] for i in draw.permutation(len(reported))[:max_rows]]
     probs, labels, scale = on_grid(posterior, context, reported)
@@ -82,11 +88,24 @@ def compare(context: Context, num_batches: int | None, max_rows: int) -> dict[st
         "seed": context.seed,
         "fit_rows": len(chosen),
         "reported_rows": len(labels),
-        "seconds": {"fit": fitted - start, "leverages": ruled - fitted},
+        "seconds": {"fit": fitted - start, "leverages": ruled - fitted, "masked": done - ruled},
         "accuracy": float((probs[np.inf].argmax(1) == labels).mean()),
         "logit_scale": scale,
         "rules": {name: score(each, cells["MAP"], labels) | {"tau": taus.get(name)} for name, each in cells.items()},
     }
+
+
+def on_masked(posterior: Any, context: Context, batches: list[Any]) -> np.ndarray:
+    """NLL of masked training rows at each tau of the grid, (n, rows)."""
+    tokenizer = context.tokenizer
+    mask = laplace.TokenMask(mask_token_id=tokenizer.mask_token_id, kept=tuple(tokenizer.all_special_ids))
+    rows = training_rows(Loader(posterior.model, batches, None, None, False), num_rows=MAX_ROWS)
+    return np.concatenate([row_nll(posterior, row, GRID).numpy() for row in perturbed_rows(rows, mask)], axis=1)
+
+
+def bound(found: np.ndarray) -> float:
+    """The least tau that the leverages of masked rows' rule allow."""
+    return safe_precision(np.quantile(found, QUANTILES[True], axis=1)[:, None], GRID)
 
 
 def on_grid(posterior: Any, context: Context, rows: list[Any]) -> tuple[dict[float, Probs], np.ndarray, float]:

@@ -15,7 +15,7 @@ from ..distributions.initial_scale import check_delta
 from ..nn.estimators import get_estimator
 from ..training import BayesianTrainingArguments
 
-PRIOR_CHOICES = ("leverage", "marglik", "marglik_per_layer", "holdout")
+PRIOR_CHOICES = ("perturbed", "leverage", "marglik", "marglik_per_layer", "holdout")
 _PREDICTS = "the results are made of the predictions of every row"
 _CHOOSES = "the example trains epoch by epoch and keeps the one of least validation NLL"
 _MAX_SEED = 2**32 - 1  # of NumPy's generator

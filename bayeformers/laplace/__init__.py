@@ -9,6 +9,7 @@ from .curvature import Curvature
 from .fit import fit
 from .from_sums import posterior_of
 from .kronecker import KroneckerEigen
+from .perturbed import TokenMask
 from .posterior import LaplacePosterior, PrecisionChoice
 from .sparse.inf_posterior import InfPosterior, inf_posterior
 from .tuning import tune
@@ -25,6 +26,7 @@ __all__ = [
     "LaplaceOptions",
     "LaplacePosterior",
     "PrecisionChoice",
+    "TokenMask",
     "draw_along",
     "eigen_direction",
     "example_gradients",

@@ -23,7 +23,7 @@ CurvatureChoice = Literal["auto", "kfac", "ekfac", "diagonal", "dense", "full"]
 FisherChoice = Literal["auto", "exact", "mc", "empirical"]
 WeightSharing = Literal["expand", "reduce"]
 Subset = Literal["all", "last_layer"]
-PriorChoice = Literal["leverage", "marglik", "marglik_per_layer", "holdout"]
+PriorChoice = Literal["perturbed", "leverage", "marglik", "marglik_per_layer", "holdout"]
 
 if TYPE_CHECKING:
     PatternsField = Patterns
@@ -85,9 +85,11 @@ class LaplaceConfig:
         default=None,
         metadata={
             "help": "tau, or a mapping from layer name; or how to find it: holdout (least NLL of the linearised "
-            "predictive on held-out rows), leverage (the evidence's, but no smaller than keeps the leverages of "
-            "training rows below 1), marglik (the evidence), one for all layers, or marglik_per_layer. By default "
-            "holdout where there are such rows, else leverage, of a head with too many logits for it marglik."
+            "predictive on held-out rows), perturbed (the same, cautiously, on training rows with words masked or "
+            "values exchanged), leverage (the evidence's, but no smaller than keeps the leverages of training rows "
+            "below 1), marglik (the evidence), one for all layers, or marglik_per_layer. By default holdout where "
+            "there are such rows, else perturbed where rows can be, else leverage, of a head with too many logits "
+            "for these marglik."
         },
     )
     temperature: float = field(

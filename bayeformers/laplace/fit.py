@@ -28,9 +28,10 @@ from .data import Batch, Loader, likelihood_of
 from .evidence import checked_precision
 from .kronecker import KroneckerEigen
 from .moved import in_columns
+from .perturbed import TokenMask, is_perturbable
 from .posterior import FitRecord, LaplacePosterior
 from .targets import Target, choose_targets, squared_distances
-from .tuning import checked_rows, default_choice, tune
+from .tuning import check_perturbable, checked_rows, default_choice, tune
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def fit(
     prior_mean: nn.Module | None = None,
     noise_std: float | None = None,
     validation: Iterable[Any] | None = None,
+    token_mask: TokenMask | None = None,
     seed: int = 0,
     logits: OutputOf = logits_of,
     **options: Unpack[LaplaceOptions],
@@ -71,6 +73,7 @@ def fit(
             is centred at theta*.
         noise_std: s of a regression; by default the one of largest evidence.
         validation: held-out batches with labels, of prior_precision="holdout".
+        token_mask: how words are masked, of prior_precision="perturbed" with a model that reads words.
         seed: of the label draws of fisher="mc".
         logits: from the model's output to (B, C), (B, T, C), or (B,) of a regression.
         **options: fields of `LaplaceConfig` by name; they replace those of ``config``.
@@ -89,7 +92,7 @@ def fit(
     precision = (
         default_choice(model, validation, dataloader) if config.prior_precision is None else config.prior_precision
     )
-    if precision in ("holdout", "leverage"):
+    if precision in ("holdout", "leverage", "perturbed"):
         checked_rows(model, precision, validation if precision == "holdout" else dataloader)
     targets, skipped = choose_targets(model, config.target_modules, config.exclude_modules)
     if not isinstance(precision, str):
@@ -104,10 +107,15 @@ def fit(
         outputs, called = passes.probe(batch, targets)
         if config.subset == "last_layer":
             targets, skipped = _last_layer(targets, skipped, called)
+        likelihood = config.likelihood or likelihood_of(model, batch.labels)
+        if precision == "perturbed":
+            check_perturbable([batch], likelihood, token_mask)
+        elif config.prior_precision is None and precision == "leverage":
+            precision = "perturbed" if is_perturbable(batch, likelihood, token_mask) else "leverage"
         covered = {module for target in targets for module in target.modules}
         check_reads(model, batch.inputs, covered & set(called), passes.outputs_of)
         distances = None if prior_mean is None else squared_distances(targets, model, prior_mean)
-        measured = _measured(config, targets, outputs, config.likelihood or likelihood_of(model, batch.labels), seed)
+        measured = _measured(config, targets, outputs, likelihood, seed)
         sums = passes.sums(measured, targets, config.checkpoint, config.checkpoint_steps)
         targets, skipped = _called(targets, skipped, sums)
         layers = passes.corrected(sums.decomposed(targets), sums)
@@ -125,6 +133,7 @@ def fit(
         noise_std=noise_std,
         validation=validation,
         training=loader,
+        token_mask=token_mask,
         link=config.link,
         progress=shows,
     )

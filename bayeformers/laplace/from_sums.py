@@ -46,8 +46,8 @@ def posterior_of(
         num_data: N, the examples that the sums stand for; by default those that were seen, times ``data_scale``.
         logits: as for `fit`.
         device: of the eigenvectors; by default that of the sums.
-        tuning: ``validation`` and ``link`` of prior_precision="holdout", ``training`` of "leverage", and ``progress``:
-            see `tune`.
+        tuning: ``validation`` and ``link`` of prior_precision="holdout", ``training`` of "leverage" and "perturbed",
+            ``token_mask`` of the latter, and ``progress``: see `tune`.
 
     Raises:
         ValueError: no sums; a layer that the model lacks, or that has another form or other weights there; "ekfac"

@@ -102,8 +102,8 @@ def items_apart(posterior: LaplacePosterior, batches: Sequence[Batch]) -> list[B
     return [row for batch in batches for row in batch.examples()][::MAX_TOKENS]
 
 
-def training_rows(loader: Loader, seed: int = 0) -> list[Batch]:
-    """Return batches of this process's share of `MAX_ROWS` random rows of its data.
+def training_rows(loader: Loader, seed: int = 0, num_rows: int = MAX_ROWS) -> list[Batch]:
+    """Return batches of this process's share of ``num_rows`` random rows of its data.
 
     A `DataLoader` of a dataset gives them by their numbers, in the dataset's order; of any other source random batches
     are taken, and random rows of these: it is passed over once.
@@ -111,8 +111,9 @@ def training_rows(loader: Loader, seed: int = 0) -> list[Batch]:
     Args:
         loader: the training data of this process.
         seed: of the choice.
+        num_rows: of all processes.
     """
-    count, generator = math.ceil(MAX_ROWS / num_processes()), torch.Generator().manual_seed(seed)
+    count, generator = math.ceil(num_rows / num_processes()), torch.Generator().manual_seed(seed)
     source = loader.loader
     with preserved():  # a DataLoader takes its seed from the default generator
         if not _has_numbers(source):

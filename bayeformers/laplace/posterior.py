@@ -41,11 +41,11 @@ class PrecisionChoice:
     """How tau was found.
 
     Attributes:
-        method: "given", held-out NLL ("holdout"), the leverages of training rows ("leverage"), or the evidence
-            ("marglik", "marglik_per_layer").
+        method: "given", held-out NLL ("holdout"), that of perturbed training rows ("perturbed"), the leverages of
+            training rows ("leverage"), or the evidence ("marglik", "marglik_per_layer").
         at_grid_end: the end of the range that was searched where tau lies there (of any layer), else None: the true
             optimum lies beyond, or there is none.
-        num_rows: training rows that "leverage" looked at, of all processes; else None.
+        num_rows: training rows that "perturbed" or "leverage" looked at, of all processes; else None.
     """
 
     method: ChoiceMethod = "given"
@@ -224,7 +224,7 @@ class LaplacePosterior(MovedPosterior):
         found = []
         if self.choice.at_grid_end is not None:
             found.append(f"tau lies at the {self.choice.at_grid_end} end of the range that was searched")
-            if self.choice.method == "leverage" and self.choice.at_grid_end == "largest":
+            if self.choice.method in ("leverage", "perturbed") and self.choice.at_grid_end == "largest":
                 found.append("the posterior stays next to the trained network")
         if self.exceeds_data:
             gamma = sum(self.effective_parameters.values())

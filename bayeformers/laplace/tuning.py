@@ -1,7 +1,6 @@
-"""The prior precision and a regression's noise: given, of largest evidence, bounded by leverages, or by held-out NLL.
+"""The prior precision and a regression's noise: given, of largest evidence, or by rows' NLL or leverages.
 
-One pass over the held-out data, or over the training rows whose leverages are bounded, serves the whole grid of
-precisions.
+One pass over the held-out data, or over some training rows, serves the whole grid of precisions.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..likelihoods import get_likelihood
 from ..likelihoods.registry import likelihood_of_family
@@ -24,12 +23,15 @@ from .config import PriorChoice, check_precision_choice
 from .data import Batch, Loader
 from .evidence import DEFAULT_BOUNDS, Precision, optimal_precision_and_noise, optimal_prior_precision
 from .leverage import items_apart, leverages, safe_precision, training_rows
+from .perturbed import MAX_ROWS, TokenMask, cautious_precision, is_perturbable, masks_words, perturbed_rows
 from .posterior import End, LaplacePosterior, PrecisionChoice
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+QUANTILES = {True: 0.95, False: 1.0}
+"""Of the leverages that bound the tau of perturbed rows from below: of masked words, and of exchanged values."""
 GRID: tuple[float, ...] = tuple(np.logspace(-4, 6, 21).tolist())
 """Two values per decade; a parabola refines the best."""
 
@@ -54,6 +56,7 @@ def tune(
     noise_std: float | None = None,
     validation: Iterable[Any] | None = None,
     training: Iterable[Any] | Loader | None = None,
+    token_mask: TokenMask | None = None,
     link: Link = "auto",
     progress: bool = True,
 ) -> LaplacePosterior:
@@ -61,15 +64,18 @@ def tune(
 
     No curvature is refitted. "leverage" takes the tau of largest evidence, but no smaller a one than keeps the leverage
     of each of some 128 random training rows below 1, as it would be if the curvature were not approximated: see
-    `laplace.leverage`. No label is read.
+    `laplace.leverage`. No label is read. "perturbed" takes the largest tau that is as good as the best, up to one
+    standard error, on some 256 random training rows with 15 % of their words masked or values exchanged, under their
+    own labels, and no smaller one than the evidence and the leverages allow: see `laplace.perturbed`.
 
     Args:
         posterior: at any prior precision.
         prior_precision: tau, one per layer name, or how to find it.
         noise_std: s of a regression; by default the one of largest evidence.
         validation: held-out batches with labels, of "holdout".
-        training: the data of the fit, of "leverage", as `fit` takes them.
-        link: of the predictive that "holdout" judges.
+        training: the data of the fit, of "leverage" and "perturbed", as `fit` takes them.
+        token_mask: of "perturbed", for a model that reads words.
+        link: of the predictive that "holdout" and "perturbed" judge.
         progress: whether to show a progress bar.
     """
     check_precision_choice(prior_precision)
@@ -101,13 +107,43 @@ def tune(
         return posterior.with_prior_precision(holdout_precision(nll), choice)
     end = _end_of(list(best.values()) if isinstance(best, Mapping) else [best], *DEFAULT_BOUNDS)
     evidence = posterior.with_prior_precision(best, PrecisionChoice(method=prior_precision, at_grid_end=end))
-    return evidence if prior_precision != "leverage" else _raised(evidence, training)
-
-
-def _raised(posterior: LaplacePosterior, training: Iterable[Any] | Loader | None) -> LaplacePosterior:
-    """The posterior at its own tau, or at the least that the leverages of training rows allow if that is larger."""
-    checked_rows(posterior.model, "leverage", training)
+    if prior_precision not in ("leverage", "perturbed"):
+        return evidence
+    checked_rows(posterior.model, prior_precision, training)
     loader = training if isinstance(training, Loader) else Loader(posterior.model, training or (), None, None, False)
+    return _raised(evidence, loader) if prior_precision == "leverage" else _cautious(evidence, loader, token_mask, link)
+
+
+def _cautious(
+    posterior: LaplacePosterior, loader: Loader, token_mask: TokenMask | None, link: Link
+) -> LaplacePosterior:
+    """The posterior at the largest tau that is as good as the best on perturbed training rows, or at the bound's."""
+    rows = [batch for batch in training_rows(loader, num_rows=MAX_ROWS) if len(batch)]
+    check_perturbable(rows, posterior.record.config.likelihood, token_mask)
+    likelihood = likelihood_of_family(posterior.record.config.likelihood)
+    rows = [one for one in (batch.labelled(likelihood) for batch in rows) if len(one)]
+    bound = float(_raised(posterior, loader, QUANTILES[masks_words(rows)]).prior_precision)  # type: ignore[arg-type]
+    grid = (bound, *(tau for tau in GRID if tau > bound))
+    found = [np.empty((len(grid), 0))]
+    found += [row_nll(posterior, batch, grid, link=link).numpy() for batch in perturbed_rows(rows, token_mask)]
+    nll = np.concatenate(gathered(np.concatenate(found, axis=1)), axis=1)
+    tau = cautious_precision(nll, grid)
+    end: End | None = "largest" if tau == grid[-1] else None
+    choice = PrecisionChoice(method="perturbed", at_grid_end=end, num_rows=nll.shape[1])
+    return posterior.with_prior_precision(tau, choice)
+
+
+def check_perturbable(rows: Sequence[Batch], likelihood: str, token_mask: TokenMask | None) -> None:
+    """Raise ValueError where `prior_precision`="perturbed" cannot choose: see `perturbed.is_perturbable`."""
+    if not rows or not is_perturbable(rows[0], likelihood, token_mask):
+        raise ValueError(
+            '`prior_precision`="perturbed" needs training rows of a classification with one label each, and words with '
+            'a `token_mask` (in a Trainer: a tokenizer that has a mask token) or floating-point values: use "leverage".'
+        )
+
+
+def _raised(posterior: LaplacePosterior, loader: Loader, quantile: float = 1.0) -> LaplacePosterior:
+    """The posterior at its own tau, or at the least that the leverages of training rows allow if that is larger."""
     rows = items_apart(posterior, training_rows(loader))
     evidence = float(posterior.prior_precision)  # type: ignore[arg-type]
     grid = (evidence, *(tau for tau in GRID[::2] if tau > evidence))  # a smaller tau than the evidence's is never taken
@@ -116,13 +152,14 @@ def _raised(posterior: LaplacePosterior, training: Iterable[Any] | Loader | None
     count = sum(gathered(sum(len(batch.labelled(likelihood)) for batch in rows)))
     if found.shape[1] == 0:
         raise ValueError('`training` holds no row with a loss term for `prior_precision`="leverage".')
+    found = np.quantile(found, quantile, axis=1)[:, None]
     tau = safe_precision(found, grid)
     is_unsafe = bool(found[-1].max() > 1)
     end = "largest" if is_unsafe else None if tau > evidence else posterior.choice.at_grid_end
     if is_unsafe and process_index() == 0:
         logger.warning(
-            'prior_precision="leverage" found no tau up to %.4g at which the leverages of the training rows stay below '
-            "1: nothing safe is known, and the posterior stays next to the trained network.",
+            "No tau up to %.4g keeps the leverages of the training rows below 1: nothing safe is known, and the "
+            "posterior stays next to the trained network.",
             grid[-1],
         )
     choice = PrecisionChoice(method="leverage", at_grid_end=end, num_rows=count)
@@ -143,15 +180,17 @@ def checked_rows(model: nn.Module, choice: PriorChoice, rows: T | None) -> T:
 
     Args:
         model: the trained model.
-        choice: "holdout" or "leverage".
+        choice: "holdout", "leverage" or "perturbed".
         rows: the data that it needs.
 
     Raises:
         ValueError: ``rows`` is None, or the head has too many logits.
     """
     if rows is None:
-        needs = {"holdout": "`validation`: held-out batches with labels", "leverage": "`training`: the data of the fit"}
-        raise ValueError(f'`prior_precision`="{choice}" needs {needs[choice]}.')
+        needs = (
+            "`validation`: held-out batches with labels" if choice == "holdout" else "`training`: the data of the fit"
+        )
+        raise ValueError(f'`prior_precision`="{choice}" needs {needs}.')
     if has_many_logits(model, known_problem_type(model)):
         raise ValueError(
             f'`prior_precision`="{choice}" judges the linearised predictive, for which this head has too many logits: '
@@ -180,37 +219,53 @@ def holdout_nll(
     Raises:
         ValueError: there are no labels.
     """
-    blocks, problem = posterior.blocks_at(list(grid)), posterior.problem_type()
-    likelihood, contrasts = get_likelihood(problem), ignores_shift(problem, link)
     totals, count = np.zeros(len(grid)), 0
     for batch in batches:
         if batch.labels is None:
             raise ValueError('`validation` needs labels for `prior_precision`="holdout".')
-        with posterior.recording_view(bare_tensors(blocks)) as view:
-            mean, stacked = linearize(
-                view,
-                batch.inputs,
-                blocks,
-                covariance,
-                posterior.outputs_of,
-                contrasts=contrasts,
-                of_softmax=likelihood.ignores_shift,
-            )
-        problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
-        values = mean.squeeze(-1) if likelihood.has_noise and mean.shape[-1] == 1 else mean
-        labels = batch.labels.reshape(values.shape) if likelihood.has_noise else batch.labels
-        for number, matrix in enumerate(stacked):
-            predictive = linearized_predictive(
-                mean, matrix, problem, link=link, seed=seed, noise_std=posterior.noise_std
-            )
-            found = predictive.log_prob(labels)
-            kept = found[~found.isnan()]
-            totals[number] -= float(kept.double().sum())
-        count += kept.numel()
+        found = row_nll(posterior, batch, grid, link=link, seed=seed)
+        totals += found.sum(1).numpy()
+        count += found.shape[1]
     sums = summed(torch.tensor([*totals, count], dtype=torch.float64)).tolist()
     if sums[-1] == 0:
         raise ValueError("`validation` holds no labelled example.")
     return dict(zip(grid, (total / sums[-1] for total in sums[:-1]), strict=True))
+
+
+def row_nll(
+    posterior: LaplacePosterior, batch: Batch, grid: Sequence[float], *, link: Link = "auto", seed: int = 0
+) -> Tensor:
+    """Return the NLL of each label of a batch in the linearised predictive, (n, labels), float64; not of ignored ones.
+
+    Args:
+        posterior: the posterior at any prior precision.
+        batch: with labels.
+        grid: the n scalar prior precisions to judge.
+        link: from Gaussian logits to probabilities: see `linearized.links`.
+        seed: the seed of the logit draws that some links take.
+    """
+    blocks, problem = posterior.blocks_at([float(tau) for tau in grid]), posterior.problem_type()
+    likelihood, contrasts = get_likelihood(problem), ignores_shift(problem, link)
+    with posterior.recording_view(bare_tensors(blocks)) as view:
+        mean, stacked = linearize(
+            view,
+            batch.inputs,
+            blocks,
+            covariance,
+            posterior.outputs_of,
+            contrasts=contrasts,
+            of_softmax=likelihood.ignores_shift,
+        )
+    assert batch.labels is not None  # the callers'
+    problem = "token_classification" if mean.ndim == 3 else problem  # labels are aligned with the outputs
+    values = mean.squeeze(-1) if likelihood.has_noise and mean.shape[-1] == 1 else mean
+    labels = batch.labels.reshape(values.shape) if likelihood.has_noise else batch.labels
+    found = []
+    for matrix in stacked:
+        predictive = linearized_predictive(mean, matrix, problem, link=link, seed=seed, noise_std=posterior.noise_std)
+        log_prob = predictive.log_prob(labels)
+        found.append(-log_prob[~log_prob.isnan()].flatten().double().cpu())
+    return torch.stack(found)
 
 
 def _grid_end(nll: dict[float, float]) -> End | None:

@@ -22,6 +22,13 @@ COLLATED = ("label", "label_ids")
 """Columns that transformers' collators make "labels" of."""
 
 
+_RULES = {
+    "leverage": "the least that the evidence and the leverages of {:,} training rows allow",
+    "perturbed": "the largest that is as good as the best, within one standard error, on {:,} training rows with 15 % "
+    "of their words masked or values exchanged",
+}
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """How tau is to be found.
@@ -126,8 +133,8 @@ def said_choice(
         how = f"of least held-out NLL on {count}`{held_out.name}`"
     elif posterior.choice.method == "given":
         how = "as given"
-    elif posterior.choice.method == "leverage":
-        how = f"the least that the evidence and the leverages of {posterior.choice.num_rows} training rows allow, "
+    elif posterior.choice.method in ("leverage", "perturbed"):
+        how = f"{_RULES[posterior.choice.method].format(posterior.choice.num_rows)}, "
         how += f"no held-out ones ({held_out.name})" if held_out.name else "as asked for"
     else:
         each = ", layer by layer," if posterior.choice.method == "marglik_per_layer" else ""

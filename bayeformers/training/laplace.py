@@ -20,6 +20,7 @@ from ..laplace import LaplaceConfig, LaplaceOptions, LaplacePosterior, fit
 from ..laplace.config import PriorChoice, settled
 from ..laplace.data import likelihood_of
 from ..laplace.evidence import Precision
+from ..laplace.perturbed import TokenMask
 from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
 from ..posteriors import BasePosterior
 from ..posteriors.files import check_model
@@ -85,7 +86,8 @@ class LaplaceTrainer(MonteCarloTrainer):
                 Evaluation predicts with the same.
             validation_dataset: held-out data of prior_precision="holdout"; by default the `eval_dataset`, as of early
                 stopping. Where nothing is said, labelled held-out rows of one set choose the prior precision; without
-                any, the leverages of training rows do.
+                any, training rows with words masked (by the tokenizer's mask token) or values exchanged do, else
+                their leverages.
             batch_size: of one process; by default `args.per_device_eval_batch_size`. It changes nothing.
             seed: of the chosen examples, of fisher="mc"'s labels and of a random data collator.
             **options: fields of the configuration by name; they replace those of ``config``.
@@ -120,6 +122,7 @@ class LaplaceTrainer(MonteCarloTrainer):
                 prior_mean=prior_mean,
                 noise_std=noise_std,
                 validation=None if rows is None else self._curvature_batches(rows, "validation", size),
+                token_mask=self._token_mask(),
                 seed=seed,
             )
         self._adopt(posterior, time.perf_counter() - start)
@@ -140,6 +143,15 @@ class LaplaceTrainer(MonteCarloTrainer):
             num_data=len(data) if config.num_data is None and has_length(data) else config.num_data,
             progress=shows and self.is_world_process_zero(),
         )
+
+    def _token_mask(self) -> TokenMask | None:
+        """That of the trainer's or its collator's tokenizer, if that has a mask token."""
+        collator = getattr(self.data_collator, "tokenizer", None)
+        tokenizer = collator if self.processing_class is None else self.processing_class
+        token = getattr(tokenizer, "mask_token_id", None)
+        if not isinstance(token, int):
+            return None
+        return TokenMask(mask_token_id=token, kept=tuple(getattr(tokenizer, "all_special_ids", ())))
 
     def _given_noise(self) -> float | None:
         """Return a regression's `args.noise_std`, if that is a number.

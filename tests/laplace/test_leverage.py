@@ -138,7 +138,7 @@ def test_the_least_safe_precision(largest: Sequence[float], expected: float) -> 
 
 def test_leverages_raise_the_precision_of_the_evidence() -> None:
     """At the tau that is chosen the largest leverage is 1, up to a straight line over a decade of the grid."""
-    posterior = laplace.fit(mlp(), batches(4 * X, Y), **QUIET)
+    posterior = laplace.fit(mlp(), batches(4 * X, Y), prior_precision="leverage", **QUIET)
     evidence = laplace.tune(posterior, "marglik", **QUIET)
     assert posterior.choice == PrecisionChoice(method="leverage", num_rows=40)
     assert posterior.prior_precision > evidence.prior_precision  # type: ignore[operator]
@@ -151,7 +151,8 @@ def test_leverages_raise_the_precision_of_the_evidence() -> None:
 
 def test_the_evidence_stays_where_no_leverage_forbids_it() -> None:
     """As of a dense last layer, whose leverages stay below 1 for every tau."""
-    posterior = laplace.fit(mlp(outputs=2), batches(X, classes(40, outputs=2)), subset="last_layer", **QUIET)
+    options = {"subset": "last_layer", "prior_precision": "leverage", **QUIET}
+    posterior = laplace.fit(mlp(outputs=2), batches(X, classes(40, outputs=2)), **options)
     assert posterior.record.config.curvature == "dense" and posterior.choice.method == "leverage"
     assert posterior.prior_precision == laplace.tune(posterior, "marglik", **QUIET).prior_precision
 
@@ -171,7 +172,7 @@ def test_the_evidences_own_end_is_not_laid_to_the_leverages(caplog: pytest.LogCa
     """A prior around the weights themselves has no largest evidence; no leverage forbids the end of its range."""
     net = mlp()
     with caplog.at_level(logging.WARNING):
-        found = laplace.fit(net, batches(4 * X, Y), prior_mean=net, **QUIET)
+        found = laplace.fit(net, batches(4 * X, Y), prior_mean=net, prior_precision="leverage", **QUIET)
     assert found.choice == PrecisionChoice(method="leverage", at_grid_end="largest", num_rows=40)
     assert "leverages" not in caplog.text + "".join(found.caveats)
 
@@ -179,7 +180,7 @@ def test_the_evidences_own_end_is_not_laid_to_the_leverages(caplog: pytest.LogCa
 def test_rows_without_a_label_are_not_counted() -> None:
     labels = Y.clone()
     labels[::2] = -100
-    assert laplace.fit(mlp(), batches(4 * X, labels), **QUIET).choice.num_rows == 20
+    assert laplace.fit(mlp(), batches(4 * X, labels), prior_precision="leverage", **QUIET).choice.num_rows == 20
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows

@@ -223,6 +223,26 @@ def test_leverages_or_the_evidence_choose_where_no_held_out_rows_can(
     assert "tau = 3, as given." in caplog.text
 
 
+class MaskTokenizer:
+    """As much of a tokenizer as masking asks for."""
+
+    mask_token_id, all_special_ids = 3, [0, 1, 3]
+
+    def save_pretrained(self, folder: str) -> None: ...
+
+
+def test_masked_words_choose_with_a_tokenizer_that_has_a_mask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of(tmp_path, eval_dataset=None)
+    trainer.processing_class = MaskTokenizer()
+    with caplog.at_level(logging.WARNING, "bayeformers"):
+        found = trainer.fit_laplace()
+    assert found.choice.method == "perturbed" and found.choice.num_rows == 20
+    assert "on 20 training rows with 15 % of their words masked or values exchanged, no held-out ones" in caplog.text
+    mask = laplace.TokenMask(mask_token_id=3, kept=(0, 1, 3))
+    same = laplace.tune(found, "perturbed", training=DataLoader(trainer.train_dataset, batch_size=6), token_mask=mask)
+    assert found.prior_precision == pytest.approx(same.prior_precision)
+
+
 def test_noise_of_a_regression(tmp_path: Path) -> None:
     """Given, from the arguments, or by evidence; what the posterior was made with is what evaluation uses."""
     trainer = trainer_of(tmp_path, "regression", noise_std=0.7)
