@@ -66,7 +66,7 @@ class BayesianTrainer(HeadTrainer):
         args = BayesianTrainingArguments("tmp_trainer") if args is None else args
         checks.check_arguments(args)
         checks.check_data_parallel(args, model)
-        if model is not None and has_prior(model):
+        if isinstance(model, nn.Module) and has_prior(model):
             checks.check_converted(args)
             if args.ddp_find_unused_parameters is None:
                 # The KL reaches every converted parameter; the search would mark an uncalled one as ready twice.
@@ -74,7 +74,10 @@ class BayesianTrainer(HeadTrainer):
         checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
         checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
         self._objective = Objective(args, self._say)
-        super().__init__(model, args, *positional, **kwargs)
+        if positional:
+            super().__init__(model, args, *positional, **kwargs)
+        else:  # by name: trl's DPOTrainer has `ref_model` second
+            super().__init__(model, args=args, **kwargs)
         self.add_callback(ObjectiveCheck(self, BayesianTrainer))
 
     def start_anew(self) -> None:
