@@ -40,7 +40,7 @@ class PairwisePreference(Categorical):
         """One score per answer."""
         if getattr(config, "num_labels", 1) != 1:
             raise ValueError(
-                f"`config.num_labels` must be 1 for pairwise preferences, one score per answer, got {config.num_labels}."
+                f"`config.num_labels` must be 1 for pairwise preferences, a score per answer, got {config.num_labels}."
             )
 
     def item_mask(self, batch: Batch) -> Tensor:

@@ -126,8 +126,8 @@ class BayesianArguments(CalibrationArguments):
     )
 
     if TYPE_CHECKING:  # of `TrainingArguments`, which comes behind this class
-        greater_is_better: bool | None
-        metric_for_best_model: str | None
+        greater_is_better: bool | None = None
+        metric_for_best_model: str | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Raise TypeError for a class that would lack its fields, or stand before none of transformers' arguments."""

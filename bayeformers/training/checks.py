@@ -26,7 +26,7 @@ _OWN_STEP = ("lomo", "adalomo")
 
 
 def check_arguments(args: Any) -> None:
-    """Raise TypeError unless ``args`` are `BayesianTrainingArguments`, or another trainer's with `BayesianArguments`."""
+    """Raise TypeError unless ``args`` are `BayesianTrainingArguments`, or `BayesianArguments` with another's."""
     if not isinstance(args, BayesianArguments):
         raise TypeError(
             f"`args` must be a BayesianTrainingArguments, got {type(args).__name__}; "

@@ -16,7 +16,8 @@ from ..conversion.convert import is_bayesian
 from ..heads.find import find_head
 from ..likelihoods import Likelihood, ProblemType
 from ..nn.draws import posterior_mean, training_draw
-from .checks import check_arguments, check_dataset
+from .arguments import BayesianArguments
+from .checks import check_dataset
 from .columns import predict_batch
 from .evaluation import MonteCarloTrainer
 from .evaluator import Evaluation
@@ -68,8 +69,8 @@ class BayesianTrainerMixin(BayesianTrainer):
             )
         if self.own_loss is not None and args.calibration_loss is not None:
             raise ValueError(
-                f"`calibration_loss`={args.calibration_loss!r} reads logits, which the own loss of {kind.__name__} does "
-                "not give: use `BayesianTrainer`."
+                f"`calibration_loss`={args.calibration_loss!r} reads logits, which the own loss of {kind.__name__} "
+                "does not give: use `BayesianTrainer`."
             )
         own = self.own_loss if is_prepared else None
         with contextlib.nullcontext() if own is None else own.construction(model):
@@ -146,6 +147,14 @@ class BayesianTrainerMixin(BayesianTrainer):
             return super()._pass(model, batch)
         with training_draw(self.model):
             return self.own_loss.training_pass(self, model, batch)
+
+    def _check_can_fit(self) -> None:
+        if self.own_loss is not None and self.own_loss.problem_type != "causal_lm":
+            raise ValueError(
+                "`fit_laplace` takes the likelihood of the model's head, of which there is none in this trainer's loss "
+                f"(problem type {self.own_loss.problem_type!r}): convert the model by `to_bayesian` instead."
+            )
+        super()._check_can_fit()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -228,12 +237,11 @@ def _check_config(kind: type, args: Any) -> None:
     """Raise TypeError unless ``args`` are ours and those of the trainer behind."""
     expected = _config_of(kind)
     name = f"Bayesian{expected.__name__}"
-    if args is None or not isinstance(args, expected):
+    if not (isinstance(args, expected) and isinstance(args, BayesianArguments)):
         raise TypeError(
             f"`args` must be a {expected.__name__} with the fields of `BayesianArguments`, got {type(args).__name__}. "
             f"Write `@dataclass class {name}(BayesianArguments, {expected.__name__}): ...` and pass `{name}(...)`."
         )
-    check_arguments(args)
 
 
 def _config_of(kind: type) -> type:

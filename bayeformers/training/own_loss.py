@@ -28,7 +28,6 @@ _NO_LIKELIHOOD = (
     "{} is not known to be a mean negative log-likelihood: with the KL it is no ELBO but a generalised posterior's "
     "objective, whose temperature is the loss's scale. {}"
 )
-_LIBRARIES = ("trl", "sentence_transformers")
 
 
 class OwnLoss:
@@ -162,7 +161,7 @@ class PolicyLoss(OwnLoss):
     _logistic: ClassVar[tuple[str, ...]] = ("sigmoid", "sigmoid_norm")
 
     def construction(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """trl copies an adapter, parameter by parameter, into one of the name "ref", which has no scales."""
+        """An adapter is copied, parameter by parameter, into one of the name "ref", which has no scales."""
         return _without_scales(model)
 
     def check(self, trainer: Any) -> None:
@@ -188,6 +187,9 @@ class PolicyLoss(OwnLoss):
             trainer: the trainer.
             model: what is called, perhaps wrapped.
             batch: the micro-batch, which keeps the reference's log-probabilities.
+
+        Returns:
+            The sum over the pairs.
         """
         batch.given.update(self._reference(trainer, batch.given))
         with _given_reference(trainer):
@@ -216,15 +218,13 @@ class PolicyLoss(OwnLoss):
 
     def _is_plain(self, trainer: Any) -> bool:
         """Whether the loss is the logistic one of plain log-ratios."""
-        return (
-            self.warning(trainer) is None and trainer.f_divergence_type == "reverse_kl" and trainer.ld_alpha is None
-        )
+        return self.warning(trainer) is None and trainer.f_divergence_type == "reverse_kl" and trainer.ld_alpha is None
 
     def _rewards(self, trainer: Any, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         mask = inputs["completion_mask"]
         log_probs = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(1)
         reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        rewards = trainer.beta * (log_probs - reference.to(log_probs))
+        rewards: Tensor = trainer.beta * (log_probs - reference.to(log_probs))
         return rewards / mask.sum(1).clamp_min(1) if list(trainer.loss_types) == ["sigmoid_norm"] else rewards
 
     def _reference(self, trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -239,9 +239,12 @@ class RowLoss(OwnLoss):
     """A trainer of sentence-transformers, or one of the user's: a mean over the rows of a batch."""
 
     problem_type = "unknown"
-    _likelihoods: ClassVar[frozenset[str]] = frozenset(
-        {"BinaryCrossEntropyLoss", "CrossEntropyLoss", "MultipleNegativesRankingLoss", "SoftmaxLoss"}
-    )
+    _likelihoods: ClassVar[frozenset[str]] = frozenset({
+        "BinaryCrossEntropyLoss",
+        "CrossEntropyLoss",
+        "MultipleNegativesRankingLoss",
+        "SoftmaxLoss",
+    })
 
     def check(self, trainer: Any) -> None:
         """No loss that runs the model again in its backward pass, under another draw."""
@@ -287,19 +290,22 @@ def find_own_loss(kind: type, own: type) -> OwnLoss | None:
         kind: the trainer's class.
         own: ours among its bases.
 
+    Returns:
+        The one object of its family.
+
     Raises:
-        TypeError: a trainer of a known library whose loss is no mean over items.
+        TypeError: a trainer of trl whose loss is no mean over labelled items.
     """
     behind = kind.__mro__[kind.__mro__.index(own) + 1 :]
     owner = next(base for base in behind if "compute_loss" in vars(base))
     if owner is Trainer:
         return None
     library = owner.__module__.partition(".")[0]
-    if library in _LIBRARIES and (library, owner.__name__) not in _KNOWN:
+    if library == "trl" and (library, owner.__name__) not in _KNOWN:  # such as GRPO's, of sampled answers' rewards
         supported = ", ".join(name for known, name in _KNOWN if known == library)
         raise TypeError(
-            f"`{kind.__name__}` stands before `{owner.__name__}` of {library}, whose loss is not known to be a mean "
-            f"over items that are counted: the KL's share of it cannot be told. Supported of {library}: {supported}."
+            f"`{kind.__name__}` stands before trl's `{owner.__name__}`, whose loss is no mean negative log-likelihood "
+            f"of labelled items: there is no ELBO of it. Supported of trl: {supported}."
         )
     names = ((base.__module__.partition(".")[0], base.__name__) for base in behind)
     return next((_KNOWN[name] for name in names if name in _KNOWN), RowLoss())
