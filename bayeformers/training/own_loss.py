@@ -262,6 +262,14 @@ class RowLoss(OwnLoss):
             return None
         return _NO_LIKELIHOOD.format(unknown[0], "Override `count_items` where its mean is not over rows.")
 
+    def item_mask(self, trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Every row, (B,), of the first column; a cross-encoder's batch is texts, which its loss tokenises."""
+        columns = (value for value in inputs.values() if isinstance(value, list | tuple) or getattr(value, "ndim", 0))
+        first = next(columns, None)
+        if first is None:
+            raise ValueError(f"The rows of a batch cannot be counted, got {sorted(inputs)}: override `count_items`.")
+        return torch.ones(len(first), dtype=torch.bool)
+
     def _names(self, trainer: Any, *, nested: bool = False) -> Iterator[str]:
         own = getattr(trainer, "loss", None)
         losses = list(own.values()) if isinstance(own, dict) else [own]

@@ -269,7 +269,9 @@ def test_a_plain_model_trains_on_the_own_loss_exactly(tmp_path: Path) -> None:
 
 def test_the_stock_defaults_of_trl_stay() -> None:
     stock, ours = trl.SFTConfig("out", use_cpu=True), SFTArguments("out", use_cpu=True)
-    differing = {n for n in vars(stock) if getattr(ours, n) != getattr(stock, n) and n not in ("logging_dir", "run_name")}
+    differing = {
+        n for n in vars(stock) if getattr(ours, n) != getattr(stock, n) and n not in ("logging_dir", "run_name")
+    }
     assert {name for name in differing if not name.startswith("_")} <= {"distributed_state", "accelerator_config"}
 
 
