@@ -264,11 +264,10 @@ class RowLoss(OwnLoss):
 
     def item_mask(self, trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Every row, (B,), of the first column; a cross-encoder's batch is texts, which its loss tokenises."""
-        columns = (value for value in inputs.values() if isinstance(value, list | tuple) or getattr(value, "ndim", 0))
-        first = next(columns, None)
-        if first is None:
+        columns = [len(value) for value in inputs.values() if isinstance(value, list | tuple) or _is_column(value)]
+        if not columns:
             raise ValueError(f"The rows of a batch cannot be counted, got {sorted(inputs)}: override `count_items`.")
-        return torch.ones(len(first), dtype=torch.bool)
+        return torch.ones(columns[0], dtype=torch.bool)
 
     def _names(self, trainer: Any, *, nested: bool = False) -> Iterator[str]:
         own = getattr(trainer, "loss", None)
@@ -364,6 +363,10 @@ def _given_reference(trainer: Any) -> Iterator[None]:
         yield
     finally:
         trainer.precompute_ref_logps = given
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _has_virtual_tokens(model: nn.Module) -> bool:

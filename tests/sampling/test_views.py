@@ -42,7 +42,6 @@ def test_hidden_states_after_a_fit() -> None:
         assert len(model(**inputs).hidden_states) == len(expected(**inputs).hidden_states)
 
 
-@pytest.mark.protects("draws_reach_wrapped_forwards")
 def test_a_forward_that_calls_the_model_of_its_closure_is_drawn() -> None:
     """trl's fused head replaces `model.forward` by a function that calls the one it found: a view would bypass it."""
     this = case("gpt2")

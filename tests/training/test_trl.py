@@ -96,7 +96,6 @@ def dpo(folder: Path, model: nn.Module, reference: nn.Module | None = None, **kw
 ANSWERS = sum(len(text.split()) + 1 for text in CHOSEN)  # and the end of each
 
 
-@pytest.mark.protects("foreign_trainer_elbo")
 @pytest.mark.parametrize("make", [bayesian, adapted], ids=["whole", "LoRA"])
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_sft(make: Callable[..., nn.Module], batch: int, accumulation: int, tmp_path: Path) -> None:
