@@ -72,7 +72,7 @@ def bayesian(model: nn.Module, **kwargs: Any) -> nn.Module:
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    return bayesian(with_adapter(model), target_modules=trainers.ADAPTER)
+    return to_bayesian(with_adapter(model), 0.3)
 
 
 def sft(folder: Path, model: nn.Module, **kwargs: Any) -> Any:
@@ -213,7 +213,7 @@ def test_dpo_has_a_reference_without_noise(kind: str, batch: int, accumulation: 
     plain, is_whole = trainers.llama(), not kind.startswith("LoRA")
     reference = plain if is_whole else with_adapter(plain)  # trl keeps a copy of a given adapter
     base = trainers.llama() if is_whole else with_adapter(trainers.llama())
-    model = bayesian(base) if kind != "LoRA" else bayesian(base, target_modules=trainers.ADAPTER)
+    model = to_bayesian(base, 0.3) if kind == "LoRA" else bayesian(base, target_modules="all")
     trainer = dpo(
         tmp_path, model, trainers.llama() if kind == "whole" else None,
         precompute_ref_log_probs=kind == "precomputed", per_device_train_batch_size=batch,

@@ -17,7 +17,6 @@ from bayeformers import fixed_draw, kl_divergence
 from tests.training.steps import DRAW, Gradients, relative_error
 
 WORDS = 24
-ADAPTER = r".*\.lora_[AB]\..*"
 
 
 class Fed:
