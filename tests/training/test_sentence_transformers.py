@@ -86,6 +86,19 @@ def test_sentence_transformer(batch: int, accumulation: int, tmp_path: Path) -> 
     trainers.check_gradients(trainer, ranking_loss, 6)
 
 
+def test_columns_of_a_batch_share_a_live_draw(tmp_path: Path) -> None:
+    """The same texts in both columns have the same states in one step, and others in the next."""
+    data = datasets.Dataset.from_dict({"anchor": ["w1 w2", "w3 w4"] * 2, "positive": ["w1 w2", "w3 w4"] * 2})
+    trainer, seen = sentences(tmp_path, data=data, learning_rate=0.0, rho_learning_rate=1e-12), []
+    embeddings = trainer.model.transformers_model.embeddings  # the model's own hooks never run: `forward` is called
+    embeddings.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    trainer.train()
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.allclose(seen[0], seen[2], atol=1e-3)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_cross_encoder(accumulation: int, tmp_path: Path) -> None:
     data = rows(label=[1.0, 0.0, 1.0, 1.0, 0.0, 0.0])

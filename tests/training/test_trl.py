@@ -12,7 +12,15 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from bayeformers import BayesianArguments, BayesianTrainer, BayesianTrainerMixin, fixed_draw, to_bayesian
+from bayeformers import (
+    BayesianArguments,
+    BayesianTrainer,
+    BayesianTrainerMixin,
+    fixed_draw,
+    from_pretrained,
+    predict,
+    to_bayesian,
+)
 from tests.training import trainers
 
 trl = pytest.importorskip("trl")
@@ -352,3 +360,24 @@ def test_a_reward_has_no_laplace(tmp_path: Path) -> None:
 
 def test_the_mixin_is_a_bayesian_trainer() -> None:
     assert issubclass(SFT, BayesianTrainer)
+
+
+def test_sft_with_lora_goes_on_and_comes_back(tmp_path: Path) -> None:
+    """A resumed run is the uninterrupted one, and the folder is read by `from_pretrained`: one posterior."""
+    trainers.llama().save_pretrained(tmp_path / "base")
+
+    def made() -> Any:
+        base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        return sft(tmp_path / "out", adapted(base), save_strategy="steps", save_steps=1, max_steps=2)
+
+    trainer, again = made(), made()
+    trainer.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    expected = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in again.model.named_parameters())
+    trainer.save_model(str(tmp_path / "saved"))
+    batch = next(iter(trainer.get_eval_dataloader()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    found, kept = (predict(m, inputs, num_samples=3) for m in (trainer.model, from_pretrained(tmp_path / "saved")))
+    assert torch.equal(found.log_probs, kept.log_probs)
+    assert float(found.mutual_information.max()) > 0
