@@ -27,7 +27,7 @@ from .nn import fixed_draw, posterior_mean
 from .nn.kl import kl_divergence, log_prior, log_variational_posterior
 from .posteriors import Posterior, VariationalPosterior, predict
 from .predictive import Predictive
-from .training import BayesianTrainer, BayesianTrainingArguments
+from .training import BayesianArguments, BayesianTrainer, BayesianTrainerMixin, BayesianTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -36,8 +36,10 @@ __getattr__ = old_module  # an old module as an attribute: `bayeformers.calibrat
 
 __all__ = [
     "ARDPrior",
+    "BayesianArguments",
     "BayesianConfig",
     "BayesianTrainer",
+    "BayesianTrainerMixin",
     "BayesianTrainingArguments",
     "DoubleExponentialPrior",
     "EmpiricalBayesPrior",

@@ -16,6 +16,7 @@ from bayeformers.likelihoods import registry
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
+OPTIONAL = {"docs/guides/trainers.md": ("datasets", "peft", "trl")}  # what a page's blocks import besides
 MAX_WORDS = 1800  # of a page that is not a table of results
 BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<code>.*?)^```", flags=re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)#\s]+)(#[^)]*)?\)")
@@ -36,6 +37,8 @@ def python_blocks(page: Path) -> list[re.Match[str]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=page_name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace per page, from top to bottom."""
+    for library in OPTIONAL.get(page_name(page), ()):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     for table in ("_BY_NAME", "_BY_FAMILY"):  # a page may register a likelihood of its own
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))

@@ -20,6 +20,7 @@ from .classes import CausalLM, Seq2SeqLM, SingleLabel, TokenClassification, Unkn
 from .gaussian import Regression
 from .multi_label import MultiLabel
 from .ordinal import OrdinalRegression
+from .preference import PairwisePreference
 from .question_answering import QuestionAnswering
 from .segmentation import IGNORED_PIXEL, SemanticSegmentation
 
@@ -73,6 +74,7 @@ for _likelihood in (
     Seq2SeqLM(),
     QuestionAnswering(),
     SemanticSegmentation(),
+    PairwisePreference(),
     Unknown(),
 ):
     register(_likelihood)

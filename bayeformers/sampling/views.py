@@ -275,7 +275,11 @@ class _Copying:
             return self._of_module(value)
         if isinstance(value, types.MethodType):
             owner = self._copied(value.__self__, depth)
-            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+            if owner is value.__self__:
+                return value
+            if isinstance(value.__func__, types.FunctionType):  # trl's fused head calls the forward of its closure
+                self._check_function(value.__func__, depth)
+            return types.MethodType(value.__func__, owner)
         if isinstance(value, _CONTAINERS):
             return self._of_container(value, depth)
         if isinstance(value, functools.partial):

@@ -1,9 +1,9 @@
-"""`BayesianTrainingArguments`: what `BayesianTrainer` reads besides transformers' `TrainingArguments`."""
+"""`BayesianArguments`: what `BayesianTrainer` reads besides transformers' `TrainingArguments`, and the two as one."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainingArguments
 
@@ -13,7 +13,7 @@ from ..linearized.links import LINKS, Link
 from ..linearized.methods import METHODS, SAMPLING, Method
 from .alignment import CalibrationArguments, check_calibration, option
 
-__all__ = ["LOWER_IS_BETTER", "BayesianTrainingArguments", "is_lower_better", "parse_noise_std"]
+__all__ = ["LOWER_IS_BETTER", "BayesianArguments", "BayesianTrainingArguments", "is_lower_better", "parse_noise_std"]
 
 DRAW_CACHE_BYTES = 2 * 1024**3
 
@@ -72,12 +72,24 @@ def is_lower_better(metric: str | None, datasets: Iterable[str] = ()) -> bool:
 
 
 @dataclass
-class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
-    """`TrainingArguments` with the ELBO's and the Monte-Carlo evaluation's choices; works with `HfArgumentParser`.
+class BayesianArguments(CalibrationArguments):
+    """The ELBO's and the Monte-Carlo evaluation's choices alone, in front of the arguments of another trainer.
 
-    >>> args = BayesianTrainingArguments("out", kl_weight=0.1, report_to="none")
+    Fields and defaults of the other class stay as they are:
+
+        @dataclass
+        class BayesianSFTConfig(BayesianArguments, SFTConfig): ...
+
+    >>> from transformers import Seq2SeqTrainingArguments
+    >>> @dataclass
+    ... class Arguments(BayesianArguments, Seq2SeqTrainingArguments):
+    ...     "Of a `BayesianTrainerMixin` before a `Seq2SeqTrainer`."
+    >>> args = Arguments("out", kl_weight=0.1, predict_with_generate=True, report_to="none")
     >>> args.num_eval_samples, args.rho_learning_rate
     (16, 0.01)
+
+    Raises:
+        TypeError: the class is no dataclass, or the arguments of no trainer stand behind this one among its bases.
     """
 
     num_train_samples: int = option(1, "Weight draws per training forward; the NLL is averaged over them.")
@@ -113,11 +125,26 @@ class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
         "predicts it, with L means and then L log variances for L targets.",
     )
 
+    if TYPE_CHECKING:  # of `TrainingArguments`, which comes behind this class
+        greater_is_better: bool | None = None
+        metric_for_best_model: str | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Raise TypeError for a class that would lack its fields, or stand before none of transformers' arguments."""
+        behind = cls.__mro__[cls.__mro__.index(BayesianArguments) :]
+        if TrainingArguments not in behind or "__dataclass_fields__" not in vars(cls):
+            raise TypeError(
+                f"`{cls.__name__}` must be a dataclass whose bases are `BayesianArguments` and then the arguments of a "
+                f"trainer, got the bases {[base.__name__ for base in cls.__bases__]}. Write `@dataclass` above `class "
+                f"{cls.__name__}(BayesianArguments, SFTConfig)`."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.check_bayesian()
         self._is_direction_open = self.greater_is_better is None  # no field: a replaced object has the value for given
         self.settle_direction()
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()  # type: ignore[misc]
         for declared in fields(self):  # a hyperparameter search casts to the type it finds: int(0.25) of a whole number
             if isinstance(declared.default, float) and type(value := getattr(self, declared.name)) is int:
                 setattr(self, declared.name, float(value))
@@ -159,3 +186,13 @@ class BayesianTrainingArguments(CalibrationArguments, TrainingArguments):
                 f'`eval_link` must be "auto" with `eval_method`={self.eval_method!r}, which averages probabilities '
                 f"and has no Gaussian logits, got {self.eval_link!r}."
             )
+
+
+@dataclass
+class BayesianTrainingArguments(BayesianArguments, TrainingArguments):
+    """`TrainingArguments` with the ELBO's and the Monte-Carlo evaluation's choices; works with `HfArgumentParser`.
+
+    >>> args = BayesianTrainingArguments("out", kl_weight=0.1, report_to="none")
+    >>> args.num_eval_samples, args.rho_learning_rate
+    (16, 0.01)
+    """

@@ -41,6 +41,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def saved_module(model: nn.Module) -> nn.Module:
+    """Whose tensors a folder's weights file holds: the model's, or those of the one inside a sentence-transformer."""
+    model = unwrapped(model)
+    inner = getattr(model, "transformers_model", None)
+    if isinstance(inner, nn.Module) and {*model.parameters()} == {*inner.parameters()}:
+        return inner
+    return model
+
+
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The files of a checkpoint's weights, one or several shards; none if there are none."""
     path = Path(folder)

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from ..likelihoods import HEAD, ProblemType, get_likelihood, unwrapped
-from .arguments import BayesianTrainingArguments
+from .arguments import BayesianArguments, BayesianTrainingArguments
 
 __all__ = [
     "check_arguments",
@@ -26,11 +26,12 @@ _OWN_STEP = ("lomo", "adalomo")
 
 
 def check_arguments(args: Any) -> None:
-    """Raise TypeError unless ``args`` are `BayesianTrainingArguments`."""
-    if not isinstance(args, BayesianTrainingArguments):
+    """Raise TypeError unless ``args`` are `BayesianTrainingArguments`, or `BayesianArguments` with another's."""
+    if not isinstance(args, BayesianArguments):
         raise TypeError(
             f"`args` must be a BayesianTrainingArguments, got {type(args).__name__}; "
-            "it takes every argument of TrainingArguments."
+            "it takes every argument of TrainingArguments. For another trainer's own arguments write a dataclass of "
+            f"both, `@dataclass class MyConfig(BayesianArguments, {type(args).__name__})`."
         )
 
 

@@ -66,15 +66,16 @@ class BayesianTrainer(HeadTrainer):
         args = BayesianTrainingArguments("tmp_trainer") if args is None else args
         checks.check_arguments(args)
         checks.check_data_parallel(args, model)
-        if model is not None and has_prior(model):
+        if isinstance(model, nn.Module) and has_prior(model):
             checks.check_converted(args)
-            if args.ddp_find_unused_parameters is None:
-                # The KL reaches every converted parameter; the search would mark an uncalled one as ready twice.
+            if args.ddp_find_unused_parameters is None:  # the KL reaches all; the search marks an uncalled one twice
                 args.ddp_find_unused_parameters = False
         checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
         checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
         self._objective = Objective(args, self._say)
-        super().__init__(model, args, *positional, **kwargs)
+        # by name, for `args` are not the second of every trainer's arguments
+        in_order, by_name = ((args, *positional), kwargs) if positional else ((), {"args": args, **kwargs})
+        super().__init__(model, *in_order, **by_name)
         self.add_callback(ObjectiveCheck(self, BayesianTrainer))
 
     def start_anew(self) -> None:
@@ -263,9 +264,8 @@ class BayesianTrainer(HeadTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The stock optimizer with rho in a group of its own at `rho_learning_rate`; one that was passed in is kept."""
-        is_new = self.optimizer is None
+        is_new, rhos = self.optimizer is None, rho_parameters(self.model)
         optimizer = super().create_optimizer(model)
-        rhos = rho_parameters(self.model)
         if is_new:
             separate_rho(optimizer, rhos, self.args.rho_learning_rate)
         elif not holds_some(optimizer, rhos):
@@ -283,19 +283,19 @@ class BayesianTrainer(HeadTrainer):
     # -- checkpoints: every tensor that is taken up is verified -------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = checkpoints.unwrapped(self.model if model is None else model)
+        target = checkpoints.saved_module(self.model if model is None else model)
         stock = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         adapter_checkpoints.take_up(target, resume_from_checkpoint, stock, is_sharded=self._is_sharded())
         self._resumed = Path(resume_from_checkpoint)
-        recorded = checkpoints.recorded_config(resume_from_checkpoint)
-        if recorded is not None and recorded.get("noise_std") is not None:
+        recorded = checkpoints.recorded_config(resume_from_checkpoint) or {}
+        if recorded.get("noise_std") is not None:
             update_config(self.model, noise_std=recorded["noise_std"])  # that of the training that goes on
 
     def _load_best_model(self) -> None:
         if self._is_sharded():
             super()._load_best_model()
             return
-        folder, target = str(self.state.best_model_checkpoint), checkpoints.unwrapped(self.model)
+        folder, target = str(self.state.best_model_checkpoint), checkpoints.saved_module(self.model)
         if not (checkpoints.weight_files(folder) or adapter_checkpoints.adapter_files(folder)):
             raise ValueError(f"The best checkpoint {folder!r} holds no weights for `load_best_model_at_end` to load.")
         logger.info("Loading the best model from %s (score: %s).", folder, self.state.best_metric)

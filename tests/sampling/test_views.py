@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -39,3 +40,18 @@ def test_hidden_states_after_a_fit() -> None:
     fit(model, [{**inputs, **this.labels()}], progress=False).predict(inputs)
     with torch.no_grad():
         assert len(model(**inputs).hidden_states) == len(expected(**inputs).hidden_states)
+
+
+def test_a_forward_that_calls_the_model_of_its_closure_is_drawn() -> None:
+    """trl's fused head replaces `model.forward` by a function that calls the one it found: a view would bypass it."""
+    this = case("gpt2")
+    plain, patched = to_bayesian(this.build(), delta=0.3), to_bayesian(this.build(), delta=0.3)
+    found = patched.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return found(*args, **kwargs)
+
+    patched.forward = types.MethodType(forward, patched)
+    expected, drawn = (predict(model, this.inputs(), num_samples=2) for model in (plain, patched))
+    torch.testing.assert_close(drawn.log_probs, expected.log_probs)
+    assert float(drawn.mutual_information.max()) > 0
