@@ -1,6 +1,6 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import heads, laplace, losses, models, ood
+from . import adapters, heads, laplace, losses, models, ood
 from .checkpoint.load import from_pretrained
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
@@ -53,6 +53,7 @@ __all__ = [
     "Predictive",
     "ScaleMixturePrior",
     "VariationalPosterior",
+    "adapters",
     "bayesian_config",
     "calibrate_delta",
     "fixed_draw",

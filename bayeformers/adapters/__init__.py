@@ -1,0 +1,20 @@
+"""Posteriors of LoRA adapters, a method per file: BLoB, TFB."""
+
+from .answers import AnswerTokens
+from .blob import BlobReweighting, blob_kl_weights, to_blob
+from .layers import LoraPair, lora_pairs
+from .posterior import AdapterPosterior, LowRankBlock
+from .tfb import fit_tfb, tfb_posterior
+
+__all__ = [
+    "AdapterPosterior",
+    "AnswerTokens",
+    "BlobReweighting",
+    "LoraPair",
+    "LowRankBlock",
+    "blob_kl_weights",
+    "fit_tfb",
+    "lora_pairs",
+    "tfb_posterior",
+    "to_blob",
+]
