@@ -2,6 +2,7 @@
 
 from .answers import AnswerTokens
 from .blob import BlobReweighting, blob_kl_weights, to_blob
+from .core import fit_core
 from .layers import LoraPair, lora_pairs
 from .posterior import AdapterPosterior, LowRankBlock
 from .tfb import fit_tfb, tfb_posterior
@@ -13,6 +14,7 @@ __all__ = [
     "LoraPair",
     "LowRankBlock",
     "blob_kl_weights",
+    "fit_core",
     "fit_tfb",
     "lora_pairs",
     "tfb_posterior",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ __all__ = ["AdapterPosterior", "LowRankBlock"]
 
 FILE = "adapter_posterior.safetensors"
 _KIND = "adapter posterior"
-_PARTS = ("left", "right", "variance")
+_PARTS = ("variance", "left", "columns")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +36,20 @@ class LowRankBlock:
 
     Attributes:
         target: the layer of A.
-        left: U_G, (1, r, q).
         variance: V, (1, q, p) of a q x p matrix of independent noise.
-        right: U_A, (1, d_in, p); None: the identity, p = d_in.
+        left: U_G, (1, r, q); None: of a dense block, q = 1.
+        columns: U_A, (1, d_in, p); None: the identity, p = d_in. Of noise in the core they are (1, r, p), of a dense
+            block (1, r^2, p).
+        core: the trained A, (r, d_in), where the noise is C A with the core C (r, r); None: it is in A itself.
         noise_version: which draws, see `bayeformers.sampling.generators`.
     """
 
     target: Target
-    left: Tensor
     variance: Tensor
-    right: Tensor | None = None
+    left: Tensor | None
+    columns: Tensor | None = None
+    core: Tensor | None = None
     noise_version: int = NOISE_VERSION
-    is_flat: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -68,6 +71,22 @@ class LowRankBlock:
         """That of a Linear."""
         return self.target.rule
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the block is dense."""
+        return self.left is None
+
+    @property
+    def right(self) -> Tensor | None:
+        """U_A of A itself: (1, d_in, p), or (1, r d_in, p) of a dense block; None: the identity."""
+        if self.core is None or self.columns is None:
+            return self.columns
+        if self.left is not None:
+            return self.core.mT @ self.columns
+        rank, width = self.core.shape
+        by_row = self.columns.reshape(rank, rank, -1)
+        return torch.einsum("kj,ikp->ijp", self.core, by_row).reshape(1, rank * width, -1)
+
     def variances(self) -> Tensor:
         """V of the one posterior, (1, 1, q, p)."""
         return self.variance.unsqueeze(0)
@@ -78,12 +97,22 @@ class LowRankBlock:
     def separable(self, tolerance: float) -> None:
         """None: the matrices are small."""
 
-    def to(self, like: Tensor) -> LowRankBlock:
-        """The same on the device of a tensor, and in its dtype, or float32 where that is wider."""
+    def marginal(self) -> Tensor:
+        """Variance of every element of A, in the layer's matrix form: U_G^2 V (U_A^2)^T."""
+        rows = self.variance if self.left is None else self.left.square() @ self.variance
+        return rows if self.right is None else rows @ self.right.square().mT
+
+    def placed(self) -> LowRankBlock:
+        """The same on the layer's device, and in its dtype, or float32 where that is wider."""
+        like = self.parameters["weight"]
         dtype = torch.promote_types(like.dtype, torch.float32)
-        left, variance = (part.to(like.device, dtype) for part in (self.left, self.variance))
-        right = None if self.right is None else self.right.to(like.device, dtype)
-        return LowRankBlock(self.target, left, variance, right, self.noise_version)
+
+        def moved(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(like.device, dtype)
+
+        variance = self.variance.to(like.device, dtype)
+        left, columns, core = moved(self.left), moved(self.columns), moved(self.core)
+        return replace(self, variance=variance, left=left, columns=columns, core=core)
 
 
 def target_of(pair: LoraPair) -> Target:
@@ -107,7 +136,9 @@ class AdapterPosterior(MovedPosterior):
         blocks: one Gaussian per layer.
         method: which fit it is the result of, such as "tfb".
         scale: the number that the fit found, such as TFB's sigma.
+        default_method: of `predict`.
         outputs_of: the logits in what the model returns.
+        fingerprints: layer name -> the weights that it belongs to; None: the present ones.
 
     Attributes:
         method: as given.
@@ -117,7 +148,6 @@ class AdapterPosterior(MovedPosterior):
         ValueError: there is no block.
     """
 
-    default_method = "sample"
     file_name: ClassVar[str | None] = FILE
     noise_std = 1.0
     likelihood_precision = 1.0
@@ -129,12 +159,14 @@ class AdapterPosterior(MovedPosterior):
         *,
         method: str,
         scale: float = float("nan"),
+        default_method: str = "sample",
         outputs_of: OutputOf = logits_of,
         fingerprints: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         if not blocks:
             raise ValueError("`blocks` is empty: a posterior needs one layer at least.")
         self.model, self.method, self.scale_found = model, method, float(scale)
+        self.default_method = default_method
         self._blocks, self._outputs_of = list(blocks), outputs_of
         self.fingerprints = fingerprints or {target.name: target.fingerprint for target in self.targets}
 
@@ -149,15 +181,13 @@ class AdapterPosterior(MovedPosterior):
 
     def blocks(self) -> Sequence[LowRankBlock]:
         """One Gaussian per layer, where the layer lies."""
-        return [block.to(block.parameters["weight"]) for block in self._blocks]
+        return [block.placed() for block in self._blocks]
 
     def variances(self) -> dict[nn.Parameter, Tensor]:
-        """Marginal variance of every element of the A matrices: U_G^2 V (U_A^2)^T."""
+        """Marginal variance of every element of the A matrices."""
         found: dict[nn.Parameter, Tensor] = {}
         for block in self.blocks():
-            rows = block.left.square() @ block.variance
-            values = rows if block.right is None else rows @ block.right.square().mT
-            found |= by_parameter(block.target, values)
+            found |= by_parameter(block.target, block.marginal())
         return found
 
     def recorded_noise_std(self) -> float | None:  # type: ignore[override]
@@ -184,7 +214,9 @@ class AdapterPosterior(MovedPosterior):
         }
         meta = {
             "method": self.method,
-            "scale": self.scale_found,
+            "scale": None if math.isnan(self.scale_found) else self.scale_found,
+            "default_method": self.default_method,
+            "has_core": self._blocks[0].core is not None,
             "layers": recorded_layers(self.targets, self.fingerprints),
             "noise_version": self._blocks[0].noise_version,
         }
@@ -209,22 +241,41 @@ class AdapterPosterior(MovedPosterior):
         path = path if path.is_file() else path / FILE
         tensors, meta = read(path, kind=_KIND)
         targets = saved_targets(model, meta["layers"])
-        needed = {f"{target.name}/{part}" for target in targets for part in ("left", "variance")}
-        optional = {f"{target.name}/right" for target in targets}
+        needed = {f"{target.name}/variance" for target in targets}
+        optional = {f"{target.name}/{part}" for target in targets for part in ("left", "columns")}
         check_whole(tensors, needed | (optional & tensors.keys()), repr(str(path)))
-        blocks = [_read_block(target, tensors, check_noise_version(meta["noise_version"]), path) for target in targets]
-        return cls(model, blocks, method=meta["method"], scale=meta["scale"], outputs_of=outputs_of)
-
-
-def _read_block(target: Target, tensors: Mapping[str, Tensor], version: int, path: Any) -> LowRankBlock:
-    left, variance, right = (tensors.get(f"{target.name}/{part}") for part in ("left", "variance", "right"))
-    assert left is not None and variance is not None  # `check_whole`
-    width, depth = target.matrix_shape[1:]
-    rank, columns = variance.shape[-2:] if variance.dim() == 3 else (-1, -1)
-    expected = (1, depth, columns) if right is not None else None
-    fits = tuple(left.shape) == (1, width, rank) and (right is not None or columns == depth)
-    if not fits or (right is not None and tuple(right.shape) != expected) or bool((variance < 0).any()):
-        raise ValueError(
-            f"{str(path)!r} is damaged: the Gaussian of {target.name!r} has no variances, or other shapes."
+        version = check_noise_version(meta["noise_version"])
+        blocks = [_read_block(target, tensors, has_core=meta["has_core"], version=version) for target in targets]
+        for block in blocks:
+            _check_shapes(block, f"{str(path)!r}")
+        scale = math.nan if meta["scale"] is None else meta["scale"]
+        return cls(
+            model,
+            blocks,
+            method=meta["method"],
+            scale=scale,
+            default_method=meta["default_method"],
+            outputs_of=outputs_of,
         )
-    return LowRankBlock(target, left, variance, right, version)
+
+
+def _read_block(target: Target, tensors: Mapping[str, Tensor], *, has_core: bool, version: int) -> LowRankBlock:
+    parts = {part: tensors.get(f"{target.name}/{part}") for part in _PARTS}
+    core = target.parameters["weight"].detach().clone() if has_core else None
+    return LowRankBlock(target, core=core, noise_version=version, **parts)  # type: ignore[arg-type]
+
+
+def _check_shapes(block: LowRankBlock, what: str) -> None:
+    """Raise ValueError where the tensors of a file do not go together, or a variance is negative."""
+    depth, width = block.target.matrix_shape[1:]
+    inner = depth if block.core is not None else width
+    variance, left, columns = block.variance, block.left, block.columns
+    fits = variance.dim() == 3
+    if fits and left is not None:
+        fits = tuple(left.shape) == (1, depth, variance.shape[1])
+    if fits:
+        side = inner if left is not None else depth * inner
+        found = (1, side, side) if columns is None else tuple(columns.shape)
+        fits = found == (1, side, variance.shape[2]) and (left is not None or variance.shape[1] == 1)
+    if not fits or bool((variance < 0).any()):
+        raise ValueError(f"{what} is damaged: the Gaussian of {block.name!r} has other shapes or negative variances.")

@@ -168,7 +168,7 @@ def _blocks(pairs: Sequence[LoraPair]) -> Iterator[LowRankBlock]:
             )
         width = pair.down.weight.shape[1]
         variance = d[kept].square().reciprocal()[:, None].expand(-1, width)
-        yield LowRankBlock(target_of(pair), basis[kept].mT[None].contiguous(), variance[None].contiguous())
+        yield LowRankBlock(target_of(pair), variance[None].contiguous(), basis[kept].mT[None].contiguous())
 
 
 def _scaled(model: nn.Module, blocks: Sequence[LowRankBlock], sigma: float, outputs_of: OutputOf) -> AdapterPosterior:
