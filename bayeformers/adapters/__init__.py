@@ -5,6 +5,7 @@ from .blob import BlobReweighting, blob_kl_weights, to_blob
 from .core import fit_core
 from .layers import LoraPair, lora_pairs
 from .posterior import AdapterPosterior, LowRankBlock
+from .scalabl import to_scalabl
 from .tfb import fit_tfb, tfb_posterior
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "lora_pairs",
     "tfb_posterior",
     "to_blob",
+    "to_scalabl",
 ]

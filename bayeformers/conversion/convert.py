@@ -124,7 +124,8 @@ def to_bayesian(
             classes.
         keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
         parametrization: "weights", or "rank1": a Linear's weight is multiplied by r s^T with random vectors r and s
-            around 1, of scale ``delta``, see `bayeformers.nn.Rank1Linear`; other layers stay deterministic.
+            around 1, of scale ``delta``, see `bayeformers.nn.Rank1Linear`; "rows": by r alone, one number per output,
+            see `bayeformers.nn.RankLinear`; other layers stay deterministic.
 
     Returns:
         The same object.
