@@ -27,7 +27,8 @@ def check_parametrization(parametrization: str, estimator: object, prior: Prior)
         return
     if isinstance(prior, PosteriorPrior):
         raise ValueError(
-            f'`prior` of rank-1 layers must not be another model\'s posterior, with `parametrization`="{parametrization}".'
+            f"`prior` must not be another model's posterior, with `parametrization`={parametrization!r}: its layers "
+            "have no tensor of it."
         )
     for name in estimator.values() if isinstance(estimator, Mapping) else (estimator,):
         bnn.FactorLinear.check_estimator(name)
