@@ -18,6 +18,7 @@ from .distributions import (
     MopedPrior,
     NormalPrior,
     PosteriorPrior,
+    RelativePrior,
     ScaleMixturePrior,
 )
 from .generation import Generation, generate
@@ -51,6 +52,7 @@ __all__ = [
     "Posterior",
     "PosteriorPrior",
     "Predictive",
+    "RelativePrior",
     "ScaleMixturePrior",
     "VariationalPosterior",
     "adapters",
