@@ -47,7 +47,7 @@ def fit_core(
 
     A handful of numbers per layer, r^2, whatever the model's width: their generalised Gauss-Newton matrix is kept whole
     (curvature="dense", the default) or as Kronecker factors ("kfac"). B and A are the projections, as in B-LoRA-XS
-    (Marszałek et al. 2025, arXiv 2411.12502), which trains nothing but C; here A and B are those of the trained
+    (Marszałek et al. 2025, arXiv 2502.12122), which trains nothing but C; here A and B are those of the trained
     adapter, and C is the identity at the posterior mean, so that any LoRA will do. A draw is one of A: C A.
 
     Args:

@@ -131,3 +131,27 @@ def test_models_without_a_vocabulary() -> None:
             AnswerTokens(model, TOKENS)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         AnswerTokens("llama", TOKENS)  # type: ignore[arg-type]
+
+
+def test_a_trainer_trains_and_evaluates_it(tmp_path: Any) -> None:
+    """As a head of 3 classes: the ELBO's N, the metrics of averaged probabilities, and `fit_laplace`."""
+    row = inputs(left=True)
+    rows = [{"input_ids": row["input_ids"][i], "attention_mask": row["attention_mask"][i], "labels": int(labels()[i])}
+            for i in range(4)]  # fmt: skip
+    args = bayeformers.BayesianTrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, num_eval_samples=3,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model = AnswerTokens(gpt2().float(), TOKENS)
+    bayeformers.to_bayesian(model, prior=bayeformers.RelativePrior(), scale="multiplicative")
+    assert all("lora_" in name for name, module in model.named_modules() if hasattr(module, "specs"))
+    trainer = bayeformers.BayesianTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    found = trainer.evaluate()
+    assert {"eval_nll", "eval_ece", "eval_mutual_information"} <= found.keys()
+    assert trainer.predict(rows).predictions.shape == (4, 3)
+    plain = bayeformers.BayesianTrainer(
+        model=AnswerTokens(gpt2().float(), TOKENS), args=args, train_dataset=rows, eval_dataset=rows
+    )
+    plain.fit_laplace(prior_precision=1.0)
+    assert plain.evaluate()["eval_mutual_information"] > 0
