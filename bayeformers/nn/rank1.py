@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..distributions import Prior
 from ..distributions.diagonal_normal import ScaleName
+from ..sampling.batched import register_batched
 from .base import BayesianModule
 from .linear import Linear
 
@@ -140,3 +142,21 @@ class RankLinear(FactorLinear):
         """Apply the layer with its mean, its held draw or fresh noise."""
         output = F.linear(input, self.weight) * self._factor("r")
         return output if self.bias is None else output + self.bias
+
+
+def _batched(module: nn.Module, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Both for S draws: (S * B, *, in) -> (S * B, *, out); of the vectors each draw has its own."""
+    if "s" in values:
+        input = _times(input, values["s"])
+    output = _times(F.linear(input, module.get_parameter("weight")), values["r"])
+    return output if module.bias is None else output + module.bias
+
+
+def _times(rows: Tensor, vectors: Tensor) -> Tensor:
+    """Multiply the rows (S * B, *, d) of each draw by its vector (S, d)."""
+    by_draw = rows.reshape(len(vectors), -1, rows.shape[-1])
+    return (by_draw * vectors[:, None]).reshape(rows.shape)
+
+
+for _kind in (Rank1Linear, RankLinear):
+    register_batched(_kind, _batched)
