@@ -61,6 +61,7 @@ def to_blob(
         model,
         freeze=False,
         prior=NormalPrior(std=float(prior_std), centre=0.0),
+        scale="additive",
         estimator=estimator,
         target_modules=names,
     )

@@ -39,6 +39,7 @@ def to_scalabl(model: nn.Module, *, delta: float = 0.1, prior_std: float = 0.5) 
         delta,
         freeze=False,
         prior=NormalPrior(std=float(prior_std), centre=1.0),
+        scale="additive",
         parametrization="rows",
         target_modules=names,
     )

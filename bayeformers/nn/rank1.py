@@ -148,8 +148,8 @@ def _batched(module: nn.Module, input: Tensor, values: Mapping[str, Tensor]) -> 
     """Both for S draws: (S * B, *, in) -> (S * B, *, out); of the vectors each draw has its own."""
     if "s" in values:
         input = _times(input, values["s"])
-    output = _times(F.linear(input, module.get_parameter("weight")), values["r"])
-    return output if module.bias is None else output + module.bias
+    output, bias = _times(F.linear(input, module.get_parameter("weight")), values["r"]), module._parameters["bias"]
+    return output if bias is None else output + bias
 
 
 def _times(rows: Tensor, vectors: Tensor) -> Tensor:
