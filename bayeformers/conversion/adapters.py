@@ -30,22 +30,23 @@ class AdapterDefaults:
     """What `to_bayesian` does with a model that has adapters, where the user says nothing.
 
     A fresh adapter has yet to learn its means. `MopedPrior` would hold A to its random start and B to 0, and a wide
-    prior over more weights than data ends in noise; noise in A alone is noise of B A that is 0 as long as B is.
+    prior over more weights than data ends in noise; noise in A alone is noise of B A that is 0 as long as B is. Of an
+    embedding's LoRA it is A that starts at 0.
 
     Attributes:
         delta: initial scale relative to |weight|.
         freeze: whether only scales train.
         prior: of every converted weight.
         scale: of every converted weight; it moves with a mean that trains.
-        deterministic: PEFT's names of what stays deterministic in an active adapter: LoRA's B, and DoRA's magnitudes,
-            which multiply the base weight, so that their noise is that of the base.
+        deterministic: PEFT's names of what stays deterministic in an active adapter: of LoRA the matrix that starts at
+            0, and DoRA's magnitudes, which multiply the base weight, so that their noise is that of the base.
     """
 
     delta: float = 0.2
     freeze: bool = False
     prior: Prior = RelativePrior()
     scale: ScaleName = "multiplicative"
-    deterministic: tuple[str, ...] = ("lora_B", "lora_embedding_B", "lora_magnitude_vector")
+    deterministic: tuple[str, ...] = ("lora_B", "lora_embedding_A", "lora_magnitude_vector")
 
 
 ADAPTERS = AdapterDefaults()

@@ -117,8 +117,8 @@ def to_bayesian(
             pattern (a name suffix, or a regular expression matched in full) to one of them, where the first
             pattern that matches a layer decides and other layers keep "reparameterization".
         target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
-            None: "all", but of a model with PEFT's adapters the weights of the active ones, of LoRA those of A alone,
-            and nothing of the base.
+            None: "all", but of a model with PEFT's adapters the weights of the active ones, of LoRA the one
+            matrix that does not start at 0, and nothing of the base.
             PEFT's names of an adapter's parts, such as "lora_A" or "ia3_l", mean those of the active adapters.
         exclude_modules: names to leave out with all inside them, in the same forms.
         modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
