@@ -245,13 +245,15 @@ def _rank(part: AdapterPart, other: Tensor) -> int:
 
 
 def _measured_gain(part: AdapterPart, tensor: Tensor) -> float | None:
-    """By one standard normal value of the tensor, from a generator of its own; the tensor is put back."""
+    """By standard normal values of the tensor, 16 at most, from a generator of its own; the tensor is put back."""
     generator = torch.Generator().manual_seed(0)
     before = tensor.detach().clone()
     try:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator).to(tensor))
-        added = part.layer.get_delta_weight(part.adapter)
-        return rms(added) or None if isinstance(added, Tensor) else None
+        squares = []
+        for _ in range(max(1, min(16, 256 // tensor.numel()))):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator).to(tensor))
+            squares.append(rms(part.layer.get_delta_weight(part.adapter)) ** 2)
+        return math.sqrt(sum(squares) / len(squares)) or None
     except (AttributeError, TypeError, NotImplementedError, RuntimeError, KeyError, ValueError):
         return None
     finally:

@@ -315,3 +315,20 @@ def test_a_head_that_nobody_saved_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"base lacks \['classifier"):
         bayeformers.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_over_a_quantised_base(bits: int, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter's scales start from the unpacked weight; it comes back over the packed base bit for bit."""
+    pytest.importorskip("bitsandbytes")
+    packed = hf.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = hf.LlamaForCausalLM.from_pretrained(bases["llama"], quantization_config=packed)
+    model = moved(to_bayesian(peft.get_peft_model(base, config("lora", "llama"))))
+    model.save_pretrained(tmp_path)
+    again = bayeformers.from_pretrained(tmp_path, quantization_config=packed)
+    assert torch.equal(logits(model, 3), logits(again, 3)) and torch.equal(kl_divergence(model), kl_divergence(again))
+    floors = bayeformers.bayesian_config(model).floors_of_zeros
+    plain = to_bayesian(peft.get_peft_model(loaded(bases["llama"], "llama"), config("lora", "llama")))
+    for name, floor in bayeformers.bayesian_config(plain).floors_of_zeros.items():
+        assert floors[name] == pytest.approx(floor, rel=0.3)  # another A of 32 random numbers: 12.5 %, and the packing
