@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ NOTICE = "posterior_is_loaded_by_bayeformers.from_pretrained"
 """A key of `adapter_config.json` that PEFT does not know, and so tells of when it loads the mean."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADDED = ("_rho", "_prior_centre", *WIDE_BUFFERS)
+_ADDED_SHAPES = r"Adapter .* LoRA tensor\(s\) have invalid shape"
 FACTORS = tuple(f".lora_{matrix}.{name}" for matrix in "AB" for name in "rs")
 """Endings of PEFT's names of the vectors around 1 that a layer of random factors has, such as ScalaBL's."""
 VERSION = 1
@@ -133,8 +135,9 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
                 _save_fitted(self, Path(save_directory))
             return
         names = list(given.get("selected_adapters") or self.peft_config)
-        with torch.no_grad(), posterior_mean(self):  # of prompts PEFT saves what its encoder computes
-            original(self, save_directory, *args, **kwargs)
+        with torch.no_grad(), posterior_mean(self), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_ADDED_SHAPES)  # PEFT takes floors and vectors for lost shards
+            original(self, save_directory, *args, **kwargs)  # of prompts it saves what their encoder computes
         if writes:
             write_posterior(self, Path(save_directory), names)
 
