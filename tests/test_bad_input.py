@@ -52,8 +52,8 @@ def infinite() -> nn.Module:
 
 
 CONVERSIONS: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] = [
-    *((bert, {"delta": v}, ("`delta`", repr(v))) for v in (0, 0.0, -0.1, NAN, INF, -INF, "0.05", True, None, [0.1])),
-    *((bert, {"freeze": v}, ("`freeze`", repr(v))) for v in ("no", None, 0.05)),
+    *((bert, {"delta": v}, ("`delta`", repr(v))) for v in (0, 0.0, -0.1, NAN, INF, -INF, "0.05", True, [0.1])),
+    *((bert, {"freeze": v}, ("`freeze`", repr(v))) for v in ("no", 0.05)),
     *((bert, {"keep_dropout": v}, ("`keep_dropout`", repr(v))) for v in ("yes", 0.1)),
     *((bert, {"prior": v}, ("`prior`", repr(v))) for v in ("moped", 1.0, bayeformers.MopedPrior, {"type": "moped"})),
     *((bert, {"estimator": v}, ("`estimator`", "reparameterization", repr(v))) for v in ("flipot", None, 3, "")),
@@ -64,7 +64,6 @@ CONVERSIONS: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]
     (bert, {"target_modules": []}, ("`target_modules`", "nothing to convert")),
     (bert, {"target_modules": 3}, ("`target_modules`", "3")),
     (bert, {"target_modules": [1]}, ("`target_modules`", "[1]")),
-    (bert, {"target_modules": None}, ("`target_modules`", "None")),
     (bert, {"target_modules": ["LayerNorm"]}, ("`target_modules`", "LayerNorm", "torch.Linear")),
     (bert, {"target_modules": ["query", "LayerNorm"]}, ("`target_modules`", "LayerNorm")),
     (bert, {"target_modules": ["encoder"]}, ("`target_modules`", "encoder")),
