@@ -1,6 +1,6 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import heads, laplace, losses, models, ood
+from . import adapters, heads, laplace, losses, models, ood
 from .checkpoint.load import from_pretrained
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
@@ -18,6 +18,7 @@ from .distributions import (
     MopedPrior,
     NormalPrior,
     PosteriorPrior,
+    RelativePrior,
     ScaleMixturePrior,
 )
 from .generation import Generation, generate
@@ -51,8 +52,10 @@ __all__ = [
     "Posterior",
     "PosteriorPrior",
     "Predictive",
+    "RelativePrior",
     "ScaleMixturePrior",
     "VariationalPosterior",
+    "adapters",
     "bayesian_config",
     "calibrate_delta",
     "fixed_draw",

@@ -88,10 +88,10 @@ def calibrate_delta(
     """
     if method not in BOUNDS:
         raise ValueError(f"`method` must be one of {sorted(BOUNDS)}, got {method!r}.")
-    low, high = _check_bounds(BOUNDS[method] if bounds is None else bounds)
+    low, high = check_bounds(BOUNDS[method] if bounds is None else bounds)
     if not (is_finite(tolerance) and tolerance > 0):
         raise ValueError(f"`tolerance` must be a finite number > 0, got {tolerance!r}; 0.003 is 0.3 %.")
-    batches, targets = _batches(inputs, labels)
+    batches, targets = as_batches(inputs, labels)
     with _converted(model, conversion) as model, tqdm(desc="delta", unit="try", disable=not progress) as bar:
         posterior = VariationalPosterior(model)
         with posterior.mean():
@@ -99,21 +99,21 @@ def calibrate_delta(
         if targets is None and method == "glm":
             largest = _largest_leverage(_linearized(posterior, batches, means, progress=progress), means)
             return _bounded(largest, low, high)
-        own = [_own_labels(mean) for mean in means] if targets is None else targets
+        own = [own_labels(mean) for mean in means] if targets is None else targets
         if method == "glm":
             predictives = _linearized_search(posterior, batches, means, seed=seed, progress=progress)
         else:
             predictives = _sampled_search(posterior, batches, num_samples=num_samples, seed=seed, noise_std=noise_std)
 
         def nll(log_delta: float) -> float:
-            value = _nll(predictives(math.exp(log_delta)), own)
+            value = mean_nll(predictives(math.exp(log_delta)), own)
             bar.update()
             bar.set_postfix(delta=f"{math.exp(log_delta):.3g}", nll=f"{value:.4g}")
             return value
 
         if targets is None:
-            limit = _nll(means, own) * (1 + tolerance)
-            return math.exp(_largest_within(nll, limit, math.log(low), math.log(high)))
+            limit = mean_nll(means, own) * (1 + tolerance)
+            return math.exp(largest_within(nll, limit, math.log(low), math.log(high)))
         delta = math.exp(_smallest(nll, math.log(low), math.log(high)))
     if (end := delta_end(delta, low, high)) is not None:
         logger.warning(
@@ -228,8 +228,18 @@ def _smallest(function: Callable[[float], float], low: float, high: float) -> fl
     return float(result.x) if result.fun < values[best] else grid[best]
 
 
-def _largest_within(function: Callable[[float], float], limit: float, low: float, high: float) -> float:
-    """Bisection for the largest argument with ``function`` <= ``limit``, which rises with it; ``low`` if none."""
+def largest_within(function: Callable[[float], float], limit: float, low: float, high: float) -> float:
+    """Bisection for the largest argument with ``function`` <= ``limit``, which rises with it; ``low`` if none.
+
+    Args:
+        function: of the logarithm of a scale; what noise costs.
+        limit: the most that it may be.
+        low: the least argument.
+        high: the largest, which is the answer where it is within the limit.
+
+    Returns:
+        The argument, to 3 % of the scale.
+    """
     if function(high) <= limit:
         return high
     while high - low > _LOG_PRECISION:
@@ -238,7 +248,7 @@ def _largest_within(function: Callable[[float], float], limit: float, low: float
     return low
 
 
-def _nll(predictives: Iterable[Predictive], targets: list[Tensor]) -> float:
+def mean_nll(predictives: Iterable[Predictive], targets: list[Tensor]) -> float:
     """Mean negative log probability per label; labels of -100 do not count."""
     total, count = 0.0, 0
     for predictive, target in zip(predictives, targets, strict=True):
@@ -250,7 +260,7 @@ def _nll(predictives: Iterable[Predictive], targets: list[Tensor]) -> float:
     return total / count
 
 
-def _own_labels(predictive: Predictive) -> Tensor:
+def own_labels(predictive: Predictive) -> Tensor:
     """The decisions, where tokens count; a causal language model's is about the token that follows."""
     if predictive.log_probs is None:
         raise ValueError("`labels` are needed: a regression has no labels of its own to hold on to.")
@@ -307,9 +317,22 @@ def _copy_around(model: nn.Module, own: Iterable[nn.Parameter]) -> nn.Module | N
         return None
 
 
-def _batches(
+def as_batches(
     inputs: Batch | Iterable[Batch], labels: Tensor | Iterable[Tensor] | None
 ) -> tuple[list[Batch], list[Tensor] | None]:
+    """Make a list of one batch or several, and one of their labels.
+
+    Args:
+        inputs: one batch, batches, or pairs of a batch and its labels.
+        labels: of the batch, or of each batch; None: those inside, if there are any.
+
+    Returns:
+        The batches and the labels, None where there are none.
+
+    Raises:
+        TypeError: ``inputs`` or ``labels`` is of a wrong kind.
+        ValueError: there is no batch, or labels of some batches alone.
+    """
     if not isinstance(inputs, Iterable) or isinstance(inputs, str):
         raise TypeError(
             f"`inputs` must be one batch (a mapping, a tensor or a tuple of several) or batches, got {inputs!r}."
@@ -344,7 +367,8 @@ def _is_pair(batch: Any) -> bool:
     return isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor)
 
 
-def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Two finite numbers, 0 < low < high; TypeError or ValueError for anything else."""
     if not isinstance(bounds, Sequence) or len(bounds) != 2:
         raise TypeError(f"`bounds` must be two numbers (low, high), got {bounds!r}.")
     low, high = bounds

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeformers import bayesian_config, calibrate_delta, to_bayesian
-from bayeformers.delta import _own_labels
+from bayeformers.delta import own_labels
 from bayeformers.nn import BayesianModule, variational_tensors
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
 from tests.cases import case
@@ -182,13 +182,13 @@ def test_without_labels_the_bounds_hold() -> None:
     assert search(network(), x, tolerance=1e9) == pytest.approx(1.0)
 
 
-def test_own_labels_of_tokens() -> None:
+def testown_labels_of_tokens() -> None:
     """A causal model's decision at t is about token t + 1; padding has none."""
     this = case("gpt2-lm")
     model, inputs = this.build(), this.inputs()
     decided, mask = model(**inputs).logits.argmax(-1), inputs["attention_mask"]
     predictive = PointPosterior(model).predict(inputs)
-    labels = _own_labels(predictive)
+    labels = own_labels(predictive)
     assert labels.tolist() == [
         [int(decided[n, t - 1]) if t > 0 and mask[n, t] else -100 for t in range(mask.shape[1])]
         for n in range(len(mask))

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ NOTICE = "posterior_is_loaded_by_bayeformers.from_pretrained"
 """A key of `adapter_config.json` that PEFT does not know, and so tells of when it loads the mean."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADDED = ("_rho", "_prior_centre", *WIDE_BUFFERS)
+_ADDED_SHAPES = r"Adapter .* LoRA tensor\(s\) have invalid shape"
+FACTORS = tuple(f".lora_{matrix}.{name}" for matrix in "AB" for name in "rs")
+"""Endings of PEFT's names of the vectors around 1 that a layer of random factors has, such as ScalaBL's."""
 VERSION = 1
 
 
@@ -59,7 +63,8 @@ def added_names(model: nn.Module) -> set[str]:
     found: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, BayesianModule):
-            own = (f"{key}{ending}" for key in module.specs for ending in ADDED)
+            endings = ("", *ADDED) if getattr(module, "is_factor", False) else ADDED
+            own = (f"{key}{ending}" for key in module.specs for ending in endings)
             found |= {f"{name}.{key}".lstrip(".") for key in own}
     return found
 
@@ -101,7 +106,7 @@ def _tensors(part: AdapterPart) -> list[Tensor]:
 def clean_state(model: Any, adapter: str) -> dict[str, Tensor]:
     """What PEFT saves of an adapter, by its names, without what a conversion has added."""
     state = peft_state(model, model.state_dict(keep_vars=True), adapter)
-    return {name: tensor for name, tensor in state.items() if not name.endswith(ADDED)}
+    return {name: tensor for name, tensor in state.items() if not name.endswith((*ADDED, *FACTORS))}
 
 
 def _clean(folder: Path) -> None:
@@ -111,7 +116,7 @@ def _clean(folder: Path) -> None:
         if path.is_file():
             is_safe = path.suffix == ".safetensors"
             tensors = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
-            kept = {key: value for key, value in tensors.items() if not key.endswith(ADDED)}
+            kept = {key: value for key, value in tensors.items() if not key.endswith((*ADDED, *FACTORS))}
             partial = path.with_name(f"{name}.{os.getpid()}.partial")
             save_file(kept, partial, {"format": "pt"}) if is_safe else torch.save(kept, partial)
             partial.replace(path)
@@ -130,8 +135,9 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
                 _save_fitted(self, Path(save_directory))
             return
         names = list(given.get("selected_adapters") or self.peft_config)
-        with torch.no_grad(), posterior_mean(self):  # of prompts PEFT saves what its encoder computes
-            original(self, save_directory, *args, **kwargs)
+        with torch.no_grad(), posterior_mean(self), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_ADDED_SHAPES)  # PEFT takes floors and vectors for lost shards
+            original(self, save_directory, *args, **kwargs)  # of prompts it saves what their encoder computes
         if writes:
             write_posterior(self, Path(save_directory), names)
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributions import MopedPrior, Prior
+from ..distributions import Prior, RelativePrior
+from ..distributions.diagonal_normal import ScaleName
 from ..nn.adapters import AdapterPart, adapter_parts, has_adapters, merged_adapter
 from ..nn.base import BayesianModule
 from ..nn.parameters import random_class
@@ -28,18 +29,24 @@ Entries = dict[str, tuple[str, ...]]
 class AdapterDefaults:
     """What `to_bayesian` does with a model that has adapters, where the user says nothing.
 
+    A fresh adapter has yet to learn its means. `MopedPrior` would hold A to its random start and B to 0, and a wide
+    prior over more weights than data ends in noise; noise in A alone is noise of B A that is 0 as long as B is. Of an
+    embedding's LoRA it is A that starts at 0.
+
     Attributes:
         delta: initial scale relative to |weight|.
-        freeze: whether only scales train; a fresh adapter has yet to learn its means.
+        freeze: whether only scales train.
         prior: of every converted weight.
-        deterministic: PEFT's names of what stays deterministic in an active adapter: DoRA's magnitudes multiply the
-            base weight, so that their noise is that of the base.
+        scale: of every converted weight; it moves with a mean that trains.
+        deterministic: PEFT's names of what stays deterministic in an active adapter: of LoRA the matrix that starts at
+            0, and DoRA's magnitudes, which multiply the base weight, so that their noise is that of the base.
     """
 
-    delta: float = 0.05
+    delta: float = 0.2
     freeze: bool = False
-    prior: Prior = MopedPrior()
-    deterministic: tuple[str, ...] = ("lora_magnitude_vector",)
+    prior: Prior = RelativePrior()
+    scale: ScaleName = "multiplicative"
+    deterministic: tuple[str, ...] = ("lora_B", "lora_embedding_A", "lora_magnitude_vector")
 
 
 ADAPTERS = AdapterDefaults()
@@ -117,8 +124,8 @@ def store_centres(model: nn.Module) -> None:
 
 
 def only_given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ``delta``, ``freeze`` and ``prior`` those that are given."""
-    return {name: options[name] for name in ("delta", "freeze", "prior") if options.get(name) is not None}
+    """Of ``delta``, ``freeze``, ``prior`` and ``scale`` those that are given."""
+    return {name: options[name] for name in ("delta", "freeze", "prior", "scale") if options.get(name) is not None}
 
 
 def random_entries(container: nn.Module, keys: Iterable[str]) -> type[BayesianModule] | None:

@@ -14,8 +14,8 @@ from ..distributions.prior import check_prior
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 
 CONFIG_VERSION = 1
-Parametrization = Literal["weights", "rank1"]
-PARAMETRIZATIONS = ("weights", "rank1")
+Parametrization = Literal["weights", "rank1", "rows"]
+PARAMETRIZATIONS = ("weights", "rank1", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class BayesianConfig:
         metadata={"help": 'What rho sets: "additive" sigma itself, "multiplicative" sigma / |mean|.'},
     )
     parametrization: Parametrization = field(
-        default="weights", metadata={"help": 'What is random: "weights", or "rank1" factors r s^T of Linear weights.'}
+        default="weights",
+        metadata={"help": 'What is random: "weights", or of Linears "rank1" factors r s^T, or the scale of "rows".'},
     )
     modules: dict[str, str] = field(default_factory=dict, metadata={"help": "Converted modules and their kind."})
     parameters: dict[str, list[str]] = field(

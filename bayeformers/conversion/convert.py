@@ -83,7 +83,7 @@ def to_bayesian(
     freeze: bool | None = None,
     *,
     prior: Prior | nn.Module | HasModel | None = None,
-    scale: ScaleName = "additive",
+    scale: ScaleName | None = None,
     estimator: str | Mapping[str, str] = "reparameterization",
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
@@ -101,21 +101,24 @@ def to_bayesian(
     Args:
         model: any `torch.nn.Module`; usually a fine-tuned transformers model.
         delta: initial posterior scale relative to |weight|, > 0; with the default prior also the prior's noise level.
-            None: 0.05.
+            None: 0.05, and 0.2 where only adapters become Bayesian.
         freeze: keep means and all other parameters fixed and train only the scales (``rho``); False leaves the
             `requires_grad` flags of the means as they are. None: True, but False where only adapters become Bayesian,
             for a fresh adapter has yet to learn.
-        prior: prior of every converted weight; None: `MopedPrior()`. Or a model of the last task that was converted
-            and trained, or its `VariationalPosterior`: each tensor that it has too, by name, takes its posterior as
-            the prior and starts at its scale, the others take `MopedPrior()` (see `posterior_as_prior`).
+        prior: prior of every converted weight; None: `MopedPrior()`, and where only adapters become Bayesian
+            `RelativePrior()`, which lets their means learn. Or a model of the last task that was converted and
+            trained, or its `VariationalPosterior`: each tensor that it has too, by name, takes its posterior as the
+            prior and starts at its scale, the others take `MopedPrior()` (see `posterior_as_prior`).
         scale: "additive", sigma = softplus(rho), or "multiplicative", sigma = softplus(rho) max(|mean|, floor), which
             keeps its share of a mean that trains (sigma^2 = alpha mean^2); the floor is 0.1 mean|weight| of the tensor.
+            None: "additive", and "multiplicative" where only adapters become Bayesian.
         estimator: how noise enters in training: "reparameterization" (one draw per batch), "flipout" (one per example)
             or "local_reparameterization" (one per output element), for the whole model; or a mapping from module
             pattern (a name suffix, or a regular expression matched in full) to one of them, where the first
             pattern that matches a layer decides and other layers keep "reparameterization".
         target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
-            None: "all", but of a model with PEFT's adapters the weights of the active ones, and nothing of the base.
+            None: "all", but of a model with PEFT's adapters the weights of the active ones, of LoRA the one
+            matrix that does not start at 0, and nothing of the base.
             PEFT's names of an adapter's parts, such as "lora_A" or "ia3_l", mean those of the active adapters.
         exclude_modules: names to leave out with all inside them, in the same forms.
         modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
@@ -124,7 +127,8 @@ def to_bayesian(
             classes.
         keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
         parametrization: "weights", or "rank1": a Linear's weight is multiplied by r s^T with random vectors r and s
-            around 1, of scale ``delta``, see `bayeformers.nn.Rank1Linear`; other layers stay deterministic.
+            around 1, of scale ``delta``, see `bayeformers.nn.Rank1Linear`; "rows": by r alone, one number per output,
+            see `bayeformers.nn.RankLinear`; other layers stay deterministic.
 
     Returns:
         The same object.
@@ -140,23 +144,23 @@ def to_bayesian(
     torch.Size([8, 4])
     """
     _check_flags(freeze=freeze is None or freeze, norms=norms, keep_dropout=keep_dropout)
-    given = {"delta": delta, "freeze": freeze, "prior": None if prior is None else as_prior(prior)}
-    config = BayesianConfig(scale=scale, parametrization=parametrization, **only_given(given))
+    given = {"delta": delta, "freeze": freeze, "prior": None if prior is None else as_prior(prior), "scale": scale}
+    config = BayesianConfig(parametrization=parametrization, **only_given(given))
     check_parametrization(parametrization, estimator, config.prior)
     _check_convertible(model)
     target_modules = target_of(model, target_modules)
     saved = matching_subtrees(model, modules_to_save)
     chosen, skipped = choose(model, target_modules, exclude_modules, saved, norms, parametrization)
+    if only_adapters(model, chosen):
+        config = replace(config, **only_given(vars(ADAPTERS) | only_given(given)))
     estimators_of(chosen, estimator)
     is_whole = target_modules == "all" and exclude_modules is None and not saved
-    chosen, lost = without_lost(model, chosen, is_multiplicative=scale == "multiplicative", is_whole=is_whole)
+    chosen, lost = without_lost(model, chosen, is_multiplicative=config.scale == "multiplicative", is_whole=is_whole)
     skipped |= lost
     check_ties(model, chosen, skipped)
     check_plain_weights(model, meant(model, chosen, target_modules, exclude_modules, saved), whole=is_whole)
     check_weights(model, chosen)
     check_unmerged(model, chosen)
-    if only_adapters(model, chosen):
-        config = replace(config, **only_given(vars(ADAPTERS) | only_given(given)))
     config = replace(
         config,
         prior=fitted_prior(config.prior, owner_shapes(model, chosen)),

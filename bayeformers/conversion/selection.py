@@ -71,7 +71,7 @@ def choose(
         else:
             chosen[name] = kind
             why = "not a matrix, of a module without a rule for it"
-            why = "its factors r s^T are random" if parametrization == "rank1" else why
+            why = why if parametrization == "weights" else "its factors are random"
             skipped |= dict.fromkeys(_left_alone(name, module, kind), why)
     if not chosen:
         raise ValueError(_nothing_to_convert(target, targeted, skipped))

@@ -9,6 +9,7 @@ from .gaussian_priors import (
     MopedPrior,
     NormalPrior,
     PosteriorPrior,
+    RelativePrior,
 )
 from .heavy_tailed import (
     DoubleExponential,
@@ -39,6 +40,7 @@ __all__ = [
     "PosteriorPrior",
     "Prior",
     "PriorDistribution",
+    "RelativePrior",
     "ScaleMixture",
     "ScaleMixturePrior",
     "initial_scale",

@@ -43,6 +43,33 @@ class MopedPrior(Prior):
 
 
 @dataclass(frozen=True)
+class RelativePrior(Prior):
+    """N(mu, (r sigma_0(mu))^2), centred at the present mean mu: a prior of the scale alone, for means that must train.
+
+    sigma_0 is the initial scale that a trained weight mu would get, delta max(|mu|, 0.1 mean|mu|), with the floor of
+    the posterior's scale where that is multiplicative. The KL has no
+    gradient in the means, which train by the likelihood as without noise (empirical Bayes in every prior mean), and
+    holds sigma / |mu| near r delta. `MopedPrior` would hold a fresh adapter to its random start, and a wide prior of
+    more weights than data would end in noise. Take ``scale="multiplicative"`` with it, whose sigma moves with the mean.
+
+    Args:
+        relative_scale: r > 0.
+    """
+
+    relative_scale: float = 1.0
+    type: ClassVar[str] = "relative"
+    follows_mean: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive("relative_scale", self.relative_scale, "a ratio of standard deviations")
+
+    def for_tensor(self, centre: Tensor, initial: InitialScale) -> DiagonalNormal:
+        """N(centre, (r * initial(centre))^2), with the present mean as the centre."""
+        centre = centre.detach()
+        return DiagonalNormal(centre, initial(centre).mul_(self.relative_scale).clamp_min_(MIN_SCALE))
+
+
+@dataclass(frozen=True)
 class NormalPrior(Prior):
     """N(m, std^2), one absolute scale for all weights; m is the trained weight or a number.
 

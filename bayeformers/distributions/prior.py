@@ -34,9 +34,14 @@ class Prior(ABC):
     """A choice of prior; :meth:`for_tensor` gives its density for one tensor.
 
     Subclasses are frozen dataclasses with JSON values and a ``type`` name of their own.
+
+    Attributes:
+        follows_mean: whether the density is centred at the posterior's mean, wherever that moves: its KL has no
+            gradient there.
     """
 
     type: ClassVar[str]
+    follows_mean: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,7 +8,7 @@ from .embedding import Embedding, EmbeddingBag
 from .estimators import ESTIMATORS, Estimator, Reparameterization
 from .linear import Bilinear, Conv1D, Linear
 from .norms import LayerNorm, RMSNorm
-from .rank1 import Rank1Linear
+from .rank1 import FactorLinear, Rank1Linear, RankLinear
 from .recurrent import GRU, LSTM
 from .variational import Variational
 
@@ -28,12 +28,14 @@ __all__ = [
     "Embedding",
     "EmbeddingBag",
     "Estimator",
+    "FactorLinear",
     "LayerNorm",
     "Linear",
     "MultiheadAttention",
     "NamedVariational",
     "RMSNorm",
     "Rank1Linear",
+    "RankLinear",
     "Reparameterization",
     "Variational",
     "fixed_draw",

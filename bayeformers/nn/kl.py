@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def tensor_kl(tensor: NamedVariational) -> Tensor:
     row, floor = tensor.spec.padding_idx, tensor.floor
     if isinstance(p, (DiagonalNormal, EmpiricalNormal)):
         stored = tensor.module.prior_scale(tensor.parameter_name)
-        return normal_kl(tensor.loc, tensor.rho, centre, prior, row, prior_scale=stored, floor=floor)
+        loc = tensor.loc.detach() if tensor.module.prior.follows_mean else tensor.loc
+        return normal_kl(loc, tensor.rho, centre, prior, row, prior_scale=stored, floor=floor)
     if getattr(p, "separable", False) and has_closed_form(_EXAMPLE, p):
 
         def block_kl(loc: Tensor, rho: Tensor, centre: Tensor | None) -> Tensor:
@@ -116,8 +118,12 @@ def _prior_of(tensor: NamedVariational) -> tuple[Tensor, Tensor | None, _Density
     """The trained weights; again, but None where a frozen mean is its own centre; the density given a part of them."""
     module, name = tensor.module, tensor.parameter_name
     trained = module.prior_centre(name)
-    centre = None if module.prior.needs_centre and trained is tensor.loc else trained
-    return trained, centre, functools.partial(module.prior.for_tensor, initial=module.initial_scale(name, trained))
+    is_own = module.prior.needs_centre or module.prior.follows_mean
+    centre = None if is_own and trained is tensor.loc else trained
+    initial = module.initial_scale(name, trained)
+    if module.prior.follows_mean and tensor.floor is not None:  # the posterior's, which does not move with the means
+        initial = replace(initial, floor=tensor.floor.to(initial.floor))
+    return trained, centre, functools.partial(module.prior.for_tensor, initial=initial)
 
 
 def _with_scale(prior: _Density, scale: Tensor, centre: Tensor) -> DiagonalNormal:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import is_finite
 from ..laplace import LaplacePosterior
-from ..nn import Rank1Linear, variational_tensors
+from ..nn import FactorLinear, variational_tensors
 from ..patterns import Patterns
 from ..posteriors import PointPosterior, Posterior, VariationalPosterior
 from ..posteriors.predict import as_posterior
@@ -114,7 +114,7 @@ def _source(posterior: nn.Module | Posterior) -> Source:
             "`posterior` must be a VariationalPosterior, LaplacePosterior or PointPosterior, or a model that has one, "
             f"got {type(found).__name__}."
         )
-    if any(isinstance(module, Rank1Linear) for module in found.model.modules()):
+    if any(isinstance(module, FactorLinear) for module in found.model.modules()):
         raise ValueError("`posterior`: INT8 has no rank-1 layers, whose random tensors are no weights.")
     return found
 

@@ -25,6 +25,7 @@ from bayeformers import (
     unfreeze,
 )
 from bayeformers.quantization import quantize
+from bayeformers.sampling import batched
 from tests.cases import case
 from tests.training import tiny
 
@@ -241,3 +242,17 @@ def test_bad_layers() -> None:
 def test_quantisation_is_refused() -> None:
     with pytest.raises(ValueError, match="rank-1"):
         quantize(to_bayesian(nn.Sequential(nn.Linear(3, 2)), parametrization="rank1"), [torch.ones(2, 3)])
+
+
+@pytest.mark.parametrize("parametrization", ["rank1", "rows"])
+def test_draws_in_one_batch_are_those_of_a_loop(parametrization: Any) -> None:
+    net = to_bayesian(nn.Sequential(nn.Linear(3, 2).double()), delta=0.3, parametrization=parametrization)
+    layer, x = net[0], torch.randn(5, 4, 3, dtype=torch.float64)
+    expected, drawn = [], []
+    for index in range(3):
+        with fixed_draw(net, index, seed=1), torch.no_grad():
+            expected.append(layer(x))
+            drawn.append({name: getattr(layer, name) for name in layer.specs})
+    values = {name: torch.stack([draw[name] for draw in drawn]) for name in drawn[0]}
+    found = batched._OPERATIONS[type(layer)](layer, x.repeat(3, 1, 1), values)
+    torch.testing.assert_close(found, torch.cat(expected))

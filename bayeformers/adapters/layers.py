@@ -1,0 +1,93 @@
+"""The LoRA matrices of a PEFT model's active adapters: where the posteriors of this room live.
+
+Nothing of PEFT is imported: a model has its layers only where somebody else did.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..linearized import rule_of
+from ..nn.base import is_bayesian
+
+__all__ = ["LoraPair", "lora_pairs", "plain_lora_pairs"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """The two matrices of one adapted layer, whose weight is W0 + s B A.
+
+    Attributes:
+        name: of the adapted layer in the model.
+        adapter: which of the layer's adapters.
+        down: A, a Linear of weight (r, d_in).
+        up: B, a Linear of weight (d_out, r).
+        scaling: s.
+    """
+
+    name: str
+    adapter: str
+    down: nn.Linear
+    up: nn.Linear
+    scaling: float
+
+    @property
+    def down_name(self) -> str:
+        """The name of A in the model."""
+        return f"{self.name}.lora_A.{self.adapter}".lstrip(".")
+
+    def delta(self) -> Tensor:
+        """The change s B A of the layer's weight, (d_out, d_in)."""
+        return self.scaling * self.up.weight.detach() @ self.down.weight.detach()
+
+
+def lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Return the matrices of the active LoRA adapters of linear layers, in the model's order.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: it has none, they are switched off, or one is merged into the weights beside it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    kind = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if kind is not None and isinstance(module, kind)
+    ]
+    if off := next((name for name, layer in layers if layer.disable_adapters), None):
+        raise ValueError(f"`model` has its adapters switched off (in {off!r}): switch them on, for draws change them.")
+    if merged := next((name for name, layer in layers if layer.merged), None):
+        raise ValueError(
+            f"`model` has the adapter of {merged!r} merged into the weights beside it, where its draws would have no "
+            "effect: call `model.unmerge_adapter()` first."
+        )
+    found = [
+        LoraPair(name, adapter, layer.lora_A[adapter], layer.lora_B[adapter], float(layer.scaling[adapter]))
+        for name, layer in layers
+        for adapter in layer.active_adapters
+        if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
+    ]
+    if not found:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no active LoRA adapter of linear layers: make one by "
+            "`peft.get_peft_model(model, peft.LoraConfig(...))`."
+        )
+    return found
+
+
+def plain_lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Return the same of a trained adapter that is not Bayesian, for a posterior around its weights.
+
+    Raises:
+        ValueError: as `lora_pairs`, or the model is Bayesian already, or a layer of A has a forward of its own.
+    """
+    pairs = lora_pairs(model)
+    if is_bayesian(model):
+        raise ValueError("`model` is Bayesian already: call `to_deterministic(model)` first.")
+    if odd := next((pair.down_name for pair in pairs if rule_of(pair.down) is None), None):
+        raise ValueError(f"`model` has in {odd!r} no plain torch.nn.Linear, whose draws would be those of its weight.")
+    return pairs
