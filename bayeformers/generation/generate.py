@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from ..posteriors.base import BasePosterior
 from .agreement import Equivalent, exact_agreement, semantic_clusters, semantic_entropy
 from .average import average_answer
 from .draws import drawn_answers, padded
-from .networks import DEFAULT_WEIGHT_BYTES, generator_of, networks, rows_of
+from .networks import generator_of, networks, rows_of
 from .recording import Recorder
 from .resolve import check_options, posterior_of, prepared
 from .result import Generation
@@ -116,7 +117,7 @@ class _Job:
         recorder = Recorder()
         with networks(self.posterior, self.indices, self.seed) as many:
             if len(self.indices) > 1:
-                many.batch(self.inputs, DEFAULT_WEIGHT_BYTES)
+                many.batch(self.inputs)
             sequences = average_answer(many, self.inputs, self.arguments(recorder), recorder if self.records else None)
         found = self._generation(sequences, recorder, "average")
         if self.records:
@@ -130,7 +131,7 @@ class _Job:
         """S answers to each input."""
         with networks(self.posterior, self.indices, self.seed) as many:
             if len(self.indices) > 1:
-                many.batch(self.inputs, DEFAULT_WEIGHT_BYTES)
+                many.batch(self.inputs)
             answers = drawn_answers(
                 many, self.inputs, self.arguments, expand=max(self.num_beams, self.per_input), records=self.records
             )
@@ -154,7 +155,7 @@ class _Job:
 
     def _recorded(self, recorder: Recorder, mask: Tensor) -> TokenScores:
         log_probs = torch.stack(recorder.token_log_probs, -1) * mask
-        own = log_probs.logsumexp(0) - torch.tensor(float(len(log_probs))).log()
+        own = log_probs.logsumexp(0) - math.log(len(log_probs))
         total, aleatoric = (torch.stack(values, -1) * mask for values in (recorder.total, recorder.aleatoric))
         return TokenScores(total, aleatoric, log_probs, own * mask)
 
