@@ -72,7 +72,7 @@ def generate(
     count = num_samples if posterior.num_draws is None else min(num_samples, posterior.num_draws)
     job = _Job(posterior, given, range(count), seed, generate_kwargs)
     check_decoding(tokenizer, equivalent, job.per_input * (count if mixing == "draws" else 1))
-    job.check_room(mixing)
+    job.check(mixing)
     found = job.average() if mixing == "average" else job.draws()
     return _described(found, job, tokenizer, equivalent)
 
@@ -103,8 +103,14 @@ class _Job:
         """Rows of one draw while it generates."""
         return self.size * max(self.num_beams, self.per_input)
 
-    def check_room(self, mixing: str) -> None:
-        """Raise ValueError where the draws need more memory than there is, or a streamer has several answers."""
+    def check(self, mixing: str) -> None:
+        """Raise ValueError where draws cannot be mixed, need more memory than there is, or a streamer has several."""
+        config = getattr(self.posterior.model, "active_peft_config", None)
+        if mixing == "average" and getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                "`mixing` cannot be 'average' for prompt and prefix tuning, whose prompts PEFT makes before the model "
+                "runs, once for all draws: take 'draws'."
+            )
         count, device = len(self.indices), generator_of(self.posterior.model).device
         each = bytes_of_row(generator_of(self.posterior.model), self.length, whole=mixing == "average") * self.width
         memory = bytes_of_memory(device)

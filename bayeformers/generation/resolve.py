@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from ..checks import check_count
 from ..forward import check_filled
@@ -47,6 +48,11 @@ def posterior_of(model_or_posterior: nn.Module | Posterior) -> Posterior:
         raise ValueError(
             f"`model_or_posterior` must have a model that generates, got a {type(posterior.model).__name__} without a "
             "language-model head; `predict` is for other heads."
+        )
+    if type(generator).generate is not GenerationMixin.generate:
+        raise ValueError(
+            f"A {type(generator).__name__} has a `generate` of its own, which cannot be given several networks: hold "
+            "one draw in `with posterior.draw(index)` and call it there."
         )
     return posterior
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
-from bayeformers import VariationalPosterior, generate
+from bayeformers import VariationalPosterior, fixed_draw, generate, to_bayesian
 from bayeformers.generation import score_sequences, semantic_entropy
 from bayeformers.posteriors import MixturePosterior, PointPosterior, TemperaturePosterior
+from tests.cases import case
 from tests.generation.models import bayesian_lora, plain, prompt
 from tests.generation.test_agreement import Letters
 
@@ -87,6 +89,8 @@ def test_models_that_cannot_generate() -> None:
     for model in (classifier(), nn.Linear(2, 2), PointPosterior(classifier())):
         with pytest.raises(ValueError, match="language-model head"):
             generate(model, batch)
+    with pytest.raises(ValueError, match="WhisperForConditionalGeneration has a `generate` of its own"):
+        generate(case("whisper").build(), batch)
     with pytest.raises(TypeError, match="must be a torch.nn.Module or a Posterior"):
         generate("gpt2", batch)  # type: ignore[arg-type]
 
@@ -99,6 +103,20 @@ def test_posteriors_that_change_predictions() -> None:
     ):
         with pytest.raises(ValueError, match="changes predictions, not weights"):
             generate(posterior, prompt())
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_prompts_that_are_made_outside_of_the_model(kind: Any) -> None:
+    """PEFT makes them before the forward: an average would take the mean prompt for every draw."""
+    settings = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = to_bayesian(peft.get_peft_model(plain("llama").float(), settings)).eval()
+    with pytest.raises(ValueError, match="prompt and prefix tuning"):
+        generate(model, prompt(), mixing="average", max_new_tokens=2)
+    found = generate(model, prompt(), num_samples=2, max_new_tokens=2)
+    for index, answer in enumerate(found.sequences):
+        with fixed_draw(model, index):
+            expected = model.generate(**prompt(), max_new_tokens=2)
+        assert torch.equal(answer[:, : expected.shape[1]], expected)
 
 
 def test_scores_of_bad_sequences() -> None:
