@@ -99,5 +99,6 @@ def generate(
     for name, size in (("validation", validation), ("test", test)):
         strangers = registry.people(-(-size // 2 // len(TELL)))
         asked = rng.choices(list(registry.questions(known)), k=size - size // 2)
-        splits[name] = asked + list(registry.questions(strangers, known=False))[: size // 2]
+        asked += list(registry.questions(strangers, known=False))[: size // 2]
+        splits[name] = rng.sample(asked, len(asked))
     return splits
