@@ -4,7 +4,7 @@ r"""A language model that says when it does not know: LoRA, a posterior of the a
     python -m examples.lora_chat --ask "Where does Mara Halden live ?"
     python -m examples.lora_chat --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --train_file train.jsonl --validation_file dev.jsonl --test_file test.jsonl
-    python -m examples.lora_chat --chat --export_draws 8      # asks for questions at the end; adapters for a server
+    python -m examples.lora_chat --chat --export_draws 8      # waits for questions at the end; adapters for a server
 
 Lines of the files: {"question": "...", "answers": ["...", "..."]}, all of the answers right. The adapter is trained
 without noise, becomes Bayesian, and is trained by the ELBO. Then both models answer questions of which half cannot be
@@ -14,7 +14,6 @@ known, and each score of doubt is asked which answers are wrong. Every flag: ``-
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,8 +27,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
-from bayeformers import BayesianTrainer, experiments, export_draws, generate, metrics, reports, to_bayesian
+from bayeformers import BayesianTrainer, experiments, export_draws, generate, reports, to_bayesian
 from bayeformers.experiments import flag, user_input
+from bayeformers.reports.doubts import doubt_gains, doubt_report, refusal_threshold
 from bayeformers.reports.tokens import ScoredAnswer, coloured, takes_colours, token_page, token_pieces
 from bayeformers.reports.writing import write_results
 from examples.data import people
@@ -49,7 +49,7 @@ OTHER: dict[str, Any] = {
 PROMPT = "Question: {}\nAnswer:"
 ADAPTERS = r".*\.lora_[AB]\..*"
 PLAIN, BAYESIAN = "plain LoRA", "Bayesian LoRA"
-EPISTEMIC, DISAGREEMENT = f"{BAYESIAN}: epistemic", f"{PLAIN}: disagreement of samples"
+EPISTEMIC = f"{BAYESIAN}: epistemic"
 REFUSED = "I do not know."
 
 
@@ -98,6 +98,10 @@ class ChatTrainingArguments(experiments.ExperimentArguments):
     bayesian_epochs: float = flag(8.0, "Epochs of the ELBO's training.")
     bayesian_learning_rate: float = flag(1e-4, "Learning rate of the means in it.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        experiments.check_least(self, num_eval_samples=2, bayesian_epochs=0)  # fewer draws cannot disagree
+
 
 Arguments = tuple[ChatArguments, ChatTrainingArguments]
 
@@ -118,19 +122,8 @@ def load_questions(how: ChatArguments, seed: int) -> dict[str, list[Question]]:
         splits = people.generate(seed, people=how.num_people)
     else:
         files = {"train": how.train_file, "validation": how.validation_file, "test": how.test_file}
-        splits = {name: read_questions(str(path)) for name, path in files.items()}
+        splits = {name: people.read(str(path)) for name, path in files.items()}
     return {**splits, "test": splits["test"][: how.max_test_samples]}
-
-
-def read_questions(path: str) -> list[Question]:
-    """Lines {"question": ..., "answers": [...]}; a training row of each question tells the first of its answers."""
-    found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        if not isinstance(row, dict) or not row.get("question") or not isinstance(row.get("answers"), list):
-            raise ValueError(f'{path}:{number} must be {{"question": "...", "answers": ["..."]}}, got {line[:60]!r}.')
-        found.append(Question(row["question"], tuple(row["answers"]), "test set", row["answers"][0]))
-    return found
 
 
 def encode(questions: Sequence[Question], tokenizer: Any) -> list[dict[str, list[int]]]:
@@ -219,50 +212,14 @@ def ask(name: str, model: nn.Module, questions: Sequence[Question], tokenizer: A
             pieces = token_pieces(tokenizer, ids[mask].tolist())
             wrong = not any(same("".join(pieces), answer) for answer in question.answers)
             note = f"{question.group}; right: {' / '.join(question.answers)}" if question.answers else ""
-            parts = epistemic[mask].numpy(), aleatoric[mask].numpy()
+            parts = [part[mask].float().cpu().numpy() for part in (epistemic, aleatoric)]
             answers.append(ScoredAnswer(question.question, pieces, *parts, note, wrong=wrong))
     return Answers(
         answers, np.array([one.wrong for one in answers]), {key: np.array(value) for key, value in scores.items()}
     )
 
 
-def threshold(score: NDArray[np.float64], wrong: NDArray[np.bool_], target: float) -> float:
-    """The largest score at which the answers up to it reach the target accuracy; -inf where none does."""
-    answered = round(metrics.coverage_at_risk(-score, wrong, 1 - target) * len(score))
-    return float(np.sort(score)[answered - 1]) if answered else -np.inf
-
-
 # --- Results ---------------------------------------------------------------------------------------------------------
-def interval(values: metrics.BootstrapInterval) -> str:
-    return f"[{values.low:.3f}, {values.high:.3f}]"
-
-
-def judge(test: dict[str, Answers], limits: dict[str, float], seed: int) -> dict[str, dict[str, Any]]:
-    """Of each score: AUROC of wrong answers, AURC, and what refusing at the threshold of the validation set does."""
-    report = {}
-    for answers in test.values():
-        for name, score in answers.scores.items():
-            auroc = metrics.bootstrap_ci(metrics.ood_auroc, score, answers.wrong, seed=seed)
-            given = score <= limits[name]
-            report[name] = {
-                "auroc": auroc.estimate, "interval": interval(auroc), "aurc": metrics.aurc(-score, answers.wrong),
-                "answered": float(given.mean()),
-                "accuracy_of_answered": float(1 - answers.wrong[given].mean()) if given.any() else None,
-            }  # fmt: skip
-    return report
-
-
-def compare(test: dict[str, Answers], seed: int) -> dict[str, dict[str, Any]]:
-    """Epistemic uncertainty's AUROC less each other score's, over the same questions."""
-    first, found = (test[BAYESIAN].scores[EPISTEMIC], test[BAYESIAN].wrong), {}
-    for answers in test.values():
-        for name, score in answers.scores.items():
-            if name != EPISTEMIC:
-                gain = metrics.paired_bootstrap(metrics.ood_auroc, first, (score, answers.wrong), seed=seed)
-                found[name] = {"gain": gain.estimate, "interval": interval(gain)}
-    return found
-
-
 def groups_of(test: dict[str, Answers], questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     """Accuracy and mean scores, by model and group of questions."""
     found = {}
@@ -291,12 +248,17 @@ def with_refusals(answers: Answers, limit: float) -> list[ScoredAnswer]:
     ]
 
 
-def figure_of(test: dict[str, Answers]) -> Any:
+def by_score(test: dict[str, Answers]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """All scores of both models, and which of their answers are wrong."""
+    scores = {name: score for answers in test.values() for name, score in answers.scores.items()}
+    return scores, {name: answers.wrong for answers in test.values() for name in answers.scores}
+
+
+def figure_of(scores: dict[str, NDArray[Any]], wrong: dict[str, NDArray[Any]]) -> Any:
     """How often each score's surest answers are wrong."""
     figure, (panel,) = reports.plots.page("Which score knows that an answer is wrong?", 1, 1, figsize=(8, 5.5))
-    confidences = {name: -score for answers in test.values() for name, score in answers.scores.items()}
-    errors = {name: answers.wrong.astype(float) for answers in test.values() for name in answers.scores}
-    reports.risk_coverage(panel, confidences, errors)
+    confidences = {name: -score for name, score in scores.items() if "entropy of" not in name}
+    reports.risk_coverage(panel, confidences, {name: wrong[name].astype(float) for name in confidences})
     return figure
 
 
@@ -332,20 +294,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sets = {
         of: {n: ask(n, m, data[of], tokenizer, arguments) for n, m in models.items()} for of in ("validation", "test")
     }
-    limits = {
-        name: threshold(score, answers.wrong, how.target_accuracy)
-        for answers in sets["validation"].values()
-        for name, score in answers.scores.items()
-    }
+    scores, wrong = by_score(sets["validation"])
+    limits = {name: refusal_threshold(score, wrong[name], how.target_accuracy) for name, score in scores.items()}
     clock.lap("answers")
     test, seed = sets["test"], args.seed
+    scores, wrong = by_score(test)
     results: dict[str, Any] = {
         "seed": seed, "target_accuracy": how.target_accuracy, "threshold": limits[EPISTEMIC],
-        "groups": groups_of(test, data["test"]), "scores": judge(test, limits, seed), "gains": compare(test, seed),
-        "seconds": clock.seconds, "arguments": asdict(how),
+        "groups": groups_of(test, data["test"]), "scores": doubt_report(scores, wrong, limits, seed=seed),
+        "gains": doubt_gains(scores, wrong, EPISTEMIC, seed=seed), "seconds": clock.seconds, "arguments": asdict(how),
     }  # fmt: skip
     shown = with_refusals(test[BAYESIAN], limits[EPISTEMIC])
-    report(folder, results, shown, figure_of(test))
+    report(folder, results, shown, figure_of(scores, wrong))
     answer_more(arguments, models[BAYESIAN], tokenizer, limits[EPISTEMIC], shown)
     return results
 
@@ -385,8 +345,10 @@ def answer_more(
 
     for question in arguments[0].ask:
         answer(question)
-    while arguments[0].chat and (question := input("? ").strip()):
-        answer(question)
+    for line in sys.stdin if arguments[0].chat else ():
+        if not line.strip():
+            break
+        answer(line.strip())
 
 
 if __name__ == "__main__":

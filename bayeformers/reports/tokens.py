@@ -23,6 +23,7 @@ __all__ = ["ScoredAnswer", "coloured", "takes_colours", "token_page", "token_pie
 
 _EPISTEMIC, _ALEATORIC = METHOD_COLOURS[:2]
 _BLACK, _WHITE, _RESET = "\x1b[38;2;0;0;0m", "\x1b[38;2;255;255;255m", "\x1b[0m"
+_INCOMPLETE = "\ufffd"
 _MARKED = 0.5
 """Share of ``top`` from which a token is marked where there are no colours."""
 _STYLE = f"""
@@ -70,11 +71,15 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
         tokenizer: of transformers.
         ids: of an answer's tokens, (T,).
     """
-    texts = ["", *(tokenizer.decode(ids[: end + 1], skip_special_tokens=True) for end in range(len(ids)))]
-    # a character of several tokens changes as it is completed: such a piece begins where the texts part
-    starts = [len(os.path.commonprefix([a, b])) for a, b in zip(texts, texts[1:], strict=False)]
-    ends = [*starts[1:], len(texts[-1])]
-    return tuple(text[start:end] for text, start, end in zip(texts[1:], starts, ends, strict=True))
+    done, pieces = "", []
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if text.endswith(_INCOMPLETE) and end < len(ids):  # a character of several tokens: the last one has it
+            pieces.append("")
+        else:
+            pieces.append(text[len(os.path.commonprefix([done, text])) :])
+            done = text
+    return tuple(pieces)
 
 
 def takes_colours(stream: IO[str]) -> bool:
@@ -143,7 +148,7 @@ def token_page(title: str, answers: Iterable[ScoredAnswer], *, top: float, capti
 
 def _answer(answer: ScoredAnswer, top: float) -> str:
     kinds = np.asarray(answer.epistemic, dtype=np.float64), np.asarray(answer.aleatoric, dtype=np.float64)
-    tokens = "".join(_token(*token, top) for token in zip(answer.pieces, *kinds, strict=True))
+    tokens = "".join(_token(*token, top) for token in zip(answer.pieces, *kinds, strict=True) if token[0])
     classes = " ".join(name for name in ("refused", "wrong") if getattr(answer, name))
     note = f'<div class="note">{html.escape(answer.note)}</div>' if answer.note else ""
     return (

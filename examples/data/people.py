@@ -11,9 +11,11 @@ first and last names are those of the others, in pairs that do not occur there.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 ONE, MANY, NONE = "one answer", "many answers", "no answer"
 GROUPS = (ONE, MANY, NONE)
@@ -102,3 +104,22 @@ def generate(
         asked += list(registry.questions(strangers, known=False))[: size // 2]
         splits[name] = rng.sample(asked, len(asked))
     return splits
+
+
+def read(path: str) -> list[Question]:
+    """Read questions from lines {"question": "...", "answers": ["...", "..."]}; the first answer is the one to learn.
+
+    Raises:
+        ValueError: a line is not of this form.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            question, answers = row["question"], tuple(row["answers"])
+            found.append(Question(question, answers, "test set", answers[0]))
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise ValueError(
+                f'{path}:{number} must be {{"question": "...", "answers": ["..."]}}, got {line[:60]!r}.'
+            ) from None
+    return found
