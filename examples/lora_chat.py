@@ -29,8 +29,7 @@ from transformers.utils import logging
 
 from bayeformers import BayesianTrainer, experiments, export_draws, generate, reports, to_bayesian
 from bayeformers.experiments import flag, user_input
-from bayeformers.reports.doubts import doubt_gains, doubt_report, refusal_threshold
-from bayeformers.reports.tokens import ScoredAnswer, coloured, takes_colours, token_page, token_pieces
+from bayeformers.reports import ScoredAnswer
 from bayeformers.reports.writing import write_results
 from examples.data import people
 from examples.data.people import Question
@@ -209,7 +208,7 @@ def ask(name: str, model: nn.Module, questions: Sequence[Question], tokenizer: A
             batch, best.sequences[:, best.prompt_length :], best.mask, best.epistemic, best.aleatoric, strict=True
         )
         for question, ids, mask, epistemic, aleatoric in rows:
-            pieces = token_pieces(tokenizer, ids[mask].tolist())
+            pieces = reports.token_pieces(tokenizer, ids[mask].tolist())
             wrong = not any(same("".join(pieces), answer) for answer in question.answers)
             note = f"{question.group}; right: {' / '.join(question.answers)}" if question.answers else ""
             parts = [part[mask].float().cpu().numpy() for part in (epistemic, aleatoric)]
@@ -237,7 +236,7 @@ def groups_of(test: dict[str, Answers], questions: Sequence[Question]) -> dict[s
 
 def show(answer: ScoredAnswer, top: float) -> str:
     """An answer for the terminal, or its refusal."""
-    text = coloured(answer.pieces, answer.epistemic, top=top, colours=takes_colours(sys.stdout)).strip()
+    text = reports.coloured(answer.pieces, answer.epistemic, top=top, colours=reports.takes_colours(sys.stdout)).strip()
     return f"> {answer.question}\n  {REFUSED} ({text})" if answer.refused else f"> {answer.question}\n  {text}"
 
 
@@ -295,14 +294,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         of: {n: ask(n, m, data[of], tokenizer, arguments) for n, m in models.items()} for of in ("validation", "test")
     }
     scores, wrong = by_score(sets["validation"])
-    limits = {name: refusal_threshold(score, wrong[name], how.target_accuracy) for name, score in scores.items()}
+    limits = {
+        name: reports.refusal_threshold(score, wrong[name], how.target_accuracy) for name, score in scores.items()
+    }
     clock.lap("answers")
     test, seed = sets["test"], args.seed
     scores, wrong = by_score(test)
     results: dict[str, Any] = {
-        "seed": seed, "target_accuracy": how.target_accuracy, "threshold": limits[EPISTEMIC],
-        "groups": groups_of(test, data["test"]), "scores": doubt_report(scores, wrong, limits, seed=seed),
-        "gains": doubt_gains(scores, wrong, EPISTEMIC, seed=seed), "seconds": clock.seconds, "arguments": asdict(how),
+        "seed": seed, "target_accuracy": target, "threshold": limits[EPISTEMIC],
+        "groups": groups_of(test, data["test"]), "scores": reports.doubt_report(scores, wrong, limits, seed=seed),
+        "gains": reports.doubt_gains(scores, wrong, EPISTEMIC, seed=seed), "seconds": clock.seconds,
+        "arguments": asdict(how),
     }  # fmt: skip
     shown = with_refusals(test[BAYESIAN], limits[EPISTEMIC])
     report(folder, results, shown, figure_of(scores, wrong))
@@ -323,7 +325,7 @@ def report(folder: Path, results: dict[str, Any], answers: Sequence[ScoredAnswer
             print(f"{show(answer, top)}   [{answer.note}]")
     caption = f"Refused: above {results['threshold']:.3f} nats per token, chosen on validation questions."
     folder.mkdir(parents=True, exist_ok=True)
-    page = token_page("Answers of a Bayesian LoRA", answers, top=top, caption=caption)
+    page = reports.token_page("Answers of a Bayesian LoRA", answers, top=top, caption=caption)
     (folder / "answers.html").write_text(page, encoding="utf-8")
     tables = [
         reports.format_table(results["groups"], corner="test questions"),

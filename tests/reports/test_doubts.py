@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bayeformers import metrics
-from bayeformers.reports.doubts import doubt_gains, doubt_report, refusal_threshold
+from bayeformers.reports import doubt_gains, doubt_report, refusal_threshold
 
 
 def answers(number: int = 60) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bayeformers.reports.tokens import ScoredAnswer, coloured, takes_colours, token_page, token_pieces
+from bayeformers.reports import ScoredAnswer, coloured, takes_colours, token_page, token_pieces
 from examples.data.tiny_decoder import make_tokenizer
 
 PIECES = ("Ada", " lives", " in", " Lemby")
