@@ -49,7 +49,14 @@ PROMPT = "Question: {}\nAnswer:"
 ADAPTERS = r".*\.lora_[AB]\..*"
 PLAIN, BAYESIAN = "plain LoRA", "Bayesian LoRA"
 EPISTEMIC = f"{BAYESIAN}: epistemic"
+ENTROPIES = ("token entropy", "epistemic")
 REFUSED = "I do not know."
+TABLES = {
+    "groups": "test questions",
+    "scores": "which answers are wrong?",
+    "gains": "AUROC of epistemic uncertainty, less that of",
+    "without_many": "without questions of many answers",
+}
 
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
@@ -219,46 +226,101 @@ def ask(name: str, model: nn.Module, questions: Sequence[Question], tokenizer: A
 
 
 # --- Results ---------------------------------------------------------------------------------------------------------
-def groups_of(test: dict[str, Answers], questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-    """Accuracy and mean scores, by model and group of questions."""
-    found = {}
+Scores = dict[str, NDArray[Any]]
+
+
+def by_score(answers: dict[str, Answers]) -> tuple[Scores, Scores]:
+    """All scores of both models, and which of their answers are wrong."""
+    scores = {name: score for one in answers.values() for name, score in one.scores.items()}
+    return scores, {name: one.wrong for one in answers.values() for name in one.scores}
+
+
+def judge(
+    answers: dict[str, Answers], limits: dict[str, float], questions: Sequence[Question], seed: int
+) -> dict[str, Any]:
+    """Which score tells wrong answers; and once more without questions on which entropy is no reason to doubt."""
     groups = np.array([question.group for question in questions])
-    for name, answers in test.items():
+    scores, wrong = by_score(answers)
+    results: dict[str, Any] = {"groups": {}, "scores": reports.doubt_report(scores, wrong, limits, seed=seed)}
+    results["gains"] = reports.doubt_gains(scores, wrong, EPISTEMIC, seed=seed)
+    for name, one in answers.items():
         for group in dict.fromkeys(groups.tolist()):
             mask = groups == group
-            means = {key.partition(": ")[2]: float(score[mask].mean()) for key, score in answers.scores.items()}
-            keys = ("token entropy", "epistemic")
-            found[f"{name}, {group}"] = {"accuracy": float(1 - answers.wrong[mask].mean())} | {
-                key: means.get(key, 0.0) for key in keys
-            }
-    return found
+            entropies = {key: one.scores.get(f"{name}: {key}", np.zeros(len(mask))) for key in ENTROPIES}
+            row = {"accuracy": 1 - one.wrong, **entropies}
+            results["groups"][f"{name}, {group}"] = {key: float(value[mask].mean()) for key, value in row.items()}
+    if people.MANY in groups:
+        some = [{name: values[groups != people.MANY] for name, values in of.items()} for of in (scores, wrong)]
+        rows = reports.doubt_report(*some, limits, seed=seed)
+        results["without_many"] = {name: {k: row[k] for k in ("auroc", "interval")} for name, row in rows.items()}
+    return results
 
 
 def show(answer: ScoredAnswer, top: float) -> str:
     """An answer for the terminal, or its refusal."""
-    text = reports.coloured(answer.pieces, answer.epistemic, top=top, colours=reports.takes_colours(sys.stdout)).strip()
+    colours = reports.takes_colours(sys.stdout)
+    text = reports.coloured(answer.pieces, answer.epistemic, top=top, colours=colours).strip()
     return f"> {answer.question}\n  {REFUSED} ({text})" if answer.refused else f"> {answer.question}\n  {text}"
 
 
 def with_refusals(answers: Answers, limit: float) -> list[ScoredAnswer]:
     """The answers of the Bayesian model; those whose epistemic uncertainty is above the limit are refused."""
-    return [
-        replace(a, refused=bool(s > limit)) for a, s in zip(answers.answers, answers.scores[EPISTEMIC], strict=True)
-    ]
+    pairs = zip(answers.answers, answers.scores[EPISTEMIC], strict=True)
+    return [replace(answer, refused=bool(score > limit)) for answer, score in pairs]
 
 
-def by_score(test: dict[str, Answers]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """All scores of both models, and which of their answers are wrong."""
-    scores = {name: score for answers in test.values() for name, score in answers.scores.items()}
-    return scores, {name: answers.wrong for answers in test.values() for name in answers.scores}
+def top_of(answers: Sequence[ScoredAnswer]) -> float:
+    """Nats of the strongest colour: few tokens are above."""
+    return max(float(np.quantile(np.concatenate([np.asarray(a.epistemic) for a in answers]), 0.98)), 1e-3)
 
 
-def figure_of(scores: dict[str, NDArray[Any]], wrong: dict[str, NDArray[Any]]) -> Any:
-    """How often each score's surest answers are wrong."""
+def report(folder: Path, results: dict[str, Any], test: dict[str, Answers], shown: Sequence[ScoredAnswer]) -> None:
+    """Some answers and the tables on the screen; a page and a CSV of all answers, numbers as JSON, the figure."""
+    top = top_of(shown)
+    for group in dict.fromkeys(answer.note.partition(";")[0] for answer in shown):
+        for answer in [one for one in shown if one.note.startswith(group)][:2]:
+            print(f"{show(answer, top)}   [{answer.note}]")
+    caption = f"Refused: above {results['threshold']:.3f} nats per token, chosen on validation questions."
+    page = reports.token_page("Answers of a Bayesian LoRA", shown, top=top, caption=caption)
+    (folder / "answers.html").write_text(page, encoding="utf-8")
+    scores, wrong = by_score(test)
+    columns = {**scores, **{f"{name}: wrong": one.wrong.astype(int) for name, one in test.items()}}
+    values = zip(shown, *columns.values(), strict=True)
+    rows = (
+        {"question": one.question, "note": one.note, **dict(zip(columns, row, strict=True))} for one, *row in values
+    )
+    reports.write_rows(folder / "answers.csv", rows)
     figure, (panel,) = reports.plots.page("Which score knows that an answer is wrong?", 1, 1, figsize=(8, 5.5))
     confidences = {name: -score for name, score in scores.items() if "entropy of" not in name}
     reports.risk_coverage(panel, confidences, {name: wrong[name].astype(float) for name in confidences})
-    return figure
+    tables = [reports.format_table(results[key], corner=corner) for key, corner in TABLES.items() if key in results]
+    also = ["answers.html", "answers.csv", "adapter"]
+    write_results(folder, results, {"lora_chat.png": figure}, *tables, also=also)
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+def train_adapters(
+    base: Any, data: dict[str, list[Question]], tokenizer: Any, arguments: Arguments, clock: experiments.Clock
+) -> dict[str, Any]:
+    """A LoRA without noise, and a copy of it that has become Bayesian and gone on by the ELBO."""
+    how, args = arguments
+    experiments.say(f"1. LoRA, without noise: {len(data['train'])} rows")
+    config = LoraConfig(
+        r=how.lora_rank, lora_alpha=2 * how.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    plain = get_peft_model(base, config)
+    train(plain, data["train"], tokenizer, args)
+    clock.lap("lora")
+    experiments.say("2. The adapter becomes Bayesian, and goes on by the ELBO")
+    conversion = {**how.conversion, "target_modules": how.target_modules or ADAPTERS}
+    bayesian = to_bayesian(copy.deepcopy(plain), how.delta or OTHER["delta"], **conversion)
+    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
+    folder = Path(args.output_dir or ".")
+    train(bayesian, data["train"], tokenizer, args, **changes).save_model(str(folder / "adapter"))
+    if how.export_draws:
+        export_draws(bayesian, how.export_draws, folder / "draws", seed=args.eval_seed)
+    clock.lap("elbo")
+    return {PLAIN: plain, BAYESIAN: bayesian}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -271,86 +333,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data = load_questions(how, args.seed)
         base, tokenizer = load_base(how, data, args, folder)
     clock.lap("base")
-    experiments.say(f"1. LoRA, without noise: {len(data['train'])} rows")
-    config = LoraConfig(
-        r=how.lora_rank, lora_alpha=2 * how.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    models: dict[str, Any] = {PLAIN: get_peft_model(base, config)}
-    train(models[PLAIN], data["train"], tokenizer, args)
-    clock.lap("lora")
-    experiments.say("2. The adapter becomes Bayesian, and goes on by the ELBO")
-    conversion = {**how.conversion, "target_modules": how.target_modules or ADAPTERS}
-    models[BAYESIAN] = to_bayesian(copy.deepcopy(models[PLAIN]), how.delta or OTHER["delta"], **conversion)
-    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
-    trainer = train(models[BAYESIAN], data["train"], tokenizer, args, **changes)
-    clock.lap("elbo")
-    trainer.save_model(str(folder / "adapter"))
-    if how.export_draws:
-        export_draws(models[BAYESIAN], how.export_draws, folder / "draws", seed=args.eval_seed)
+    models = train_adapters(base, data, tokenizer, arguments, clock)
 
     experiments.say(f"3. Answers by {args.num_eval_samples} draws, and by as many samples of the plain model")
     set_seed(args.seed)
-    sets = {
-        of: {n: ask(n, m, data[of], tokenizer, arguments) for n, m in models.items()} for of in ("validation", "test")
-    }
-    scores, wrong = by_score(sets["validation"])
-    limits = {
-        name: reports.refusal_threshold(score, wrong[name], how.target_accuracy) for name, score in scores.items()
-    }
+    chosen, test = (
+        {name: ask(name, model, data[part], tokenizer, arguments) for name, model in models.items()}
+        for part in ("validation", "test")
+    )
     clock.lap("answers")
-    test, seed = sets["test"], args.seed
-    scores, wrong = by_score(test)
-    results: dict[str, Any] = {
-        "seed": seed, "target_accuracy": target, "threshold": limits[EPISTEMIC],
-        "groups": groups_of(test, data["test"]), "scores": reports.doubt_report(scores, wrong, limits, seed=seed),
-        "gains": reports.doubt_gains(scores, wrong, EPISTEMIC, seed=seed), "seconds": clock.seconds,
-        "arguments": asdict(how),
-    }  # fmt: skip
+    scores, wrong = by_score(chosen)
+    limits = {name: reports.refusal_threshold(s, wrong[name], how.target_accuracy) for name, s in scores.items()}
+    results = {"seed": args.seed, "threshold": limits[EPISTEMIC], "arguments": asdict(how), "seconds": clock.seconds}
+    results |= judge(test, limits, data["test"], args.seed)
     shown = with_refusals(test[BAYESIAN], limits[EPISTEMIC])
-    report(folder, results, shown, figure_of(scores, wrong))
-    answer_more(arguments, models[BAYESIAN], tokenizer, limits[EPISTEMIC], shown)
-    return results
-
-
-def top_of(answers: Sequence[ScoredAnswer]) -> float:
-    """Nats of the strongest colour: few tokens are above."""
-    return max(float(np.quantile(np.concatenate([np.asarray(a.epistemic) for a in answers]), 0.98)), 1e-3)
-
-
-def report(folder: Path, results: dict[str, Any], answers: Sequence[ScoredAnswer], figure: Any) -> None:
-    """Some answers and the tables on the screen; all answers as a page, the numbers as JSON, the figure."""
-    top, groups = top_of(answers), dict.fromkeys(answer.note.partition(";")[0] for answer in answers)
-    for group in groups:
-        for answer in [a for a in answers if a.note.startswith(group)][:2]:
-            print(f"{show(answer, top)}   [{answer.note}]")
-    caption = f"Refused: above {results['threshold']:.3f} nats per token, chosen on validation questions."
-    folder.mkdir(parents=True, exist_ok=True)
-    page = reports.token_page("Answers of a Bayesian LoRA", answers, top=top, caption=caption)
-    (folder / "answers.html").write_text(page, encoding="utf-8")
-    tables = [
-        reports.format_table(results["groups"], corner="test questions"),
-        reports.format_table(results["scores"], corner="which answers are wrong?"),
-        reports.format_table(results["gains"], corner="AUROC of epistemic uncertainty, less that of"),
-    ]
-    write_results(folder, results, {"lora_chat.png": figure}, *tables, also=["answers.html", "adapter"])
-
-
-def answer_more(
-    arguments: Arguments, model: nn.Module, tokenizer: Any, limit: float, before: Sequence[ScoredAnswer]
-) -> None:
-    """Answer the questions of ``--ask``, and those of the terminal."""
-    top = top_of(before)
+    report(folder, results, test, shown)
 
     def answer(question: str) -> None:
-        found = ask(BAYESIAN, model, [Question(question, (), "", "")], tokenizer, arguments)
-        print(show(with_refusals(found, limit)[0], top))
+        found = ask(BAYESIAN, models[BAYESIAN], [Question(question, (), "", "")], tokenizer, arguments)
+        print(show(with_refusals(found, limits[EPISTEMIC])[0], top_of(shown)))
 
-    for question in arguments[0].ask:
+    for question in how.ask:
         answer(question)
-    for line in sys.stdin if arguments[0].chat else ():
+    for line in sys.stdin if how.chat else ():
         if not line.strip():
             break
         answer(line.strip())
+    return results
 
 
 if __name__ == "__main__":
