@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -134,41 +135,57 @@ def _check_layers(model: nn.Module, adapter: str) -> None:
             )
 
 
-def _held(model: nn.Module, adapter: str) -> dict[str, Callable[[], Tensor]]:
-    """By PEFT's name in the file, how each tensor of the adapter is read: under a draw, its value there."""
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of the adapter's file: the module that owns it and its name there; of a buffer the tensor itself."""
+
+    owner: nn.Module | None
+    name: str
+    tensor: Tensor
+
+    @property
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The vectors r and s that multiply a weight's rows and columns in a layer of random factors."""
+        is_factored = getattr(self.owner, "is_factor", False) and self.name == "weight"
+        own = {} if self.owner is None else self.owner._parameters
+        return {name: own[name] for name in ("r", "s") if own.get(name) is not None} if is_factored else {}  # type: ignore[misc]
+
+    @property
+    def sources(self) -> set[int]:
+        """The ids of the Parameters that it is made of."""
+        return {id(self.tensor), *map(id, self.factors.values())}
+
+    def read(self) -> Tensor:
+        """Its value; within a draw, that of the draw."""
+        if self.owner is None:
+            return self.tensor
+        value: Tensor = getattr(self.owner, self.name)
+        drawn = {name: getattr(self.owner, name) for name in self.factors}
+        value = value * drawn["r"][:, None] if "r" in drawn else value
+        return value * drawn["s"] if "s" in drawn else value
+
+
+def _held(model: nn.Module, adapter: str) -> dict[str, _Held]:
+    """What the adapter's file holds, by PEFT's names in it."""
     own = model.state_dict(keep_vars=True)
-    owners = {id(tensor): (module, name) for module in model.modules() for name, tensor in module._parameters.items()}
-    found: dict[str, Callable[[], Tensor]] = {}
-    held: set[int] = set()
-    for name, tensor in peft_state(model, own, adapter).items():
-        held.add(id(tensor))
-        if name.endswith(ENDINGS):  # what the conversion added, which servers refuse
-            continue
-        found[name] = _reader(*owners[id(tensor)]) if id(tensor) in owners else _of_buffer(tensor)
-    others = {n: t for n, t in own.items() if isinstance(t, Tensor) and id(t) not in held and not n.endswith(ENDINGS)}
+    owners = {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}
+    state = peft_state(model, own, adapter)
+    # what the conversion added, which servers refuse: ending names, and factors of a weight
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(ENDINGS)}
+    found = {name: _Held(*owners.get(id(tensor), (None, "")), tensor) for name, tensor in kept.items()}
+    factors = {id(factor) for one in found.values() for factor in one.factors.values()}
+    saved = {id(tensor) for tensor in state.values()}
+    others = {n: t for n, t in own.items() if isinstance(t, Tensor) and id(t) not in saved and not n.endswith(ENDINGS)}
     trained = [name for name, tensor in others.items() if tensor.requires_grad]
     if trained:
         raise ValueError(
             f"{trained[:3]} ({len(trained)}) train too, and a LoRA folder has no place for them: name their modules in "
             "the adapter's `modules_to_save`, or freeze them if they are the base's own."
         )
-    return found
+    return {name: one for name, one in found.items() if id(one.tensor) not in factors}
 
 
-def _reader(module: nn.Module, name: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        value: Tensor = getattr(module, name)
-        return value
-
-    read.parameter = module._parameters[name]  # type: ignore[attr-defined]
-    return read
-
-
-def _of_buffer(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
-
-
-def _check_draws(posterior: Posterior, held: Mapping[str, Callable[[], Tensor]]) -> None:
+def _check_draws(posterior: Posterior, held: Mapping[str, _Held]) -> None:
     """Raise ValueError unless draws change some of the tensors that are held, and nothing else."""
     kind = type(posterior).__name__
     if getattr(posterior, "predicts_itself", False):
@@ -179,7 +196,7 @@ def _check_draws(posterior: Posterior, held: Mapping[str, Callable[[], Tensor]])
     random: Any = list(posterior.random_parameters())  # type: ignore[attr-defined]
     if not random:
         raise ValueError(f"A {kind} draws no weights, so that all adapters would be the same one.")
-    known = {id(getattr(read, "parameter", None)) for read in held.values()}
+    known = {source for one in held.values() for source in one.sources}
     names = {id(parameter): name for name, parameter in posterior.model.named_parameters()}
     outside = [names.get(id(parameter), "?") for parameter in random if id(parameter) not in known]
     if outside:
@@ -202,7 +219,7 @@ def _config_of(model: Any, adapter: str) -> Any:
 
 def _write(
     posterior: Posterior,
-    held: Mapping[str, Callable[[], Tensor]],
+    held: Mapping[str, _Held],
     index: int,
     seed: int,
     config: Any,
@@ -211,7 +228,7 @@ def _write(
 ) -> str:
     """Write one draw; returns the name of its folder in ``partial``."""
     with torch.no_grad(), posterior.draw(index, seed):
-        tensors = {name: read().detach().to("cpu", copy=True).contiguous() for name, read in held.items()}
+        tensors = {name: one.read().detach().to("cpu", copy=True).contiguous() for name, one in held.items()}
     wrong = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if wrong:
         raise ValueError(f"Draw {index} of `seed` {seed} has NaN or infinite values in {wrong[:3]} ({len(wrong)}).")

@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bayeformers import export_draws, laplace, to_bayesian, to_deterministic
+from bayeformers import NormalPrior, export_draws, laplace, to_bayesian, to_deterministic
 from bayeformers.posteriors import (
     BasePosterior,
     DropoutPosterior,
@@ -129,6 +129,24 @@ def test_dora_by_one_adapter_after_the_other(tmp_path: Path) -> None:
         with torch.no_grad():
             found.append(other(**inputs).logits)
     torch.testing.assert_close(torch.cat(found), logits(posterior, inputs, 2), rtol=0, atol=1e-9)
+
+
+def test_random_factors_are_multiplied_into_the_matrices(tmp_path: Path) -> None:
+    """Of W o (r s^T) a folder holds the product, and no vector, which PEFT would leave out without a word."""
+    config = peft.LoraConfig(**{**DECODER, "target_modules": ["q_proj"]})
+    model = plain(llama, config)
+    names = {n.rpartition(".")[0] for n, _ in model.named_parameters() if "lora_" in n}
+    options = {"prior": NormalPrior(std=0.5, centre=1.0), "parametrization": "rank1", "freeze": False}
+    model = to_bayesian(model, delta=0.4, target_modules=sorted(names), **options)
+    posterior, inputs = VariationalPosterior(model), {"input_ids": torch.randint(2, 48, (2, 6))}
+    folders = export_draws(posterior, 2, tmp_path, seed=5)
+    expected = logits(posterior, inputs, 2)
+    with torch.no_grad():
+        rows = [path.name for path in folders for _ in range(2)]
+        found = served(folders, llama)(input_ids=inputs["input_ids"].repeat(2, 1), adapter_names=rows).logits
+    assert float((expected[:2] - expected[2:]).abs().max()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert {name.rpartition(".")[2] for name in load_file(folders[0] / "adapter_model.safetensors")} == {"weight"}
 
 
 def test_files_are_those_of_a_plain_adapter(tmp_path: Path) -> None:
