@@ -168,11 +168,14 @@ class _Held:
 def _held(model: nn.Module, adapter: str) -> dict[str, _Held]:
     """What the adapter's file holds, by PEFT's names in it."""
     own = model.state_dict(keep_vars=True)
-    owners = {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}
+    owners: dict[int, tuple[nn.Module | None, str]] = {}
+    for module in model.modules():
+        owners.update((id(parameter), (module, name)) for name, parameter in module._parameters.items())
     state = peft_state(model, own, adapter)
     # what the conversion added, which servers refuse: ending names, and factors of a weight
     kept = {name: tensor for name, tensor in state.items() if not name.endswith(ENDINGS)}
-    found = {name: _Held(*owners.get(id(tensor), (None, "")), tensor) for name, tensor in kept.items()}
+    pairs = ((name, tensor, owners.get(id(tensor), (None, ""))) for name, tensor in kept.items())
+    found = {name: _Held(owner, own_name, tensor) for name, tensor, (owner, own_name) in pairs}
     factors = {id(factor) for one in found.values() for factor in one.factors.values()}
     saved = {id(tensor) for tensor in state.values()}
     others = {n: t for n, t in own.items() if isinstance(t, Tensor) and id(t) not in saved and not n.endswith(ENDINGS)}
