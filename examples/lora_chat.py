@@ -1,10 +1,10 @@
 r"""A language model that says when it does not know: LoRA, a posterior of the adapter, and answers that may be refused.
 
     python -m examples.lora_chat                              # a tiny decoder and generated questions: minutes of CPU
-    python -m examples.lora_chat --ask "Where does Mara Halden live ?"
+    python -m examples.lora_chat --eval_only outputs/lora_chat --chat                  # answers what is typed
     python -m examples.lora_chat --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --train_file train.jsonl --validation_file dev.jsonl --test_file test.jsonl
-    python -m examples.lora_chat --chat --export_draws 8      # waits for questions at the end; adapters for a server
+    python -m examples.lora_chat --export_draws 8             # adapters for a server too
 
 Lines of the files: {"question": "...", "answers": ["...", "..."]}, all of the answers right. The adapter is trained
 without noise, becomes Bayesian, and is trained by the ELBO. Then both models answer questions of which half cannot be
@@ -14,6 +14,7 @@ known, and each score of doubt is asked which answers are wrong. Every flag: ``-
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
-from bayeformers import BayesianTrainer, experiments, export_draws, generate, reports, to_bayesian
+from bayeformers import BayesianTrainer, experiments, export_draws, from_pretrained, generate, reports, to_bayesian
 from bayeformers.experiments import flag, user_input
 from bayeformers.reports import ScoredAnswer
 from bayeformers.reports.writing import write_results
@@ -46,7 +47,6 @@ OTHER: dict[str, Any] = {
     "bayesian_epochs": 1, "freeze": False, "delta": 0.1, "max_new_tokens": 32,
 }  # fmt: skip
 PROMPT = "Question: {}\nAnswer:"
-ADAPTERS = r".*\.lora_[AB]\..*"
 PLAIN, BAYESIAN = "plain LoRA", "Bayesian LoRA"
 EPISTEMIC = f"{BAYESIAN}: epistemic"
 ENTROPIES = ("token entropy", "epistemic")
@@ -76,6 +76,7 @@ class ChatArguments(experiments.ConversionArguments):
     target_accuracy: float = flag(
         0.9, "Accuracy of the answers that are given, by which validation sets the threshold."
     )
+    eval_only: str | None = flag(None, "Train nothing: answer by the adapter in this folder, an earlier --output_dir.")
     ask: list[str] = flag([], "Questions to answer when everything is trained.")
     chat: bool = flag(False, "Answer questions from the terminal, one a line, until an empty one.")
     export_draws: int = flag(0, "Write so many draws as LoRA folders for a server.")
@@ -276,7 +277,7 @@ def top_of(answers: Sequence[ScoredAnswer]) -> float:
 
 def report(folder: Path, results: dict[str, Any], test: dict[str, Answers], shown: Sequence[ScoredAnswer]) -> None:
     """Some answers and the tables on the screen; a page and a CSV of all answers, numbers as JSON, the figure."""
-    top = top_of(shown)
+    top = results["top"]
     for group in dict.fromkeys(answer.note.partition(";")[0] for answer in shown):
         for answer in [one for one in shown if one.note.startswith(group)][:2]:
             print(f"{show(answer, top)}   [{answer.note}]")
@@ -312,8 +313,8 @@ def train_adapters(
     train(plain, data["train"], tokenizer, args)
     clock.lap("lora")
     experiments.say("2. The adapter becomes Bayesian, and goes on by the ELBO")
-    conversion = {**how.conversion, "target_modules": how.target_modules or ADAPTERS}
-    bayesian = to_bayesian(copy.deepcopy(plain), how.delta or OTHER["delta"], **conversion)
+    conversion = {**how.conversion, "target_modules": how.target_modules}  # None: the adapter's matrices
+    bayesian = to_bayesian(copy.deepcopy(plain), how.delta, **conversion)
     changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
     folder = Path(args.output_dir or ".")
     train(bayesian, data["train"], tokenizer, args, **changes).save_model(str(folder / "adapter"))
@@ -323,12 +324,34 @@ def train_adapters(
     return {PLAIN: plain, BAYESIAN: bayesian}
 
 
+def chat(model: nn.Module, tokenizer: Any, arguments: Arguments, results: dict[str, Any]) -> None:
+    """Answer the questions of ``--ask``, then those that are typed, until an empty line."""
+    how = arguments[0]
+    limit = -np.inf if results["threshold"] is None else results["threshold"]
+    for question in (*how.ask, *(iter(sys.stdin.readline, "\n") if how.chat else ())):
+        found = ask(BAYESIAN, model, [Question(question.strip(), (), "", "")], tokenizer, arguments)
+        print(show(with_refusals(found, limit)[0], results["top"]), flush=True)
+
+
+def reopen(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The Bayesian adapter of an earlier run over its base, the tokenizer and the results."""
+    if not (folder / "results.json").is_file():
+        raise FileNotFoundError(f"`eval_only` {str(folder)!r} holds no results.json: name the --output_dir of a run.")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return from_pretrained(folder / "adapter"), AutoTokenizer.from_pretrained(folder / "adapter"), results
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example; the results are returned, printed and written to ``--output_dir``."""
     arguments = how, args = parse_arguments(argv)
     logging.disable_progress_bar()
     set_seed(args.seed)
     folder, clock = Path(args.output_dir or "."), experiments.Clock()
+    if how.eval_only is not None:
+        with user_input():
+            model, tokenizer, results = reopen(Path(how.eval_only))
+        chat(model, tokenizer, arguments, results)
+        return results
     with user_input():
         data = load_questions(how, args.seed)
         base, tokenizer = load_base(how, data, args, folder)
@@ -347,18 +370,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = {"seed": args.seed, "threshold": limits[EPISTEMIC], "arguments": asdict(how), "seconds": clock.seconds}
     results |= judge(test, limits, data["test"], args.seed)
     shown = with_refusals(test[BAYESIAN], limits[EPISTEMIC])
+    results["top"] = top_of(shown)
     report(folder, results, test, shown)
-
-    def answer(question: str) -> None:
-        found = ask(BAYESIAN, models[BAYESIAN], [Question(question, (), "", "")], tokenizer, arguments)
-        print(show(with_refusals(found, limits[EPISTEMIC])[0], top_of(shown)))
-
-    for question in how.ask:
-        answer(question)
-    for line in sys.stdin if how.chat else ():
-        if not line.strip():
-            break
-        answer(line.strip())
+    chat(models[BAYESIAN], tokenizer, arguments, results)
     return results
 
 

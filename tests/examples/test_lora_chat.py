@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -146,6 +147,18 @@ def test_exported_draws_load_onto_the_saved_base(run: tuple[dict[str, Any], Path
     assert config["base_model_name_or_path"] == str(folder / "base")
 
 
+def test_the_saved_adapter_answers_again(
+    run: tuple[dict[str, Any], Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answer and refusal as in the run that trained it; then what is typed, until an empty line."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where does Mara Halden live ?\n\nWho ?\n"))
+    question = "Where does Mara Halden live ?"
+    main([*SMALL, "--eval_only", str(run[1]), "--ask", question, "--chat"])
+    said = capsys.readouterr().out
+    answer = run[2][run[2].index(f"> {question}") :]
+    assert said == f"{answer}\n{answer}\n"
+
+
 def test_files_and_a_model_of_ones_own(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     rows = [{"question": f"Where does {name} live ?", "answers": [f"{name} lives in {town} ."]}
             for name, town in (("Mara Halden", "Lemby"), ("Elin Selby", "Torvik"), ("Ravi Falk", "Norby"))]  # fmt: skip
@@ -176,6 +189,11 @@ def test_files_and_a_model_of_ones_own(run: tuple[dict[str, Any], Path, str], tm
 def test_wrong_flags(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_arguments([*SMALL, *flags])
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`eval_only` .* holds no results.json"):
+        main([*SMALL, "--eval_only", str(tmp_path)])
 
 
 @pytest.mark.parametrize("line", ["no JSON", "[]", '{"question": "Who ?"}', '{"question": "Who ?", "answers": []}'])
