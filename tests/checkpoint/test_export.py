@@ -124,6 +124,7 @@ def mixtral() -> nn.Module:
         vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
+    config._experts_implementation = "eager"  # the grouped product knows no float64
     return hf.MixtralForCausalLM(config).double()
 
 
@@ -235,6 +236,26 @@ def test_laplace_draws(tmp_path: Path) -> None:
         names = [path.name for path in folders for _ in range(4)]
         found = served(folders, bert)(input_ids=inputs["input_ids"].repeat(2, 1), adapter_names=names).logits
     assert float((expected[:4] - expected[4:]).abs().max()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["to_blob", "to_scalabl", "tfb_posterior", "fit_core"])
+def test_posteriors_of_adapters(method: str, tmp_path: Path) -> None:
+    """BLoB, ScalaBL, TFB and the r x r core: whatever a draw is of, the folder holds the A and B that it comes to."""
+    adapters = pytest.importorskip("bayeformers.adapters")
+    model, inputs = plain(llama, peft.LoraConfig(**{**DECODER, "target_modules": ["q_proj"]})), {}
+    inputs["input_ids"] = torch.randint(2, 48, (2, 6))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "tfb_posterior": (0.05,), "fit_core": ([{**inputs, "labels": inputs["input_ids"]}],),
+    }  # fmt: skip
+    made = getattr(adapters, method)(model, *arguments.get(method, ()))
+    posterior = made if isinstance(made, BasePosterior) else VariationalPosterior(made)
+    folders = export_draws(posterior, 2, tmp_path, seed=5)
+    expected = logits(posterior, inputs, 2)
+    with torch.no_grad():
+        rows = [path.name for path in folders for _ in range(2)]
+        found = served(folders, llama)(input_ids=inputs["input_ids"].repeat(2, 1), adapter_names=rows).logits
+    assert float((expected[:2] - expected[2:]).abs().max()) > 1e-4
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
