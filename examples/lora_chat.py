@@ -44,8 +44,9 @@ GENERATED: dict[str, Any] = {
 """Defaults of the generated questions: noise, prior and its weight are those of examples.bert_glue's embedded task."""
 OTHER: dict[str, Any] = {
     "learning_rate": 2e-4, "num_train_epochs": 3, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16,
-    "bayesian_epochs": 1, "freeze": False, "delta": 0.1, "max_new_tokens": 32,
+    "bayesian_epochs": 1, "freeze": True, "delta": 0.1, "max_new_tokens": 32,
 }  # fmt: skip
+"""Defaults of other models: the adapter stays as it was trained, and the ELBO finds the scales around it."""
 PROMPT = "Question: {}\nAnswer:"
 PLAIN, BAYESIAN = "plain LoRA", "Bayesian LoRA"
 EPISTEMIC = f"{BAYESIAN}: epistemic"
