@@ -1,0 +1,78 @@
+"""The methods: those that share the plain adapter, and those that train a Bayesian one from the same beginning."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bayeformers import to_bayesian
+from benchmarks.leaderboard.dropout import mc_dropout
+from benchmarks.leaderboard.fits import fitted
+from benchmarks.leaderboard.methods import Method
+from benchmarks.leaderboard.recalibrated import recalibrated
+from benchmarks.real_data.context import Predictor
+from benchmarks.real_data.methods import mean_network
+from benchmarks.real_data.prediction import of_posterior
+
+from .context import AdapterContext
+from .training import train
+
+NUM_SAMPLES = 10
+"""Draws of every method that draws: the published tables'."""
+NUM_MEMBERS = 3
+LAPLACE_BATCHES = 50
+"""Random batches of the curvature."""
+
+Result = tuple[Predictor, dict[str, Any]]
+
+
+def ensemble(context: AdapterContext) -> Result:
+    """The mean of the predictions of adapters that differ in their seed (arXiv 2310.00035).
+
+    Raises:
+        ValueError: another seed has no predictions yet.
+    """
+    members = [
+        member
+        for member in context.members
+        if (member.folder / "predictions" / "map.json").exists() and member.seed < NUM_MEMBERS
+    ]
+    if len(members) < NUM_MEMBERS:
+        found = sorted(member.seed for member in members)
+        raise ValueError(
+            f"an ensemble needs the predictions of {NUM_MEMBERS} plain adapters of {context.task}, there are those of "
+            f"seeds {found}."
+        )
+
+    def predict(part: str) -> dict[str, np.ndarray]:
+        return {"probs": np.mean([member.saved("map", part)["probs"] for member in members], axis=0)}
+
+    return predict, {"reads": ["map"], "members": sorted(member.seed for member in members)}
+
+
+def default(context: AdapterContext) -> Result:
+    """`to_bayesian` with no argument but the model, trained by its ELBO."""
+    trainer = train(context, to_bayesian(context.fresh()))
+    return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
+
+
+def laplace(context: AdapterContext) -> Result:
+    """Laplace-LoRA (arXiv 2308.13111): Kronecker factors of A and B, linearised, tau by the held-out NLL."""
+    posterior, shared = fitted(context, prior_precision="holdout", num_batches=LAPLACE_BATCHES)
+    predictor = of_posterior(context, posterior, method="glm", contrasts=True)
+    return predictor, {"prior_precision": posterior.prior_precision, **shared}
+
+
+METHODS: dict[str, Method] = {
+    "map": Method(mean_network, "plain LoRA"),
+    "temperature": Method(partial(recalibrated, base="map"), "plain LoRA + temperature"),
+    "mc_dropout": Method(partial(mc_dropout, num_samples=NUM_SAMPLES), "MC dropout"),
+    "ensemble": Method(ensemble, "ensemble of 3"),
+    "laplace": Method(laplace, "Laplace-LoRA"),
+    "default": Method(default, "to_bayesian, no argument"),
+}
+"""By name, in the order of the tables."""
+READ = frozenset({"map"})
+"""Those whose held-out predictions another method reads."""
