@@ -14,7 +14,7 @@ from benchmarks.leaderboard.tables import cells
 
 from .board import KIND, AdapterBoard
 from .methods import METHODS
-from .page import page
+from .page import write_page
 from .tasks import TASKS
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     found = cells(board, args.tasks, args.seeds, [KIND], args.methods, args.num_resamples)
     (board.output_dir / "adapters.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.page is not None:
-        args.page.write_text(page(board, found), encoding="utf-8")
+        write_page(args.page, board, found)
     return min(len(failed), 1)
 
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=count, default=1, help="rows at a time, each on one core; 0: all in this")
     parser.add_argument("--report_only", action="store_true", help="run nothing: tables of what is there")
     parser.add_argument("--num_resamples", type=count, default=1000, help="of the bootstrap")
-    parser.add_argument("--page", type=Path, help="Markdown page of results to write")
+    parser.add_argument("--page", type=Path, help="Markdown page; its tables are written anew")
     return parser
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from bayeformers.adapters import AnswerTokens
 from benchmarks.real_data.context import Context
 from benchmarks.real_data.data import Row
 
-from .answers import AnswerDigits
+from .answers import answer_tokens
 from .tasks import TASKS, AdapterTask, load_reports, load_rows, some
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
@@ -61,21 +61,24 @@ class AdapterContext(Context):
 
     def model(self) -> Any:
         """The base with the plain adapter, loaded afresh, its adapter trainable; a method may change it."""
-        return PeftModel.from_pretrained(self._base_model(), self.folder, is_trainable=True).eval()
+        return self._classifier(PeftModel.from_pretrained(self._base_model(), self.folder, is_trainable=True)).eval()
 
     def fresh(self) -> Any:
         """The base with a new adapter, the same for all methods of a seed: B is 0, and A and a head are random."""
         base = self._base_model()
         set_seed(self.seed)
-        kind = None if self.settings.answers else TaskType.SEQ_CLS
-        return get_peft_model(base, LoraConfig(target_modules=TARGETS[self.settings.model], task_type=kind, **LORA))
+        kind = TaskType.CAUSAL_LM if self.settings.answers else TaskType.SEQ_CLS
+        config = LoraConfig(target_modules=TARGETS[self.settings.model], task_type=kind, **LORA)
+        return self._classifier(get_peft_model(base, config))
 
-    def _base_model(self) -> nn.Module:
+    def _base_model(self) -> Any:
         set_seed(self.seed)  # of a new head
         if self.settings.answers:
-            model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-            return AnswerDigits(model, self.tokenizer)
+            return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         labels = self.settings.num_labels
         model = AutoModelForSequenceClassification.from_pretrained(self.base, num_labels=labels, dtype=torch.float32)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
+
+    def _classifier(self, model: PeftModel) -> Any:
+        return AnswerTokens(model, answer_tokens(self.tokenizer)) if self.settings.answers else model

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bayeformers import to_bayesian
+from bayeformers.adapters import BlobReweighting, fit_tfb, to_blob
 from benchmarks.leaderboard.dropout import mc_dropout
 from benchmarks.leaderboard.fits import fitted
 from benchmarks.leaderboard.methods import Method
@@ -24,6 +25,11 @@ NUM_SAMPLES = 10
 NUM_MEMBERS = 3
 LAPLACE_BATCHES = 50
 """Random batches of the curvature."""
+
+BLOB_EPSILON = 0.05
+BLOB_KL_WEIGHT = 0.1
+ANCHOR_ROWS, ANCHOR_SAMPLES = 100, 4
+"""Of TFB's search: held-out rows, and draws per try."""
 
 Result = tuple[Predictor, dict[str, Any]]
 
@@ -58,6 +64,22 @@ def default(context: AdapterContext) -> Result:
     return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
 
 
+def blob(context: AdapterContext) -> Result:
+    """BLoB (arXiv 2406.11675): A is random and B is not; trained by the ELBO with a weight of the KL below 1."""
+    model = to_blob(context.fresh(), seed=context.seed)
+    rate = 2 * context.settings.learning_rate / BLOB_EPSILON
+    trainer = train(context, model, [BlobReweighting()], rho_learning_rate=rate, kl_weight=BLOB_KL_WEIGHT)
+    chosen = {"num_samples": NUM_SAMPLES, "kl_weight": BLOB_KL_WEIGHT}
+    return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), chosen
+
+
+def tfb(context: AdapterContext) -> Result:
+    """TFB (arXiv 2412.05723): the plain adapter with the largest noise that held-out rows bear."""
+    batches = context.batches(context.held_out[:ANCHOR_ROWS])
+    posterior = fit_tfb(context.model(), batches, num_samples=ANCHOR_SAMPLES, progress=False)
+    return of_posterior(context, posterior, num_samples=NUM_SAMPLES), {"sigma": posterior.scale_found}
+
+
 def laplace(context: AdapterContext) -> Result:
     """Laplace-LoRA (arXiv 2308.13111): Kronecker factors of A and B, linearised, tau by the held-out NLL."""
     posterior, shared = fitted(context, prior_precision="holdout", num_batches=LAPLACE_BATCHES)
@@ -70,7 +92,9 @@ METHODS: dict[str, Method] = {
     "temperature": Method(partial(recalibrated, base="map"), "plain LoRA + temperature"),
     "mc_dropout": Method(partial(mc_dropout, num_samples=NUM_SAMPLES), "MC dropout"),
     "ensemble": Method(ensemble, "ensemble of 3"),
+    "tfb": Method(tfb, "TFB"),
     "laplace": Method(laplace, "Laplace-LoRA"),
+    "blob": Method(blob, "BLoB"),
     "default": Method(default, "to_bayesian, no argument"),
 }
 """By name, in the order of the tables."""

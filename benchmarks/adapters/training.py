@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import DataCollatorWithPadding, TrainerCallback
 
@@ -57,7 +58,9 @@ def train_plain(context: AdapterContext) -> None:
     start = time.process_time()
     trainer = train(context, model)
     seconds = time.process_time() - start
-    model.save_pretrained(str(context.folder))
-    log = trainer.state.log_history
-    record = {"cpu_seconds": seconds, "epoch": trainer.state.epoch, "train_rows": rows, "log": log}
+    adapted = model if isinstance(model, PeftModel) else model.model
+    adapted.save_pretrained(str(context.folder))
+    state = trainer.state
+    record = {"cpu_seconds": seconds, "steps": state.global_step, "epoch": state.epoch, "train_rows": rows}
+    record["log"] = state.log_history
     (context.folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")

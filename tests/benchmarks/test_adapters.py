@@ -17,20 +17,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bayeformers.adapters import AnswerTokens
 from examples.data.tiny_bert import make_tokenizer
 
 pytest.importorskip("peft")
 
 from benchmarks.adapters import tasks
 from benchmarks.adapters.__main__ import main
-from benchmarks.adapters.answers import AnswerDigits, digit_token
+from benchmarks.adapters.answers import answer_tokens, digit_token
 from benchmarks.adapters.board import KIND, AdapterBoard
+from benchmarks.adapters.page import MARK
 from benchmarks.leaderboard.rows import Row
 from benchmarks.leaderboard.tables import cost
 
 WORDS = "amber birch cedar delta ember flint grove haven islet jetty knoll larch".split()
 SENTENCES = [f"the {word} is {kind}" for word in WORDS for kind in ("here", "gone")]
-METHODS_RUN = "map,temperature,mc_dropout,ensemble"
+METHODS_RUN = "map,temperature,mc_dropout,ensemble,tfb,laplace,blob"
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +107,15 @@ def test_board_runs_rows_once_and_writes_its_page(
     board: AdapterBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"
+    page.write_text(f"# By hand\n\n{MARK}\n\nold tables", encoding="utf-8")
     assert main(arguments(board, "--seeds", "1,2", "--methods", "map")) == 0
     assert main(arguments(board, "--seeds", "0", "--page", str(page), "--num_resamples", "20")) == 0
     cells = json.loads((board.output_dir / "adapters.json").read_text())
     assert [(cell["task"], cell["rows"]) for cell in cells] == [("cola", 8), ("arc_easy", 9)]
     assert all(list(cell["methods"]) == METHODS_RUN.split(",") for cell in cells)
-    assert all(method["title"] in page.read_text() for method in cells[0]["methods"].values())
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# By hand") and "| cola, seed 0 | encoder | 2 |" in text and "old tables" not in text
+    assert all(method["title"] in text for method in cells[0]["methods"].values())
     monkeypatch.setattr(AdapterBoard, "run", lambda *_: pytest.fail("a row ran again"))
     assert main(arguments(board, "--seeds", "0")) == 0
 
@@ -149,7 +154,7 @@ def test_answer_digits_are_next_token_logits_and_padding_changes_nothing() -> No
     expected = torch.stack([full[tokenizer.convert_tokens_to_ids(digit)] for digit in "1234"])
     padded = torch.cat([torch.full((1, 5), tokenizer.pad_token_id), ids], 1)
     mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones_like(ids)], 1)
-    found = AnswerDigits(model, tokenizer)(padded, mask, torch.tensor([2]))
+    found = AnswerTokens(model, answer_tokens(tokenizer))(padded, mask, torch.tensor([2]))
     torch.testing.assert_close(found.logits[0], expected)
     torch.testing.assert_close(found.loss, -expected.log_softmax(0)[2])
 
