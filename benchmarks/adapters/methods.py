@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bayeformers import to_bayesian
-from bayeformers.adapters import BlobReweighting, fit_tfb, to_blob
+from bayeformers.adapters import BlobReweighting, fit_tfb, to_blob, to_scalabl
 from benchmarks.leaderboard.dropout import mc_dropout
 from benchmarks.leaderboard.fits import fitted
 from benchmarks.leaderboard.methods import Method
@@ -73,6 +73,12 @@ def blob(context: AdapterContext) -> Result:
     return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), chosen
 
 
+def scalabl(context: AdapterContext) -> Result:
+    """ScalaBL (arXiv 2506.21408): a variance per rank, by the plain ELBO."""
+    trainer = train(context, to_scalabl(context.fresh()))
+    return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
+
+
 def tfb(context: AdapterContext) -> Result:
     """TFB (arXiv 2412.05723): the plain adapter with the largest noise that held-out rows bear."""
     batches = context.batches(context.held_out[:ANCHOR_ROWS])
@@ -95,6 +101,7 @@ METHODS: dict[str, Method] = {
     "tfb": Method(tfb, "TFB"),
     "laplace": Method(laplace, "Laplace-LoRA"),
     "blob": Method(blob, "BLoB"),
+    "scalabl": Method(scalabl, "ScalaBL"),
     "default": Method(default, "to_bayesian, no argument"),
 }
 """By name, in the order of the tables."""

@@ -45,8 +45,8 @@ class AdapterTask:
 
 
 TASKS = {
-    "cola": AdapterTask("encoder", 400, 32, 1e-3, 2),
-    "mrpc": AdapterTask("encoder", 300, 16, 1e-3, 2),
+    "cola": AdapterTask("encoder", 300, 32, 3e-3, 2),
+    "mrpc": AdapterTask("encoder", 300, 16, 3e-3, 2),
     "trec": AdapterTask("decoder", 300, 8, 5e-4, 6, most_rows=300),
     "arc_easy": AdapterTask("decoder", 300, 8, 3e-4, NUM_ANSWERS, answers=True, most_rows=300),
     "openbookqa": AdapterTask("decoder", 300, 8, 3e-4, NUM_ANSWERS, answers=True, most_rows=300),
