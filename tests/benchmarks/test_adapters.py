@@ -32,7 +32,7 @@ from benchmarks.leaderboard.tables import cost
 
 WORDS = "amber birch cedar delta ember flint grove haven islet jetty knoll larch".split()
 SENTENCES = [f"the {word} is {kind}" for word in WORDS for kind in ("here", "gone")]
-METHODS_RUN = "map,temperature,mc_dropout,ensemble,tfb,laplace,blob,scalabl"
+METHODS_RUN = "map,temperature,mc_dropout,ensemble,tfb,laplace,blob,scalabl,default"
 
 
 @pytest.fixture(scope="module")
