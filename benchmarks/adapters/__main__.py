@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     found = cells(board, args.tasks, args.seeds, [KIND], args.methods, args.num_resamples)
     (board.output_dir / "adapters.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.page is not None:
-        write_page(args.page, board, found)
+        write_page(args.page, board, found, args.num_resamples)
     return min(len(failed), 1)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bayeformers import to_bayesian
 from bayeformers.adapters import BlobReweighting, fit_tfb, to_blob, to_scalabl
@@ -13,7 +14,8 @@ from benchmarks.leaderboard.dropout import mc_dropout
 from benchmarks.leaderboard.fits import fitted
 from benchmarks.leaderboard.methods import Method
 from benchmarks.leaderboard.recalibrated import recalibrated
-from benchmarks.real_data.context import Predictor
+from benchmarks.real_data.context import Arrays, Predictor
+from benchmarks.real_data.data import Batch
 from benchmarks.real_data.methods import mean_network
 from benchmarks.real_data.prediction import of_posterior
 
@@ -34,6 +36,17 @@ ANCHOR_ROWS, ANCHOR_SAMPLES = 100, 4
 Result = tuple[Predictor, dict[str, Any]]
 
 
+def drawn(context: AdapterContext, posterior: Any) -> Predictor:
+    """The mean of a posterior's draws, and the draws (B, S, C), which scores of the epistemic part read."""
+
+    def arrays(batch: Batch) -> dict[str, Tensor]:
+        predictive = posterior.predict(batch, num_samples=NUM_SAMPLES, method="sample")
+        draws = predictive.log_probs.double().exp().movedim(0, 1)
+        return {"probs": draws.mean(1), "draws": draws}
+
+    return lambda part: context.predict(part, arrays)
+
+
 def ensemble(context: AdapterContext) -> Result:
     """The mean of the predictions of adapters that differ in their seed (arXiv 2310.00035).
 
@@ -52,8 +65,9 @@ def ensemble(context: AdapterContext) -> Result:
             f"seeds {found}."
         )
 
-    def predict(part: str) -> dict[str, np.ndarray]:
-        return {"probs": np.mean([member.saved("map", part)["probs"] for member in members], axis=0)}
+    def predict(part: str) -> Arrays:
+        draws = np.stack([member.saved("map", part)["probs"] for member in members], axis=1)
+        return {"probs": draws.mean(1), "draws": draws}
 
     return predict, {"reads": ["map"], "members": sorted(member.seed for member in members)}
 
@@ -61,7 +75,7 @@ def ensemble(context: AdapterContext) -> Result:
 def default(context: AdapterContext) -> Result:
     """`to_bayesian` with no argument but the model, trained by its ELBO."""
     trainer = train(context, to_bayesian(context.fresh()))
-    return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
+    return drawn(context, trainer.posterior), {"num_samples": NUM_SAMPLES}
 
 
 def blob(context: AdapterContext) -> Result:
@@ -70,20 +84,20 @@ def blob(context: AdapterContext) -> Result:
     rate = 2 * context.settings.learning_rate / BLOB_EPSILON
     trainer = train(context, model, [BlobReweighting()], rho_learning_rate=rate, kl_weight=BLOB_KL_WEIGHT)
     chosen = {"num_samples": NUM_SAMPLES, "kl_weight": BLOB_KL_WEIGHT}
-    return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), chosen
+    return drawn(context, trainer.posterior), chosen
 
 
 def scalabl(context: AdapterContext) -> Result:
     """ScalaBL (arXiv 2506.21408): a variance per rank, by the plain ELBO."""
     trainer = train(context, to_scalabl(context.fresh()))
-    return of_posterior(context, trainer.posterior, num_samples=NUM_SAMPLES), {"num_samples": NUM_SAMPLES}
+    return drawn(context, trainer.posterior), {"num_samples": NUM_SAMPLES}
 
 
 def tfb(context: AdapterContext) -> Result:
     """TFB (arXiv 2412.05723): the plain adapter with the largest noise that held-out rows bear."""
     batches = context.batches(context.held_out[:ANCHOR_ROWS])
     posterior = fit_tfb(context.model(), batches, num_samples=ANCHOR_SAMPLES, progress=False)
-    return of_posterior(context, posterior, num_samples=NUM_SAMPLES), {"sigma": posterior.scale_found}
+    return drawn(context, posterior), {"sigma": posterior.scale_found}
 
 
 def laplace(context: AdapterContext) -> Result:

@@ -10,17 +10,19 @@ from benchmarks.leaderboard import page as leaderboard
 from benchmarks.leaderboard.rows import Row
 from benchmarks.leaderboard.tables import Cell
 
+from . import errors
 from .board import KIND, AdapterBoard
 from .tasks import TASKS
 
 MARK = "<!-- python -m benchmarks.adapters --page writes what follows -->"
 
 
-def write_page(path: Path, board: AdapterBoard, cells: Sequence[Cell]) -> None:
+def write_page(path: Path, board: AdapterBoard, cells: Sequence[Cell], num_resamples: int = 1000) -> None:
     """Write the tables below the mark; what a page that exists has above it stays."""
     above = path.read_text(encoding="utf-8").split(MARK)[0] if path.exists() else "# Language models\n\n"
     tables = leaderboard.page(cells, f"{MARK}\n\n{trainings(board, cells)}")
-    path.write_text(above + tables, encoding="utf-8")
+    text = "\n".join([above + tables, *(_errors(board, cell, num_resamples) for cell in cells)])
+    path.write_text(text, encoding="utf-8")
 
 
 def trainings(board: AdapterBoard, cells: Sequence[Cell]) -> str:
@@ -42,6 +44,12 @@ def trainings(board: AdapterBoard, cells: Sequence[Cell]) -> str:
                 f"{record['cpu_seconds']:.0f}",
             ])
     return f"## Trainings\n\n{leaderboard.grid(header, lines)}"
+
+
+def _errors(board: AdapterBoard, cell: Cell, num_resamples: int) -> str:
+    seeds = sorted({seed for method in cell["methods"].values() for seed in method["seeds"]})
+    rows = errors.of_seeds(board, cell["task"], seeds, KIND, list(cell["methods"]))
+    return f"## {cell['task']}: which answers are wrong\n\n{errors.table(board, rows, num_resamples)}\n"
 
 
 def _last_loss(record: dict[str, Any]) -> float:

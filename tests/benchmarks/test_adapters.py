@@ -22,7 +22,7 @@ from examples.data.tiny_bert import make_tokenizer
 
 pytest.importorskip("peft")
 
-from benchmarks.adapters import tasks
+from benchmarks.adapters import errors, tasks
 from benchmarks.adapters.__main__ import main
 from benchmarks.adapters.answers import answer_tokens, digit_token
 from benchmarks.adapters.board import KIND, AdapterBoard
@@ -157,6 +157,17 @@ def test_answer_digits_are_next_token_logits_and_padding_changes_nothing() -> No
     found = AnswerTokens(model, answer_tokens(tokenizer))(padded, mask, torch.tensor([2]))
     torch.testing.assert_close(found.logits[0], expected)
     torch.testing.assert_close(found.loss, -expected.log_softmax(0)[2])
+
+
+@pytest.mark.protects("scores of wrong answers: mutual information of draws, disagreement among sampled answers")
+def test_scores_of_wrong_answers() -> None:
+    draws = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]], [[0.9, 0.1], [0.9, 0.1]]])
+    found = errors.scores({"probs": draws.mean(1), "draws": draws})
+    np.testing.assert_allclose(found["mutual information"], [np.log(2), 0, 0], atol=1e-12)
+    np.testing.assert_allclose(found["entropy"][:2], np.log(2))
+    certain, even = errors.disagreement(np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]), 4000, seed=0)
+    # of 4000 answers of two equal kinds, the rarer one has 2000 - |N(0, 1000)|: 4 standard deviations are 127
+    assert certain == 0 and 0.5 - 127 / 4000 < even <= 0.5
 
 
 def test_a_tokenizer_that_joins_digits_to_words_is_refused() -> None:
