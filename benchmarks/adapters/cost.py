@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from bayeformers import kl_divergence, to_bayesian
+from bayeformers.adapters import to_blob, to_scalabl
 from benchmarks.harness import arguments, batch, interleaved, median_ratio, minilm, report
 from benchmarks.memory import resident
 from benchmarks.training_step import optimizer, without_dropout
@@ -55,8 +56,8 @@ def plain(decoder: str | None, rows: int) -> Step:
     return step(adapted(decoder), rows)
 
 
-def converted(decoder: str | None, rows: int, **options: Any) -> Step:
-    return step(to_bayesian(adapted(decoder), **options), rows, kl_divergence)
+def converted(decoder: str | None, rows: int, convert: Callable[[Any], nn.Module] = to_bayesian) -> Step:
+    return step(convert(adapted(decoder)), rows, kl_divergence)
 
 
 def step(model: nn.Module, rows: int, kl: Callable[[nn.Module], Tensor] | None = None) -> Step:
@@ -76,20 +77,20 @@ def step(model: nn.Module, rows: int, kl: Callable[[nn.Module], Tensor] | None =
     return take
 
 
-def variants() -> dict[str, Callable[[str | None, int], Step]]:
-    """By name; the first is what the others are compared with."""
-    return {
-        PLAIN: plain,
-        "to_bayesian, no argument": converted,
-        "A and B, local reparameterization": partial(converted, estimator="local_reparameterization"),
-    }
+VARIANTS: dict[str, Callable[[str | None, int], Step]] = {
+    PLAIN: plain,
+    "to_bayesian, no argument": converted,
+    "BLoB": partial(converted, convert=to_blob),
+    "ScalaBL": partial(converted, convert=to_scalabl),
+}
+"""By name; the first is what the others are compared with."""
 
 
 def measure(name: str, decoder: str | None, rows: int, pipe: Connection) -> None:
     """Send the peak memory of a few steps, in MiB: less what the process held before the model, and all of it."""
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = resident("VmRSS")
-    take = variants()[name](decoder, rows)
+    take = VARIANTS[name](decoder, rows)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     for _ in range(STEPS):
         take()
@@ -112,9 +113,10 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], repeats=15)
     parser.add_argument("--decoder", help="folder of a language model; MiniLM if not given")
     parser.add_argument("--rows", type=int, default=8, help="rows of 64 tokens in a batch, at most 32")
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only so many, the plain step first")
     parser.add_argument("--memory_repeats", type=int, default=3, help="processes per variant; 0: no memory")
     args = parser.parse_args()
-    steps = {name: make(args.decoder, args.rows) for name, make in variants().items()}
+    steps = {name: make(args.decoder, args.rows) for name, make in list(VARIANTS.items())[: args.variants]}
     times = interleaved(steps, args.repeats, clock=time.process_time)
     del steps
     count = args.memory_repeats if sys.platform.startswith("linux") else 0
