@@ -36,7 +36,6 @@ def network(scale: float = 1.0) -> nn.Module:
 # -------------------------------------------------------------------------------------------------- what is perturbed
 
 
-@pytest.mark.protects("A masked training row hides words, and neither special tokens nor padding, whatever its batch.")
 def test_words_are_masked() -> None:
     model, ids = reader(), torch.randint(0, 6, (400, 12), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(12) < torch.randint(1, 13, (400, 1), generator=torch.Generator().manual_seed(1))).long()
@@ -53,7 +52,6 @@ def test_words_are_masked() -> None:
     assert torch.equal(torch.cat([b.inputs["input_ids"] for b in again]), found.inputs["input_ids"])  # type: ignore[call-overload]
 
 
-@pytest.mark.protects("An exchanged value is another row's, in the same place; the rows of the data stay as they are.")
 def test_values_are_exchanged() -> None:
     given = torch.arange(4000.0).view(400, 10)
     one, other = given[:150].clone(), given[150:].clone()
@@ -128,7 +126,6 @@ def brute_force(posterior: LaplacePosterior, x: Tensor, labels: Tensor, tau: flo
     return -nn.functional.logsigmoid(torch.where(labels == 1, margin, -margin))
 
 
-@pytest.mark.protects("The NLL of a row at every tau is that of the linearised predictive, by dense linear algebra.")
 def test_nll_of_rows_is_by_dense_jacobians() -> None:
     posterior, taus = laplace.fit(network(), batches(X, Y), prior_precision=1.0, **QUIET), (0.01, 1.0, 30.0)
     (batch,) = rows(posterior.model, (X, Y))
@@ -136,7 +133,6 @@ def test_nll_of_rows_is_by_dense_jacobians() -> None:
     close(found, torch.stack([brute_force(posterior, X, Y, tau) for tau in taus]))
 
 
-@pytest.mark.protects("Perturbed rows choose by the NLL of what was perturbed, and never below the leverages' bound.")
 def test_the_posterior_has_the_tau_of_the_rule() -> None:
     """By brute force over the grid; a network that is certain of random labels needs much variance."""
     posterior = laplace.fit(network(8.0), batches(X, Y), **QUIET)
@@ -152,7 +148,6 @@ def test_the_posterior_has_the_tau_of_the_rule() -> None:
     assert again.prior_precision == posterior.prior_precision
 
 
-@pytest.mark.protects("A network that its rows do not call too certain stays next to the trained one.")
 def test_an_unsure_network_keeps_its_predictions() -> None:
     """Labels as likely as the network says, logits near 0: noise makes no row's NLL smaller."""
     model = network(0.3)
