@@ -14,6 +14,7 @@ from transformers import StoppingCriteriaList
 from ..checks import check_choice, check_count, check_draw
 from ..posteriors import Posterior
 from ..posteriors.base import BasePosterior
+from ..sampling.batched import CannotBatch
 from .agreement import Equivalent, exact_agreement, semantic_clusters, semantic_entropy
 from .average import average_answer
 from .draws import drawn_answers, padded
@@ -73,7 +74,11 @@ def generate(
     job = _Job(posterior, given, range(count), seed, generate_kwargs)
     check_decoding(tokenizer, equivalent, job.per_input * (count if mixing == "draws" else 1))
     job.check(mixing)
-    found = job.average() if mixing == "average" else job.draws()
+    run = job.average if mixing == "average" else job.draws
+    try:
+        found = run()
+    except CannotBatch:  # this model's draws do not go in one batch after all, which is known from now on
+        found = run()
     return _described(found, job, tokenizer, equivalent)
 
 

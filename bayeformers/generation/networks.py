@@ -51,6 +51,7 @@ class Networks:
         self.generator = generator_of(view.model)
         self.batched: BatchedDraws | None = None
         self._caches: tuple[Any, list[Any]] = None, []
+        self._verdict: tuple[dict[tuple[Any, ...], str | None], tuple[Any, ...]] = {}, ()
 
     def generate(self, **arguments: Any) -> Tensor:
         """Sequences by the ``generate`` of the view's model."""
@@ -101,7 +102,13 @@ class Networks:
             if known[key] is not None:
                 logger.info("Draws of %s generate one by one: %s.", type(posterior.model).__name__, known[key])
         self.batched = batched if known[key] is None else None
+        self._verdict = known, key
         return known[key]
+
+    def give_up(self, reason: str) -> None:
+        """Draws of this model stay apart from now on."""
+        known, key = self._verdict
+        known[key] = reason
 
     def _compared(self, batched: BatchedDraws, inputs: Mapping[str, Any]) -> str | None:
         """Why the batch is not to be trusted on these inputs, by its first and last draw; None: it is."""
@@ -186,6 +193,9 @@ def networks(posterior: Posterior, indices: range, seed: int) -> Iterator[Networ
 
     Yields:
         The networks.
+
+    Raises:
+        CannotBatch: their batch failed inside, and is not made again.
     """
     view = None
     if isinstance(posterior, BasePosterior):
@@ -194,7 +204,12 @@ def networks(posterior: Posterior, indices: range, seed: int) -> Iterator[Networ
     if view is not None:
         if not posterior.draws_in_views:  # type: ignore[attr-defined]
             lend(posterior.model)
-        yield Networks(posterior, view, indices, seed)
+        many = Networks(posterior, view, indices, seed)
+        try:
+            yield many
+        except CannotBatch as error:  # at a step that the comparison did not see
+            many.give_up(str(error))
+            raise
     else:
         lend(posterior.model)
         with itself(posterior.model) as whole:

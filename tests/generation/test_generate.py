@@ -13,6 +13,7 @@ from bayeformers import VariationalPosterior, fixed_draw, generate, to_bayesian
 from bayeformers.generation import networks as networks_module
 from bayeformers.generation import score_sequences
 from bayeformers.posteriors import DropoutPosterior, EnsemblePosterior, PointPosterior
+from bayeformers.sampling.batched import BatchedDraws, CannotBatch
 from tests.generation.models import bayesian_lora, copied, plain, prompt, with_lora
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -81,6 +82,22 @@ def test_a_weight_that_is_read_is_not_batched() -> None:
     found = generate(model, inputs, num_samples=3, **GREEDY)
     assert_same_answers(found.sequences, one_by_one(model, inputs, 3, **GREEDY))
     assert all(reason is not None for reason in networks_module._verdicts[model].values())
+
+
+@pytest.mark.parametrize("mixing", ["draws", "average"])
+def test_a_batch_that_fails_later_is_a_loop(mixing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step meets what the comparison did not: the draws run again, one after the other, and from then on."""
+    model, inputs = bayesian_lora("llama"), prompt()
+    expected = generate(copied(model), inputs, num_samples=2, mixing=mixing, **GREEDY)
+
+    def fails(self: Any, rows: Any) -> Any:
+        raise CannotBatch("a late surprise")
+
+    monkeypatch.setattr(networks_module.Networks, "_compared", lambda self, batched, given: None)
+    monkeypatch.setattr(BatchedDraws, "installed", fails)
+    found = generate(model, inputs, num_samples=2, mixing=mixing, **GREEDY)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert list(networks_module._verdicts[model].values()) == ["a late surprise"]
 
 
 def test_posteriors_of_other_kinds() -> None:
