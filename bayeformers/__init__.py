@@ -1,6 +1,7 @@
 """bayeformers: any transformers model says how sure it is."""
 
 from . import adapters, heads, laplace, losses, models, ood
+from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
@@ -58,6 +59,7 @@ __all__ = [
     "adapters",
     "bayesian_config",
     "calibrate_delta",
+    "export_draws",
     "fixed_draw",
     "from_pretrained",
     "generate",

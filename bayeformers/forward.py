@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "IGNORED", "Inputs", "attended_positions", "batch_size", "call", "check_filled", "check_inputs", "holds_tensor",
-    "labels_of", "logits_of", "mapped", "output_field", "rows", "tensors_in", "wide",
+    "labels_of", "logits_of", "mapped", "output_field", "rows", "tensors_in", "wide", "without_cache",
 ]  # fmt: skip
 
 Inputs = Mapping[str, Any] | Tensor | Sequence[Any]
@@ -42,6 +42,15 @@ def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**(options | dict(inputs)))
     return model(*inputs)
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Return ``use_cache=False`` for a model that has the argument, or, as PEFT's, hands it on to one that has it."""
+    parameters = dict(inspect.signature(model.forward).parameters)
+    base: Any = getattr(model, "get_base_model", None)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and callable(base):
+        parameters |= inspect.signature(base().forward).parameters
+    return {"use_cache": False} if "use_cache" in parameters else {}
 
 
 def check_inputs(inputs: Any) -> Inputs:

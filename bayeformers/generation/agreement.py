@@ -54,10 +54,15 @@ def semantic_entropy(clusters: Sequence[int], log_probs: Tensor | None = None) -
         clusters: number of each answer's cluster, (S,).
         log_probs: of the answers, (S,), of the whole or per token.
 
+    Raises:
+        ValueError: there is not one log-probability for each answer.
+
     >>> round(semantic_entropy([0, 0, 1, 1]), 4)
     0.6931
     """
     places = torch.as_tensor(clusters)
+    if log_probs is not None and log_probs.shape != places.shape:
+        raise ValueError(f"`log_probs` must have the shape {tuple(places.shape)}, got {tuple(log_probs.shape)}.")
     weights = torch.zeros(len(places), dtype=torch.float64) if log_probs is None else log_probs.double().cpu()
     weights = weights.log_softmax(0)
     masses = [float(weights[places == cluster].logsumexp(0)) for cluster in set(clusters)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from ..posteriors.base import BasePosterior
 from .agreement import Equivalent, exact_agreement, semantic_clusters, semantic_entropy
 from .average import average_answer
 from .draws import drawn_answers, padded
-from .networks import DEFAULT_WEIGHT_BYTES, generator_of, networks, rows_of
+from .memory import bytes_of_memory, bytes_of_row
+from .networks import generator_of, networks, rows_of
 from .recording import Recorder
-from .resolve import check_options, posterior_of, prepared
+from .resolve import check_decoding, check_options, posterior_of, prepared
 from .result import Generation
 from .scoring import TokenScores, score_sequences
 
@@ -69,6 +71,8 @@ def generate(
     given = prepared(posterior, inputs, tokenizer)
     count = num_samples if posterior.num_draws is None else min(num_samples, posterior.num_draws)
     job = _Job(posterior, given, range(count), seed, generate_kwargs)
+    check_decoding(tokenizer, equivalent, job.per_input * (count if mixing == "draws" else 1))
+    job.check(mixing)
     found = job.average() if mixing == "average" else job.draws()
     return _described(found, job, tokenizer, equivalent)
 
@@ -95,6 +99,47 @@ class _Job:
         return getattr(self._defaults, name, None)
 
     @property
+    def width(self) -> int:
+        """Rows of one draw while it generates."""
+        return self.size * max(self.num_beams, self.per_input)
+
+    def check(self, mixing: str) -> None:
+        """Raise ValueError where draws cannot be mixed, need more memory than there is, or a streamer has several."""
+        config = getattr(self.posterior.model, "active_peft_config", None)
+        if mixing == "average" and getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                "`mixing` cannot be 'average' for prompt and prefix tuning, whose prompts PEFT makes before the model "
+                "runs, once for all draws: take 'draws'."
+            )
+        count, device = len(self.indices), generator_of(self.posterior.model).device
+        each = bytes_of_row(generator_of(self.posterior.model), self.length, whole=mixing == "average") * self.width
+        memory = bytes_of_memory(device)
+        if each * count > memory:
+            raise ValueError(
+                f"`num_samples` = {count} needs about {each * count / 2**30:.0f} GiB for {self.width} rows of "
+                f"{self.length} tokens, of {memory / 2**30:.0f}: take fewer draws, or fewer inputs at a time."
+            )
+        answers = self.size * self.per_input * (count if mixing == "draws" else 1)
+        if self.option("streamer") is not None and answers > 1:
+            raise ValueError(f"`streamer` can show one answer, got {answers}: give one input, and `mixing='average'`.")
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a row can have."""
+        ids = self.inputs.get("input_ids")
+        start = ids.shape[1] if isinstance(ids, Tensor) else 0
+        new = self.option("max_new_tokens")
+        return start + int(new) if new is not None else max(int(self.option("max_length") or 20), start)
+
+    @property
+    def at_once(self) -> range:
+        """Where groups of draws begin that fill no more than a quarter of the memory."""
+        generator = generator_of(self.posterior.model)
+        each = bytes_of_row(generator, self.length, whole=True) * self.width
+        size = max(1, int(bytes_of_memory(generator.device) / 4 / each))
+        return range(0, len(self.indices), size)
+
+    @property
     def ends(self) -> list[int]:
         """Ids of the tokens that end a text."""
         found = self.option("eos_token_id")
@@ -116,7 +161,7 @@ class _Job:
         recorder = Recorder()
         with networks(self.posterior, self.indices, self.seed) as many:
             if len(self.indices) > 1:
-                many.batch(self.inputs, DEFAULT_WEIGHT_BYTES)
+                many.batch(self.inputs)
             sequences = average_answer(many, self.inputs, self.arguments(recorder), recorder if self.records else None)
         found = self._generation(sequences, recorder, "average")
         if self.records:
@@ -128,12 +173,13 @@ class _Job:
 
     def draws(self) -> Generation:
         """S answers to each input."""
-        with networks(self.posterior, self.indices, self.seed) as many:
-            if len(self.indices) > 1:
-                many.batch(self.inputs, DEFAULT_WEIGHT_BYTES)
-            answers = drawn_answers(
-                many, self.inputs, self.arguments, expand=max(self.num_beams, self.per_input), records=self.records
-            )
+        answers = []
+        for start in self.at_once:
+            with networks(self.posterior, self.indices[start : start + self.at_once.step], self.seed) as many:
+                if len(many) > 1:
+                    many.batch(self.inputs)
+                expand = self.width // self.size
+                answers += drawn_answers(many, self.inputs, self.arguments, expand=expand, records=self.records)
         rows = padded([sequences for sequences, _ in answers], self.padding or 0)
         found = self._generation(rows, answers[0][1], "draws")
         if self.records:
@@ -154,7 +200,7 @@ class _Job:
 
     def _recorded(self, recorder: Recorder, mask: Tensor) -> TokenScores:
         log_probs = torch.stack(recorder.token_log_probs, -1) * mask
-        own = log_probs.logsumexp(0) - torch.tensor(float(len(log_probs))).log()
+        own = log_probs.logsumexp(0) - math.log(len(log_probs))
         total, aleatoric = (torch.stack(values, -1) * mask for values in (recorder.total, recorder.aleatoric))
         return TokenScores(total, aleatoric, log_probs, own * mask)
 

@@ -23,7 +23,8 @@ from ..sampling.views import View, itself, lend, private_view, undisturbed
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_WEIGHT_BYTES = 2 * 2**30
+MAX_BYTES = 2 * 2**30
+"""Memory for the weights of all draws in one batch."""
 
 _verdicts: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
 """Whether draws of a model go into one batch, by its modules and the random set: None, or why not."""
@@ -71,12 +72,11 @@ class Networks:
             with itself(posterior.model), posterior.draw(index, self.seed):
                 yield
 
-    def batch(self, inputs: Mapping[str, Any], max_bytes: int) -> str | None:
+    def batch(self, inputs: Mapping[str, Any]) -> str | None:
         """Put the draws into one batch; on first use they are compared with the loop.
 
         Args:
             inputs: of B rows, on which they are compared.
-            max_bytes: memory for the weights of all draws.
 
         Returns:
             Why they stay apart; None: they are in one batch.
@@ -89,8 +89,8 @@ class Networks:
             batched = BatchedDraws(self.view, random)
         except CannotBatch as error:
             return str(error)
-        if batched.bytes_per_draw * len(self) > max_bytes:
-            return f"the weights of {len(self)} draws need more than {max_bytes} bytes"
+        if batched.bytes_per_draw * len(self) > MAX_BYTES:
+            return f"the weights of {len(self)} draws need more than {MAX_BYTES} bytes"
         known = _verdicts.setdefault(posterior.model, {})
         key = frozenset(map(id, posterior.model.modules())), frozenset(map(id, random))
         if known.get(key) is not None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
+from ..checks import check_count
 from ..forward import check_filled
 from ..posteriors import Posterior, VariationalPosterior
 from ..posteriors.base import BasePosterior
@@ -47,6 +49,11 @@ def posterior_of(model_or_posterior: nn.Module | Posterior) -> Posterior:
             f"`model_or_posterior` must have a model that generates, got a {type(posterior.model).__name__} without a "
             "language-model head; `predict` is for other heads."
         )
+    if type(generator).generate is not GenerationMixin.generate:
+        raise ValueError(
+            f"A {type(generator).__name__} has a `generate` of its own, which cannot be given several networks: hold "
+            "one draw in `with posterior.draw(index)` and call it there."
+        )
     return posterior
 
 
@@ -65,6 +72,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         found = [name for name in names if options.get(name) is not None]
         if found:
             raise ValueError(f"`{found[0]}` cannot be given to `bayeformers.generate`: {reason}.")
+    if options.get("cache_implementation") == "paged":
+        raise ValueError("`cache_implementation` cannot be 'paged', which shares caches between requests.")
+    if options.get("max_new_tokens") is not None:
+        check_count("max_new_tokens", options["max_new_tokens"], 1)
 
 
 def prepared(posterior: Posterior, inputs: Any, tokenizer: Any) -> dict[str, Any]:
@@ -86,6 +97,8 @@ def prepared(posterior: Posterior, inputs: Any, tokenizer: Any) -> dict[str, Any
         raise TypeError(
             f"`inputs` must be a mapping of names to tensors, token ids (B, T) or texts, got {type(inputs).__name__}."
         )
+    if not named:
+        raise ValueError("`inputs` is empty: give `input_ids`, or what else the model's `generate` takes.")
     found = dict(without_labels(posterior.model, dict(named)))
     given = [name for name in CACHES if found.get(name) is not None]
     if given:
@@ -93,9 +106,34 @@ def prepared(posterior: Posterior, inputs: Any, tokenizer: Any) -> dict[str, Any
     check_filled(found)
     generator = generator_of(posterior.model)
     found = {name: v.to(generator.device) if isinstance(v, Tensor) else v for name, v in found.items()}
+    _check_ids(found.get("input_ids"), generator)
     if not generator.config.is_encoder_decoder:
         _check_padding(found)
     return found
+
+
+def check_decoding(tokenizer: Any, equivalent: Any, answers: int) -> None:
+    """Check what decodes and compares the answers to an input.
+
+    Args:
+        tokenizer: decodes; None: nothing is decoded.
+        equivalent: compares; None: nothing is compared.
+        answers: how many there are.
+
+    Raises:
+        TypeError: one of them is of another kind.
+        ValueError: there is nothing to compare.
+    """
+    if tokenizer is not None and not callable(getattr(tokenizer, "batch_decode", None)):
+        raise TypeError(f"`tokenizer` must be one of transformers' tokenizers, got {type(tokenizer).__name__}.")
+    if equivalent is None:
+        return
+    if not callable(equivalent):
+        raise TypeError(f"`equivalent` must be a function of two texts, got {type(equivalent).__name__}.")
+    if tokenizer is None:
+        raise ValueError("`equivalent` compares texts, which need a `tokenizer`.")
+    if answers < 2:
+        raise ValueError("`equivalent` compares several answers to an input, got one: take `mixing='draws'`.")
 
 
 def _tokenized(texts: list[str], tokenizer: Any) -> Mapping[str, Any]:
@@ -109,10 +147,22 @@ def _tokenized(texts: list[str], tokenizer: Any) -> Mapping[str, Any]:
     return found
 
 
+def _check_ids(ids: Any, generator: Any) -> None:
+    if not isinstance(ids, Tensor):
+        return
+    if ids.ndim != 2:
+        raise ValueError(f"`input_ids` must have the shape (B, T), got {tuple(ids.shape)}.")
+    if ids.is_floating_point():
+        raise TypeError(f"`input_ids` must hold whole numbers, the ids of tokens, got {ids.dtype}.")
+    size = getattr(generator.get_input_embeddings(), "num_embeddings", None)
+    if size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(
+            f"`input_ids` must lie in the vocabulary of {size}, got ids from {int(ids.min())} to {int(ids.max())}."
+        )
+
+
 def _check_padding(inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if isinstance(ids, Tensor) and ids.ndim != 2:
-        raise ValueError(f"`input_ids` must have the shape (B, T), got {tuple(ids.shape)}.")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
     if isinstance(ids, Tensor) and mask.shape != ids.shape:

@@ -101,8 +101,8 @@ def score_sequences(
     """
     posterior = posterior_of(model_or_posterior)
     check_count("num_samples", num_samples, 1)
-    check_count("prompt_length", prompt_length, 1)
     check_draw(0, seed)
+    _check_sequences(sequences, prompt_length, rows_of(inputs))
     arguments = _forced(posterior.model, sequences, inputs, prompt_length)
     new = sequences[:, prompt_length:]
     if not new.shape[1]:
@@ -116,6 +116,16 @@ def score_sequences(
         batch = {name: v[rows] if isinstance(v, Tensor) else v for name, v in arguments.items()}
         parts.append(_scored(posterior, batch, new[rows], num_samples, seed))
     return joined(parts)
+
+
+def _check_sequences(sequences: Tensor, prompt_length: int, size: int) -> None:
+    check_count("prompt_length", prompt_length, 1)
+    if sequences.ndim != 2 or not len(sequences) or len(sequences) % size:
+        raise ValueError(
+            f"`sequences` must have the shape (R, T), R a multiple of {size} inputs, got {tuple(sequences.shape)}."
+        )
+    if prompt_length > sequences.shape[1]:
+        raise ValueError(f"`prompt_length` must be at most {sequences.shape[1]}, the tokens, got {prompt_length}.")
 
 
 def joined(parts: list[TokenScores]) -> TokenScores:

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -33,6 +34,7 @@ from ..linearized.captured import Statistic, bare_tensors, layers_of, linearize
 from ..linearized.links import Link, ignores_shift, linearized_predictive
 from ..linearized.methods import METHODS, SAMPLING, Bound, statistic
 from ..predictive import Predictive
+from ..sampling.batched_passes import in_batches
 from ..sampling.passes import monte_carlo
 from ..sampling.random_state import left_alone
 from ..sampling.views import View, itself, lend, private_view, undisturbed
@@ -166,16 +168,9 @@ class BasePosterior(ABC):
         if view is None:
             lend(self.model)
 
-        @contextlib.contextmanager
-        def draw(index: int, seed: int) -> Iterator[None]:
-            if view is not None:
-                with undisturbed(self.model), self.draw_in(view, index, seed):
-                    yield
-            else:
-                with itself(self.model), self.draw(index, seed):
-                    yield
-
-        return monte_carlo(
+        draw = partial(self._one_draw, view)
+        loop = partial(
+            monte_carlo,
             self.model if view is None else view.model,
             draw,
             random if view is None else [view.parameter(parameter) for parameter in random],
@@ -186,6 +181,18 @@ class BasePosterior(ABC):
             known_as=(self.model, random),
             keeps_random_state=True,
         )
+        if num_samples == 1 or not self.shares_prefix:
+            return loop()
+        return in_batches(loop, self.model, view, random, partial(draw, seed=seed), inputs, num_samples)
+
+    @contextlib.contextmanager
+    def _one_draw(self, view: View | None, index: int, seed: int) -> Iterator[None]:
+        """One draw in a private view, or in the model itself."""
+        with (
+            itself(self.model) if view is None else undisturbed(self.model),
+            self.draw(index, seed) if view is None else self.draw_in(view, index, seed),
+        ):
+            yield
 
     # -- on a view ---------------------------------------------------------------------------------------------------
 

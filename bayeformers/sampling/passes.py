@@ -7,7 +7,6 @@ loop: sharing verifies itself on the first batch, and where it cannot be verifie
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import sys
 import threading
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..forward import Inputs, call
+from ..forward import Inputs, call, without_cache
 from .random_state import all_equal, is_drawing, left_alone, rng_state, set_rng_state
 from .shared_prefix import SharedPrefix, hidden_reference
 from .snapshot import Refused, flatten, same_tensor
@@ -86,8 +85,7 @@ def monte_carlo(
     """
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples!r}.")
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    run = functools.partial(call, model, inputs, **options)
+    run = functools.partial(call, model, inputs, **without_cache(model))
     random = list(random)
     known, of_known = known_as or (model, random)
     seen = _verdicts.setdefault(known, {}), _signature(known, of_known, inputs)

@@ -43,25 +43,25 @@ def report(board: Board, args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=_several(list(PLACES)), default=list(PLACES), help=f"of {','.join(PLACES)}")
+    parser.add_argument("--tasks", type=several(list(PLACES)), default=list(PLACES), help=f"of {','.join(PLACES)}")
     methods = list(METHODS)
-    parser.add_argument("--methods", type=_several(methods), default=methods, help=f"of {','.join(methods)}")
-    parser.add_argument("--kinds", type=_several(list(KINDS)), default=list(KINDS), help=f"of {','.join(KINDS)}")
-    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="such as 0,1,2")
+    parser.add_argument("--methods", type=several(methods), default=methods, help=f"of {','.join(methods)}")
+    parser.add_argument("--kinds", type=several(list(KINDS)), default=list(KINDS), help=f"of {','.join(KINDS)}")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0,1,2")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that holds glue, trec and clinc")
     parser.add_argument("--output_dir", type=Path, required=True, help="holds a folder per checkpoint")
     parser.add_argument("--model", help="pretrained encoder; missing checkpoints are trained from it")
     parser.add_argument(
-        "--processes", type=_count, default=1, help="rows at a time, each on one core; 0: all in this process"
+        "--processes", type=count, default=1, help="rows at a time, each on one core; 0: all in this process"
     )
     parser.add_argument("--report_only", action="store_true", help="run nothing: tables of what is there")
-    parser.add_argument("--num_resamples", type=_count, default=1000, help="of the bootstrap")
+    parser.add_argument("--num_resamples", type=count, default=1000, help="of the bootstrap")
     parser.add_argument("--page", type=Path, help="Markdown page of results to write")
     parser.add_argument("--html", type=Path, help="self-contained sortable table to write")
     return parser
 
 
-def _several(allowed: list[str]) -> Callable[[str], list[str]]:
+def several(allowed: list[str]) -> Callable[[str], list[str]]:
     """A parser of names between commas; the error lists what is allowed."""
 
     def parse(text: str) -> list[str]:
@@ -73,14 +73,16 @@ def _several(allowed: list[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _seeds(text: str) -> list[int]:
+def seeds(text: str) -> list[int]:
+    """A parser of whole numbers between commas."""
     names = text.split(",")
     if wrong := [name for name in names if not name.isdigit()]:
         raise argparse.ArgumentTypeError(f"seeds are whole numbers between commas, got {', '.join(map(repr, wrong))}")
     return [int(name) for name in dict.fromkeys(names)]
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A parser of a whole number >= 0."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)

@@ -24,7 +24,7 @@ Run = Callable[[Context], tuple[Predictor, dict[str, Any]]]
 """Fit and choose, then return a predictor and what was chosen, for the record.
 
 Of what is chosen the board reads "reads", other methods whose predictions are taken, and "members", the seeds of the
-checkpoints that are used besides the row's own: their costs are added.
+checkpoints that are used besides the row's own: their costs are added. With members, "reads" is of each of them.
 """
 
 

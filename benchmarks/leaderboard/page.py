@@ -14,7 +14,11 @@ from .tables import Cell
 TITLES = {
     "accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier", "aurc": "AURC", "error_auroc": "error AUROC",
 }  # fmt: skip
-KIND_TITLES = {"best": "early-stopped checkpoints", "overfit": "over-fitted checkpoints (three times the epochs)"}
+KIND_TITLES = {
+    "best": "early-stopped checkpoints",
+    "overfit": "over-fitted checkpoints (three times the epochs)",
+    "lora": "LoRA adapters",
+}
 COMPARED = ("nll", "ece", "brier", "aurc")
 RANKED = ("nll", "aurc")
 DASH = "–"
@@ -35,9 +39,9 @@ function of `benchmarks/leaderboard/methods.py`.
 """
 
 
-def page(cells: Sequence[Cell]) -> str:
-    """The whole page."""
-    blocks = [INTRODUCTION.rstrip()]
+def page(cells: Sequence[Cell], introduction: str = INTRODUCTION) -> str:
+    """The whole page, below its introduction."""
+    blocks = [introduction.rstrip()]
     for kind in dict.fromkeys(cell["kind"] for cell in cells):
         own = [cell for cell in cells if cell["kind"] == kind]
         blocks += [f"## Summary: {KIND_TITLES.get(kind, kind)}", _summary(own), *_rankings(own)]

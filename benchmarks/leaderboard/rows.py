@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from benchmarks.real_data.context import OVERFIT, Context, folder_name, is_saved, load_record, run
 from benchmarks.real_data.finetune import EPOCHS, RECORD, finetune
 
-from .methods import METHODS
+from .methods import METHODS, Method
 
 OVERFIT_FACTOR = 3
 """How many times as long an over-fitted checkpoint is trained."""
@@ -48,6 +48,15 @@ class Board:
     model: str | None = None
     """The pretrained encoder, with which missing checkpoints are trained; None: they are left out."""
 
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """By name, in the order of the tables."""
+        return METHODS
+
+    def pretrained(self, task: str) -> str | None:
+        """What the checkpoints of a task are trained from."""
+        return self.model
+
     def folder(self, row: Row) -> Path:
         return self.output_dir / folder_name(row.task, row.seed, row.kind)
 
@@ -66,18 +75,35 @@ class Board:
     def context(self, row: Row) -> Context:
         return Context(row.task, row.seed, self.data_dir, self.output_dir, self.model, row.kind)
 
-    def run(self, row: Row) -> dict[str, Any]:
+    def run(self, row: Row) -> None:
         """Do a row's work in this process; its files say that it is done."""
-        if row.method != TRAIN:
-            return run(self.context(row), row.method, METHODS[row.method].run)
+        if row.method == TRAIN:
+            self.train(row)
+        else:
+            self.predict(row)
+
+    def predict(self, row: Row) -> None:
+        """Fit the method and keep its predictions."""
+        run(self.context(row), row.method, self.methods[row.method].run)
+
+    def train(self, row: Row) -> None:
+        """Make the checkpoint."""
         epochs = EPOCHS[row.task] * (OVERFIT_FACTOR if row.kind == OVERFIT else 1)
         finetune(str(self.model), row.task, row.seed, self.data_dir, self.folder(row), epochs)
-        return {"method": TRAIN}
 
 
-def plan(tasks: Sequence[str], seeds: Sequence[int], kinds: Sequence[str], methods: Sequence[str]) -> list[Row]:
-    """Every row, in the order of the arguments: seed by seed, so that whole tables are there early."""
-    named = [name for name in METHODS if name in methods]  # one that reads another's predictions comes after it
+def plan(
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    kinds: Sequence[str],
+    methods: Sequence[str],
+    known: Iterable[str] = METHODS,
+) -> list[Row]:
+    """Every row, in the order of the arguments: seed by seed, so that whole tables are there early.
+
+    ``known``: the board's methods, in their order.
+    """
+    named = [name for name in known if name in methods]  # one that reads another's predictions comes after it
     return [
         Row(task, seed, kind, name) for seed in seeds for kind in kinds for task in tasks for name in (TRAIN, *named)
     ]
@@ -91,7 +117,7 @@ def run_rows(board: Board, rows: Iterable[Row], processes: int = 1) -> dict[Row,
     """
     todo: dict[Path, list[Row]] = {}
     for row in rows:
-        if not board.is_done(row) and (board.model is not None or board.is_trained(row)):
+        if not board.is_done(row) and (board.pretrained(row.task) is not None or board.is_trained(row)):
             todo.setdefault(board.folder(row), []).append(row)
     failed: dict[Row, str] = {}
     for row, outcome in _outcomes(board, todo, processes):

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.real_data.context import load_arrays
 
-from .methods import METHODS, REFERENCES
+from .methods import REFERENCES
 from .rows import Board, Row
 from .scores import METRICS, Judged, interval, resamples
 
@@ -77,7 +77,7 @@ def _method(board: Board, rows: list[Row], values: Mapping[str, Mapping[int, np.
             base = np.mean([values[reference][seed][:, 0] for seed in both], axis=0)
             minus[reference] = _by_metric(change, base)
     return {
-        "title": METHODS[name].title if name in METHODS else name,
+        "title": board.methods[name].title if name in board.methods else name,
         "seeds": list(own),
         "values": _by_metric(np.mean(list(own.values()), axis=0)),
         "by_seed": {seed: dict(zip(METRICS, draws[:, 0].tolist(), strict=True)) for seed, draws in own.items()},
@@ -102,26 +102,28 @@ def cost(board: Board, row: Row) -> dict[str, float]:
     What other rows did for this one counts: the predictions it reads, the fit it shares, its members' trainings.
     """
     base, training = board.record(replace(row, method="map")), board.training(row)["cpu_seconds"]
-    records = _used(board, row)
-    fit = sum(one["fit_seconds"] + one["chosen"].get("shared_seconds", 0.0) for one in records.values())
-    predict = sum(one["predict_seconds"] for one in records.values())
-    seeds = {seed for one in records.values() for seed in one["chosen"].get("members", ())} - {row.seed}
+    records = _used(board, row).values()
+    fit = sum(one["fit_seconds"] + one["chosen"].get("shared_seconds", 0.0) for one in records)
+    predict = sum(one["predict_seconds"] for one in records)
+    seeds = {seed for one in records for seed in one["chosen"].get("members", ())} - {row.seed}
     trainings = training + sum(board.training(replace(row, seed=seed))["cpu_seconds"] for seed in seeds)
     return {
         "train": (trainings + fit) / training,
         "fit": fit / training,
         "predict": predict / base["predict_seconds"],
-        "peak_mib": max(one.get("peak_mib", 0.0) for one in records.values()),
+        "peak_mib": max(one.get("peak_mib", 0.0) for one in records),
     }
 
 
-def _used(board: Board, row: Row) -> dict[str, dict[str, Any]]:
-    """The record of the row, and those of the rows whose predictions it reads, and they."""
-    found, ahead = dict[str, dict[str, Any]](), [row.method]
+def _used(board: Board, row: Row) -> dict[Row, dict[str, Any]]:
+    """The record of the row, and those of the rows whose predictions it reads, of each of its members, and they."""
+    found, ahead = dict[Row, dict[str, Any]](), [row]
     while ahead:
-        if (name := ahead.pop()) not in found:
-            found[name] = board.record(replace(row, method=name))
-            ahead += found[name]["chosen"].get("reads", ())
+        if (one := ahead.pop()) not in found:
+            found[one] = board.record(one)
+            chosen = found[one]["chosen"]
+            seeds = chosen.get("members", [one.seed])
+            ahead += [replace(one, seed=seed, method=name) for name in chosen.get("reads", ()) for seed in seeds]
     return found
 
 

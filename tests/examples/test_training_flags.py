@@ -12,7 +12,7 @@ from bayeformers.experiments import BestEpochArguments, run_command
 from examples.bert_glue import parse_arguments
 
 TWO_TRAININGS = ("bert_glue", "token_classification", "bert_squad", "image_classification", "mlp_mnist")
-ALL = (*TWO_TRAININGS, "hyperparameter_search", "regression")
+ALL = (*TWO_TRAININGS, "hyperparameter_search", "regression", "lora_chat")
 EVERYWHERE = [
     ("--prediction_loss_only", "`prediction_loss_only` must be False"),
     ("--no_eval_do_concat_batches", "`eval_do_concat_batches` must be True"),
@@ -37,7 +37,7 @@ OF_THE_BEST_EPOCH = [
 
 def line_of(example: str, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the example, run with these flags, says instead of beginning."""
-    pytest.importorskip("optuna" if example == "hyperparameter_search" else "torch")
+    pytest.importorskip({"hyperparameter_search": "optuna", "lora_chat": "peft"}.get(example, "torch"))
     main = importlib.import_module(f"examples.{example}").main
     monkeypatch.setattr(sys, "argv", [example, "--use_cpu", *flags.split()])
     with pytest.raises(SystemExit) as stopped:

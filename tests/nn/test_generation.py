@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeformers import fixed_draw, to_bayesian, to_deterministic
-from bayeformers.nn import training_draw
+from bayeformers.nn import noise, training_draw
 from bayeformers.nn.draws import OneDraw
 from tests.cases import case
 
@@ -126,3 +126,29 @@ def test_a_forward_in_train_without_gradients_is_told_once(caplog: pytest.LogCap
         model(x)
     (record,) = caplog.records
     assert all(word in record.getMessage() for word in ("Sequential", "train()", "eval()", "fixed_draw"))
+
+
+def test_a_held_draw_is_made_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor's noise once per `with`; a step of the optimizer inside makes the weights anew."""
+    model, inputs = converted("gpt2-lm")
+    model.eval()
+    made: list[str] = []
+    own = noise.Draw._make_noise
+    monkeypatch.setattr(
+        noise.Draw, "_make_noise", lambda self, spec, like: made.append(spec.name) or own(self, spec, like)
+    )
+    with fixed_draw(model, 0):
+        first = generate(model, inputs, do_sample=False)
+        generate(model, inputs, do_sample=False)
+        assert made and len(made) == len(set(made))
+        model.train()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        rhos = [p for n, p in model.named_parameters() if n.endswith("_rho") and p.grad is not None]
+        assert rhos and any(bool(p.grad.abs().sum() > 0) for p in rhos if p.grad is not None)
+        model.eval()
+        torch.optim.SGD(model.parameters(), lr=50.0).step()
+        again = generate(model, inputs, do_sample=False)
+        assert not torch.equal(first.scores[0], again.scores[0])
+    with fixed_draw(model, 0):
+        fresh = generate(model, inputs, do_sample=False)
+    assert all(torch.equal(a, b) for a, b in zip(again.scores, fresh.scores, strict=True))
