@@ -316,6 +316,7 @@ def test_embedding_ids_out_of_range(ids: list[int]) -> None:
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Linear": lambda **options: bnn.Linear(3, 2, **options),
     "Rank1Linear": lambda **options: bnn.Rank1Linear(3, 2, **options),
+    "RankLinear": lambda **options: bnn.RankLinear(3, 2, **options),
     "Conv1D": lambda **options: bnn.Conv1D(3, 2, **options),
     "Bilinear": lambda **options: bnn.Bilinear(2, 2, 2, **options),
     "Conv1d": lambda **options: bnn.Conv1d(2, 2, 3, **options),
@@ -354,7 +355,7 @@ def test_layer_refuses(layer: str, name: str, values: tuple[Any, ...]) -> None:
 def test_every_layer_is_tested() -> None:
     plain = {name for name in bnn.__all__ if isinstance(getattr(bnn, name), type)}
     layers = {name for name in plain if issubclass(getattr(bnn, name), bnn.BayesianModule)}
-    assert layers - {"BayesianModule"} == set(LAYERS)
+    assert layers - {"BayesianModule", "FactorLinear"} == set(LAYERS)
 
 
 def net() -> nn.Module:
@@ -380,7 +381,6 @@ def net() -> nn.Module:
         ({"norms": ["1"]}, "`norms` must be True or False"),
         ({"target_modules": ["1"]}, "`target_modules`.*`norms=True`"),
         ({"scale": "relative"}, "`scale` must be one of.*'relative'"),
-        ({"scale": None}, "`scale` must be one of.*None"),
         ({"scale": 1}, "`scale` must be one of.*1"),
         ({"scale": ["additive"]}, r"`scale` must be one of.*\['additive'\]"),
         ({"prior": bayeformers.ARDPrior}, "`prior` must be a Prior.*ARDPrior"),

@@ -95,31 +95,27 @@ def to_bayesian(
     """Make a trained model Bayesian, in place: each weight becomes N(weight, (delta |weight|)^2) (MOPED).
 
     A layer takes the Bayesian subclass of its own class and keeps its Parameters as posterior means, so ties, hooks,
-    `.generate`, `.config` and checkpoints go on working. Everything is checked before the first change.
-    Krishnan et al. 2020 (arXiv 1906.05323).
+    `.generate`, `.config` and checkpoints go on working. All is checked first. Krishnan et al. 2020 (arXiv 1906.05323).
 
     Args:
         model: any `torch.nn.Module`; usually a fine-tuned transformers model.
         delta: initial posterior scale relative to |weight|, > 0; with the default prior also the prior's noise level.
-            None: 0.05, and 0.2 where only adapters become Bayesian.
+            None: 0.05, of adapters 0.2.
         freeze: keep means and all other parameters fixed and train only the scales (``rho``); False leaves the
-            `requires_grad` flags of the means as they are. None: True, but False where only adapters become Bayesian,
-            for a fresh adapter has yet to learn.
-        prior: prior of every converted weight; None: `MopedPrior()`, and where only adapters become Bayesian
-            `RelativePrior()`, which lets their means learn. Or a model of the last task that was converted and
-            trained, or its `VariationalPosterior`: each tensor that it has too, by name, takes its posterior as the
-            prior and starts at its scale, the others take `MopedPrior()` (see `posterior_as_prior`).
+            `requires_grad` flags of the means as they are. None: True, but False where only adapters become Bayesian.
+        prior: prior of every converted weight; None: `MopedPrior()`, of adapters `RelativePrior()`. Or a model of the
+            last task that was converted and trained, or its `VariationalPosterior`: each tensor that it has too, by
+            name, takes its posterior as the prior and starts at its scale (see `posterior_as_prior`).
         scale: "additive", sigma = softplus(rho), or "multiplicative", sigma = softplus(rho) max(|mean|, floor), which
             keeps its share of a mean that trains (sigma^2 = alpha mean^2); the floor is 0.1 mean|weight| of the tensor.
-            None: "additive", and "multiplicative" where only adapters become Bayesian.
+            None: "additive", of adapters "multiplicative".
         estimator: how noise enters in training: "reparameterization" (one draw per batch), "flipout" (one per example)
             or "local_reparameterization" (one per output element), for the whole model; or a mapping from module
             pattern (a name suffix, or a regular expression matched in full) to one of them, where the first
             pattern that matches a layer decides and other layers keep "reparameterization".
         target_modules: "all", a list of module-name suffixes, or one regular expression matched in full (as in PEFT).
-            None: "all", but of a model with PEFT's adapters the weights of the active ones, of LoRA the one
-            matrix that does not start at 0, and nothing of the base.
-            PEFT's names of an adapter's parts, such as "lora_A" or "ia3_l", mean those of the active adapters.
+            None: "all", but of a model with PEFT's adapters the active ones' weights (of LoRA the matrix that does not
+            start at 0). PEFT's names, such as "lora_A" or "ia3_l", mean those of the active adapters.
         exclude_modules: names to leave out with all inside them, in the same forms.
         modules_to_save: name suffixes of modules that stay deterministic and trainable with all inside them, such as a
             fresh head.
@@ -127,8 +123,8 @@ def to_bayesian(
             classes.
         keep_dropout: leave dropout on. By default it is switched off: dropout and weight noise are two posteriors.
         parametrization: "weights", or "rank1": a Linear's weight is multiplied by r s^T with random vectors r and s
-            around 1, of scale ``delta``, see `bayeformers.nn.Rank1Linear`; "rows": by r alone, one number per output,
-            see `bayeformers.nn.RankLinear`; other layers stay deterministic.
+            around 1, of scale ``delta`` (`bayeformers.nn.Rank1Linear`); "rows": by r alone (`RankLinear`); other layers
+            stay deterministic.
 
     Returns:
         The same object.
