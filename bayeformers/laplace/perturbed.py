@@ -131,7 +131,7 @@ def _donors(batches: list[list[Tensor]]) -> list[list[Tensor]]:
     sizes = [len(tensors[0]) for tensors in batches]
     if any([t.shape[1:] for t in tensors] != [t.shape[1:] for t in batches[0]] for tensors in batches):
         return [[tensor.roll(1, 0) for tensor in tensors] for tensors in batches]
-    rolled = [torch.cat(parts).roll(1, 0).split(sizes) for parts in zip(*batches, strict=True)]
+    rolled = [torch.split(torch.cat(parts).roll(1, 0), sizes) for parts in zip(*batches, strict=True)]
     return [list(parts) for parts in zip(*rolled, strict=True)]
 
 
