@@ -120,9 +120,10 @@ def _cautious(
     """The posterior at the largest tau that is as good as the best on perturbed training rows, or at the bound's."""
     rows = [batch for batch in training_rows(loader, num_rows=MAX_ROWS) if len(batch)]
     check_perturbable(rows, posterior.record.config.likelihood, token_mask)
+    quantile = QUANTILES[masks_words(rows)]  # before any row is left out: the same in every process
     likelihood = likelihood_of_family(posterior.record.config.likelihood)
     rows = [one for one in (batch.labelled(likelihood) for batch in rows) if len(one)]
-    bound = float(_raised(posterior, loader, QUANTILES[masks_words(rows)]).prior_precision)  # type: ignore[arg-type]
+    bound = float(_raised(posterior, loader, quantile).prior_precision)  # type: ignore[arg-type]
     grid = (bound, *(tau for tau in GRID if tau > bound))
     found = [np.empty((len(grid), 0))]
     found += [row_nll(posterior, batch, grid, link=link).numpy() for batch in perturbed_rows(rows, token_mask)]
