@@ -50,6 +50,7 @@ OTHER: dict[str, Any] = {
 PROMPT = "Question: {}\nAnswer:"
 PLAIN, BAYESIAN = "plain LoRA", "Bayesian LoRA"
 EPISTEMIC = f"{BAYESIAN}: epistemic"
+ADAPTERS = ["lora_A", "lora_B"]  # both, for both have been trained: of a fresh adapter A alone is the default
 ENTROPIES = ("token entropy", "epistemic")
 REFUSED = "I do not know."
 TABLES = {
@@ -314,7 +315,7 @@ def train_adapters(
     train(plain, data["train"], tokenizer, args)
     clock.lap("lora")
     experiments.say("2. The adapter becomes Bayesian, and goes on by the ELBO")
-    conversion = {**how.conversion, "target_modules": how.target_modules}  # None: the adapter's matrices
+    conversion = {**how.conversion, "target_modules": how.target_modules or ADAPTERS, "scale": "additive"}
     bayesian = to_bayesian(copy.deepcopy(plain), how.delta, **conversion)
     changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
     folder = Path(args.output_dir or ".")
