@@ -30,7 +30,7 @@ LAPLACE_BATCHES = {"encoder": 50, "decoder": 12}
 
 BLOB_EPSILON = 0.05
 BLOB_KL_WEIGHT = 0.1
-ANCHOR_ROWS, ANCHOR_SAMPLES = 100, 4
+ANCHOR_ROWS, ANCHOR_SAMPLES = 60, 4
 """Of TFB's search: held-out rows, and draws per try."""
 
 Result = tuple[Predictor, dict[str, Any]]
