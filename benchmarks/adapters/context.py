@@ -40,7 +40,7 @@ class AdapterContext(Context):
     @cached_property
     def _training(self) -> tuple[list[Row], list[Row]]:
         train, held_out = load_rows(self.task, self.data_dir, self.tokenizer, self.seed)
-        return train[: self.settings.train_rows], some(held_out, self.settings.most_rows)
+        return train, some(held_out, self.settings.most_rows)
 
     @cached_property
     def parts(self) -> dict[str, list[Row]]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bayeformers import to_bayesian
 from bayeformers.adapters import BlobReweighting, fit_tfb, to_blob, to_scalabl
-from benchmarks.leaderboard.dropout import mc_dropout
+from bayeformers.posteriors import PointPosterior
+from benchmarks.leaderboard.dropout import mc_dropout, set_rate
 from benchmarks.leaderboard.fits import fitted
 from benchmarks.leaderboard.methods import Method
 from benchmarks.leaderboard.recalibrated import recalibrated
@@ -72,6 +73,13 @@ def ensemble(context: AdapterContext) -> Result:
     return predict, {"reads": ["map"], "members": sorted(member.seed for member in members)}
 
 
+def no_dropout(context: AdapterContext) -> Result:
+    """The control of methods that convert before they train: conversion switches dropout off."""
+    model = context.fresh()
+    set_rate(model, 0.0)
+    return of_posterior(context, PointPosterior(train(context, model).model)), {}
+
+
 def default(context: AdapterContext) -> Result:
     """`to_bayesian` with no argument but the model, trained by its ELBO."""
     trainer = train(context, to_bayesian(context.fresh()))
@@ -109,6 +117,7 @@ def laplace(context: AdapterContext) -> Result:
 
 METHODS: dict[str, Method] = {
     "map": Method(mean_network, "plain LoRA"),
+    "no_dropout": Method(no_dropout, "plain LoRA, trained without dropout"),
     "temperature": Method(partial(recalibrated, base="map"), "plain LoRA + temperature"),
     "mc_dropout": Method(partial(mc_dropout, num_samples=NUM_SAMPLES), "MC dropout"),
     "ensemble": Method(ensemble, "ensemble of 3"),

@@ -100,19 +100,24 @@ def cost(board: Board, row: Row) -> dict[str, float]:
     """Seconds of training and fitting, and of predicting, as ratios to the fine-tuned model's; peak memory in MiB.
 
     What other rows did for this one counts: the predictions it reads, the fit it shares, its members' trainings.
+    Predictions are compared by the row, for some methods predict the held-out rows as well.
     """
     base, training = board.record(replace(row, method="map")), board.training(row)["cpu_seconds"]
     records = _used(board, row).values()
     fit = sum(one["fit_seconds"] + one["chosen"].get("shared_seconds", 0.0) for one in records)
-    predict = sum(one["predict_seconds"] for one in records)
+    predict = sum(_seconds_per_row(one) for one in records)
     seeds = {seed for one in records for seed in one["chosen"].get("members", ())} - {row.seed}
     trainings = training + sum(board.training(replace(row, seed=seed))["cpu_seconds"] for seed in seeds)
     return {
         "train": (trainings + fit) / training,
         "fit": fit / training,
-        "predict": predict / base["predict_seconds"],
+        "predict": predict / _seconds_per_row(base),
         "peak_mib": max(one.get("peak_mib", 0.0) for one in records),
     }
+
+
+def _seconds_per_row(record: Mapping[str, Any]) -> float:
+    return float(record["predict_seconds"] / record["predicted_rows"])
 
 
 def _used(board: Board, row: Row) -> dict[Row, dict[str, Any]]:

@@ -115,6 +115,7 @@ def test_costs_reach_through_rows_that_read_rows(board: Board) -> None:
         json.dumps({
             "fit_seconds": 0.5,
             "predict_seconds": 0.25,
+            "predicted_rows": board.record(Row("trec", 0, "best", "map"))["predicted_rows"],
             "chosen": {"reads": ["mc_dropout_temperature", "map"]},
         })
     )
