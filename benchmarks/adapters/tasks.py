@@ -53,8 +53,8 @@ TASKS = {
 }
 """By name, in the order of the page; set by training losses, before a reported row was looked at.
 
-CoLA and MRPC need more steps than TREC: 400 at CoLA's settings and 125 of 8 pairs of MRPC leave the encoder's adapter at
-the majority class.
+CoLA and MRPC need more steps than TREC: 400 at CoLA's settings and 125 of 8 pairs of MRPC leave the encoder's adapter
+at the majority class.
 """
 
 
