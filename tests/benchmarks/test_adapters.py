@@ -102,7 +102,6 @@ def arguments(board: AdapterBoard, *more: str) -> list[str]:
     return [*folders, *models, "--tasks", "cola,arc_easy", "--methods", METHODS_RUN, "--processes", "0", *more]
 
 
-@pytest.mark.protects("a board of adapters: rows of both models are run once, and its page names them")
 def test_board_runs_rows_once_and_writes_its_page(
     board: AdapterBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +119,6 @@ def test_board_runs_rows_once_and_writes_its_page(
     assert main(arguments(board, "--seeds", "0")) == 0
 
 
-@pytest.mark.protects("an ensemble of adapters: its predictions are the members' mean, and its cost is theirs")
 def test_ensemble_is_the_mean_of_its_members_and_pays_for_them(board: AdapterBoard) -> None:
     rows = [Row("cola", seed, KIND, "map") for seed in (0, 1, 2)]
     members = [board.context(row).saved("map", "in_domain")["probs"] for row in rows]
@@ -133,7 +131,6 @@ def test_ensemble_is_the_mean_of_its_members_and_pays_for_them(board: AdapterBoa
     assert cost(board, Row("cola", 0, KIND, "ensemble"))["predict"] == pytest.approx(sum(seconds) / seconds[0])
 
 
-@pytest.mark.protects("a fresh adapter changes nothing: every method of a seed starts at the base model")
 def test_methods_of_a_seed_start_from_one_adapter(board: AdapterBoard) -> None:
     context = board.context(Row("cola", 0, KIND, "map"))
     first, second = context.fresh().eval(), context.fresh().eval()
@@ -145,7 +142,6 @@ def test_methods_of_a_seed_start_from_one_adapter(board: AdapterBoard) -> None:
     assert not torch.equal(first(**batch).logits, other(**batch).logits)
 
 
-@pytest.mark.protects("answers of a language model: the digits' next-token logits, whatever the padding on the left")
 def test_answer_digits_are_next_token_logits_and_padding_changes_nothing() -> None:
     model, tokenizer = tiny_llama()
     prompt = tasks.prompt(f"{tasks.BEGIN}is the larch here{tasks.END}")
@@ -160,7 +156,6 @@ def test_answer_digits_are_next_token_logits_and_padding_changes_nothing() -> No
     torch.testing.assert_close(found.loss, -expected.log_softmax(0)[2])
 
 
-@pytest.mark.protects("scores of wrong answers: mutual information of draws, disagreement among sampled answers")
 def test_scores_of_wrong_answers() -> None:
     draws = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]], [[0.9, 0.1], [0.9, 0.1]]])
     found = errors.scores({"probs": draws.mean(1), "draws": draws})
