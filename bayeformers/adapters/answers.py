@@ -18,6 +18,7 @@ from ..likelihoods import unwrapped
 __all__ = ["AnswerTokens"]
 
 _KEEP = "logits_to_keep"
+_POSITIONS = "position_ids"
 
 
 class AnswerTokens(nn.Module):
@@ -28,8 +29,9 @@ class AnswerTokens(nn.Module):
     classes. The probabilities are those of the vocabulary given that the answer is one of the tokens. Laplace-LoRA
     (Yang et al. 2024, arXiv 2308.13111, section 4) is `laplace.fit(AnswerTokens(peft_model, letters), ...)`.
 
-    The answer is read where the attention mask has its last 1, so that batches may be padded on either side; labels are
-    numbers 0 ... K - 1 of the tokens, one per row.
+    The answer is read where the attention mask has its last 1, so that batches may be padded on either side: where it
+    is on the left, positions are counted from the first token, as `generate` does. Labels are numbers 0 ... K - 1 of
+    the tokens, one per row.
 
     Args:
         model: a causal language model, or a PEFT model of one; it is not copied.
@@ -69,20 +71,20 @@ class AnswerTokens(nn.Module):
             The loss, or None, and logits (B, K).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # the first 1 from the end
-        if self._takes_positions and bool(
-            (last == mask.shape[1] - 1).all()
-        ):  # padded on the left: one position is made
-            inputs, last = {**inputs, _KEEP: 1}, torch.zeros_like(last)
+        behind = mask.flip(1).long().argmax(1)  # how many tokens of padding are on the right
+        if self._takes(_KEEP) and not bool(behind.any()):  # padded on the left: one position is made
+            inputs = {**inputs, _KEEP: 1}
+        if _POSITIONS not in inputs and self._takes(_POSITIONS) and not bool(mask[:, 0].all()):
+            inputs = {**inputs, _POSITIONS: (mask.long().cumsum(1) - 1).clamp_min(0)}  # as `generate` numbers them
         whole = logits_of(self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs))
         rows = torch.arange(len(whole), device=whole.device)
-        logits = whole[rows, last.to(whole.device)].index_select(-1, self.token_ids.to(whole.device))
+        place = whole.shape[1] - 1 - behind.to(whole.device)  # from the end: PEFT puts virtual tokens in front
+        logits = whole[rows, place].index_select(-1, self.token_ids.to(whole.device))
         loss = None if labels is None else F.cross_entropy(logits, labels.reshape(-1).to(logits.device))
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    @property
-    def _takes_positions(self) -> bool:
-        return _KEEP in inspect.signature(unwrapped(self.model).forward).parameters
+    def _takes(self, name: str) -> bool:
+        return name in inspect.signature(unwrapped(self.model).forward).parameters
 
     def extra_repr(self) -> str:
         """The tokens."""

@@ -45,6 +45,25 @@ def test_padding_on_either_side_says_the_same() -> None:
         torch.testing.assert_close(model(**right).logits[row], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_absolute_positions_are_counted_from_the_first_token(left: bool) -> None:
+    model, batch = gpt2(), inputs(left=left)
+    found = AnswerTokens(model, TOKENS)(**batch).logits
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        alone = model(input_ids=batch["input_ids"][row][mask][None]).logits[0, -1, TOKENS]
+        torch.testing.assert_close(found[row], alone)
+
+
+def test_virtual_tokens_in_front_are_not_counted() -> None:
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, batch = peft.get_peft_model(llama().unload(), prompt).double().eval(), inputs()
+    found = AnswerTokens(model, TOKENS)(**batch).logits
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        alone = model(input_ids=batch["input_ids"][row][mask][None]).logits[0, -1, TOKENS]
+        torch.testing.assert_close(found[row], alone, rtol=1e-5, atol=1e-6)  # its norms are float32
+
+
 @pytest.mark.parametrize("curvature", ["kfac", "dense"])
 @pytest.mark.parametrize("left", [False, True])
 def test_linearised_laplace_is_that_of_dense_jacobians(curvature: Any, left: bool) -> None:
