@@ -55,7 +55,7 @@ def is_perturbable(batch: Batch, likelihood: str, token_mask: TokenMask | None) 
         return False
     if _has_words(batch.inputs):
         return token_mask is not None
-    return any(_is_values(tensor) for tensor in tensors_in(batch.inputs))
+    return any(_is_values(tensor) for tensor in tensors_in(_unmasked(batch.inputs)))
 
 
 def masks_words(batches: Sequence[Batch]) -> bool:
@@ -78,15 +78,17 @@ def perturbed_rows(batches: Sequence[Batch], token_mask: TokenMask | None, seed:
         assert token_mask is not None  # is_perturbable
         return [replace(batch, inputs=_masked(batch, token_mask, seed)) for batch in batches]
     generator = torch.Generator().manual_seed(seed)
-    donors = _donors([list(tensors_in(batch.inputs)) for batch in batches])
+    donors = _donors([list(tensors_in(_unmasked(batch.inputs))) for batch in batches])
     return [
-        replace(batch, inputs=_exchanged(batch.inputs, iter(others), generator))
+        replace(batch, inputs=_with_masks(batch.inputs, _exchanged(_unmasked(batch.inputs), iter(others), generator)))
         for batch, others in zip(batches, donors, strict=True)
     ]
 
 
 def cautious_precision(nll: np.ndarray, grid: Sequence[float]) -> float:
     """Return the largest tau whose mean NLL is at most one standard error of paired differences above the least.
+
+    The standard error of a single row is unknown: the largest of all.
 
     Args:
         nll: of each row at each tau, (n, rows).
@@ -95,6 +97,8 @@ def cautious_precision(nll: np.ndarray, grid: Sequence[float]) -> float:
     >>> cautious_precision(np.array([[0.5, 0.9], [0.2, 0.4], [0.1, 0.6], [0.9, 0.9]]), [1.0, 10.0, 100.0, 1000.0])
     100.0
     """
+    if nll.shape[1] == 1:
+        return float(grid[-1])
     changes = nll - nll[int(nll.mean(axis=1).argmin())]
     errors = changes.std(axis=1) / np.sqrt(nll.shape[1])
     return float(grid[int(np.flatnonzero(changes.mean(axis=1) <= errors)[-1])])
@@ -104,17 +108,26 @@ def _has_words(inputs: Inputs) -> bool:
     return isinstance(inputs, Mapping) and isinstance(inputs.get(IDS), Tensor)
 
 
+def _unmasked(inputs: Inputs) -> Inputs:
+    """Without masks, which may be floating-point numbers too, and are no values."""
+    return {k: v for k, v in inputs.items() if "mask" not in k} if isinstance(inputs, Mapping) else inputs
+
+
+def _with_masks(inputs: Inputs, changed: Inputs) -> Inputs:
+    return {**inputs, **changed} if isinstance(inputs, Mapping) and isinstance(changed, Mapping) else changed
+
+
 def _is_values(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 1 and tensor[0].numel() > 1
 
 
 def _masked(batch: Batch, token_mask: TokenMask, seed: int) -> Inputs:
     assert isinstance(batch.inputs, Mapping)
-    ids = batch.inputs[IDS].clone()
+    ids = batch.inputs[IDS].clone(memory_format=torch.contiguous_format)  # rows are views
     is_word = ~torch.isin(ids, torch.tensor(sorted(token_mask.kept), dtype=ids.dtype, device=ids.device))
     if batch.attended is not None:
         is_word &= batch.attended
-    for row, words in zip(ids, is_word, strict=True):
+    for row, words in zip(ids.flatten(1), is_word.flatten(1), strict=True):  # of multiple choice (B, choices, T)
         places = words.nonzero().flatten()
         drawn = torch.rand(len(places), generator=_generator(row[places], seed)) < SHARE
         row[places[drawn.to(places.device)]] = token_mask.mask_token_id

@@ -145,11 +145,12 @@ class LaplaceTrainer(MonteCarloTrainer):
         )
 
     def _token_mask(self) -> TokenMask | None:
-        """That of the trainer's or its collator's tokenizer, if that has a mask token."""
+        """That of the trainer's or its collator's tokenizer, if that has a mask token, which the model knows."""
         collator = getattr(self.data_collator, "tokenizer", None)
         tokenizer = collator if self.processing_class is None else self.processing_class
         token = getattr(tokenizer, "mask_token_id", None)
-        if not isinstance(token, int):
+        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
+        if not isinstance(token, int) or token >= getattr(embeddings, "num_embeddings", math.inf):
             return None
         return TokenMask(mask_token_id=token, kept=tuple(getattr(tokenizer, "all_special_ids", ())))
 

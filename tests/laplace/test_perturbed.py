@@ -52,6 +52,31 @@ def test_words_are_masked() -> None:
     assert torch.equal(torch.cat([b.inputs["input_ids"] for b in again]), found.inputs["input_ids"])  # type: ignore[call-overload]
 
 
+def test_words_of_several_choices_are_masked() -> None:
+    """As (B, choices, T) of multiple choice, each row as the same words in one line."""
+    ids = torch.randint(0, 6, (50, 4, 12), generator=torch.Generator().manual_seed(0))
+    for given in (ids, ids.mT):
+        (found,) = perturbed_rows([Batch({"input_ids": given})], MASK)
+        (flat,) = perturbed_rows([Batch({"input_ids": given.flatten(1)})], MASK)
+        assert torch.equal(found.inputs["input_ids"].flatten(1), flat.inputs["input_ids"])  # type: ignore[call-overload]
+        assert bool((found.inputs["input_ids"] == 6).any())  # type: ignore[call-overload]
+
+
+def test_masks_of_floating_point_numbers_stay() -> None:
+    mask = (torch.arange(8) < torch.randint(1, 9, (30, 1), generator=torch.Generator().manual_seed(1))).double()
+    given = {"attention_mask": mask, "inputs_embeds": normal(30, 8, 2)}
+    (found,) = perturbed_rows([Batch(given, Y[:30])], None)
+    assert list(found.inputs) == list(given)
+    assert torch.equal(found.inputs["attention_mask"], mask)  # type: ignore[call-overload]
+    assert not torch.equal(found.inputs["inputs_embeds"], given["inputs_embeds"])  # type: ignore[call-overload]
+    words = {"tokens": torch.ones(30, 8, dtype=torch.long), "attention_mask": mask}
+    assert not is_perturbable(Batch(words, Y[:30]), "classification", None)
+
+
+def test_one_row_has_no_standard_error() -> None:
+    assert cautious_precision(np.array([[0.5], [0.1], [0.9]]), [1.0, 10.0, 100.0]) == 100.0
+
+
 def test_values_are_exchanged() -> None:
     given = torch.arange(4000.0).view(400, 10)
     one, other = given[:150].clone(), given[150:].clone()
