@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..checks import check_count, check_number
 from ..conversion.convert import to_bayesian
@@ -111,10 +112,9 @@ class BlobReweighting(TrainerCallback):
             args: of the training; its ``kl_weight`` is the mean of those to come.
             state: how far the training is.
             control: what the training does next; it stays as it is.
-            **kwargs: what else a callback is given.
+            **kwargs: what else a callback is given; the ``train_dataloader``'s length is that of an epoch.
         """
-        epochs = max(1, math.ceil(state.num_train_epochs or 1))
-        self._own, self.weights = args.kl_weight, blob_kl_weights(max(1, state.max_steps // epochs))
+        self._own, self.weights = args.kl_weight, blob_kl_weights(_steps_per_epoch(args, state, **kwargs))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the weight of the coming step.
@@ -137,3 +137,10 @@ class BlobReweighting(TrainerCallback):
             **kwargs: what else a callback is given.
         """
         args.kl_weight = self._own
+
+
+def _steps_per_epoch(args: Any, state: Any, train_dataloader: Any = None, **_: Any) -> int:
+    """Of the data; of a stream that has no length as many as the training takes. The last epoch may end early."""
+    if train_dataloader is not None and has_length(train_dataloader):
+        return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+    return max(1, state.max_steps // max(1, math.ceil(state.num_train_epochs or 1)))

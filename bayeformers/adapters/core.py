@@ -65,14 +65,15 @@ def fit_core(
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: layers that are named, a regression, no LoRA, one that is merged or Bayesian, or what `laplace.fit`
-            refuses.
+        ValueError: layers that are named, a regression, no LoRA, one that is merged or Bayesian, DoRA, or what
+            `laplace.fit` refuses.
     """
     named = [name for name in ("target_modules", "exclude_modules") if options.get(name) is not None]
     named += [name for name in ("target_modules", "exclude_modules") if config and getattr(config, name) is not None]
     if named:
         raise ValueError(f"`{named[0]}` cannot be given: the posterior is of the cores of the active adapter alone.")
     pairs = plain_lora_pairs(model)
+    _check_no_magnitude(model, pairs)
     chosen = settled(config, options)
     if config is None and "curvature" not in options:
         chosen = settled(chosen, {"curvature": "dense"})
@@ -83,6 +84,16 @@ def fit_core(
     tau = found.prior_precision
     scale = tau**-0.5 if isinstance(tau, float) else float("nan")
     return AdapterPosterior(model, blocks, method="core", scale=scale, default_method="glm", outputs_of=outputs_of)
+
+
+def _check_no_magnitude(model: nn.Module, pairs: Sequence[LoraPair]) -> None:
+    """Raise ValueError for DoRA: PEFT's gradients hold the norm fixed, by which the layer divides; they are no slope."""
+    for pair in pairs:
+        if pair.adapter in getattr(model.get_submodule(pair.name), "lora_magnitude_vector", ()):
+            raise ValueError(
+                f"`model` has DoRA in {pair.name!r}: PEFT takes no gradient through the norm that it divides by, and "
+                "the curvature and the linearised network would be wrong. `fit_tfb`, which draws, takes it."
+            )
 
 
 @contextlib.contextmanager

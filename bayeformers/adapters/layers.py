@@ -83,11 +83,23 @@ def plain_lora_pairs(model: nn.Module) -> list[LoraPair]:
     """Return the same of a trained adapter that is not Bayesian, for a posterior around its weights.
 
     Raises:
-        ValueError: as `lora_pairs`, or the model is Bayesian already, or a layer of A has a forward of its own.
+        ValueError: as `lora_pairs`, or the model is Bayesian already, a layer of A has a forward of its own, or A holds
+            the matrices of several experts.
     """
     pairs = lora_pairs(model)
     if is_bayesian(model):
         raise ValueError("`model` is Bayesian already: call `to_deterministic(model)` first.")
     if odd := next((pair.down_name for pair in pairs if rule_of(pair.down) is None), None):
         raise ValueError(f"`model` has in {odd!r} no plain torch.nn.Linear, whose draws would be those of its weight.")
+    if stacked := next((pair for pair in pairs if _is_stacked(model, pair)), None):
+        raise ValueError(
+            f"`model` has in {stacked.name!r} the A and B of several experts in one matrix each (`target_parameters`), "
+            "whose product is not the weight's change: use `to_bayesian(model)`, or leave it out of the adapter."
+        )
     return pairs
+
+
+def _is_stacked(model: nn.Module, pair: LoraPair) -> bool:
+    """Whether A and B hold more ranks than the adapter has: one set for every expert."""
+    ranks: Any = model.get_submodule(pair.name).r
+    return pair.adapter in ranks and pair.down.weight.shape[0] != ranks[pair.adapter]

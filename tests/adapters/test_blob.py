@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,15 @@ def test_trainer_reweights_and_puts_back(tmp_path: Any) -> None:
     trainer.train()
     assert seen == [0.5 * weight for weight in blob_kl_weights(3)] * 2
     assert args.kl_weight == 0.5
+
+
+@pytest.mark.parametrize(("accumulated", "expected"), [(1, 4), (3, 2)])
+def test_an_epoch_is_that_of_the_data(accumulated: int, expected: int) -> None:
+    """`max_steps` may end within an epoch, which is as long as ever."""
+    args = SimpleNamespace(kl_weight=1.0, gradient_accumulation_steps=accumulated)
+    state, callback = SimpleNamespace(num_train_epochs=3, max_steps=10), BlobReweighting()
+    callback.on_train_begin(args, state, None, train_dataloader=[None] * 4)
+    assert callback.weights == blob_kl_weights(expected)
 
 
 def test_every_adapter_learns() -> None:

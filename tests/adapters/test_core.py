@@ -121,6 +121,21 @@ def test_what_is_refused() -> None:
         AdapterPosterior(bert(), [], method="none")
 
 
+def test_dora_is_refused_whose_gradient_leaves_its_norm_out() -> None:
+    model = bert(use_dora=True)
+    pair, slopes = lora_pairs(model)[0], []
+    weight = pair.down.get_parameter("weight")
+    for step in (1e-4, -1e-4):  # along A itself
+        with torch.no_grad():
+            weight.mul_(1 + step)
+            slopes.append(model(**inputs()).logits[0, 0] / 2e-4)
+            weight.div_(1 + step)
+    (gradient,) = torch.autograd.grad(model(**inputs()).logits[0, 0], weight)
+    assert abs(float((gradient * weight).sum() / (slopes[0] - slopes[1])) - 1) > 0.05  # PEFT's is no derivative
+    with pytest.raises(ValueError, match="DoRA"):
+        fit_core(model, [(inputs(), labels())], progress=False)
+
+
 def test_the_searches_agree_on_what_a_posterior_is() -> None:
     """TFB's and the core's are one class, whose blocks add to nothing else of the model."""
     model = bert()

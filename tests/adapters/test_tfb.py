@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 import bayeformers
@@ -183,3 +184,16 @@ def test_labels_that_are_given_count() -> None:
     posterior = fit_tfb(model, inputs(), labels(), tolerance=0.02, bounds=(1e-3, 10.0), num_samples=4, progress=False)
     before = nll(PointPosterior(model), labels())
     assert nll(posterior, labels(), num_samples=4) <= before * 1.02
+
+
+def test_experts_in_one_matrix_are_refused() -> None:
+    """W_e + s B_e A_e with A of shape (r E, d_in): the SVD of all B together is that of no weight."""
+    peft = pytest.importorskip("peft")
+    config = hf.MixtralConfig(
+        vocab_size=40, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=16, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    lora = {"r": 2, "target_modules": [], "init_lora_weights": False}
+    options = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], **lora)
+    with pytest.raises(ValueError, match="several experts"):
+        tfb_posterior(peft.get_peft_model(hf.MixtralForCausalLM(config), options), 0.1)

@@ -241,6 +241,8 @@ def test_masked_words_choose_with_a_tokenizer_that_has_a_mask(tmp_path: Path, ca
     mask = laplace.TokenMask(mask_token_id=3, kept=(0, 1, 3))
     same = laplace.tune(found, "perturbed", training=DataLoader(trainer.train_dataset, batch_size=6), token_mask=mask)
     assert found.prior_precision == pytest.approx(same.prior_precision)
+    trainer.processing_class.mask_token_id = trainer.model.get_input_embeddings().num_embeddings
+    assert trainer.fit_laplace().choice.method == "leverage"  # of a token that the model lacks
 
 
 def test_noise_of_a_regression(tmp_path: Path) -> None:
