@@ -142,5 +142,5 @@ class BlobReweighting(TrainerCallback):
 def _steps_per_epoch(args: Any, state: Any, train_dataloader: Any = None, **_: Any) -> int:
     """Of the data; of a stream that has no length as many as the training takes. The last epoch may end early."""
     if train_dataloader is not None and has_length(train_dataloader):
-        return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
-    return max(1, state.max_steps // max(1, math.ceil(state.num_train_epochs or 1)))
+        return int(max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)))
+    return int(max(1, state.max_steps // max(1, math.ceil(state.num_train_epochs or 1))))

@@ -87,7 +87,7 @@ def fit_core(
 
 
 def _check_no_magnitude(model: nn.Module, pairs: Sequence[LoraPair]) -> None:
-    """Raise ValueError for DoRA: PEFT's gradients hold the norm fixed, by which the layer divides; they are no slope."""
+    """Raise ValueError for DoRA: PEFT's gradients hold the norm that it divides by fixed, and are no slope."""
     for pair in pairs:
         if pair.adapter in getattr(model.get_submodule(pair.name), "lora_magnitude_vector", ()):
             raise ValueError(
