@@ -54,6 +54,7 @@ class BayesianTrainerMixin(BayesianTrainer):
         super().__init_subclass__(**kwargs)
         check_bases(cls, BayesianTrainerMixin)
         cls.own_loss = find_own_loss(cls, BayesianTrainer)
+        cls.loads_by_name = cls.own_loss is not None
 
     def __init__(self, *positional: Any, **kwargs: Any) -> None:
         kind = type(self)

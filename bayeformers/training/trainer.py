@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class BayesianTrainer(HeadTrainer):
 
     _scaled: bool | None = None  # what the user says of the loss's scale
     _resumed: Path | None = None  # the checkpoint that the training goes on from
+    loads_by_name: ClassVar[bool] = False  # whether the trainer behind takes a model's name for a model, as trl's do
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class BayesianTrainer(HeadTrainer):
         args = BayesianTrainingArguments("tmp_trainer") if args is None else args
         checks.check_arguments(args)
         checks.check_data_parallel(args, model)
-        if isinstance(model, nn.Module) and has_prior(model):
+        if model is not None and not (self.loads_by_name and isinstance(model, str)) and has_prior(model):
             checks.check_converted(args)
             if args.ddp_find_unused_parameters is None:  # the KL reaches all; the search marks an uncalled one twice
                 args.ddp_find_unused_parameters = False

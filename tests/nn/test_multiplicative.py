@@ -319,7 +319,7 @@ def test_hand_built_layer() -> None:
     )
 
 
-@pytest.mark.parametrize("scale", ["relative", "Multiplicative", None, 1, True, ["additive"], ""])
+@pytest.mark.parametrize("scale", ["relative", "Multiplicative", 1, True, ["additive"], ""])
 def test_bad_scale(scale: Any) -> None:
     """Named, before anything changes."""
     model = nn.Linear(2, 2)
