@@ -127,8 +127,8 @@ def masked(inputs: Mapping[str, Any], padding: int | None, ends: list[int]) -> d
     """
     ids, found = inputs.get("input_ids"), dict(inputs)
     is_told = padding is not None and padding not in ends
-    if is_told and isinstance(ids, Tensor) and found.get("attention_mask") is None and bool((ids == padding).any()):
-        found["attention_mask"] = (ids != padding).long()
+    if is_told and isinstance(ids, Tensor) and found.get("attention_mask") is None and bool(ids.eq(padding).any()):
+        found["attention_mask"] = ids.ne(padding).long()
     return found
 
 
