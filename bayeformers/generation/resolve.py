@@ -126,10 +126,10 @@ def masked(inputs: Mapping[str, Any], padding: int | None, ends: list[int]) -> d
         ends: ids of the tokens that end a text; where one of them pads too, transformers takes all tokens as text.
     """
     ids, found = inputs.get("input_ids"), dict(inputs)
-    is_told = padding is not None and padding not in ends
-    if is_told and isinstance(ids, Tensor) and found.get("attention_mask") is None and bool(ids.eq(padding).any()):
-        found["attention_mask"] = ids.ne(padding).long()
-    return found
+    if padding is None or padding in ends or not isinstance(ids, Tensor) or found.get("attention_mask") is not None:
+        return found
+    is_text = ids.ne(padding)
+    return found if bool(is_text.all()) else found | {"attention_mask": is_text.long()}
 
 
 def check_decoding(tokenizer: Any, equivalent: Any, answers: int) -> None:
