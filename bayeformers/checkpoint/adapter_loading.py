@@ -317,15 +317,18 @@ def _same_centres(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _verify(model: Any, adapter: str, files: Files) -> None:
     """Raise ValueError where the model does not hold what PEFT's file of an adapter has."""
-    state = saved.clean_state(model, adapter)
     weights = _weights(files, adapter)
+    own = model.state_dict()  # PEFT adds the base's embeddings, by their own names, where the adapter is on one of them
+    state = {name: own[name] for name in weights if name in own} | saved.clean_state(model, adapter)
     for verb, names in (("lacks", state.keys() - weights.keys()), ("has besides", weights.keys() - state.keys())):
         if names:
             raise ValueError(_damaged(files, f"{verb} {sorted(names)[:3]} ({len(names)})"))
     is_computed = model.peft_config[adapter].is_prompt_learning  # by the prompt's encoder, perhaps on another device
     for name, value in weights.items():
-        own = state[name].to(value.device, value.dtype)
-        is_same = own.shape == value.shape and (torch.allclose(own, value) if is_computed else torch.equal(own, value))
+        held = state[name].to(value.device, value.dtype)
+        is_same = held.shape == value.shape and (
+            torch.allclose(held, value) if is_computed else torch.equal(held, value)
+        )
         if not is_same:
             raise ValueError(_damaged(files, f"has {name!r}, which PEFT did not take up"))
 

@@ -196,8 +196,8 @@ def _described(model: Any, adapters: list[str]) -> dict[str, Any]:
 
 
 def _active(model: Any) -> list[str]:
-    active = model.active_adapter
-    return [active] if isinstance(active, str) else list(active)
+    active: list[str] = model.active_adapters  # `active_adapter` misses what `base_model.set_adapter` switched
+    return list(active)
 
 
 def described_base(base: nn.Module) -> dict[str, Any]:

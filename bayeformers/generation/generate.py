@@ -21,7 +21,7 @@ from .draws import drawn_answers, padded
 from .memory import bytes_of_memory, bytes_of_row
 from .networks import generator_of, networks, rows_of
 from .recording import Recorder
-from .resolve import check_decoding, check_options, posterior_of, prepared
+from .resolve import check_decoding, check_options, ends_of, masked, posterior_of, prepared
 from .result import Generation
 from .scoring import TokenScores, score_sequences
 
@@ -88,9 +88,10 @@ class _Job:
     def __init__(
         self, posterior: Posterior, inputs: dict[str, Any], indices: range, seed: int, options: Mapping[str, Any]
     ) -> None:
-        self.posterior, self.inputs, self.indices, self.seed = posterior, inputs, indices, seed
+        self.posterior, self.indices, self.seed = posterior, indices, seed
         self._options = dict(options)
         self._defaults = generator_of(posterior.model).generation_config
+        self.inputs = masked(inputs, self.padding, self.ends)
         self.num_beams = self.option("num_beams") or 1
         self.per_input = self.option("num_return_sequences") or 1
         self.size = rows_of(inputs)
@@ -147,8 +148,7 @@ class _Job:
     @property
     def ends(self) -> list[int]:
         """Ids of the tokens that end a text."""
-        found = self.option("eos_token_id")
-        return [] if found is None else list(found) if isinstance(found, list | tuple) else [int(found)]
+        return ends_of(self.option("eos_token_id"))
 
     @property
     def padding(self) -> int | None:

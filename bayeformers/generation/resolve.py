@@ -112,6 +112,26 @@ def prepared(posterior: Posterior, inputs: Any, tokenizer: Any) -> dict[str, Any
     return found
 
 
+def ends_of(found: Any) -> list[int]:
+    """Ids of the tokens that end a text, of none, one or several."""
+    return [] if found is None else list(found) if isinstance(found, list | tuple) else [int(found)]
+
+
+def masked(inputs: Mapping[str, Any], padding: int | None, ends: list[int]) -> dict[str, Any]:
+    """Return inputs with the attention mask that transformers' ``generate`` makes of padded ids without one.
+
+    Args:
+        inputs: by name.
+        padding: id of the token that pads.
+        ends: ids of the tokens that end a text; where one of them pads too, transformers takes all tokens as text.
+    """
+    ids, found = inputs.get("input_ids"), dict(inputs)
+    if padding is None or padding in ends or not isinstance(ids, Tensor) or found.get("attention_mask") is not None:
+        return found
+    is_text = ids.ne(padding)
+    return found if bool(is_text.all()) else found | {"attention_mask": is_text.long()}
+
+
 def check_decoding(tokenizer: Any, equivalent: Any, answers: int) -> None:
     """Check what decodes and compares the answers to an input.
 

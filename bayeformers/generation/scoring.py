@@ -16,7 +16,7 @@ from ..forward import logits_of
 from ..posteriors import Posterior
 from .networks import generator_of, rows_of
 from .recording import entropy
-from .resolve import posterior_of
+from .resolve import ends_of, masked, posterior_of
 
 MAX_ELEMENTS = 2**26  # log-probabilities of one draw that are in memory at once
 
@@ -103,11 +103,13 @@ def score_sequences(
     check_count("num_samples", num_samples, 1)
     check_draw(0, seed)
     _check_sequences(sequences, prompt_length, rows_of(inputs))
-    arguments = _forced(posterior.model, sequences, inputs, prompt_length)
     new = sequences[:, prompt_length:]
     if not new.shape[1]:
         empty = new.new_zeros(new.shape, dtype=torch.float32)
         return TokenScores(empty, empty, empty[None], empty)
+    defaults = generator_of(posterior.model).generation_config
+    inputs = masked(inputs, defaults.pad_token_id, ends_of(defaults.eos_token_id))
+    arguments = _forced(posterior.model, sequences, inputs, prompt_length)
     vocabulary = int(generator_of(posterior.model).get_output_embeddings().weight.shape[0])
     size = max(1, MAX_ELEMENTS // (new.shape[1] * vocabulary))
     parts = []
@@ -167,10 +169,17 @@ def _forced(model: nn.Module, sequences: Tensor, inputs: Mapping[str, Any], prom
         raise ValueError("`inputs` must hold `input_ids` to be scored: embeddings tell no tokens.")
     mask = arguments.get("attention_mask")
     arguments["input_ids"] = sequences[:, :-1]
+    new = sequences.shape[1] - 1 - inputs["input_ids"].shape[1]
+    for name, step in (("token_type_ids", 0), ("position_ids", 1)):  # as transformers goes on with them
+        if isinstance(own := arguments.get(name), Tensor):
+            more = own[..., -1:] + step * torch.arange(1, new + 1, device=own.device)
+            arguments[name] = torch.cat([own, more.expand(*own.shape[:-1], new)], dim=-1)
     if mask is not None:
         ones = mask.new_ones(len(mask), sequences.shape[1] - 1 - mask.shape[1])
         arguments["attention_mask"] = torch.cat([mask, ones], dim=1)
-        if "position_ids" in accepted and not arguments["attention_mask"].all():  # padding on the left
+        if (
+            "position_ids" in accepted and inputs.get("position_ids") is None and not arguments["attention_mask"].all()
+        ):  # padding on the left
             arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = sequences.shape[1] - prompt_length

@@ -168,6 +168,27 @@ def test_several_adapters_together_and_one_alone(bases: dict[str, Path], tmp_pat
     assert torch.equal(logits(alone, 3), logits(model, 3))
 
 
+def test_several_active_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = peft.get_peft_model(loaded(bases["llama"], "llama"), config("lora", "llama"))
+    model.add_adapter("b", config("lora", "llama"))
+    model.base_model.set_adapter(["default", "b"])
+    moved(to_bayesian(model)).save_pretrained(tmp_path)
+    reloaded = bayeformers.from_pretrained(tmp_path)
+    assert reloaded.active_adapters == ["default", "b"]
+    assert_same(model, reloaded)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_embeddings_whose_file_has_the_base_too(
+    target: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    tuned = peft.LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM")
+    model = moved(to_bayesian(peft.get_peft_model(loaded(bases["llama"], "llama"), tuned)))
+    model.save_pretrained(tmp_path)
+    assert any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert_same(model, bayeformers.from_pretrained(tmp_path))
+
+
 def test_plain_peft_gets_the_mean_and_one_line_that_names_the_loader(bases: dict[str, Path], tmp_path: Path) -> None:
     """In a process that never imports bayeformers."""
     model = adapted(bases["bert"])

@@ -176,6 +176,28 @@ def test_scores_are_those_of_uncached_forwards(batched: bool, monkeypatch: pytes
         torch.testing.assert_close(pick(whole.per_token), own.sum(-1) / lengths, atol=1e-9, rtol=0)
 
 
+def test_scores_of_padded_ids_without_a_mask() -> None:
+    """transformers tells the padding by its id, and so do the scores."""
+    model, inputs = bayesian_lora("llama"), prompt()
+    ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 0)
+    found, expected = generate(model, ids, num_samples=2, **GREEDY), generate(model, inputs, num_samples=2, **GREEDY)
+    assert torch.equal(found.sequences[..., 5:], expected.sequences[..., 5:])
+    torch.testing.assert_close(found.token_scores.total, expected.token_scores.total, atol=1e-9, rtol=0)
+    torch.testing.assert_close(found.token_scores.own, found.token_log_probs, atol=1e-9, rtol=0)
+    scores = score_sequences(model, found.sequences[0], {"input_ids": ids}, prompt_length=5, num_samples=2)
+    torch.testing.assert_close(scores.total * found.mask[0], found.token_scores.total[0], atol=1e-9, rtol=0)
+    assert score_sequences(model, inputs["input_ids"], inputs, prompt_length=5).total.shape == (2, 0)
+
+
+@pytest.mark.parametrize(("name", "given"), [("llama", "position_ids"), ("gpt2", "token_type_ids")])
+def test_scores_with_other_inputs_of_tokens(name: str, given: str) -> None:
+    """They go on over the generated tokens, as in the cached steps."""
+    model, inputs = bayesian_lora(name), prompt(padded=False)
+    inputs[given] = torch.arange(4, 9).expand(2, 5) if given == "position_ids" else torch.full((2, 5), 7)
+    found = generate(model, inputs, num_samples=2, **GREEDY)
+    torch.testing.assert_close(found.token_scores.own, found.token_log_probs, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("mixing", ["draws", "average"])
 def test_beams_are_scored_afterwards(mixing: Any) -> None:
     model, inputs = bayesian_lora("llama"), prompt()
