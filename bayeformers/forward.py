@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 __all__ = [
     "IGNORED", "Inputs", "attended_positions", "batch_size", "call", "check_filled", "check_inputs", "holds_tensor",
-    "labels_of", "logits_of", "mapped", "output_field", "rows", "tensors_in", "wide", "without_cache",
+    "labels_of", "logits_of", "mapped", "output_field", "rows", "tensors_in", "vocabulary_size", "wide",
+    "without_cache",
 ]  # fmt: skip
 
 Inputs = Mapping[str, Any] | Tensor | Sequence[Any]
@@ -256,3 +257,13 @@ def attended_positions(batch: Any, length: int, name: str = "attention_mask") ->
 
 def _described(output: Any) -> str:
     return f"{type(output).__name__} with {list(output)}" if isinstance(output, Mapping) else type(output).__name__
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """How many ids of tokens a model reads; None where it does not say, as one that reads no tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a plain module; transformers' own, where no table is found
+        return None
+    size = getattr(table, "num_embeddings", None)
+    return size if isinstance(size, int) else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..checks import check_count
-from ..forward import check_filled
+from ..forward import check_filled, vocabulary_size
 from ..posteriors import Posterior, VariationalPosterior
 from ..posteriors.base import BasePosterior
 from ..posteriors.heads import without_labels
@@ -174,7 +174,7 @@ def _check_ids(ids: Any, generator: Any) -> None:
         raise ValueError(f"`input_ids` must have the shape (B, T), got {tuple(ids.shape)}.")
     if ids.is_floating_point():
         raise TypeError(f"`input_ids` must hold whole numbers, the ids of tokens, got {ids.dtype}.")
-    size = getattr(generator.get_input_embeddings(), "num_embeddings", None)
+    size = vocabulary_size(generator)
     if size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise ValueError(
             f"`input_ids` must lie in the vocabulary of {size}, got ids from {int(ids.min())} to {int(ids.max())}."

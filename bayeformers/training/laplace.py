@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from ..checkpoint.saving import carry
 from ..checks import check_count
 from ..conversion.convert import is_bayesian
+from ..forward import vocabulary_size
 from ..laplace import LaplaceConfig, LaplaceOptions, LaplacePosterior, fit
 from ..laplace.config import PriorChoice, settled
 from ..laplace.data import likelihood_of
@@ -149,8 +150,8 @@ class LaplaceTrainer(MonteCarloTrainer):
         collator = getattr(self.data_collator, "tokenizer", None)
         tokenizer = collator if self.processing_class is None else self.processing_class
         token = getattr(tokenizer, "mask_token_id", None)
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
-        if not isinstance(token, int) or token >= getattr(embeddings, "num_embeddings", math.inf):
+        size = vocabulary_size(self.model)
+        if not isinstance(token, int) or (size is not None and token >= size):
             return None
         return TokenMask(mask_token_id=token, kept=tuple(getattr(tokenizer, "all_special_ids", ())))
 
