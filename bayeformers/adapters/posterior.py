@@ -11,11 +11,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..laplace.blocks import TargetBlock
 from ..laplace.moved import MovedPosterior, by_parameter
 from ..laplace.saving import recorded_layers, saved_targets
 from ..laplace.targets import Fingerprint, Target
 from ..likelihoods import logits_of
-from ..linearized import LayerRule, rule_of
+from ..linearized import rule_of
 from ..linearized.blocks import block_draw
 from ..linearized.captured import OutputOf
 from ..posteriors.files import register_posterior
@@ -31,7 +32,7 @@ _PARTS = ("variance", "left", "columns")
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankBlock:
+class LowRankBlock(TargetBlock):
     """N(A, U diag(V) U^T) with U = U_G (x) U_A, of which the directions outside of U have no noise; a `GaussianBlock`.
 
     Attributes:
@@ -50,26 +51,6 @@ class LowRankBlock:
     columns: Tensor | None = None
     core: Tensor | None = None
     noise_version: int = NOISE_VERSION
-
-    @property
-    def name(self) -> str:
-        """The layer's name."""
-        return self.target.name
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The layer."""
-        return self.target.modules
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Its weight."""
-        return self.target.parameters
-
-    @property
-    def rule(self) -> LayerRule:
-        """That of a Linear."""
-        return self.target.rule
 
     @property
     def is_flat(self) -> bool:

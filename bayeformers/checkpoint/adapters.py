@@ -38,17 +38,13 @@ KIND = "bayesian adapter"
 NOTICE = "posterior_is_loaded_by_bayeformers.from_pretrained"
 """A key of `adapter_config.json` that PEFT does not know, and so tells of when it loads the mean."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-ADDED = ("_rho", "_prior_centre", *WIDE_BUFFERS)
+RHO = "_rho"
+ADDED = (RHO, "_prior_centre", *WIDE_BUFFERS)
+"""Endings of what a conversion adds, which no file may lack."""
 _ADDED_SHAPES = r"Adapter .* LoRA tensor\(s\) have invalid shape"
 FACTORS = tuple(f".lora_{matrix}.{name}" for matrix in "AB" for name in "rs")
 """Endings of PEFT's names of the vectors around 1 that a layer of random factors has, such as ScalaBL's."""
 VERSION = 1
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether ``model`` is a `PeftModel`, which saves its adapters and no base."""
-    kind = getattr(sys.modules.get("peft"), "PeftModel", None)
-    return kind is not None and isinstance(model, kind)
 
 
 def wrap_peft() -> None:

@@ -18,13 +18,10 @@ from transformers import GenerationMixin
 from ..forward import call, logits_of, mapped
 from ..posteriors import Posterior
 from ..posteriors.base import BasePosterior
-from ..sampling.batched import BatchedDraws, CannotBatch, repeated, same_output
+from ..sampling.batched import FAILURES, MAX_BYTES, BatchedDraws, CannotBatch, repeated, same_output
 from ..sampling.views import View, itself, lend, private_view, undisturbed
 
 logger = logging.getLogger(__name__)
-
-MAX_BYTES = 2 * 2**30
-"""Memory for the weights of all draws in one batch."""
 
 _verdicts: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
 """Whether draws of a model go into one batch, by its modules and the random set: None, or why not."""
@@ -122,7 +119,7 @@ class Networks:
                         alone = logits_of(call(self.model, inputs))
                     if not same_output(whole[place * size : (place + 1) * size], alone):
                         return "the batch differed from the loop"
-        except (CannotBatch, RuntimeError, ValueError, TypeError, IndexError) as error:
+        except FAILURES as error:
             return f"the batch failed with {error!r}"
         return None
 

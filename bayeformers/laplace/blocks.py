@@ -20,26 +20,10 @@ from .kronecker import KroneckerEigen
 from .targets import Target
 
 
-@dataclass(frozen=True, eq=False)
-class LaplaceBlock:
-    """See `GaussianBlock`.
-
-    Attributes:
-        target: the layer.
-        eigen: its curvature F; of shape (1, 1, p) where the block is dense.
-        prior_precisions: tau of each of the n posteriors.
-        likelihood_precision: 1 / (temperature noise_std^2), which multiplies F.
-        is_flat: whether the block is dense.
-        noise_version: which draws, see `bayeformers.sampling.generators`.
-    """
+class TargetBlock:
+    """What a `GaussianBlock` says of its layer: all of it the target's."""
 
     target: Target
-    eigen: KroneckerEigen
-    prior_precisions: tuple[float, ...]
-    likelihood_precision: float = 1.0
-    is_flat: bool = False
-    noise_version: int = NOISE_VERSION
-    _known: dict[tuple[float, torch.dtype], Separable | None] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -60,6 +44,28 @@ class LaplaceBlock:
     def rule(self) -> LayerRule:
         """That of the layer's class."""
         return self.target.rule
+
+
+@dataclass(frozen=True, eq=False)
+class LaplaceBlock(TargetBlock):
+    """See `GaussianBlock`.
+
+    Attributes:
+        target: the layer.
+        eigen: its curvature F; of shape (1, 1, p) where the block is dense.
+        prior_precisions: tau of each of the n posteriors.
+        likelihood_precision: 1 / (temperature noise_std^2), which multiplies F.
+        is_flat: whether the block is dense.
+        noise_version: which draws, see `bayeformers.sampling.generators`.
+    """
+
+    target: Target
+    eigen: KroneckerEigen
+    prior_precisions: tuple[float, ...]
+    likelihood_precision: float = 1.0
+    is_flat: bool = False
+    noise_version: int = NOISE_VERSION
+    _known: dict[tuple[float, torch.dtype], Separable | None] = field(default_factory=dict, repr=False)
 
     @property
     def left(self) -> Tensor | None:

@@ -236,7 +236,7 @@ class BayesianModule(nn.Module):
         if loc.requires_grad and self.prior.needs_centre:
             raise RuntimeError(
                 f"The mean {self.specs[name].name!r} requires a gradient but the centre of its prior was not stored. "
-                "Call `bayeformers.unfreeze(model)` instead of setting `requires_grad`: it stores the centre. "
+                "Call `bayeformers.unfreeze(model)` instead of setting `requires_grad`: it stores the centre."
             )
         return loc
 

@@ -27,8 +27,16 @@ each random tensor of the layer stacked over the draws, (S, ...)."""
 _OPERATIONS: dict[type[nn.Module], Operation] = {}
 
 
+MAX_BYTES = 2 * 2**30
+"""Memory for the random tensors of one batch of draws."""
+
+
 class CannotBatch(Exception):
     """Draws of this model, or of these inputs, do not go into one batch."""
+
+
+FAILURES = (CannotBatch, RuntimeError, ValueError, TypeError, IndexError)
+"""What a batch of draws raises where a loop over them may run."""
 
 
 def register_batched(kind: type[nn.Module], operation: Operation) -> None:

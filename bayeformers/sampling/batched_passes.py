@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from ..forward import Inputs, batch_size, call, tensors_in, without_cache
-from .batched import BatchedDraws, CannotBatch, repeated, same_output
+from .batched import FAILURES, MAX_BYTES, BatchedDraws, CannotBatch, repeated, same_output
 from .random_state import left_alone
 from .views import View, modules_of, private_view
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 Draw = Callable[[int], AbstractContextManager[None]]
 
-MAX_BYTES = 2 * 2**30
-"""Memory for the random tensors of one batch of draws."""
 MAX_TOKENS = {"cpu": 256, "cuda": 4096}
 """So many tokens fill a device: beyond them a batch of draws costs what a loop costs."""
 MIN_DRAWS = 3
@@ -89,7 +87,7 @@ class BatchedPasses:
             try:
                 outputs = self._several(indices)
                 reason = None if self._key in self._known else self._difference(indices, outputs)
-            except (CannotBatch, RuntimeError, ValueError, TypeError, IndexError) as error:
+            except FAILURES as error:
                 reason = f"a batch of draws failed with {error!r}"
             self._known[self._key] = reason
             if reason is not None:

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.adapters import CONFIG, clean_state, lacking
+from ..checkpoint.adapters import ADAPTER_FILES, ADDED, CONFIG, RHO, clean_state, lacking
 from ..checkpoint.adapters import TENSORS as BESIDE
 from ..conversion.persistence import peft_state, saved_by_peft
 from ..nn.base import is_bayesian, variational_tensors
-from .checkpoints import ADDED, RESUMED, RHO, misfit, read, restore, same, unconverted, weight_files
+from .checkpoints import RESUMED, misfit, read, restore, same, unconverted, weight_files
 
 __all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "take_up"]
-
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -31,7 +29,7 @@ def is_peft(model: nn.Module) -> bool:
 
 def adapter_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The files of PEFT's adapters; none if there are none."""
-    return [file for name in _ADAPTERS for file in sorted(Path(folder).rglob(name))]
+    return [file for name in ADAPTER_FILES for file in sorted(Path(folder).rglob(name))]
 
 
 def take_up(

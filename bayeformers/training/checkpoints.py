@@ -20,16 +20,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..checkpoint.adapters import CONFIG
+from ..checkpoint.adapters import ADDED, CONFIG, RHO
 from ..conversion.record import conversion_record
-from ..nn.base import WIDE_BUFFERS, variational_tensors
+from ..nn.base import variational_tensors
 
 __all__ = ["check_same_conversion", "recorded_config", "restore", "unwrapped", "weight_files"]
 
 RESUMED = "`resume_from_checkpoint`"
 _COMPARED = ("delta", "freeze", "prior", "estimator", "modules", "padding")
-RHO = "_rho"
-ADDED = (RHO, "_prior_centre", *WIDE_BUFFERS)  # endings of what a conversion adds, which no file may lack
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _COMPILED = "_orig_mod."  # before the names of a model that was given to the Trainer compiled
 _MOVED = r"(^|\.)position_ids$|rotary_emb\.inv_freq$"  # buffers that older versions of transformers saved
