@@ -128,6 +128,16 @@ def folder(directory: Any) -> Path:
     return Path(directory)
 
 
+def saved_file(directory: Any, name: str) -> Path:
+    """Return the path of a file that was saved as ``name`` into a folder, which may be given itself.
+
+    Raises:
+        TypeError: ``directory`` is no path.
+    """
+    path = folder(directory)
+    return path if path.is_file() else path / name
+
+
 def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what `write` wrote, every tensor of it, by the digests in the header; files of earlier versions have none.
 

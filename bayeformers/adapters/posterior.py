@@ -21,7 +21,7 @@ from ..linearized.blocks import block_draw
 from ..linearized.captured import OutputOf
 from ..posteriors.files import register_posterior
 from ..sampling.generators import NOISE_VERSION, check_noise_version
-from ..storage import check_whole, folder, read, write
+from ..storage import check_whole, folder, read, saved_file, write
 from .layers import LoraPair
 
 __all__ = ["AdapterPosterior", "LowRankBlock"]
@@ -218,8 +218,7 @@ class AdapterPosterior(MovedPosterior):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-        path = folder(directory)
-        path = path if path.is_file() else path / FILE
+        path = saved_file(directory, FILE)
         tensors, meta = read(path, kind=_KIND)
         targets = saved_targets(model, meta["layers"])
         needed = {f"{target.name}/variance" for target in targets}

@@ -18,7 +18,7 @@ from ..linearized.blocks import GaussianBlock, block_draw
 from ..linearized.captured import OutputOf, Statistic
 from ..posteriors.files import register_posterior
 from ..sampling.generators import NOISE_VERSION, check_noise_version
-from ..storage import folder, read, write
+from ..storage import folder, read, saved_file, write
 from .blocks import LaplaceBlock
 from .config import CurvatureConfig, PriorChoice
 from .curvature import Curvature
@@ -360,7 +360,7 @@ class LaplacePosterior(MovedPosterior):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         path = folder(directory)
-        saved, meta = read(path if path.is_file() else path / FILE, kind="laplace")
+        saved, meta = read(saved_file(directory, FILE), kind="laplace")
         tensors, factors = unpacked(saved)
         targets = saved_targets(model, meta["layers"])
         check_parts(tensors, targets, meta["record"]["config"]["curvature"], f"{str(path)!r}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..linearized.blocks import block_noise
 from ..sampling.generators import NOISE_VERSION, check_noise_version
-from ..storage import check_whole, digest, folder, read, write
+from ..storage import check_whole, digest, folder, read, saved_file, write
 from .files import register_posterior
 from .weights import Values, WeightsPosterior
 
@@ -111,8 +111,7 @@ class DiagonalPosterior(WeightsPosterior):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-        path = folder(directory)
-        path = path if path.is_file() else path / str(cls.file_name)
+        path = saved_file(directory, str(cls.file_name))
         scales, meta = read(path, kind=cls._kind())
         check_whole(scales, meta["digests"], repr(str(path)))
         own = dict(model.named_parameters())

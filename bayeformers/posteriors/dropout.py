@@ -13,7 +13,7 @@ from torch import nn
 from ..checks import check_choice, check_draw, check_number
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 from ..sampling.views import View, itself
-from ..storage import folder, read, write
+from ..storage import folder, read, saved_file, write
 from .base import BasePosterior
 from .dropout_sites import Dropping, Masks, Pass, check_model, check_running, dropout_rates, switch_on
 from .files import register_posterior
@@ -151,8 +151,7 @@ class DropoutPosterior(BasePosterior):
         Raises:
             ValueError: the file is missing or damaged, or the model has dropout of other rates or elsewhere.
         """
-        path = folder(directory)
-        path = path if path.is_file() else path / FILE
+        path = saved_file(directory, FILE)
         _, meta = read(path, kind=_KIND)
         check_noise_version(meta.get("noise_version"))
         found, expected = dropout_rates(model), meta.get("rates")

@@ -18,7 +18,7 @@ from ..forward import Inputs
 from ..likelihoods import NoiseStd, ProblemType
 from ..linearized.methods import SAMPLING
 from ..predictive.mixture import MixturePredictive, mixture_of
-from ..storage import check_whole, difference, file_digests, folder, read, write
+from ..storage import check_whole, difference, file_digests, folder, read, saved_file, write
 from .base import BasePosterior
 from .files import load_beside, register_posterior
 from .point import PointPosterior
@@ -210,8 +210,7 @@ class MixturePosterior(BasePosterior):
         Raises:
             ValueError: a file is missing, damaged or changed.
         """
-        path = folder(directory)
-        path = path if path.is_file() else path / FILE
+        path = saved_file(directory, FILE)
         tensors, meta = read(path, kind=_KIND)
         check_whole(tensors, ["weights"], f"{str(path)!r}")
         components = [

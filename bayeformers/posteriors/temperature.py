@@ -19,7 +19,7 @@ from ..metrics import fit_temperature
 from ..metrics.scaling import LOG_FLOOR, fit_linear_map
 from ..predictive import Predictive
 from ..predictive.mixture import MixturePredictive, mixture_of
-from ..storage import check_whole, folder, read, write
+from ..storage import check_whole, folder, read, saved_file, write
 from .base import BasePosterior
 from .files import load_beside, register_posterior
 from .point import PointPosterior
@@ -266,8 +266,7 @@ class TemperaturePosterior(BasePosterior):
         Raises:
             ValueError: a file is missing, damaged or of other weights.
         """
-        path = folder(directory)
-        path = path if path.is_file() else path / FILE
+        path = saved_file(directory, FILE)
         tensors, meta = read(path, kind=_KIND)
         check_whole(tensors, ["weight"] if meta["kind"] == "scalar" else ["weight", "bias"], f"{str(path)!r}")
         base = load_beside(path.parent / _BASE if meta["wraps"] else path.parent, meta["base"], model)

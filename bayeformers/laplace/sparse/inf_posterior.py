@@ -18,7 +18,7 @@ from ...linearized.blocks import block_noise
 from ...linearized.captured import OutputOf
 from ...posteriors.files import register_posterior
 from ...sampling.generators import NOISE_VERSION, check_noise_version
-from ...storage import check_whole, folder, read, write
+from ...storage import check_whole, folder, read, saved_file, write
 from ..blocks import LaplaceBlock
 from ..moved import MovedPosterior, by_parameter
 from ..posterior import LaplacePosterior, check_laplace
@@ -127,7 +127,7 @@ class InfPosterior(MovedPosterior):
             ValueError: the file is missing, damaged or changed, or the model has other layers or weights.
         """
         path = folder(directory)
-        tensors, meta = read(path if path.is_file() else path / FILE, kind="inf")
+        tensors, meta = read(saved_file(directory, FILE), kind="inf")
         recorded, groups = meta.pop("layers"), meta.pop("groups")
         targets = saved_targets(model, recorded)
         numbered = [f"{target.name}/{number}" for target in targets for number in range(groups[target.name])]
