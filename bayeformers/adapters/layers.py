@@ -5,6 +5,7 @@ Nothing of PEFT is imported: a model has its layers only where somebody else did
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from ..linearized import rule_of
 from ..nn.base import is_bayesian
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["LoraPair", "lora_pairs", "plain_lora_pairs"]
 
@@ -76,7 +79,26 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             f"`model` ({type(model).__name__}) has no active LoRA adapter of linear layers: make one by "
             "`peft.get_peft_model(model, peft.LoraConfig(...))`."
         )
+    _tell_of_others(layers, found)
     return found
+
+
+def _tell_of_others(layers: list[tuple[str, Any]], found: list[LoraPair]) -> None:
+    """A posterior of some of an adapter's matrices must not pass for one of all."""
+    known = {(pair.name, pair.adapter) for pair in found}
+    others = [
+        name
+        for name, layer in layers
+        for adapter in layer.active_adapters
+        if (adapter in layer.lora_A or adapter in layer.lora_embedding_A) and (name, adapter) not in known
+    ]
+    if others:
+        logger.warning(
+            "%s (%d) have LoRA matrices of convolutions or embeddings: they stay deterministic, for this posterior is "
+            "of linear layers alone. `to_bayesian(model)` makes them Bayesian too.",
+            others[:3],
+            len(others),
+        )
 
 
 def plain_lora_pairs(model: nn.Module) -> list[LoraPair]:

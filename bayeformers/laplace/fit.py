@@ -28,7 +28,7 @@ from .data import Batch, Loader, likelihood_of
 from .evidence import checked_precision
 from .kronecker import KroneckerEigen
 from .moved import in_columns
-from .perturbed import TokenMask, is_perturbable
+from .perturbed import TokenMask, check_token_mask, is_perturbable
 from .posterior import FitRecord, LaplacePosterior
 from .targets import Target, choose_targets, squared_distances
 from .tuning import check_perturbable, checked_rows, default_choice, tune
@@ -87,6 +87,7 @@ def fit(
     torch.Size([4, 2, 2])
     """
     _check_kinds(model, prior_mean, logits, seed)
+    check_token_mask(token_mask, model)
     config = settled(config, options)
     _check_noise(noise_std, config.likelihood or likelihood_of(model))
     precision = (

@@ -13,15 +13,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..forward import Inputs, mapped, tensors_in
+from ..checks import is_whole
+from ..forward import Inputs, mapped, tensors_in, vocabulary_size
 from .data import Batch
 
-__all__ = ["TokenMask", "cautious_precision", "is_perturbable", "perturbed_rows"]
+__all__ = ["TokenMask", "cautious_precision", "check_token_mask", "is_perturbable", "perturbed_rows"]
 
 SHARE = 0.15
 """Of a row's words or values."""
@@ -41,6 +43,32 @@ class TokenMask:
 
     mask_token_id: int
     kept: Collection[int] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        for name, ids in (("mask_token_id", [self.mask_token_id]), ("kept", self.kept)):
+            wrong = [one for one in ids if not is_whole(one) or one < 0]
+            if wrong:
+                raise ValueError(f"`{name}` must be the ids of tokens, whole numbers >= 0, got {wrong[0]!r}.")
+
+
+def check_token_mask(token_mask: Any, model: nn.Module) -> None:
+    """Check that words can be masked so in this model.
+
+    Args:
+        token_mask: as of `laplace.fit`.
+        model: that reads the words.
+
+    Raises:
+        TypeError: it is no `TokenMask`.
+        ValueError: the model has no such token.
+    """
+    if not isinstance(token_mask, TokenMask | None):
+        raise TypeError(f"`token_mask` must be a `laplace.TokenMask`, got {type(token_mask).__name__}.")
+    size = None if token_mask is None else vocabulary_size(model)
+    if token_mask is not None and size is not None and token_mask.mask_token_id >= size:
+        raise ValueError(
+            f"`token_mask` has the `mask_token_id` {token_mask.mask_token_id}, beyond the model's vocabulary of {size}."
+        )
 
 
 def is_perturbable(batch: Batch, likelihood: str, token_mask: TokenMask | None) -> bool:

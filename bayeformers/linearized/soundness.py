@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Inputs, batch_size, call, rows
+from ..sampling.dora import tell_of_held_norms
 from ..sampling.views import View, viewed
 from .recording import Use, examples, gradients, record
 
@@ -194,6 +195,7 @@ def check_reads(
     key = frozenset(map(id, modules)), tuple(inputs) if isinstance(inputs, Mapping) else ()
     if key in _WITHOUT_READS.setdefault(model, set()):
         return
+    tell_of_held_norms(model, modules)
     read = set(read_outside(model, inputs, modules, output_of))
     if read:
         some = [name for name, module in model.named_modules() if module in read]

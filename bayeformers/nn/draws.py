@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..checks import check_draw
+from ..sampling.dora import check_no_cached_norms
 from .adapters import LATE, forget_adapters, late_adapters, let_thaw, name_heads, note_adapters
 from .base import BayesianModule
 from .base import bayesian_modules as bayesian_modules
@@ -85,6 +86,7 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
         raise ValueError(
             f"`model` ({type(model).__name__}) has no Bayesian layer to draw; call `to_bayesian(model)` first."
         )
+    check_no_cached_norms(model)
     name_heads(model)
     check_names(model)
     stand_in_for_merges(model)  # of adapters that came after the conversion

@@ -23,6 +23,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from .dora import check_no_cached_norms
+
 T = TypeVar("T")
 
 _HOOKS = (
@@ -151,6 +153,7 @@ def itself(model: nn.Module, *, training: bool | None = False) -> Iterator[View]
 @contextlib.contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
     """One caller at a time, who may nest: for what has to change the model itself."""
+    check_no_cached_norms(model)
     with _making:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
@@ -180,6 +183,7 @@ def private_view(
         replaced: by the id of a Parameter what the view has in its place.
         training: the mode of all modules inside; None: each its own.
     """
+    check_no_cached_norms(model)
     tensors: dict[int, Tensor] = dict(replaced or {})
     try:
         modules = _Copying(model, tensors, training).run()

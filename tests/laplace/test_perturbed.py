@@ -215,3 +215,19 @@ def test_bad_input_is_refused() -> None:
             laplace.tune(posterior, "perturbed", training=data, **QUIET)
     with pytest.raises(ValueError, match='a `token_mask` .* use "leverage"'):
         laplace.fit(reader(), batches(text(), classes(6)), prior_precision="perturbed", **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "told"),
+    [
+        (lambda: {"mask_token_id": 6}, TypeError, "`token_mask` must be a `laplace.TokenMask`, got dict"),
+        (lambda: TokenMask(mask_token_id=10**6), ValueError, "beyond the model's vocabulary"),
+        (lambda: TokenMask(mask_token_id=-1), ValueError, "`mask_token_id` must be the ids of tokens"),
+        (lambda: TokenMask(mask_token_id=6, kept=["[CLS]"]), ValueError, "`kept` must be the ids"),  # type: ignore[list-item]
+    ],
+)
+def test_a_wrong_mask_is_refused_before_the_fit(mask: Any, kind: type[Exception], told: str) -> None:
+    model = reader()
+    vars(model)["get_input_embeddings"] = lambda: nn.Embedding(7, 2)  # as of a transformers model
+    with pytest.raises(kind, match=told):
+        laplace.fit(model, [text()], token_mask=mask(), progress=False)
