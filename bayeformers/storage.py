@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 VERSION = 2
 """Of files in which a tensor has several names; others are of version 1."""
@@ -36,6 +36,17 @@ def digest(tensor: Tensor) -> str:
     found = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
     found.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:_HEX]
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """Digests of everything in a model's state, by its name without wrappers' (data-parallel, compiled)."""
+    state = {_bare(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: digest(value) for name, value in state.items()}
+
+
+def _bare(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return _bare(rest) if first in ("module", "_orig_mod") and rest else name
 
 
 def file_digests(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from ..laplace.posterior import FILE
 from ..nn.base import WIDE_BUFFERS, BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.parameters import of_source
+from ..posteriors.base import BasePosterior
 from ..posteriors.files import saved_kinds
 from .accounting import Files, check_arguments, check_values, posterior_like, told_missing
 from .adapter_loading import is_adapter, load_adapter
@@ -86,6 +87,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
         files.check(has_posterior=True)
         model, info = _converted(directory, config, record, hub, kwargs)
         check_values(model, str(directory), is_verified=files.are_verified)
+        _give_posterior(files, model, {name: kind for name, kind in saved_kinds().items() if kind.wraps})
     return (model, info) if wants_info else model  # type: ignore[return-value]
 
 
@@ -153,10 +155,15 @@ def _with_head(
     original = architecture(config, files.directory, hub)
     model, info = _plain(files, config, building(original, head), kwargs, is_whole=_check_head)
     settle(model, original)
-    found = next(((kind, path) for name, kind in saved_kinds().items() if (path := files.find(name)) is not None), None)
+    _give_posterior(files, model, saved_kinds())
+    return model, info
+
+
+def _give_posterior(files: Files, model: PreTrainedModel, kinds: Mapping[str, type[BasePosterior]]) -> None:
+    """The first posterior of these kinds that lies beside the model becomes its own."""
+    found = next(((kind, path) for name, kind in kinds.items() if (path := files.find(name)) is not None), None)
     if found is not None:
         model.__dict__[_OWN] = found[0].load(found[1], model)
-    return model, info
 
 
 def _check_head(info: Mapping[str, Any], directory: str) -> None:

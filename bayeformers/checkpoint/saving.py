@@ -29,7 +29,7 @@ from ..conversion.record import (
 from ..heads.find import find_head
 from ..heads.persistence import without_stale_head
 from ..nn.draws import bayesian_modules
-from ..posteriors import BasePosterior
+from ..posteriors import BasePosterior, VariationalPosterior
 from ..posteriors.files import saved_kinds
 from ..storage import difference, file_digests, read_digests, write_digests
 from .adapters import wrap_peft
@@ -62,11 +62,14 @@ def carry(model: nn.Module, posterior: Any) -> None:
 
 def saved_along(model: nn.Module) -> BasePosterior | None:
     """The posterior that ``model.save_pretrained`` writes: the model's ``posterior``, or its Trainer's."""
-    if not isinstance(model, PreTrainedModel) or bayesian_modules(model):
+    if not isinstance(model, PreTrainedModel):
         return None
     carried = _CARRIED.get(model)
     own = vars(model).get(_OWN) or (None if carried is None else carried())
-    return own if isinstance(own, BasePosterior) and own.file_name and own.model is model else None
+    if not isinstance(own, BasePosterior) or not own.file_name or own.model is not model:
+        return None
+    is_of_layers = isinstance(getattr(own, "base", None), VariationalPosterior)  # which lie in the checkpoint itself
+    return own if is_of_layers or not bayesian_modules(model) else None
 
 
 def check_recorded(model: nn.Module) -> None:

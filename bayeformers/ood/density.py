@@ -17,7 +17,7 @@ from ..forward import Inputs, batch_size, check_filled
 from ..posteriors import Posterior
 from ..posteriors.heads import without_labels
 from ..posteriors.predict import as_posterior
-from ..storage import check_whole, digest, folder, read, write
+from ..storage import check_whole, folder, read, weight_digests, write
 from .densities import DENSITIES, distance
 from .features import Place, at_mean, read_features
 from .predictions import PREDICTIONS, point_prediction, prediction_score
@@ -196,17 +196,6 @@ class FeatureDensity:
 
 
 _NUMBERS = ("loc", "scale", "low", "weight")
-
-
-def weight_digests(model: nn.Module) -> dict[str, str]:
-    """Hashes of everything in the model's state, by its name without wrappers' (data-parallel, compiled)."""
-    state = {_bare(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return {name: digest(value) for name, value in state.items()}
-
-
-def _bare(name: str) -> str:
-    first, _, rest = name.partition(".")
-    return _bare(rest) if first in ("module", "_orig_mod") and rest else name
 
 
 def _versions(model: nn.Module) -> _Versions:

@@ -18,9 +18,10 @@ from ..posteriors import Posterior
 from ..posteriors.heads import known_problem_type
 from ..posteriors.predict import as_posterior
 from ..processes import gathered, process_index, summed
+from ..storage import weight_digests
 from .choice import standardized, weighted
 from .densities import DENSITIES, DensityMethod, check_gaussian_size, from_moments, unit
-from .density import FeatureDensity, Part, raw_scores, weight_digests
+from .density import FeatureDensity, Part, raw_scores
 from .features import Place, Pooling, at_mean, read_features, read_states
 from .made_up import KINDS, can_be_made_up, made_up
 from .moments import Moments

@@ -9,6 +9,7 @@ from torch import nn
 
 from .base import BasePosterior
 from .point import PointPosterior
+from .variational import VariationalPosterior, is_bayesian
 
 Kind = TypeVar("Kind", bound=type[BasePosterior])
 
@@ -49,14 +50,14 @@ def load_beside(directory: Path, name: str | None, model: nn.Module) -> BasePost
 
     Args:
         directory: where that one was saved.
-        name: its `file_name`; None: a point estimate, of which nothing is saved.
+        name: its `file_name`; None: what the model is by itself, a converted one's posterior or a point estimate.
         model: its model.
 
     Raises:
         ValueError: no class of that name is registered, or the file is missing or damaged.
     """
     if name is None:
-        return PointPosterior(model)
+        return VariationalPosterior(model) if is_bayesian(model) else PointPosterior(model)
     if name not in _KINDS:
         raise ValueError(f"No posterior is registered that saves {name!r}: import the module that registers it first.")
     return _KINDS[name].load(directory / name, model)

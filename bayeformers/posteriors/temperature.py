@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from ..metrics import fit_temperature
 from ..metrics.scaling import LOG_FLOOR, fit_linear_map
 from ..predictive import Predictive
 from ..predictive.mixture import MixturePredictive, mixture_of
-from ..storage import check_whole, folder, read, saved_file, write
+from ..storage import check_whole, folder, read, saved_file, weight_digests, write
 from .base import BasePosterior
 from .files import load_beside, register_posterior
 from .point import PointPosterior
+from .variational import VariationalPosterior
 
 __all__ = ["Calibration", "TemperaturePosterior"]
 
@@ -86,6 +87,7 @@ class TemperaturePosterior(BasePosterior):
         self.draw_cache_bytes = base.draw_cache_bytes
         self.method, self.default_method = method, base.default_method if method is None else method
         self._problem_type = None if problem_type is None else check_problem_type(problem_type)
+        self._fitted_to: dict[str, str] | None = None
 
     def __repr__(self) -> str:
         shown = f"T={self.temperature:.4g}" if self.kind == "scalar" else f"{len(self.weight)} classes"
@@ -148,16 +150,17 @@ class TemperaturePosterior(BasePosterior):
         options = {"num_samples": num_samples, "method": method, "seed": seed}
         found = _collected(base, batches, problem, **options, **({} if noise_std is None else {"noise_std": noise_std}))
         weight: Tensor | float
+        known: dict[str, Any] = {"method": method, "problem_type": problem_type}
         if get_likelihood(problem).has_noise:
-            return cls(base, kind, weight=_stretch(found), method=method, problem_type=problem_type)
+            return cls(base, kind, weight=_stretch(found), **known)._of_these_weights()
         log_probs = torch.cat([values for values, _ in found]).double().cpu().numpy()
         labels = torch.cat([classes for _, classes in found]).cpu().numpy()
         if kind == "scalar":
             weight = 1 / fit_temperature(log_probs.clip(LOG_FLOOR), labels)
-            return cls(base, kind, weight=weight, method=method, problem_type=problem_type)
+            return cls(base, kind, weight=weight, **known)._of_these_weights()
         linear = fit_linear_map(log_probs, labels, kind, penalty)
         weight, bias = torch.from_numpy(linear.weight), torch.from_numpy(linear.bias)
-        return cls(base, kind, weight=weight, bias=bias, method=method, problem_type=problem_type)
+        return cls(base, kind, weight=weight, bias=bias, **known)._of_these_weights()
 
     # -- a posterior -------------------------------------------------------------------------------------------------
 
@@ -174,8 +177,14 @@ class TemperaturePosterior(BasePosterior):
         return self.base.random_parameters()
 
     def is_of_present_weights(self) -> bool:
-        """As the base says."""
-        return self.base.is_of_present_weights()
+        """As the base says; of one that does not know, whether the weights are those it was fitted or loaded with."""
+        is_same = self._fitted_to is None or self._fitted_to == weight_digests(self.model)
+        return is_same and self.base.is_of_present_weights()
+
+    def _of_these_weights(self) -> Self:
+        if type(self.base).is_of_present_weights is BasePosterior.is_of_present_weights:  # it follows any weights
+            self._fitted_to = weight_digests(self.model)
+        return self
 
     def problem_type(self) -> ProblemType:
         """That for which it is calibrated, or the base's."""
@@ -242,11 +251,13 @@ class TemperaturePosterior(BasePosterior):
     def save(self, directory: str | PathLike[str]) -> None:
         """Write ``temperature.safetensors``, and the base beside it, or into ``base`` if that is made of others.
 
+        A converted model's own posterior lies in its checkpoint.
+
         Raises:
             ValueError: the base is not saved beside its model.
         """
         base, place = self.base, folder(directory)
-        if base.file_name is None and type(base) is not PointPosterior:
+        if base.file_name is None and type(base) not in (PointPosterior, VariationalPosterior):
             raise ValueError(f"`base`: a {type(base).__name__} is not saved beside its model; save the model itself.")
         if base.file_name is not None:
             base.save(place / _BASE if base.wraps else place)
@@ -271,7 +282,8 @@ class TemperaturePosterior(BasePosterior):
         check_whole(tensors, ["weight"] if meta["kind"] == "scalar" else ["weight", "bias"], f"{str(path)!r}")
         base = load_beside(path.parent / _BASE if meta["wraps"] else path.parent, meta["base"], model)
         problem_type = meta.get("problem_type")  # older files say nothing
-        return cls(base, meta["kind"], **tensors, method=meta["method"], problem_type=problem_type)
+        loaded = cls(base, meta["kind"], **tensors, method=meta["method"], problem_type=problem_type)
+        return loaded._of_these_weights()
 
 
 def stretched(predictive: Predictive, factor: float, centre: Tensor | None = None) -> Predictive:

@@ -194,6 +194,38 @@ def test_saved_with_its_base(tmp_path: Path, name: str, kind: Any) -> None:
         assert torch.equal(getattr(found, value), getattr(expected, value))
 
 
+@pytest.mark.parametrize("kind", ["scalar", "dirichlet"])
+def test_a_converted_model_keeps_its_calibration(tmp_path: Path, kind: Any) -> None:
+    """Its posterior lies in the checkpoint, the calibration beside it; saved without one, the old one goes."""
+    model, batch = bayeformers.to_bayesian(case("bert").build(), delta=0.2), texts()
+    model.posterior = TemperaturePosterior.fit(VariationalPosterior(model), [batch], kind, num_samples=4, penalty=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = bayeformers.from_pretrained(tmp_path)
+    assert isinstance(loaded.posterior.base, VariationalPosterior) and loaded.posterior.base.model is loaded
+    found, expected = (bayeformers.predict(one, batch, num_samples=4) for one in (loaded, model))
+    assert torch.equal(found.probs, expected.probs) and torch.equal(found.log_probs, expected.log_probs)
+    plain = bayeformers.predict(VariationalPosterior(model), batch, num_samples=4)
+    assert not torch.equal(found.probs, plain.probs)
+    other = bayeformers.to_bayesian(case("bert").build(), delta=0.3)
+    other.save_pretrained(tmp_path)
+    assert getattr(bayeformers.from_pretrained(tmp_path), "posterior", None) is None
+
+
+@pytest.mark.parametrize("base", [PointPosterior, DropoutPosterior])
+def test_a_calibration_of_other_weights_is_not_saved(
+    tmp_path: Path, base: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a posterior that follows whatever weights the model has, the calibration remembers its own."""
+    model, batch = case("bert").build(), texts()
+    model.posterior = TemperaturePosterior.fit(base(model), [batch], num_samples=2)
+    assert model.posterior.is_of_present_weights()
+    with torch.no_grad():
+        model.classifier.weight.add_(0.1)
+    assert not model.posterior.is_of_present_weights()
+    model.save_pretrained(tmp_path)
+    assert "weights have moved" in caplog.text and not (tmp_path / "temperature.safetensors").exists()
+
+
 def test_a_mixture_of_calibrated_posteriors(tmp_path: Path) -> None:
     bases, batch = bert_bases(), texts()
     parts = [TemperaturePosterior.fit(bases["laplace"], [batch]), TemperaturePosterior(bases["point"], weight=0.5)]
@@ -272,8 +304,12 @@ def test_refused_when_used(tmp_path: Path) -> None:
         TemperaturePosterior(POINT).predict(torch.zeros(1, 3), method="glm")
     variational = TemperaturePosterior(VariationalPosterior(bayeformers.to_bayesian(nn.Linear(2, 2))))
     assert variational.predict(torch.ones(1, 2)).probs.shape == (1, 2)
-    with pytest.raises(ValueError, match="a VariationalPosterior is not saved beside its model"):
-        variational.save(tmp_path)
+
+    class OfMyOwn(PointPosterior):
+        """Of no file."""
+
+    with pytest.raises(ValueError, match="a OfMyOwn is not saved beside its model"):
+        TemperaturePosterior(OfMyOwn(nn.Identity())).save(tmp_path)
     with pytest.raises(ValueError, match="no temperature file"):
         TemperaturePosterior.load(tmp_path, nn.Identity())
     with pytest.raises(ValueError, match="at least 2"):
