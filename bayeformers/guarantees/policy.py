@@ -53,6 +53,7 @@ class AbstentionPolicy:
         group_by: what the groups are: a column's name, or "predicted" for the predicted class.
         method: how the posterior predicted; None: its default.
         num_samples: draws of each prediction.
+        posterior: the class of the posterior; None of scores that were given as numbers.
         weights: a digest of the model's weights; None of scores that were given as numbers.
 
     Raises:
@@ -77,6 +78,7 @@ class AbstentionPolicy:
     group_by: str | None = None
     method: str | None = None
     num_samples: int | None = None
+    posterior: str | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:

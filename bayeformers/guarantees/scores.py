@@ -69,7 +69,7 @@ def score_of(predictive: Predictive, name: str = "confidence") -> Tensor:
     values = table[name](predictive)
     is_free = likelihood.is_per_token or likelihood.is_per_pixel
     if not is_free:
-        values = values.flatten(1) if values.dim() > 1 else values[:, None]
+        values = values.reshape(len(values), -1)
         is_least = name in ("margin", *_VALUES)
         values = values.amin(1) if is_least else values.sum(1)  # logarithms of probabilities add up
     values = values.exp() if name == "confidence" else values
@@ -126,7 +126,7 @@ def errors_of(predictive: Predictive, labels: Tensor | Mapping[str, Any], tolera
     wrong = (log_probs.argmax(-1) != classes).double()
     if likelihood.is_per_token or likelihood.is_per_pixel:
         return wrong.masked_fill(ignored, torch.nan)
-    return _any(wrong.flatten(1) if wrong.dim() > 1 else wrong[:, None], ignored.flatten(1).reshape(len(wrong), -1))
+    return _any(wrong.reshape(len(wrong), -1), ignored.reshape(len(wrong), -1))
 
 
 def _any(wrong: Tensor, ignored: Tensor) -> Tensor:
