@@ -64,8 +64,8 @@ def fit_abstention(
         groups: a column of the dataset, or one entry per row: each group then has a threshold of its own, and a promise
             of its own at its own number of rows. "predicted": the predicted class. Unknown groups are refused.
         errors: what a wrong answer is; None: as `errors_of` says. A number is a regression's tolerance; an array has
-            one entry per row, a function gives (B,) of a prediction and its batch. 0 or 1, or losses in between: these are
-            rounded to 0 or 1 at random, with themselves as probability, so that the bound stays exact.
+            one entry per row, a function gives (B,) of a prediction and its batch. 0 or 1, or losses in between: these
+            are rounded to 0 or 1 at random, with themselves as probability, so that the bound stays exact.
         num_samples: draws of each prediction, as it will be used.
         method: how the posterior predicts; None: its default.
         batch_size: of rows that come one by one.
@@ -128,10 +128,10 @@ def certified_threshold(
         confidence: the probability of the promise.
 
     Returns:
-        The threshold: the number that follows the largest score that is not answered; -inf: all are answered.
+        The threshold: in the middle between two neighbouring scores; -inf: all are answered.
 
-    >>> certified_threshold(np.linspace(1, 0, 100), np.arange(100) >= 60)
-    0.393939393939394
+    >>> round(certified_threshold(np.linspace(1, 0, 100), np.arange(100) >= 60), 4)
+    0.399
     """
     allowed = error_allowance(len(scores), max_risk, confidence)
     is_number = ~np.isnan(scores)
@@ -143,7 +143,10 @@ def certified_threshold(
     if not len(certified):
         return math.inf
     last = int(certified[-1])
-    return -math.inf if last + 1 == len(values) else float(np.nextafter(values[last + 1], math.inf))
+    if last + 1 == len(values):
+        return -math.inf
+    middle = 0.5 * (values[last] + values[last + 1])  # far from both, where other roundings would decide
+    return float(middle if values[last + 1] < middle < values[last] else values[last])
 
 
 @dataclass(frozen=True, eq=False)

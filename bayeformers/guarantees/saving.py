@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..posteriors import PointPosterior
 from ..storage import digest
-from .policy import AbstentionPolicy
+from .policy import POLICY_FILE, AbstentionPolicy
 
-__all__ = ["attach_policy", "policy_of", "weights_digest"]
+__all__ = ["attach_policy", "mismatch", "policy_of", "take_up_policy", "weights_digest", "write_policy"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,68 @@ def policy_of(model_or_posterior: Any) -> AbstentionPolicy | None:
             "The model's weights have moved since its abstention policy was fitted: it is not applied. Fit it again."
         )
     return None
+
+
+def mismatch(
+    policy: AbstentionPolicy, posterior: Any, method: str | None = None, num_samples: int | None = None
+) -> str | None:
+    """Say why a policy does not hold of predictions that are made in another way than it was calibrated on.
+
+    Args:
+        policy: of scores of a posterior, or of numbers, about which nothing is known.
+        posterior: that predicts now; None: a point estimate.
+        method: how; None: its default.
+        num_samples: of how many draws.
+
+    Returns:
+        None where the predictions are made as then.
+    """
+    if policy.posterior is None:
+        return None
+    kind = PointPosterior.__name__ if posterior is None else type(posterior).__name__
+    if kind != policy.posterior:
+        return f"it was calibrated on predictions of a {policy.posterior}, and these are of a {kind}"
+    method = method or getattr(posterior, "default_method", policy.method)
+    if method != policy.method and kind != PointPosterior.__name__:
+        return f"it was calibrated on predictions by {policy.method!r}, and these are by {method!r}"
+    most = getattr(posterior, "num_draws", None)
+    own, then = (n if most is None or n is None else min(n, most) for n in (num_samples, policy.num_samples))
+    if method != "glm" and kind != PointPosterior.__name__ and None not in (own, then) and own != then:
+        return f"it was calibrated on averages of {then} draws, and these are of {own}"
+    return None
+
+
+def write_policy(model: nn.Module, folder: Path) -> None:
+    """Write the policy that a model carries into its folder; one that lies there of other weights is removed."""
+    policy, path = policy_of(model), folder / POLICY_FILE
+    if policy is not None:
+        policy.save(folder)
+    elif path.is_file() and _is_of_other_weights(path, model):
+        path.unlink()
+        logger.warning("Removed %r: the abstention policy of other weights than those that are saved.", str(path))
+
+
+def take_up_policy(model: nn.Module, path: str | Path | None) -> None:
+    """Attach the policy that lies beside a model's weights; one of other weights, or of another dtype, only warns."""
+    if path is None:
+        return
+    policy = AbstentionPolicy.load(path)
+    if policy.weights is not None and policy.weights != weights_digest(model):
+        logger.warning(
+            "The abstention policy %r was fitted to other weights than were loaded (or to these in another dtype): it "
+            "is not attached. Fit it again.",
+            str(path),
+        )
+        return
+    vars(model)[_OWN] = policy
+
+
+def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
+    try:
+        known = AbstentionPolicy.load(path).weights
+    except ValueError:
+        return True
+    return known is not None and known != weights_digest(model)
 
 
 def weights_digest(model: nn.Module) -> str:
