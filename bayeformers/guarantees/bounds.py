@@ -11,14 +11,15 @@ whatever the distribution of scores and errors, ties included. With them every t
 certified, and the one that answers the most may be taken.
 
 *Proof.* Rank rows from the surest on, equal scores by independent uniform numbers; let g(t) = E[error - a; score >= t].
-R(t) > a where g(t) > 0; let B be these t, a union of intervals on each of which g rises from 0. Couple the errors of the
-rows with a sequence of independent Bernoulli(a) variables F, by blocks between the ends of these intervals. On a
+R(t) > a where g(t) > 0; let B be these t, a union of intervals on each of which g rises from 0. Couple the errors of
+the rows with a sequence of independent Bernoulli(a) variables F, by blocks between the ends of these intervals. On a
 complete block g returns to 0, so that given its number of rows its errors are as many as F's in distribution: let them
 be equal. On a block inside of B the errors lie, given their number, higher in the ranking than uniformly, because
 g > 0, and the right answers lower; moving them so from F's uniform places only raises the errors among the first m of
-the block, for every m. In the last block, where g ends above 0, take errors away until it ends at 0. So K(t) >= F_{N(t)}
-for all t in B at once, and P(exists m: F_m <= c_m), which `crossing_probability` computes exactly, bounds the failure.
-Equal scores are answered together: their thresholds are some of those of the proof, which is why ties need nothing.
+the block, for every m. In the last block, where g ends above 0, take errors away until it ends at 0. So
+K(t) >= F_{N(t)} for all t in B at once, and P(exists m: F_m <= c_m), which `crossing_probability` computes exactly,
+bounds the failure. Equal scores are answered together: their thresholds are some of those of the proof, which is why
+ties need nothing.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ __all__ = ["attach_policy", "mismatch", "policy_of", "take_up_policy", "weights_
 logger = logging.getLogger(__name__)
 
 _OWN = "abstention_policy"
+_REPLACED = ".original_module."  # of PEFT's `modules_to_save`: it is not called, and not saved
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
@@ -134,7 +135,7 @@ def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
 def weights_digest(model: nn.Module) -> str:
     """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes in place."""
     state = model.state_dict(keep_vars=True)
-    tensors = {_bare(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {_bare(n): v for n, v in state.items() if isinstance(v, Tensor) and _REPLACED not in n}
     versions = tuple((name, value.data_ptr(), value._version) for name, value in tensors.items())
     known = _CHECKED.get(model)
     if known is not None and known[0] == versions:
