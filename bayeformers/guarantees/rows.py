@@ -100,8 +100,8 @@ def _collated(
             batch = collate(rows)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                "`data_collator` must make one batch of the rows, such as `DataCollatorWithPadding(tokenizer)` of texts "
-                f"that are not equally long: {error}"
+                "`data_collator` must make one batch of the rows, as `DataCollatorWithPadding(tokenizer)` does of "
+                f"texts that are not equally long: {error}"
             ) from error
         yield batch, values
 
