@@ -224,6 +224,7 @@ def test_a_policy_goes_with_its_model(tmp_path: Path, caplog: pytest.LogCaptureF
     model.save_pretrained(tmp_path)
     again = bf.from_pretrained(tmp_path)
     assert policy_of(again) == found == policy_of(bf.VariationalPosterior(again))
+    assert policy_of(PointPosterior(again)) is None and "of a PointPosterior" in caplog.text
     with torch.no_grad():
         next(again.parameters()).add_(1)
     with caplog.at_level(logging.WARNING, "bayeformers"):
