@@ -124,7 +124,7 @@ def of_clinc(model: str, data_dir: Path) -> dict[str, Array]:
             parts.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy())
         features[split] = np.concatenate(parts)
         labels[split] = np.array([names.index(rows[i][1]) for i in by_length])
-    head = LogisticRegression(C=30, max_iter=100).fit(features["train"], labels["train"])
+    head = LogisticRegression(C=30, max_iter=300).fit(features["train"], labels["train"])
     return scores_of(head.predict_proba(features["reported"]), labels["reported"])
 
 
