@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,33 +92,38 @@ class Cutoffs(dict[Hashable, Cutoff]):
     """By group; a group without calibration rows has an infinite threshold: nothing is known of it."""
 
     @classmethod
-    def of(cls, scores: Tensor, keys: Sequence[Hashable], alpha: float, expected: Sequence[Hashable] = ()) -> Cutoffs:
-        """Take each group's conformal quantile.
+    def of(
+        cls,
+        quantile: Callable[[list[int]], float],
+        keys: Sequence[Hashable],
+        alpha: float,
+        expected: Iterable[Hashable] = (),
+    ) -> Cutoffs:
+        """Take each group's threshold.
 
         Args:
-            scores: of the calibration rows, (n,).
-            keys: the group of each row, n of them.
+            quantile: from the numbers of a group's rows to its threshold.
+            keys: the group of each calibration row.
             alpha: the share of misses allowed in each group.
             expected: groups that will be asked for, whether or not they have rows.
 
         Returns:
-            The cutoffs; a warning names groups whose threshold is infinite for lack of rows.
+            The cutoffs; a warning names groups with too few rows for a finite threshold.
         """
         rows: dict[Hashable, list[int]] = {key: [] for key in expected}
         for number, key in enumerate(keys):
             rows.setdefault(key, []).append(number)
-        found = cls({key: Cutoff(conformal_quantile(scores[own], alpha), len(own)) for key, own in rows.items()})
         few = [key for key, own in rows.items() if conformal_rank(len(own), alpha) > len(own)]
         if few:
-            where = "" if few == [ALL] else f" of {few[:5]} ({len(few)} of {len(rows)} groups)"
+            whose = "" if few == [ALL] else f" of {few[:5]} ({len(few)} of {len(rows)} groups)"
             logger.warning(
-                "Too few calibration rows%s for alpha=%g: fewer than %d, so that nothing can be left out%s.",
-                where,
+                "Too few calibration rows%s for alpha=%g: it takes %d to leave anything out, so nothing is%s.",
+                whose,
                 alpha,
                 least_rows(alpha),
                 "" if few == [ALL] else " there",
             )
-        return found
+        return cls({key: Cutoff(quantile(own), len(own)) for key, own in rows.items()})
 
     def thresholds(self, keys: Sequence[Hashable]) -> Tensor:
         """Look up the threshold of each key, (len(keys),) in float64."""
