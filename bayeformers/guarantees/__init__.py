@@ -2,11 +2,19 @@
 
 from .abstention import certified_threshold, fit_abstention
 from .bounds import clopper_pearson, error_allowance, least_examples, smallest_refusal
+from .fit_intervals import fit_prediction_intervals
+from .fit_sets import fit_prediction_sets
+from .intervals import INTERVALS_FILE, PredictionIntervals
+from .p_values import benjamini_hochberg, conformal_p_values
 from .policy import POLICY_FILE, AbstentionPolicy
+from .quantiles import conformal_quantile, coverage_interval
 from .saving import attach_policy, policy_of
 from .scores import SCORES, errors_of, score_of
+from .sets import SETS_FILE, PredictionSets, SetScore
 
 __all__ = [
-    "POLICY_FILE", "SCORES", "AbstentionPolicy", "attach_policy", "certified_threshold", "clopper_pearson",
-    "error_allowance", "errors_of", "fit_abstention", "least_examples", "policy_of", "score_of", "smallest_refusal",
+    "INTERVALS_FILE", "POLICY_FILE", "SCORES", "SETS_FILE", "AbstentionPolicy", "PredictionIntervals",
+    "PredictionSets", "SetScore", "attach_policy", "benjamini_hochberg", "certified_threshold", "clopper_pearson",
+    "conformal_p_values", "conformal_quantile", "coverage_interval", "error_allowance", "errors_of", "fit_abstention",
+    "fit_prediction_intervals", "fit_prediction_sets", "least_examples", "policy_of", "score_of", "smallest_refusal",
 ]  # fmt: skip

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_count
 from ..posteriors import Posterior
-from ..posteriors.predict import as_posterior
 from .classes import ClassRows
 from .nonconformity import SetMethod, class_scores, true_scores
 from .quantiles import ALL, Cutoffs, check_alpha, conformal_quantile, group_keys
-from .rows import Collator, column, predicted_rows
+from .rows import Collator, calibration_rows, column
 from .sets import CALIBRATION, PredictionSets, Promise, SetScore
 
 __all__ = ["false_negative_threshold", "fit_prediction_sets"]
@@ -86,7 +85,15 @@ def fit_prediction_sets(
     check_count("seed", seed, 0)
     if class_conditional and groups is not None:
         raise ValueError("`class_conditional` and `groups` exclude each other: give one of them.")
-    rows, given = _labelled(posterior_or_probs, dataset, num_samples, batch_size, data_collator, seed)
+    parts, how = calibration_rows(
+        posterior_or_probs,
+        dataset,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        data_collator=data_collator,
+        seed=seed,
+    )
+    rows = ClassRows.of(parts)
     _check_kind(rows, score, promise, class_conditional)
     keys = _keys(dataset, groups, len(rows.labels))
     kept = rows.labelled().nonzero()[:, 0]
@@ -105,7 +112,7 @@ def fit_prediction_sets(
         promise=promise,
         allow_empty=allow_empty,
         cutoffs=_by_class(rows, scores, alpha) if class_conditional else _by_key(rows, scores, keys, alpha, promise),
-        num_samples=given,
+        **how,
     )
 
 
@@ -143,18 +150,6 @@ def false_negative_threshold(scores: Tensor, labels: Tensor, alpha: float) -> fl
 def _last_of_equal(values: Tensor, totals: Tensor) -> tuple[list[float], list[float]]:
     is_last = torch.cat([values[1:] != values[:-1], values.new_ones(min(len(values), 1), dtype=torch.bool)])
     return values[is_last].tolist(), totals[is_last].tolist()
-
-
-def _labelled(
-    source: Any, dataset: Any, num_samples: int, batch_size: int, data_collator: Collator | None, seed: int
-) -> tuple[ClassRows, int | None]:
-    """All rows, and how many draws were taken of a posterior."""
-    if dataset is None:
-        raise ValueError("`dataset` is missing: labelled rows, or of probabilities their labels.")
-    if not isinstance(source, nn.Module) and not isinstance(source, Posterior):
-        return ClassRows.of([(source, dataset)]), None
-    options = {"num_samples": num_samples, "batch_size": batch_size, "data_collator": data_collator, "seed": seed}
-    return ClassRows.of(list(predicted_rows(as_posterior(source), dataset, **options))), num_samples  # type: ignore[arg-type]
 
 
 def _check_kind(rows: ClassRows, score: SetScore, promise: str, class_conditional: bool) -> None:

@@ -103,7 +103,7 @@ class PredictionSets:
         allow_empty: whether a set may hold no class; otherwise the likeliest is in.
         cutoffs: threshold and rows by class, by group, or of "all".
         num_samples: draws of the predictions; None where probabilities were given.
-        predict_method: by which these were made; None: the posterior's default.
+        weights: a digest of the model's weights; None where probabilities were given.
     """
 
     alpha: float
@@ -115,7 +115,7 @@ class PredictionSets:
     promise: Promise = "coverage"
     allow_empty: bool = True
     num_samples: int | None = None
-    predict_method: str | None = None
+    weights: str | None = None
 
     @property
     def num_examples(self) -> int:
