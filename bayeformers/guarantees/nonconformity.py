@@ -50,7 +50,7 @@ def class_scores(
     up_to = mass.gather(-1, torch.searchsorted(negated, -probs, right=True))
     share = probs.new_ones(len(probs), 1) if uniforms is None else uniforms.to(probs)[:, None]
     scores = (1 - share) * above + share * up_to
-    return scores if method == "aps" else scores + penalty * (num_above + 1 - k_reg).clamp_min(0)
+    return scores if method == "aps" else scores + penalty * (num_above + 1 - k_reg).clamp_min(0).to(scores)
 
 
 def true_scores(scores: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""From a posterior and a dataset to sets and intervals: the rows that are read, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+from bayeformers import predict, to_bayesian
+from bayeformers.guarantees import PredictionSets, fit_prediction_intervals, fit_prediction_sets
+from bayeformers.guarantees.rows import column, predicted_rows
+from bayeformers.posteriors import PointPosterior, VariationalPosterior
+
+SIZE = 24
+
+
+def bert(kind: Any = BertForSequenceClassification, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **options
+    )
+    return kind(config).eval()
+
+
+def dataset(labels: list[Any], length: int = 5) -> Dataset:
+    ids = torch.randint(1, 30, (len(labels), length), generator=torch.Generator().manual_seed(1)).tolist()
+    return Dataset.from_dict({
+        "input_ids": ids,
+        "label": labels,
+        "text": ["a text"] * len(labels),
+        "source": ["web", "book"] * (SIZE // 2),
+    })
+
+
+CLASSES = dataset([i % 3 for i in range(SIZE)])
+
+
+@pytest.fixture(scope="module")
+def posterior() -> Any:
+    return VariationalPosterior(to_bayesian(bert(num_labels=3), delta=0.5))
+
+
+def test_the_rows_are_predicted_in_order_and_other_columns_left_out(posterior: Any) -> None:
+    expected = predict(posterior, {"input_ids": torch.tensor(CLASSES["input_ids"])}, num_samples=3, seed=5)
+    for source in (CLASSES, list(CLASSES), DataLoader(_Tensors(), batch_size=7)):
+        found = list(predicted_rows(posterior, source, num_samples=3, batch_size=7, seed=5))
+        assert torch.allclose(torch.cat([one.probs for one, _ in found]), expected.probs, atol=1e-6)
+        assert torch.cat([labels for _, labels in found]).tolist() == CLASSES["label"]
+
+
+class _Tensors(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, number: int) -> Any:
+        row = CLASSES[number]
+        return {"input_ids": torch.tensor(row["input_ids"]), "labels": row["label"]}
+
+
+def test_sets_of_a_posterior_are_those_of_its_probabilities(posterior: Any) -> None:
+    sets = fit_prediction_sets(posterior, CLASSES, groups="source", num_samples=3, batch_size=7)
+    probs = predict(posterior, {"input_ids": torch.tensor(CLASSES["input_ids"])}, num_samples=3).probs
+    plain = fit_prediction_sets(probs, torch.tensor(CLASSES["label"]), groups=CLASSES["source"])
+    assert {key: cutoff.num_rows for key, cutoff in sets.cutoffs.items()} == {"web": 12, "book": 12}
+    for key, cutoff in plain.cutoffs.items():
+        assert sets.cutoffs[key].threshold == pytest.approx(cutoff.threshold, abs=1e-5)
+    assert sets.num_samples == 3 and sets.weights is not None and plain.weights is None
+
+
+def test_rows_of_different_lengths_take_a_collator() -> None:
+    model = bert(num_labels=3)
+    rows = [{"input_ids": list(range(1, 3 + i % 4)), "labels": i % 3} for i in range(SIZE)]
+    with pytest.raises(ValueError, match="give `data_collator`"):
+        fit_prediction_sets(model, rows)
+
+    def pad(batch: list[Any]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in batch]
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        labels = torch.tensor([row["labels"] for row in batch])
+        return {"input_ids": padded, "attention_mask": (padded > 0).long(), "labels": labels}
+
+    sets = fit_prediction_sets(model, rows, data_collator=pad, batch_size=5)
+    one = fit_prediction_sets(model, rows, data_collator=pad, batch_size=1)
+    assert sets.cutoffs["all"].threshold == pytest.approx(one.cutoffs["all"].threshold, abs=1e-5)
+    assert isinstance(sets, PredictionSets) and sets.num_examples == SIZE
+
+
+def test_several_labels_and_regressions_of_a_model() -> None:
+    model = bert(num_labels=2, problem_type="multi_label_classification")
+    rows = dataset([[float(i % 2), float(i % 3 == 0)] for i in range(SIZE)])
+    assert fit_prediction_sets(model, rows, promise="fnr").num_classes == 2
+    model = to_bayesian(bert(num_labels=1, problem_type="regression"), delta=0.5)
+    values = dataset([i / 10 for i in range(SIZE)])
+    intervals = fit_prediction_intervals(model, values, scale="epistemic", num_samples=4)
+    predictive = predict(model, {"input_ids": torch.tensor(values["input_ids"])}, num_samples=4)
+    ends = intervals.predict(predictive)
+    covered = (ends[:, 0] <= torch.tensor(values["label"])) & (torch.tensor(values["label"]) <= ends[:, 1])
+    assert covered.sum() >= 23  # ceil(25 * 0.9) rows have a score up to the threshold; up to rounding of batches
+    with pytest.raises(ValueError, match="is 0 for every row: a point estimate has no epistemic part"):
+        fit_prediction_intervals(PointPosterior(bert(num_labels=1)), values, scale="epistemic")
+
+
+def test_columns_are_read_in_order() -> None:
+    assert column(CLASSES, "source") == column(list(CLASSES), "source") == ["web", "book"] * (SIZE // 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"dataset": None}, ValueError, "`dataset` is missing"),
+        ({"dataset": 3}, TypeError, "`dataset` must be a datasets.Dataset"),
+        ({"dataset": []}, ValueError, "`dataset` is empty"),
+        ({"dataset": [torch.ones(3)]}, TypeError, "rows of `dataset` must be mappings"),
+        ({"dataset": CLASSES.remove_columns("label")}, ValueError, '`dataset` needs a column "labels"'),
+        ({"groups": "author"}, ValueError, "`dataset` has no column 'author'"),
+        ({"dataset": list(CLASSES), "groups": "author"}, ValueError, "rows without a column 'author'"),
+        ({"dataset": DataLoader(_Tensors()), "groups": "source"}, ValueError, "cannot be read from a DataLoader"),
+        ({"num_samples": 0}, ValueError, "`num_samples`"),
+        ({"batch_size": 0}, ValueError, "`batch_size`"),
+    ],
+)
+def test_bad_input(posterior: Any, change: dict[str, Any], error: type[Exception], told: str) -> None:
+    options = {"dataset": CLASSES, "num_samples": 1, **change}
+    with pytest.raises(error, match=told):
+        fit_prediction_sets(posterior, **options)
+
+
+def test_heads_of_other_kinds_are_refused_by_name() -> None:
+    tokens = dataset([[i % 3] * 5 for i in range(SIZE)])
+    with pytest.raises(ValueError, match="one decision per input, got a 'token_classification' head"):
+        fit_prediction_sets(bert(BertForTokenClassification, num_labels=3), tokens)
+    with pytest.raises(ValueError, match="see `fit_prediction_sets`"):
+        fit_prediction_intervals(bert(num_labels=3), CLASSES)
+    with pytest.raises(ValueError, match="see `fit_prediction_intervals`"):
+        fit_prediction_sets(bert(num_labels=1, problem_type="regression"), dataset([0.5] * SIZE))
