@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_count
 from ..posteriors import Posterior
 from .intervals import SCALES, PredictionIntervals, Scale, keys_of, located
+from .labelled import Collator, calibration_rows
 from .quantiles import ALL, Cutoffs, check_alpha, conformal_quantile, group_keys
-from .rows import Collator, calibration_rows, column
 
 __all__ = ["fit_prediction_intervals"]
 
@@ -37,14 +37,14 @@ def fit_prediction_intervals(
     Args:
         posterior_or_means: a posterior or model of a regression; or means (n,) or (n, L), with a scale a pair of means
             and standard deviations.
-        dataset: the labelled rows, as `rows.predicted_rows` takes them; with means the labels, of their shape.
+        dataset: labelled rows, as `fit_prediction_sets` takes them; with means the labels, of their shape.
         alpha: the share of misses allowed, above 0 and below 1; of several outputs, of each.
         scale: what makes an interval wide: "predictive", the standard deviation of weights and noise together, whose
             noise must be known; "epistemic", that of the weights; "none": all intervals have one width.
         groups: hold it for each group by itself: one per row, or the name of a column of ``dataset``.
         num_samples: draws per prediction.
         batch_size: rows per batch.
-        data_collator: as `rows.predicted_rows` takes it.
+        data_collator: makes a batch of rows; None: transformers' default.
         seed: of the draws.
 
     Returns:
@@ -62,15 +62,16 @@ def fit_prediction_intervals(
     alpha = check_alpha(alpha)
     check_choice("scale", scale, SCALES)
     check_count("seed", seed, 0)
-    parts, how = calibration_rows(
+    given = calibration_rows(
         posterior_or_means,
         dataset,
+        groups,
         num_samples=num_samples,
         batch_size=batch_size,
         data_collator=data_collator,
         seed=seed,
     )
-    found = [(*located(given, scale), _checked_labels(labels)) for given, labels in parts]
+    found = [(*located(one, scale), _checked_labels(labels)) for one, labels in given.parts]
     mean, deviation, labels = (torch.cat(values) for values in zip(*found, strict=True))
     if labels.shape != mean.shape:
         raise ValueError(f"`labels` must have the shape of the means, {tuple(mean.shape)}, got {tuple(labels.shape)}.")
@@ -81,9 +82,7 @@ def fit_prediction_intervals(
         )
     distance = (labels - mean).abs()
     scores = torch.where(distance == 0, 0.0, distance / deviation)  # 0 / 0 is no miss; a miss of scale 0 is infinite
-    keys: list[Hashable] = [ALL] * len(mean)
-    if groups is not None:
-        keys = group_keys(column(dataset, groups) if isinstance(groups, str) else groups, len(mean))
+    keys: list[Hashable] = [ALL] * len(mean) if given.groups is None else group_keys(given.groups, len(mean))
     cutoffs = Cutoffs()
     for output, own_keys in enumerate(keys_of(keys, mean.shape[1])):
         cutoffs |= Cutoffs.of(partial(_quantile, scores[:, output], alpha), own_keys, alpha)
@@ -93,7 +92,7 @@ def fit_prediction_intervals(
         num_outputs=mean.shape[1],
         by="all" if groups is None else "group",
         cutoffs=cutoffs,
-        **how,
+        **given.how,
     )
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_count
 from ..posteriors import Posterior
 from .classes import ClassRows
+from .labelled import Collator, calibration_rows
 from .nonconformity import SetMethod, class_scores, true_scores
 from .quantiles import ALL, Cutoffs, check_alpha, conformal_quantile, group_keys
-from .rows import Collator, calibration_rows, column
 from .sets import CALIBRATION, PredictionSets, Promise, SetScore
 
 __all__ = ["false_negative_threshold", "fit_prediction_sets"]
@@ -51,8 +51,8 @@ def fit_prediction_sets(
 
     Args:
         posterior_or_probs: a posterior or model; or probabilities (n, C), of several labels (n, L).
-        dataset: the labelled rows, as `rows.predicted_rows` takes them; with probabilities the labels themselves: (n,),
-            or (n, L) of 0 and 1. Rows labelled -100 are left out.
+        dataset: labelled rows: a `datasets.Dataset` or another dataset, or a DataLoader or list of batches; with
+            probabilities the labels themselves: (n,), or (n, L) of 0 and 1. Rows labelled -100 are left out.
         alpha: the share of misses allowed, above 0 and below 1.
         method: "lac", "aps", "raps", or a `SetScore` with their options.
         class_conditional: hold it for each true class, or each label, by itself.
@@ -62,7 +62,7 @@ def fit_prediction_sets(
         allow_empty: whether a set may be empty, which says that no class fits; otherwise the likeliest is in.
         num_samples: draws per prediction.
         batch_size: rows per batch.
-        data_collator: as `rows.predicted_rows` takes it.
+        data_collator: makes a batch of rows; None: transformers' default.
         seed: of the draws, of the chance in randomised scores, and of the rows that choose the options of "raps".
 
     Returns:
@@ -85,17 +85,20 @@ def fit_prediction_sets(
     check_count("seed", seed, 0)
     if class_conditional and groups is not None:
         raise ValueError("`class_conditional` and `groups` exclude each other: give one of them.")
-    parts, how = calibration_rows(
+    given = calibration_rows(
         posterior_or_probs,
         dataset,
+        groups,
         num_samples=num_samples,
         batch_size=batch_size,
         data_collator=data_collator,
         seed=seed,
     )
-    rows = ClassRows.of(parts)
+    rows = ClassRows.of(given.parts)
     _check_kind(rows, score, promise, class_conditional)
-    keys = _keys(dataset, groups, len(rows.labels))
+    keys: list[Hashable] = (
+        [ALL] * len(rows.labels) if given.groups is None else group_keys(given.groups, len(rows.labels))
+    )
     kept = rows.labelled().nonzero()[:, 0]
     rows, keys = rows.at(kept), [keys[number] for number in kept.tolist()]
     if score.method == "raps" and (score.penalty is None or score.k_reg is None):
@@ -112,7 +115,7 @@ def fit_prediction_sets(
         promise=promise,
         allow_empty=allow_empty,
         cutoffs=_by_class(rows, scores, alpha) if class_conditional else _by_key(rows, scores, keys, alpha, promise),
-        **how,
+        **given.how,
     )
 
 
@@ -157,12 +160,6 @@ def _check_kind(rows: ClassRows, score: SetScore, promise: str, class_conditiona
         raise ValueError(f'`method` of several labels per row must be "lac", got {score.method!r}.')
     if promise == "fnr" and (not rows.is_multi_label or class_conditional):
         raise ValueError('`promise`="fnr" is for several labels per row, all classes together.')
-
-
-def _keys(dataset: Any, groups: str | Sequence[Any] | None, num_rows: int) -> list[Hashable]:
-    if groups is None:
-        return [ALL] * num_rows
-    return group_keys(column(dataset, groups) if isinstance(groups, str) else groups, num_rows)
 
 
 def _by_key(rows: ClassRows, scores: Tensor, keys: list[Hashable], alpha: float, promise: str) -> Cutoffs:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 
 from bayeformers import predict, to_bayesian
 from bayeformers.guarantees import PredictionSets, fit_prediction_intervals, fit_prediction_sets
-from bayeformers.guarantees.rows import column, predicted_rows
+from bayeformers.guarantees.labelled import calibration_rows
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
 
 SIZE = 24
@@ -48,9 +48,11 @@ def posterior() -> Any:
 def test_the_rows_are_predicted_in_order_and_other_columns_left_out(posterior: Any) -> None:
     expected = predict(posterior, {"input_ids": torch.tensor(CLASSES["input_ids"])}, num_samples=3, seed=5)
     for source in (CLASSES, list(CLASSES), DataLoader(_Tensors(), batch_size=7)):
-        found = list(predicted_rows(posterior, source, num_samples=3, batch_size=7, seed=5))
-        assert torch.allclose(torch.cat([one.probs for one, _ in found]), expected.probs, atol=1e-6)
-        assert torch.cat([labels for _, labels in found]).tolist() == CLASSES["label"]
+        found = calibration_rows(posterior, source, num_samples=3, batch_size=7, seed=5)
+        assert torch.allclose(torch.cat([one.probs for one, _ in found.parts]), expected.probs, atol=1e-6)
+        assert torch.cat([labels for _, labels in found.parts]).tolist() == CLASSES["label"]
+    for source in (CLASSES, list(CLASSES)):
+        assert calibration_rows(posterior, source, "source", batch_size=7).groups == ["web", "book"] * (SIZE // 2)
 
 
 class _Tensors(torch.utils.data.Dataset[Any]):
@@ -105,21 +107,17 @@ def test_several_labels_and_regressions_of_a_model() -> None:
         fit_prediction_intervals(PointPosterior(bert(num_labels=1)), values, scale="epistemic")
 
 
-def test_columns_are_read_in_order() -> None:
-    assert column(CLASSES, "source") == column(list(CLASSES), "source") == ["web", "book"] * (SIZE // 2)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
         ({"dataset": None}, ValueError, "`dataset` is missing"),
-        ({"dataset": 3}, TypeError, "`dataset` must be a datasets.Dataset"),
+        ({"dataset": 3}, TypeError, "`dataset` must be a dataset of rows"),
         ({"dataset": []}, ValueError, "`dataset` is empty"),
-        ({"dataset": [torch.ones(3)]}, TypeError, "rows of `dataset` must be mappings"),
+        ({"dataset": DataLoader([torch.ones(3)])}, TypeError, "must give batches with labels"),
         ({"dataset": CLASSES.remove_columns("label")}, ValueError, '`dataset` needs a column "labels"'),
-        ({"groups": "author"}, ValueError, "`dataset` has no column 'author'"),
-        ({"dataset": list(CLASSES), "groups": "author"}, ValueError, "rows without a column 'author'"),
-        ({"dataset": DataLoader(_Tensors()), "groups": "source"}, ValueError, "cannot be read from a DataLoader"),
+        ({"groups": "author"}, ValueError, "`groups` must be a column of the dataset"),
+        ({"dataset": list(CLASSES), "groups": "author"}, ValueError, "`groups` must be a column of the dataset"),
+        ({"dataset": DataLoader(_Tensors()), "groups": "source"}, ValueError, "needs a dataset of rows"),
         ({"num_samples": 0}, ValueError, "`num_samples`"),
         ({"batch_size": 0}, ValueError, "`batch_size`"),
     ],
