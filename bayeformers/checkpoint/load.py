@@ -24,8 +24,7 @@ from ..conversion.config import BayesianConfig
 from ..conversion.convert import convert, freeze_as_saved, settle_ties
 from ..conversion.record import bayesian_config, update_config
 from ..conversion.surgery import swap_class
-from ..guarantees.policy import POLICY_FILE
-from ..guarantees.saving import take_up_policy
+from ..guarantees.attached import take_up_guarantees
 from ..heads.config import HeadConfig
 from ..heads.persistence import building, recorded_head, settle
 from ..laplace.posterior import FILE
@@ -75,7 +74,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     files = Files(directory, {key: hub[key] for key in _FOLDER if key in hub}, kwargs.get("variant"))
     if is_adapter(files):
         adapted = load_adapter(files, architecture, hub, kwargs)
-        take_up_policy(adapted, files.find(POLICY_FILE))
+        take_up_guarantees(adapted, files.find)
         return adapted  # type: ignore[no-any-return]
     check_arguments(kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
@@ -90,7 +89,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
         files.check(has_posterior=True)
         model, info = _converted(directory, config, record, hub, kwargs)
         check_values(model, str(directory), is_verified=files.are_verified)
-    take_up_policy(model, files.find(POLICY_FILE))
+    take_up_guarantees(model, files.find)
     return (model, info) if wants_info else model  # type: ignore[return-value]
 
 

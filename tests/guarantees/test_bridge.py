@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
+import bayeformers
 from bayeformers import predict, to_bayesian
-from bayeformers.guarantees import PredictionSets, fit_prediction_intervals, fit_prediction_sets
+from bayeformers.guarantees import PredictionSets, attach_sets, fit_prediction_intervals, fit_prediction_sets, sets_of
 from bayeformers.guarantees.labelled import calibration_rows
 from bayeformers.posteriors import PointPosterior, VariationalPosterior
 
@@ -136,3 +138,35 @@ def test_heads_of_other_kinds_are_refused_by_name() -> None:
         fit_prediction_intervals(bert(num_labels=3), CLASSES)
     with pytest.raises(ValueError, match="see `fit_prediction_intervals`"):
         fit_prediction_sets(bert(num_labels=1, problem_type="regression"), dataset([0.5] * SIZE))
+
+
+def test_a_model_carries_its_sets_into_its_folder_and_back(posterior: Any, tmp_path: Path) -> None:
+    model = posterior.model
+    sets = fit_prediction_sets(posterior, CLASSES, num_samples=2)
+    attach_sets(model, sets)
+    model.save_pretrained(tmp_path)
+    again = bayeformers.from_pretrained(tmp_path)
+    assert sets_of(again) == sets == sets_of(VariationalPosterior(again))
+    with torch.no_grad():
+        again.classifier.weight.add_(1.0)
+    assert sets_of(again) is None
+    with pytest.raises(ValueError, match="other weights"):
+        attach_sets(again, sets)
+    again.save_pretrained(tmp_path)  # the file there is of the former weights
+    assert not (tmp_path / "prediction_sets.json").exists()
+    attach_sets(model, None)
+    assert sets_of(model) is None and sets_of(3) is None
+    with pytest.raises(TypeError, match="`sets` must be PredictionSets"):
+        attach_sets(model, {"alpha": 0.1})  # type: ignore[arg-type]
+
+
+def test_intervals_come_back_and_a_damaged_file_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = to_bayesian(bert(num_labels=1, problem_type="regression"), delta=0.5)
+    values = dataset([i / 10 for i in range(SIZE)])
+    intervals = fit_prediction_intervals(model, values, scale="none", num_samples=2)
+    attach_sets(model, intervals)
+    model.save_pretrained(tmp_path)
+    assert sets_of(bayeformers.from_pretrained(tmp_path)) == intervals
+    (tmp_path / "prediction_intervals.json").write_text("{")
+    assert sets_of(bayeformers.from_pretrained(tmp_path)) is None
+    assert "is damaged, or of other weights" in caplog.text
