@@ -23,7 +23,14 @@ from .distributions import (
     ScaleMixturePrior,
 )
 from .generation import Generation, generate
-from .guarantees import AbstentionPolicy, fit_abstention
+from .guarantees import (
+    AbstentionPolicy,
+    PredictionIntervals,
+    PredictionSets,
+    fit_abstention,
+    fit_prediction_intervals,
+    fit_prediction_sets,
+)
 from .laplace import LaplacePosterior
 from .moved import keep_old_paths, old_module
 from .nn import fixed_draw, posterior_mean
@@ -54,6 +61,8 @@ __all__ = [
     "NormalPrior",
     "Posterior",
     "PosteriorPrior",
+    "PredictionIntervals",
+    "PredictionSets",
     "Predictive",
     "RelativePrior",
     "ScaleMixturePrior",
@@ -63,6 +72,8 @@ __all__ = [
     "calibrate_delta",
     "export_draws",
     "fit_abstention",
+    "fit_prediction_intervals",
+    "fit_prediction_sets",
     "fixed_draw",
     "from_pretrained",
     "generate",

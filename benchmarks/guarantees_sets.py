@@ -15,14 +15,16 @@ import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
-from bayeformers.guarantees import PredictionSets, SetScore, fit_prediction_sets
+from bayeformers.guarantees import SetScore, conformal_quantile, fit_prediction_sets
+from bayeformers.guarantees.nonconformity import class_scores
 from bayeformers.metrics.conformal import conformal_rank
 
 PARTS = {"cola": "in_domain", "mrpc": "dev", "sst2": "dev", "trec": "dev", "clinc": "test"}
@@ -67,6 +69,8 @@ class Outcome:
     size: float
     empty: float
     worst_class: float
+    worst_class_marginal: float
+    num_classes: int
     classes_below: int
 
 
@@ -98,41 +102,77 @@ def settings(folder: Path, tasks: Sequence[str]) -> Iterator[Setting]:
 
 
 def measure(setting: Setting, probs: np.ndarray, labels: np.ndarray, splits: int) -> Outcome:
-    """Split, calibrate and count; the same splits for every setting of a pool."""
-    counts, sizes, empty, by_class = [], [], [], []
+    """Split, calibrate and count; the same splits for every setting of a pool.
+
+    Scores are computed once; that sets are made of them as the library does is asserted in the first split.
+    """
+    score = SCORES[setting.score] if isinstance(SCORES[setting.score], SetScore) else SetScore(method=setting.score)
+    least, most = (_scores(probs, score, u) for u in (0.0, 1.0))
+    counts, sizes, empty, by_class, alike = [], [], [], [], []
     for split in range(splits):
-        order = np.random.default_rng([split, 77]).permutation(len(labels))
+        rng = np.random.default_rng([split, 77])
+        order = rng.permutation(len(labels))
         rows, rest = order[: setting.num_rows], order[setting.num_rows :]
-        sets = fit_prediction_sets(
-            probs[rows],
-            labels[rows],
-            alpha=setting.alpha,
-            method=SCORES[setting.score],
-            class_conditional=setting.by_class,
-            seed=split,
-        )
-        chosen = sets.predict(probs[rest], seed=split).numpy()
+        share = rng.random((len(labels), 1)) if score.is_random else 1.0
+        scores = least + share * (most - least)
+        chosen, limits = _chosen(scores, labels, rows, rest, setting)
+        if split == 0 and not score.is_random:
+            _check(chosen, probs, labels, rows, rest, setting, score)
         hits = chosen[np.arange(len(rest)), labels[rest]]
         counts.append(int(hits.sum()))
         sizes.append(chosen.sum(1).mean())
         empty.append((~chosen.any(1)).mean())
-        by_class.append(_by_class(sets, hits, labels[rest]) if setting.by_class else [])
-    return _outcome(setting, len(labels), np.array(counts), [np.mean(sizes), np.mean(empty)], by_class)
+        if setting.by_class:
+            shares = _shares(hits, labels[rest], probs.shape[1])
+            by_class.append([(share - law, share) for share, law in zip(shares, limits, strict=True)])
+            plain = _chosen(scores, labels, rows, rest, replace(setting, by_class=False))[0]
+            alike.append(_shares(plain[np.arange(len(rest)), labels[rest]], labels[rest], probs.shape[1]))
+    return _outcome(setting, len(labels), np.array(counts), [np.mean(sizes), np.mean(empty)], by_class, alike)
 
 
-def _by_class(sets: PredictionSets, hits: np.ndarray, labels: np.ndarray) -> list[tuple[float, float]]:
-    """Coverage of each class less its expectation k / (n_c + 1) in this split, and the share itself."""
-    found = []
-    for number in range(sets.num_classes):
-        own = hits[labels == number]
-        count = sets.cutoffs[number].num_rows
-        rank = min(conformal_rank(count, sets.alpha), count + 1)
-        share = own.mean() if len(own) else np.nan
-        found.append((share - rank / (count + 1), share))
-    return found
+def _scores(probs: np.ndarray, score: SetScore, u: float) -> np.ndarray:
+    uniforms = torch.full((len(probs),), u, dtype=torch.float64)
+    log_probs = torch.from_numpy(probs).log()
+    return class_scores(log_probs, score.method, uniforms, score.penalty or 0.0, score.k_reg or 0).numpy()
 
 
-def _outcome(setting: Setting, pool: int, counts: np.ndarray, sizes: list[Any], by_class: list[Any]) -> Outcome:
+def _chosen(
+    scores: np.ndarray, labels: np.ndarray, rows: np.ndarray, rest: np.ndarray, setting: Setting
+) -> tuple[np.ndarray, list[float]]:
+    """The sets of the rest; and by class the expected coverage k / (n_c + 1), 1 where the threshold is infinite."""
+    own = scores[rows, labels[rows]]
+    if not setting.by_class:
+        return scores[rest] <= conformal_quantile(torch.from_numpy(own), setting.alpha), []
+    parts = [torch.from_numpy(own[labels[rows] == number]) for number in range(scores.shape[1])]
+    thresholds = np.array([conformal_quantile(part, setting.alpha) for part in parts])
+    return scores[rest] <= thresholds, [conformal_rank(len(part), setting.alpha) / (len(part) + 1) for part in parts]
+
+
+def _check(
+    chosen: np.ndarray,
+    probs: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    rest: np.ndarray,
+    setting: Setting,
+    score: SetScore,
+) -> None:
+    sets = fit_prediction_sets(
+        probs[rows], labels[rows], alpha=setting.alpha, method=score, class_conditional=setting.by_class
+    )
+    assert (sets.predict(probs[rest]).numpy() == chosen).all()
+
+
+def _shares(hits: np.ndarray, labels: np.ndarray, num_classes: int) -> list[float]:
+    """The share of hits within each class; NaN of a class without rows."""
+    counts = np.bincount(labels, minlength=num_classes)
+    with np.errstate(invalid="ignore"):
+        return list(np.bincount(labels, hits, num_classes) / counts)
+
+
+def _outcome(
+    setting: Setting, pool: int, counts: np.ndarray, sizes: list[Any], by_class: list[Any], alike: list[Any]
+) -> Outcome:
     m, k = pool - setting.num_rows, conformal_rank(setting.num_rows, setting.alpha)
     law = stats.betabinom(m, k, setting.num_rows + 1 - k) if k <= setting.num_rows else stats.binom(m, 1.0)
     excess = np.array(by_class)[..., 0] if setting.by_class else np.zeros((1, 1))
@@ -150,6 +190,8 @@ def _outcome(setting: Setting, pool: int, counts: np.ndarray, sizes: list[Any], 
         size=float(sizes[0]),
         empty=float(sizes[1]),
         worst_class=worst,
+        worst_class_marginal=float(np.nanmin(np.nanmean(np.array(alike), axis=0))) if alike else float("nan"),
+        num_classes=excess.shape[1],
         classes_below=int((np.nanmean(excess, axis=0) < -3 * errors).sum()) if setting.by_class else 0,
     )
 

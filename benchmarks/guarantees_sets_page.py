@@ -1,0 +1,163 @@
+"""The page of `benchmarks.guarantees_sets`, made of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.guarantees_sets import METHODS, NAMES, PARTS, SCORES, TINY
+
+Found = Mapping[str, Any]
+
+HEAD = """# Prediction sets on real predictions
+
+Do the [sets](../guides/prediction_sets.md) hold the truth as often as they say? Checkpoints of all-MiniLM-L6-v2 (seed 0), fine-tuned as for
+the [leaderboard](leaderboard.md), on the reported part of each task, which nothing was fitted to ({parts}); it is split at random into n
+calibration rows and the rest, {splits:,} times. Of such splits the number of covered rows has an exact law, the beta-binomial with
+(N − n, k, n + 1 − k), whatever the model, as long as no scores are equal. *law*: its mean; *p*: of the Kolmogorov-Smirnov distance of the
+{splits:,} coverages from it (simulated, as coverages are counts).
+
+{summary}
+
+Made by `python -m benchmarks.guarantees_sets` from cached predictions; n is half of the pool unless it is said. RAPS has λ = 0.1 and
+k = 1, fixed beforehand.
+"""
+
+
+def page(found: Sequence[Found], splits: int) -> str:
+    """All tables."""
+    pools = {each["setting"]["task"]: each["pool"] for each in found}
+    parts = ", ".join(f"{NAMES[task]} {pools[task]:,} rows" for task in PARTS if task in pools)
+    return "\n".join([
+        HEAD.format(parts=parts, splits=splits, summary=_summary(found)),
+        "## Coverage, α = 0.1\n",
+        _table(
+            [
+                "task",
+                "predictions",
+                *(f"{name.upper() if name != 'aps, u = 1' else 'APS, u = 1'}" for name in SCORES),
+                "law",
+            ],
+            _coverages(found),
+        ),
+        "## Sizes, α = 0.1\n",
+        _table(
+            ["task", "predictions", "LAC", "empty", "APS", "APS, u = 1", "RAPS", "LAC at α = 0.05", "LAC by class"],
+            _sizes(found),
+        ),
+        "Mean number of classes in a set; *empty*: the share of LAC's sets without any.\n",
+        "## Tiny calibration sets, α = 0.1, fine-tuned (MAP)\n",
+        _table(["task", "n", "law", "LAC", "its deviation (law's)", "APS", "its deviation (law's)"], _tiny(found)),
+        "## Class by class, LAC, α = 0.1\n",
+        _table(
+            ["task", "predictions", "classes", "worst class, of all inputs alike", "classes below their law"],
+            _by_class(found),
+        ),
+        "*worst class*: the least mean coverage of a class with thresholds by class; *below*: classes whose mean coverage lies more than "
+        "three standard errors below k/(n_c + 1), n_c their calibration rows in the split.\n",
+    ])
+
+
+def _pick(found: Iterable[Found], **wanted: Any) -> Found | None:
+    for each in found:
+        if all(each["setting"][name] == value for name, value in wanted.items()):
+            return each
+    return None
+
+
+def _halves(found: Sequence[Found]) -> list[tuple[str, str, int]]:
+    """Task, method and half of the pool, of those that were measured."""
+    own = {
+        (e["setting"]["task"], e["setting"]["method"]): e["pool"] // 2 for e in found if not e["setting"]["by_class"]
+    }
+    return [(task, method, own[task, method]) for task in PARTS for method in METHODS if (task, method) in own]
+
+
+def _coverages(found: Sequence[Found]) -> list[list[str]]:
+    rows = []
+    for task, method, half in _halves(found):
+        own = [
+            _pick(found, task=task, method=method, num_rows=half, score=score, alpha=0.1, by_class=False)
+            for score in SCORES
+        ]
+        cells = ["" if each is None else f"{each['coverage']:.4f} ({each['ks_p']:.2f})" for each in own]
+        law = next((f"{each['expected']:.4f}" for each in own if each), "")
+        rows.append([NAMES[task], METHODS[method], *cells, law])
+    return rows
+
+
+def _sizes(found: Sequence[Found]) -> list[list[str]]:
+    rows = []
+    for task, method, half in _halves(found):
+        base = {"task": task, "method": method, "num_rows": half}
+        own = {s: _pick(found, **base, score=s, alpha=0.1, by_class=False) for s in SCORES}
+        wide = _pick(found, **base, score="lac", alpha=0.05, by_class=False)
+        each_class = _pick(found, **base, score="lac", alpha=0.1, by_class=True)
+        sizes = {name: "" if one is None else f"{one['size']:.2f}" for name, one in own.items()}
+        lac = own["lac"]
+        rows.append([
+            NAMES[task],
+            METHODS[method],
+            sizes["lac"],
+            "" if lac is None else f"{lac['empty']:.1%}",
+            sizes["aps"],
+            sizes["aps, u = 1"],
+            sizes["raps"],
+            "" if wide is None else f"{wide['size']:.2f}",
+            "" if each_class is None else f"{each_class['size']:.2f}",
+        ])
+    return rows
+
+
+def _tiny(found: Sequence[Found]) -> list[list[str]]:
+    rows = []
+    for task in PARTS:
+        for n in TINY:
+            own = [
+                _pick(found, task=task, method="map", num_rows=n, score=score, alpha=0.1, by_class=False)
+                for score in ("lac", "aps")
+            ]
+            if None in own:
+                continue
+            cells = []
+            for each in own:
+                assert each is not None
+                cells += [
+                    f"{each['coverage']:.4f} ({each['ks_p']:.2f})",
+                    f"{each['deviation']:.4f} ({each['expected_deviation']:.4f})",
+                ]
+            assert own[0] is not None
+            rows.append([NAMES[task], str(n), f"{own[0]['expected']:.4f}", *cells])
+    return rows
+
+
+def _by_class(found: Sequence[Found]) -> list[list[str]]:
+    rows = []
+    for task, method, half in _halves(found):
+        each = _pick(found, task=task, method=method, num_rows=half, score="lac", alpha=0.1, by_class=True)
+        if each is not None:
+            rows.append([
+                NAMES[task],
+                METHODS[method],
+                str(each.get("num_classes", "")),
+                f"{each['worst_class']:.3f}, {each['worst_class_marginal']:.3f}",
+                str(each["classes_below"]),
+            ])
+    return rows
+
+
+def _summary(found: Sequence[Found]) -> str:
+    own = [each for each in found if not each["setting"]["by_class"]]
+    low = [each for each in own if each["ks_p"] < 0.05]
+    furthest = max(own, key=lambda each: abs(each["coverage"] - each["expected"]))
+    below = sum(each["classes_below"] for each in found)
+    return (
+        f"**Of {len(own)} settings {len(low)} have p < 0.05 ({0.05 * len(own):.1f} would by chance); the mean coverage is "
+        f"within {abs(furthest['coverage'] - furthest['expected']):.4f} of the law's mean in all of them. With thresholds by "
+        f"class, {below} classes of all tasks and methods lie below theirs.**"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
