@@ -152,9 +152,9 @@ def _summary(found: Sequence[Found]) -> str:
     classes = [each for each in found if each["setting"]["by_class"]]
     below, all_classes = sum(each["classes_below"] for each in classes), sum(each["num_classes"] for each in classes)
     return (
-        f"**Of {len(own)} settings {low} have p < 0.05 ({0.05 * len(own):.1f} would by chance), and the mean coverage is\n"
-        f"never further than {furthest:.4f} from the law's mean. With thresholds by class, {below} of {all_classes}\n"
-        "classes (all tasks and predictions) lie below their law by three standard errors.**"
+        f"**Of {len(own)} settings {low} have p < 0.05 ({0.05 * len(own):.1f} would by chance), and the mean\n"
+        f"coverage is never further than {furthest:.4f} from the law's mean. With thresholds by class, {below} of\n"
+        f"{all_classes} classes (all tasks and predictions) lie below their law by three standard errors.**"
     )
 
 
