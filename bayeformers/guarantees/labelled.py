@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_count
 from ..posteriors import Posterior
 from ..posteriors.predict import as_posterior
+from ..predictive import Predictive
 from .rows import predicted_rows
 from .saving import weights_digest
 
@@ -65,7 +66,8 @@ def calibration_rows(
     check_count("batch_size", batch_size, 1)
     if dataset is None:
         raise ValueError("`dataset` is missing: labelled rows, or with numbers in place of a posterior their labels.")
-    if not isinstance(source, nn.Module) and not isinstance(source, Posterior):
+    # a Predictive first: the protocol's check reads its properties, some of which a head may not have
+    if isinstance(source, Predictive) or not isinstance(source, (nn.Module, Posterior)):
         if isinstance(groups, str):
             raise ValueError(f"`groups`={groups!r} needs a posterior and a dataset: give one group per row.")
         return Calibration([(source, dataset)], groups, {})

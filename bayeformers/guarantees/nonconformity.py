@@ -45,6 +45,7 @@ def class_scores(
     probs = log_probs.exp()
     negated = -probs.sort(dim=-1, descending=True).values
     mass = torch.cat([probs.new_zeros(len(probs), 1), (-negated).cumsum(-1)], dim=-1)  # of the i likeliest
+    mass = mass / mass[:, -1:]  # all classes together have 1, whatever the rounding: the least likely are ties
     num_above = torch.searchsorted(negated, -probs, right=False)
     above = mass.gather(-1, num_above)
     up_to = mass.gather(-1, torch.searchsorted(negated, -probs, right=True))

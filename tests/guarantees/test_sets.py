@@ -22,7 +22,7 @@ from bayeformers.guarantees.sets import SETS_FILE
 from bayeformers.metrics.conformal import conformal_rank
 from bayeformers.predictive import Predictive
 
-TIED = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]]).double()
+TIED = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 
 
 def data(n: int = 12, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def by_loops(p: list[float], y: int, method: str, u: float, penalty: float, k_re
         return math.inf if p[y] == 0 else -math.log(p[y])
     above, equal = sum(q for q in p if q > p[y]), sum(q for q in p if q == p[y])
     rank = 1 + sum(q > p[y] for q in p)
-    return above + u * equal + (penalty * max(0, rank - k_reg) if method == "raps" else 0)
+    return (above + u * equal) / sum(p) + (penalty * max(0, rank - k_reg) if method == "raps" else 0)
 
 
 @pytest.mark.protects("ties_in_any_order")
@@ -67,6 +67,14 @@ def test_sets_do_not_depend_on_the_order_of_classes() -> None:
     for order in itertools.permutations(range(4)):
         permuted = class_scores(TIED[:, list(order)].log(), "aps")
         assert torch.equal(permuted, class_scores(TIED.log(), "aps")[:, list(order)])
+
+
+@pytest.mark.protects("ties_in_any_order")
+def test_all_classes_together_have_the_mass_one_whatever_the_rounding() -> None:
+    """Without chance the least likely class has the score 1 exactly: rounding must not break these ties."""
+    probs = data(200, 7)[0].float().double()
+    assert (probs.sum(1) != 1).any()
+    assert (class_scores(probs.log(), "aps").amax(1) == 1).all()
 
 
 def test_the_randomised_score_of_a_true_p_is_uniform() -> None:
@@ -264,6 +272,7 @@ def test_predictives_and_probabilities_agree() -> None:
     sets = fit_prediction_sets(probs, labels)
     assert torch.equal(sets.predict(predictive), sets.predict(probs))
     assert torch.equal(sets.predict(probs.float().numpy()), sets.predict(probs))
+    assert fit_prediction_sets(predictive, labels) == sets
     p, y = several(50)
     many = fit_prediction_sets(p, y)
     bernoulli = Predictive(problem_type="multi_label_classification", log_probs=torch.stack([1 - p, p], -1).log()[None])
