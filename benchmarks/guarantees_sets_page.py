@@ -24,7 +24,8 @@ Without chance (u = 1) the least likely class always has the score 1: where a mo
 α of the rows, so is the threshold, and every class is in. These are ties, which only add coverage; take LAC, or chance.
 
 Made by `python -m benchmarks.guarantees_sets` from cached predictions; n is half of the pool unless it is said. RAPS
-has λ = 0.1 and k = 1, fixed beforehand.
+has λ = 0.1 and k = 1, fixed beforehand. Tasks have the rows whose predictions were at hand. The posteriors change the
+sizes of LAC's sets little; they are no reason to prefer one.
 """
 
 BELOW = """*worst class*: the least mean coverage of a class, with a threshold for each class, and with one for all;

@@ -91,7 +91,8 @@ def fit_abstention(
     check_count("batch_size", batch_size, 1)
     check_count("seed", seed, 0)
     posterior: Posterior | None = None
-    if isinstance(posterior_or_scores, Posterior | nn.Module):
+    # a Predictive first: the check of the protocol reads its properties, some of which a head may not have
+    if not isinstance(posterior_or_scores, Predictive) and isinstance(posterior_or_scores, Posterior | nn.Module):
         posterior = as_posterior(posterior_or_scores)
         rows = _of_posterior(
             posterior, dataset, score, groups, errors,

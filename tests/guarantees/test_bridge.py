@@ -79,7 +79,7 @@ def test_sets_of_a_posterior_are_those_of_its_probabilities(posterior: Any) -> N
 def test_rows_of_different_lengths_take_a_collator() -> None:
     model = bert(num_labels=3)
     rows = [{"input_ids": list(range(1, 3 + i % 4)), "labels": i % 3} for i in range(SIZE)]
-    with pytest.raises(ValueError, match="give `data_collator`"):
+    with pytest.raises(ValueError, match="`data_collator` must make one batch"):
         fit_prediction_sets(model, rows)
 
     def pad(batch: list[Any]) -> dict[str, torch.Tensor]:
