@@ -1,6 +1,6 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import adapters, heads, laplace, losses, models, ood
+from . import adapters, guarantees, heads, laplace, losses, models, ood
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
 from .conversion.config import BayesianConfig
@@ -23,6 +23,14 @@ from .distributions import (
     ScaleMixturePrior,
 )
 from .generation import Generation, generate
+from .guarantees import (
+    AbstentionPolicy,
+    PredictionIntervals,
+    PredictionSets,
+    fit_abstention,
+    fit_prediction_intervals,
+    fit_prediction_sets,
+)
 from .laplace import LaplacePosterior
 from .moved import keep_old_paths, old_module
 from .nn import fixed_draw, posterior_mean
@@ -38,6 +46,7 @@ __getattr__ = old_module  # an old module as an attribute: `bayeformers.calibrat
 
 __all__ = [
     "ARDPrior",
+    "AbstentionPolicy",
     "BayesianArguments",
     "BayesianConfig",
     "BayesianTrainer",
@@ -52,6 +61,8 @@ __all__ = [
     "NormalPrior",
     "Posterior",
     "PosteriorPrior",
+    "PredictionIntervals",
+    "PredictionSets",
     "Predictive",
     "RelativePrior",
     "ScaleMixturePrior",
@@ -60,9 +71,13 @@ __all__ = [
     "bayesian_config",
     "calibrate_delta",
     "export_draws",
+    "fit_abstention",
+    "fit_prediction_intervals",
+    "fit_prediction_sets",
     "fixed_draw",
     "from_pretrained",
     "generate",
+    "guarantees",
     "heads",
     "is_bayesian",
     "kl_divergence",

@@ -8,13 +8,13 @@ calibration rows the false-alarm rate is itself random: without ties it has the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..checks import check_count, check_number, is_real
+from ..metrics.conformal import conformal_rank, least_rows
 
 __all__ = ["false_alarm_interval", "threshold"]
 
@@ -71,12 +71,11 @@ def false_alarm_interval(num_rows: int, false_alarm_rate: float = 0.05, level: f
 
 
 def _rank(count: int, rate: float) -> int:
-    """k, of exact arithmetic: (n + 1)(1 - alpha) = n + 1 - (n + 1) alpha, where a whole product stays whole."""
-    rank = count + 1 - math.floor((count + 1) * rate + 1e-9)
+    rank = conformal_rank(count, rate)
     if rank > count:
         raise ValueError(
             f"`scores` has {count} rows, too few for `false_alarm_rate`={rate:g}: no threshold keeps it with fewer "
-            f"than {math.ceil(1 / rate - 1e-9) - 1}. Of a density they are its calibration rows: give `fit_density` "
+            f"than {least_rows(rate)}. Of a density they are its calibration rows: give `fit_density` "
             "more `validation` rows."
         )
     return rank
