@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 from ..report import ClassPredictions
 from .context import Context, section
 from .scores import estimate, paired
-from .tables import Cell, interval, number, percent, table, text
+from .tables import Cell, interval, number, percent, table
 
 __all__ = ["comparison", "headline", "summary"]
 
@@ -73,11 +74,13 @@ def headline(context: Context) -> str:
         row["epistemic"] = number(None if of.epistemic is None else float(of.epistemic.mean()), 4)
         rows[name] = row
     unit = "variance, in squared units" if context.results.is_regression else "part of the entropy, in nats"
-    better = [f"{key}: {score.better} is better" for key, score in context.scores.items() if score.better]
-    note = f"{'. '.join(better)}. " if context.test is not None else ""
     caption = "The main numbers, with 95&#8239;% intervals" if context.test is not None else "How sure each method is"
-    note = f'<p class="note">{note}Epistemic: mean {unit}, that comes of not knowing the weights.</p>'
-    return section("numbers", "In numbers", table("numbers", caption, "method", rows), note)
+    note = f'<p class="note">Epistemic: mean {unit}, that comes of not knowing the weights.</p>'
+    return section("numbers", "In numbers", table("numbers", caption, "method", rows, arrows=_better(context)), note)
+
+
+def _better(context: Context) -> dict[str, str]:
+    return {key: score.better for key, score in context.scores.items()}
 
 
 def comparison(context: Context) -> str:
@@ -96,27 +99,22 @@ def comparison(context: Context) -> str:
             if found is None:
                 rows[name][key] = Cell("–", {"": "", "_low": "", "_high": ""})
                 continue
-            digits = 1 if score.is_share else 3
-            cell = interval(found.estimate, found.low, found.high, digits=digits, is_share=score.is_share)
-            rows[name][key] = Cell(cell.shown + _mark(found.estimate, found.excludes_zero, score.better), cell.values)
-        rows[name]["settled"] = text(_settled(context, rows[name]))
+            sign = _sign(found.estimate, found.excludes_zero, score.better)
+            how: dict[str, Any] = {"digits": 1 if score.is_share else 3, "is_share": score.is_share, "sign": sign}
+            rows[name][key] = interval(found.estimate, found.low, found.high, **how)
     caption = f"Difference from <em>{escape(first)}</em>, with paired 95&#8239;% intervals"
     note = (
         '<p class="note">Both methods are scored on the same resamples of the inputs, so that how hard an input is '
         "cancels: these intervals are much narrower than two separate ones. ▲ better and ▼ worse stand where the "
-        "interval excludes zero.</p>"
+        "interval excludes zero. Differences of shares are in percentage points.</p>"
     )
-    return section("comparison", "What one method adds to another", table("comparison", caption, "method", rows), note)
+    compared = table("comparison", caption, "method", rows, arrows=_better(context))
+    return section("comparison", "What one method adds to another", compared, note)
 
 
-def _mark(value: float, is_settled: bool, better: str) -> str:
+def _sign(value: float, is_settled: bool, better: str) -> str:
+    """An arrow before a difference whose interval excludes zero, and room where it does not."""
     if not (is_settled and better):
-        return ""
+        return " "
     good = (value > 0) == (better == "higher")
-    return '<span class="good"> ▲</span>' if good else '<span class="bad"> ▼</span>'
-
-
-def _settled(context: Context, row: dict[str, Cell]) -> str:
-    better = sum("▲" in cell.shown for cell in row.values())
-    worse = sum("▼" in cell.shown for cell in row.values())
-    return f"{better} better, {worse} worse" if better or worse else "nothing"
+    return '<span class="good" title="better">▲</span> ' if good else '<span class="bad" title="worse">▼</span> '

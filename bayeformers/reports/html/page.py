@@ -24,24 +24,28 @@ h2 {{ border-top: 1px solid var(--line); font-size: 1.2rem; line-height: 1.3; ma
   padding-top: 1rem; }}
 .facts {{ color: var(--muted); margin-top: 0; }} .finding {{ font-size: 1.1rem; margin-top: 1rem; }}
 .note, .under, footer {{ color: var(--muted); font-size: .85rem; }} .under {{ margin: .35rem 0 1.5rem; }}
+.caveat {{ background: var(--soft); border-left: 3px solid var(--wrong); border-radius: 4px; padding: .7rem 1rem; }}
 .policy {{ background: var(--soft); border-left: 3px solid var(--good); border-radius: 4px; padding: .7rem 1rem; }}
-.grid {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }}
+.grid {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); }}
+@media (min-width: 60rem) {{ .grid.of-2 {{ grid-template-columns: 1fr 1fr; }} }}
 figure {{ background: var(--surface); border: 1px solid var(--line); border-radius: 8px; margin: 0; padding: .75rem; }}
 figcaption strong {{ display: block; }} figcaption small {{ color: var(--muted); }}
 svg {{ display: block; height: auto; width: 100%; max-width: 26rem; margin: .35rem auto 0; overflow: visible; }}
 svg text {{ fill: var(--muted); font-size: 11px; font-variant-numeric: tabular-nums; }} svg .t {{ font-size: 11.5px; }}
 .g {{ stroke: var(--line); }} .a {{ stroke: var(--axis); }} {_METHODS}
-.right, .k-right {{ color: var(--right); }} .wrong, .k-wrong {{ color: var(--wrong); }}
+abbr {{ text-decoration: none; }} .right, .k-right {{ color: var(--right); }}
+.wrong, .k-wrong {{ color: var(--wrong); }}
 .ideal {{ color: var(--axis); stroke-dasharray: 4 4; }}
 .l, .d, .x, .w {{ fill: none; stroke: currentColor; }} .l {{ stroke-width: 1.8; stroke-linejoin: round; }}
 .l.thin {{ stroke-width: 1; opacity: .55; }} .l.ideal {{ stroke-width: 1.2; }}
 .b {{ fill: currentColor; opacity: .17; }}
 .d {{ stroke-linecap: round; stroke-width: 6.5; }} .d.right {{ stroke-width: 4; opacity: .5; }}
-.x {{ stroke-width: 1.4; }} .w {{ stroke-width: 1.3; opacity: .8; }}
+.x {{ opacity: .8; stroke-width: 1.3; }} .w {{ stroke-width: 1.3; opacity: .8; }}
 .h {{ fill: currentColor; fill-opacity: .13; stroke: currentColor; stroke-width: 1.5; }}
 .h.wrong {{ stroke-dasharray: 5 2.5; }} .h.n {{ color: var(--axis); fill-opacity: .3; stroke: none; }}
 .scroll {{ overflow-x: auto; background: var(--surface); border: 1px solid var(--line); border-radius: 8px;
-  margin-top: 1rem; max-height: 46rem; }}
+  margin-top: 1rem; }}
+details .scroll {{ max-height: 40rem; overflow-y: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }}
 caption {{ font-weight: 600; padding: .65rem .8rem .5rem; text-align: left; }}
 th, td {{ border-top: 1px solid var(--line); padding: .42rem .8rem; text-align: right; vertical-align: baseline;

@@ -44,10 +44,12 @@ def parts(context: Context) -> str:
         f"{escape(results.focus)}: the aleatoric part is noise that more data would not take away; the epistemic part "
         "is where networks that fit the training data differ, and more data would help."
     )
+    beware = results.caveats.get(results.focus)
+    warned = f'<p class="caveat"><strong>Not to be believed.</strong> {escape(beware)}</p>' if beware else ""
     drawn = f" {DRAWN:,} of {results.size:,} inputs, drawn at random, are points." if results.size > DRAWN else ""
     end = "Values beyond the 99.8&#8239;% quantile stand at the edge."
     note = f'<p class="note">{end}{drawn}</p>'
-    return section("parts", heading, f"<p>{how}</p>", grid(panels), note, _tables(context))
+    return section("parts", heading, f"<p>{how}</p>", warned, grid(panels), note, _tables(context))
 
 
 def _right_and_wrong(context: Context, results: HtmlResults) -> dict[str, Array]:

@@ -61,7 +61,7 @@ def refusing(context: Context) -> str:
             "threshold read off this picture promises nothing for new inputs: fit a policy for that."
         )
         risks = table(
-            "refusing", "Share to refuse for a target accuracy, on these inputs", "method", _target_rows(context)
+            "refusing", "How much to refuse for a target accuracy, on these inputs", "method", _target_rows(context)
         )
     note = f'<p class="note">{note} {csv_link("risk-coverage", records)}</p>'
     return section("refusing", heading, said, f"<p>{how}</p>", grid(_panels(context, curves)), note, risks)
@@ -118,7 +118,7 @@ def _panels(context: Context, curves: dict[str, Curve]) -> list[tuple[str, str]]
             panel.line(curves[focus].coverage, curves[focus].risk, "ideal")
         start = int(np.searchsorted(curve.coverage, min(5 / size, 0.5)))
         panel.band(curve.coverage[start:], curve.low[start:], curve.high[start:], kind)
-        panel.line(curve.coverage, curve.risk, kind)
+        panel.line(curve.coverage[start:], curve.risk[start:], kind)
         area = metrics.aurc(*_order(context, name))
         beside = "" if name == focus else f"; dashed: {escape(focus)}"
         panels.append((f"<strong>{escape(name)}</strong><small>AURC {area:.4f}{beside}</small>", panel.render()))
@@ -129,11 +129,11 @@ def _target_rows(context: Context) -> dict[str, dict[str, Cell]]:
     rows: dict[str, dict[str, Cell]] = {}
     for name in context.order:
         found = metrics.refusal_table(*_order(context, name), TARGETS)
-        row = {"refusing nothing": percent(1 - float(context.numbers[name]["wrong"].mean()))}
+        row = {"accuracy, refusing nothing": percent(1 - float(context.numbers[name]["wrong"].mean()))}
         for one in found:
             reached = one.refused < 1
             cell = percent(one.refused if reached else None)
-            row[f"for {100 * one.target_accuracy:.0f} %"] = cell if reached else Cell("never", {"": ""})
+            row[f"refuse for {100 * one.target_accuracy:.0f} %"] = cell if reached else Cell("never", {"": ""})
         rows[name] = row
     return rows
 

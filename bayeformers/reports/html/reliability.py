@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -29,11 +30,10 @@ def reliability(context: Context) -> str:
     if context.test is None:
         return ""
     rows = {name: (_intervals if context.results.is_regression else _bins)(context, name) for name in context.order}
-    low = 0.0
+    ends = (0.0, 0.0)
     if not context.results.is_regression:
-        least = min(float(min(says.min(), bottom.min())) for says, _, bottom, _, _ in rows.values())
-        low = max(0.0, np.floor(20 * (least - 0.02)) / 20)
-    panels = [_panel(context, name, index, rows[name], low) for index, name in enumerate(context.order[:SHOWN])]
+        ends = _floor([says for says, *_ in rows.values()]), _floor([low for _, _, low, *_ in rows.values()])
+    panels = [_panel(context, name, index, rows[name], ends) for index, name in enumerate(context.order[:SHOWN])]
     records = (
         {"method": name, "says": f"{a:.6g}", "right": f"{b:.6g}", "low": f"{c:.6g}", "high": f"{d:.6g}", "inputs": n}
         for name, of in rows.items()
@@ -57,6 +57,11 @@ def reliability(context: Context) -> str:
     return section("reliability", "Is it right as often as it says?", f"<p>{how}</p>", grid(panels), note)
 
 
+def _floor(values: Sequence[Array]) -> float:
+    """Where an axis begins: a multiple of 5 % below all values."""
+    return max(0.0, float(np.floor(20 * (min(of.min() for of in values) - 0.02)) / 20))
+
+
 def _bins(context: Context, method: str) -> tuple[Array, ...]:
     """Of each filled bin: mean confidence, accuracy, the ends of its interval, and how many inputs; (K,) each."""
     numbers = context.numbers[method]
@@ -77,7 +82,9 @@ def _intervals(context: Context, method: str) -> tuple[Array, ...]:
     return LEVELS, hits / counts, *clopper_pearson(hits, counts), counts
 
 
-def _panel(context: Context, name: str, index: int, rows: tuple[Array, ...], low: float) -> tuple[str, str]:
+def _panel(
+    context: Context, name: str, index: int, rows: tuple[Array, ...], ends: tuple[float, float]
+) -> tuple[str, str]:
     says, right, bottom, top, counts = rows
     off = int(((says < bottom) | (says > top)).sum())
     many = "interval" if context.results.is_regression else "bin"
@@ -88,17 +95,17 @@ def _panel(context: Context, name: str, index: int, rows: tuple[Array, ...], low
     if not context.results.is_regression:
         axes = ("confidence: what it says, %", "accuracy: what is true, %")
     panel = Panel(
-        f"reliability-{index}", f"Reliability of {name}", f"{told}.", (low, 1.0), (low, 1.0), axes, (True, True),
-        height=310,
+        f"reliability-{index}", f"Reliability of {name}", f"{told}.", (ends[0], 1.0), (ends[1], 1.0), axes,
+        (True, True), height=310,
     )  # fmt: skip
     kind = f"m{context.colour(name)}"
     if not context.results.is_regression:
-        edges = np.linspace(low, 1.0, 31)
+        edges = np.linspace(ends[0], 1.0, 31)
         shares = np.histogram(context.numbers[name]["confidence"], edges)[0] / counts.sum()
-        panel.steps(edges, low + 0.18 * (1 - low) * shares / max(shares.max(), 1e-12), "n")
-    panel.line([low, 1.0], [low, 1.0], "ideal")
+        panel.steps(edges, ends[1] + 0.18 * (1 - ends[1]) * shares / max(shares.max(), 1e-12), "n")
+    panel.line([max(ends), 1.0], [max(ends), 1.0], "ideal")
     panel.whiskers(says, bottom, top, kind)
     panel.line(says, right, f"{kind} thin")
     panel.dots(says, right, kind)
-    judged = f"{off} of {len(says)} {many}s {'is' if off == 1 else 'are'} off the line beyond the interval"
+    judged = f"{off} of {len(says)} {many}s are off the line, beyond their bars"
     return f"<strong>{escape(name)}</strong><small>{judged}</small>", panel.render()

@@ -40,6 +40,7 @@ class HtmlResults:
         words: by row, the words of an input and how much each adds to the epistemic part, as `ood.word_attributions`
             finds them.
         policy: what an abstention policy promises, in words.
+        caveats: by method, why its two parts should not be believed, in words.
         shown: the method that is taken apart; by default the last one with an epistemic part, else the last.
         title: of the page.
         about: a sentence or two on what the inputs and methods are.
@@ -58,6 +59,7 @@ class HtmlResults:
     unfamiliarity: ArrayLike | None = None
     words: Mapping[int, Words] = field(default_factory=dict)
     policy: str = ""
+    caveats: Mapping[str, str] = field(default_factory=dict)
     shown: str | None = None
     title: str = "How sure is it, and is it right to be?"
     about: str = ""
@@ -82,6 +84,8 @@ class HtmlResults:
             check_choice("shown", self.shown, tuple(self.methods))
         if unknown := sorted(set(self.apart) - set(self.groups or ())):
             raise ValueError(f"`apart` must name groups, got {unknown}; groups are {sorted(set(self.groups or ()))}.")
+        if strangers := sorted(set(self.caveats) - set(self.methods)):
+            raise ValueError(f"`caveats` must be of methods, got {strangers}; methods are {list(self.methods)}.")
         if outside := [row for row in self.words if not 0 <= row < self.size]:
             raise ValueError(f"`words` must be of rows 0 to {self.size - 1}, got {outside[:5]}.")
 

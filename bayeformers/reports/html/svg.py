@@ -195,4 +195,5 @@ def grid(panels: Sequence[tuple[str, str]]) -> str:
         panels: a caption (HTML) and a picture each.
     """
     figures = (f"<figure><figcaption>{caption}</figcaption>{picture}</figure>" for caption, picture in panels)
-    return f'<div class="grid">{"".join(figures)}</div>'
+    columns = 2 if len(panels) in (2, 4) else 3
+    return f'<div class="grid of-{columns}">{"".join(figures)}</div>'

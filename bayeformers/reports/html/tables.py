@@ -15,6 +15,9 @@ __all__ = ["CSV_BYTES", "Cell", "csv_link", "interval", "number", "percent", "ta
 
 CSV_BYTES = 3_000_000
 """Bytes of a CSV file in a page; of more rows it holds the first."""
+_ARROWS = {
+    "higher": ' <abbr title="higher is better">↑</abbr>', "lower": ' <abbr title="lower is better">↓</abbr>', "": "",
+}  # fmt: skip
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -47,7 +50,13 @@ def percent(value: float | None, digits: int = 1) -> Cell:
 
 
 def interval(
-    value: float | None, low: float | None, high: float | None, *, digits: int = 3, is_share: bool = False
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    digits: int = 3,
+    is_share: bool = False,
+    sign: str = "",
 ) -> Cell:
     """Show an estimate and below it the ends of its interval.
 
@@ -57,19 +66,29 @@ def interval(
         high: the other end.
         digits: decimals, of a share those of its percents.
         is_share: whether it is shown in percent.
+        sign: HTML before it; of a difference, whose shares are shown in percentage points.
 
     Returns:
         The cell; the CSV file has a column for each of the three.
     """
     cell = percent(value, digits) if is_share else number(value, digits)
+    shown = cell.shown.replace("&#8239;%", "") if sign else cell.shown
     if low is None or high is None or not cell.values[""]:
-        return Cell(cell.shown, {**cell.values, "_low": "", "_high": ""})
+        return Cell(shown, {**cell.values, "_low": "", "_high": ""})
     factor = 100 if is_share else 1
     ends = ", ".join(_signed(f"{factor * end:.{digits}f}") for end in (low, high))
-    return Cell(f"{cell.shown}<small>[{ends}]</small>", {**cell.values, "_low": f"{low:.6g}", "_high": f"{high:.6g}"})
+    values = {**cell.values, "_low": f"{low:.6g}", "_high": f"{high:.6g}"}
+    return Cell(f"{sign}{shown}<small>[{ends}]</small>", values)
 
 
-def table(name: str, caption: str, corner: str, rows: Mapping[str, Mapping[str, Cell]], *, note: str = "") -> str:
+def table(
+    name: str,
+    caption: str,
+    corner: str,
+    rows: Mapping[str, Mapping[str, Cell]],
+    *,
+    arrows: Mapping[str, str] | None = None,
+) -> str:
     """Return a table that scrolls within itself on a narrow screen, and below it the link to its CSV file.
 
     Args:
@@ -77,10 +96,13 @@ def table(name: str, caption: str, corner: str, rows: Mapping[str, Mapping[str, 
         caption: HTML above the table.
         corner: heading of the rows' names.
         rows: by name, cells by column; the first row names the columns.
-        note: HTML beside the link.
+        arrows: by column, "higher" or "lower" where that is better: an arrow beside its name.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    head = "".join(f'<th scope="col"{_kind(rows, column)}>{escape(column)}</th>' for column in columns)
+    head = "".join(
+        f'<th scope="col"{_kind(rows, column)}>{escape(column)}{_ARROWS[(arrows or {}).get(column, "")]}</th>'
+        for column in columns
+    )
     lines = []
     for label, row in rows.items():
         cells = "".join(_cell(row.get(column, Cell("–"))) for column in columns)
@@ -92,7 +114,7 @@ def table(name: str, caption: str, corner: str, rows: Mapping[str, Mapping[str, 
         f'<div class="scroll" role="region" aria-labelledby="{name}-caption" tabindex="0"><table>'
         f'<caption id="{name}-caption">{caption}</caption><thead><tr><th scope="col" class="text">{escape(corner)}</th>'
         f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        f'<p class="under">{link}{f" {note}" if note else ""}</p>'
+        f'<p class="under">{link}</p>'
     )
 
 
