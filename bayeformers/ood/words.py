@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,12 +71,12 @@ def word_attributions(
         variants = _without_each(parts)
         spans.append((parts, len(inputs), len(variants)))
         inputs += [parts, *variants]
+    device = next((tensor.device for tensor in posterior.model.parameters()), torch.device("cpu"))
     how: dict[str, Any] = {"truncation": True, "padding": True, "return_tensors": "pt", "max_length": max_length}
     found = [
-        _epistemic(posterior.predict(_encode(tokenizer, inputs[start : start + batch_size], how),
-                                     num_samples=num_samples, seed=seed))
-        for start in range(0, len(inputs), batch_size)
-    ]  # fmt: skip
+        _epistemic(posterior.predict(batch, num_samples=num_samples, seed=seed))
+        for batch in _batches(tokenizer, inputs, batch_size, device, how)
+    ]
     values = torch.cat(found).tolist() if found else []
     return [_scored(parts, values[first : first + 1 + count]) for parts, first, count in spans]
 
@@ -93,9 +93,12 @@ def _without_each(parts: tuple[str, ...]) -> list[tuple[str, ...]]:
     return variants
 
 
-def _encode(tokenizer: Any, inputs: Sequence[tuple[str, ...]], how: dict[str, Any]) -> dict[str, Tensor]:
-    columns = [list(column) for column in zip(*inputs, strict=True)]
-    return dict(tokenizer(*columns, **how))
+def _batches(
+    tokenizer: Any, inputs: Sequence[tuple[str, ...]], size: int, device: torch.device, how: dict[str, Any]
+) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(inputs), size):
+        columns = [list(column) for column in zip(*inputs[start : start + size], strict=True)]
+        yield {name: tensor.to(device) for name, tensor in tokenizer(*columns, **how).items()}
 
 
 def _epistemic(predictive: Predictive) -> Tensor:

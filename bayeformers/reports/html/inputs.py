@@ -72,8 +72,8 @@ def _legend(results: HtmlResults, rows: Sequence[int]) -> str:
         return ""
     return (
         f'<p class="note">A word’s ground is the bluer the more the epistemic part falls without it: '
-        f'<mark style="--a:{WORD_SHARE // 3}%">a little</mark> <mark style="--a:{WORD_SHARE}%">most of this text</mark>'
-        ". Words without which it rises have none.</p>"
+        f'<mark style="--a:{WORD_SHARE // 3}%">a little</mark>, <mark style="--a:{WORD_SHARE}%">{results.top:.2g} or '
+        "more</mark>. Words without which it rises have none.</p>"
     )
 
 
@@ -121,10 +121,9 @@ def _text(results: HtmlResults, row: int) -> Cell:
         cut = whole if len(whole) <= LETTERS else f"{whole[:LETTERS]} …"
         return Cell(f'<span class="words">{escape(cut)}</span>', {"": whole}, is_text=True)
     words = results.words[row]
-    top = max((value for _, value in words), default=0.0)
     parts, length = [], 0
     for word, value in words:
-        share = max(value, 0.0) / top if top > 0 else 0.0
+        share = min(max(value, 0.0) / results.top, 1.0)
         inner = escape(word)
         if share > 0.02:
             stripped = word.strip()

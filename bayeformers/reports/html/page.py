@@ -30,8 +30,8 @@ h2 {{ border-top: 1px solid var(--line); font-size: 1.2rem; line-height: 1.3; ma
 @media (min-width: 60rem) {{ .grid.of-2 {{ grid-template-columns: 1fr 1fr; }} }}
 figure {{ background: var(--surface); border: 1px solid var(--line); border-radius: 8px; margin: 0; padding: .75rem; }}
 figcaption strong {{ display: block; }} figcaption small {{ color: var(--muted); }}
-svg {{ display: block; height: auto; width: 100%; max-width: 26rem; margin: .35rem auto 0; overflow: visible; }}
-svg text {{ fill: var(--muted); font-size: 11px; font-variant-numeric: tabular-nums; }} svg .t {{ font-size: 11.5px; }}
+svg {{ display: block; height: auto; width: 100%; max-width: 23rem; margin: .35rem auto 0; overflow: visible; }}
+svg text {{ fill: var(--muted); font-size: 12.5px; font-variant-numeric: tabular-nums; }}
 .g {{ stroke: var(--line); }} .a {{ stroke: var(--axis); }} {_METHODS}
 abbr {{ text-decoration: none; }} .right, .k-right {{ color: var(--right); }}
 .wrong, .k-wrong {{ color: var(--wrong); }}
@@ -48,13 +48,15 @@ abbr {{ text-decoration: none; }} .right, .k-right {{ color: var(--right); }}
 details .scroll {{ max-height: 40rem; overflow-y: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }}
 caption {{ font-weight: 600; padding: .65rem .8rem .5rem; text-align: left; }}
+caption span {{ display: inline-block; left: .8rem; max-width: calc(100vw - 4rem); position: sticky; }}
 th, td {{ border-top: 1px solid var(--line); padding: .42rem .8rem; text-align: right; vertical-align: baseline;
   white-space: nowrap; }}
 thead th {{ background: var(--soft); color: var(--muted); font-weight: 600; position: sticky; top: 0; z-index: 1; }}
-th[scope=row] {{ font-weight: 500; text-align: left; white-space: normal; min-width: 4.5rem; }}
+th[scope=row] {{ background: var(--surface); font-weight: 500; left: 0; min-width: 4.5rem; position: sticky;
+  text-align: left; white-space: normal; }}
 th.text, td.text {{ text-align: left; }} td small {{ color: var(--muted); display: block; font-size: .8em; }}
 .words {{ display: block; line-height: 1.75; min-width: 15rem; overflow-wrap: anywhere; white-space: normal; }}
-mark {{ background: color-mix(in srgb, var(--epistemic) var(--a), transparent); border-radius: 3px; color: inherit;
+mark {{ background: color-mix(in srgb, var(--epistemic) var(--a), transparent); border-radius: 3px; color: var(--ink);
   padding: .08em .12em; }}
 .good {{ color: var(--good); }} .bad {{ color: var(--wrong); }}
 summary {{ cursor: pointer; font-weight: 600; padding: .5rem 0; }} a.csv {{ white-space: nowrap; }}

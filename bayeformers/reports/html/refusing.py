@@ -114,9 +114,9 @@ def _panels(context: Context, curves: dict[str, Curve]) -> list[tuple[str, str]]
             (0.0, 1.02 * top), ("inputs answered, surest first, %", unit), (True, not context.results.is_regression),
         )  # fmt: skip
         kind = f"m{context.colour(name)}"
+        start = int(np.searchsorted(curve.coverage, min(5 / size, 0.5)))  # of fewer inputs a risk says nothing
         if name != focus:
-            panel.line(curves[focus].coverage, curves[focus].risk, "ideal")
-        start = int(np.searchsorted(curve.coverage, min(5 / size, 0.5)))
+            panel.line(curves[focus].coverage[start:], curves[focus].risk[start:], "ideal")
         panel.band(curve.coverage[start:], curve.low[start:], curve.high[start:], kind)
         panel.line(curve.coverage[start:], curve.risk[start:], kind)
         area = metrics.aurc(*_order(context, name))

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 __all__ = ["Panel", "grid", "ticks"]
 
 WIDTH, HEIGHT = 340, 280
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 48
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -158,7 +158,7 @@ class Panel:
             if which == 0:
                 x = self._x(value)
                 parts.append(f'<path class="g" d="M{x:.1f} {TOP}V{floor}"/>')
-                parts.append(f'<text x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{text}</text>')
+                parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{text}</text>')
             else:
                 y = self._y(value)
                 parts.append(f'<path class="g" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')

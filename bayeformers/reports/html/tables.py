@@ -112,7 +112,8 @@ def table(
     link = csv_link(name, ({key: row.get(key, "") for key in names} for row in flat))
     return (
         f'<div class="scroll" role="region" aria-labelledby="{name}-caption" tabindex="0"><table>'
-        f'<caption id="{name}-caption">{caption}</caption><thead><tr><th scope="col" class="text">{escape(corner)}</th>'
+        f'<caption id="{name}-caption"><span>{caption}</span></caption>'
+        f'<thead><tr><th scope="col" class="text">{escape(corner)}</th>'
         f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="under">{link}</p>'
     )
