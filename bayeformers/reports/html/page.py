@@ -46,7 +46,8 @@ abbr {{ text-decoration: none; }} .right, .k-right {{ color: var(--right); }}
 .scroll {{ overflow-x: auto; background: var(--surface); border: 1px solid var(--line); border-radius: 8px;
   margin-top: 1rem; }}
 details .scroll {{ max-height: 40rem; overflow-y: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }}
+table {{ border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums;
+  width: 100%; }}
 caption {{ font-weight: 600; padding: .65rem .8rem .5rem; text-align: left; }}
 caption span {{ display: inline-block; left: .8rem; max-width: calc(100vw - 4rem); position: sticky; }}
 th, td {{ border-top: 1px solid var(--line); padding: .42rem .8rem; text-align: right; vertical-align: baseline;
@@ -54,7 +55,8 @@ th, td {{ border-top: 1px solid var(--line); padding: .42rem .8rem; text-align: 
 thead th {{ background: var(--soft); color: var(--muted); font-weight: 600; position: sticky; top: 0; z-index: 1; }}
 th[scope=row] {{ background: var(--surface); font-weight: 500; left: 0; min-width: 4.5rem; position: sticky;
   text-align: left; white-space: normal; }}
-th.text, td.text {{ text-align: left; }} td small {{ color: var(--muted); display: block; font-size: .8em; }}
+th.text, td.text {{ text-align: left; }} td.text {{ min-width: 5.5rem; overflow-wrap: anywhere; white-space: normal; }}
+ td small {{ color: var(--muted); display: block; font-size: .8em; }}
 .words {{ display: block; line-height: 1.75; min-width: 15rem; overflow-wrap: anywhere; white-space: normal; }}
 mark {{ background: color-mix(in srgb, var(--epistemic) var(--a), transparent); border-radius: 3px; color: var(--ink);
   padding: .08em .12em; }}

@@ -18,6 +18,7 @@ __all__ = ["parts"]
 
 DRAWN = 1200
 """Points of a picture; of more inputs as many are drawn at random."""
+_SCORES = {"max_probability": "1 − confidence"}
 Array = NDArray[Any]
 
 
@@ -136,7 +137,7 @@ def _apart_table(context: Context, group: str) -> str:
     inside, outside = results.is_test, np.asarray(results.groups) == group
     rows = {}
     for name in context.order:
-        scores = dict(results.methods[name].ood_scores)
+        scores = {_SCORES.get(key, key): of for key, of in results.methods[name].ood_scores.items()}
         if name == results.focus and results.unfamiliarity is not None:
             scores["unfamiliarity"] = np.asarray(results.unfamiliarity, dtype=np.float64)
         told = np.repeat([0.0, 1.0], [inside.sum(), outside.sum()])

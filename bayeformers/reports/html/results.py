@@ -94,7 +94,7 @@ class HtmlResults:
     @property
     def size(self) -> int:
         """N."""
-        return len(next(iter(self.methods.values())).total)
+        return len(_central(next(iter(self.methods.values()))))
 
     @property
     def is_regression(self) -> bool:
@@ -175,10 +175,14 @@ class HtmlResults:
         if size == 0:
             raise ValueError("`methods` must be about at least one input, got predictions of none.")
         for name, of in self.methods.items():
-            for part in ("total", "epistemic"):
-                values = getattr(of, part)
-                if values is not None and np.shape(values) != (size,):
-                    raise ValueError(f"`methods`: {part} of {name!r} must be ({size},), got {np.shape(values)}.")
+            if len(_central(of)) != size:
+                raise ValueError(
+                    f"`methods`: {name!r} must be about {size} inputs as the first, got {len(_central(of))}."
+                )
+            if of.epistemic is not None and np.shape(of.epistemic) != (size,):
+                raise ValueError(
+                    f"`methods`: the epistemic part of {name!r} must be ({size},), got {np.shape(of.epistemic)}."
+                )
         for key in ("labels", "texts", "groups", "unfamiliarity"):
             values = getattr(self, key)
             if values is not None and (isinstance(values, str) or np.shape(values) != (size,)):
@@ -202,6 +206,11 @@ class HtmlResults:
                 f"`labels` must be classes 0 to {self.num_classes - 1}, or {UNLABELLED} where there is none, got "
                 f"{known.min()} to {known.max()}."
             )
+
+
+def _central(of: ClassPredictions | RegressionPredictions) -> NDArray[Any]:
+    """Probabilities (N, C), or the mean (N,)."""
+    return np.atleast_1d(of.probs if isinstance(of, ClassPredictions) else of.mean)
 
 
 def _check_classes(name: str, of: ClassPredictions) -> None:
