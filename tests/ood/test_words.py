@@ -50,7 +50,7 @@ def model() -> Any:
 
 
 def epistemic(model: Any, tokenizer: Any, *parts: str) -> float:
-    inputs = dict(tokenizer(*parts, return_tensors="pt"))
+    inputs = dict(tokenizer(*([part] for part in parts), return_tensors="pt"))
     return predict(model, inputs, num_samples=5, seed=2).mutual_information.item()
 
 

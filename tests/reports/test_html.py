@@ -37,7 +37,7 @@ from bayeformers.reports.html.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from bayeformers.reports.html.tables import csv_link
 from bayeformers.tasks.conll import Sentence
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 EMPTY = {"path", "rect"}
 
 

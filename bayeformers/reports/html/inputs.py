@@ -77,7 +77,7 @@ def _legend(results: HtmlResults, rows: Sequence[int]) -> str:
     )
 
 
-def _rows(context: Context, name: str, caption: str, rows: Sequence[int]) -> str:
+def _rows(context: Context, name: str, caption: str, rows: list[int]) -> str:
     results, names = context.results, context.results.names
     shown: Any = results.methods[results.focus]
     strangeness = results.strangeness[1]
@@ -90,7 +90,8 @@ def _rows(context: Context, name: str, caption: str, rows: Sequence[int]) -> str
             decided = int(shown.probs[row].argmax())
             cells["says"] = text(names[decided])
             cells["how sure"] = percent(float(shown.probs[row, decided]))
-            cells["is"] = text(_label(results, row))
+            if results.labelled[rows].any():
+                cells["is"] = text(_label(results, row))
             if shown.epistemic is not None:
                 cells["epistemic"] = number(float(shown.epistemic[row]))
         if name == "strange" and results.unfamiliarity is not None:

@@ -55,8 +55,8 @@ th, td {{ border-top: 1px solid var(--line); padding: .42rem .8rem; text-align: 
 thead th {{ background: var(--soft); color: var(--muted); font-weight: 600; position: sticky; top: 0; z-index: 1; }}
 th[scope=row] {{ background: var(--surface); font-weight: 500; left: 0; min-width: 4.5rem; position: sticky;
   text-align: left; white-space: normal; }}
-th.text, td.text {{ text-align: left; }} td.text {{ min-width: 5.5rem; overflow-wrap: anywhere; white-space: normal; }}
- td small {{ color: var(--muted); display: block; font-size: .8em; }}
+th.text, td.text {{ text-align: left; }} td.text {{ min-width: 5.5rem; white-space: normal; }}
+td small {{ color: var(--muted); display: block; font-size: .8em; }}
 .words {{ display: block; line-height: 1.75; min-width: 15rem; overflow-wrap: anywhere; white-space: normal; }}
 mark {{ background: color-mix(in srgb, var(--epistemic) var(--a), transparent); border-radius: 3px; color: var(--ink);
   padding: .08em .12em; }}

@@ -20,6 +20,8 @@ __all__ = ["refusing"]
 TARGETS = (0.8, 0.9, 0.95, 0.99)
 POINTS = 101
 """Of a curve."""
+MOST_RESAMPLES = 200
+"""Of a curve's band."""
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.5)
 """Of answered inputs, in a regression's table."""
 Array = NDArray[Any]
@@ -84,16 +86,10 @@ def _curve(context: Context, method: str) -> Curve:
     coverage, risk = curve.coverage[kept], curve.risk[kept]
     if not context.results.is_regression:
         return Curve(coverage, risk, *clopper_pearson((risk * (kept + 1)).clip(0, kept + 1), kept + 1))
-    generator, order = np.random.default_rng(context.seed), np.argsort(-sure, kind="stable")
-    drawn = []
-    for _ in range(min(context.num_resamples, 200)):
-        times = np.bincount(generator.integers(size, size=size), minlength=size)[order]
-        many = times.cumsum()[kept]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            drawn.append(np.sqrt((times * errors[order]).cumsum()[kept] / many))
-    with np.errstate(invalid="ignore"):
-        filled = np.where(np.isfinite(drawn), drawn, np.sqrt(risk))
-    low, high = np.quantile(filled, [0.025, 0.975], axis=0)
+    generator = np.random.default_rng(context.seed)
+    indices = (generator.integers(size, size=size) for _ in range(min(context.num_resamples, MOST_RESAMPLES)))
+    drawn = [metrics.risk_coverage_curve(sure[index], errors[index]).risk[kept] for index in indices]
+    low, high = np.sqrt(np.quantile(drawn, [0.025, 0.975], axis=0))
     return Curve(coverage, np.sqrt(risk), low, high)
 
 

@@ -31,8 +31,8 @@ class Cell:
 
 
 def text(value: Any) -> Cell:
-    """A cell of plain text."""
-    return Cell(escape(str(value)), {"": value}, is_text=True)
+    """A cell of plain text, which may break after an underscore."""
+    return Cell(escape(str(value)).replace("_", "_<wbr>"), {"": value}, is_text=True)
 
 
 def number(value: float | None, digits: int = 3) -> Cell:
