@@ -58,12 +58,7 @@ def word_attributions(
         raise TypeError("`texts` must be a list of texts, got one text: put it in a list.")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_count(name, value, 1)
-    posterior = as_posterior(model_or_posterior)
-    if isinstance(posterior, PointPosterior):
-        raise ValueError(
-            f"`model_or_posterior` is a point estimate ({type(posterior.model).__name__}), whose epistemic part is 0 "
-            "for every text: give a posterior or a converted model."
-        )
+    posterior = _with_draws(as_posterior(model_or_posterior))
     inputs: list[tuple[str, ...]] = []
     spans: list[tuple[tuple[str, ...], int, int]] = []
     for text in texts:
@@ -79,6 +74,15 @@ def word_attributions(
     ]
     values = torch.cat(found).tolist() if found else []
     return [_scored(parts, values[first : first + 1 + count]) for parts, first, count in spans]
+
+
+def _with_draws(posterior: Posterior) -> Posterior:
+    if isinstance(posterior, PointPosterior):
+        raise ValueError(
+            f"`model_or_posterior` is a point estimate ({type(posterior.model).__name__}), whose epistemic part is 0 "
+            "for every text: give a posterior or a converted model."
+        )
+    return posterior
 
 
 def _without_each(parts: tuple[str, ...]) -> list[tuple[str, ...]]:

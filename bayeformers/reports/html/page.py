@@ -53,7 +53,7 @@ caption span {{ display: inline-block; left: .8rem; max-width: calc(100vw - 4rem
 th, td {{ border-top: 1px solid var(--line); padding: .42rem .8rem; text-align: right; vertical-align: baseline;
   white-space: nowrap; }}
 thead th {{ background: var(--soft); color: var(--muted); font-weight: 600; position: sticky; top: 0; z-index: 1; }}
-th[scope=row] {{ background: var(--surface); font-weight: 500; left: 0; min-width: 4.5rem; position: sticky;
+th[scope=row] {{ background: var(--surface); font-weight: 500; left: 0; min-width: 5rem; position: sticky;
   text-align: left; white-space: normal; }}
 th.text, td.text {{ text-align: left; }} td.text {{ min-width: 5.5rem; white-space: normal; }}
 td small {{ color: var(--muted); display: block; font-size: .8em; }}
