@@ -36,6 +36,7 @@ from bayeformers.experiments import (
     GlueArguments,
     GlueData,
     LaplaceArguments,
+    ReportArguments,
     chosen_by_fit,
     flag,
     load_glue_data,
@@ -48,6 +49,7 @@ from bayeformers.experiments import (
     say,
     titles,
     user_input,
+    write_page,
 )
 from bayeformers.reports import Comparison, recalibrate
 from examples.data.grammar import FLIP_RATE, generate
@@ -74,8 +76,8 @@ PRETRAINED: dict[str, Any] = {
 
 
 @dataclass
-class ModelArguments(ConversionArguments, LaplaceArguments):
-    """Which model, and how it becomes Bayesian."""
+class ModelArguments(ConversionArguments, LaplaceArguments, ReportArguments):
+    """Which model, how it becomes Bayesian, and whether a page of the results is written."""
 
     model_name_or_path: str | None = flag(
         None, "Pretrained model: a folder or a hub name. Left out, the embedded task makes a tiny BERT."
@@ -157,18 +159,19 @@ def load_data(arguments: Arguments) -> GlueData:
 
 @dataclass
 class Run:
-    """What fitting or loading leaves: by folder, predictions on every set, and what fitting decided."""
+    """What fitting or loading leaves: by folder, predictions on every set and facts; the last model's posterior."""
 
     data: GlueData
     experiment: Experiment
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    last: tuple[str, Any] = ("", None)
     clock: Clock = field(default_factory=Clock)
 
     def predict(self, name: str, trainer: BayesianTrainer) -> None:
         """Add a model's predictions and facts."""
         self.predictions[name] = predict_sets(trainer, self.data.predicted)
-        self.facts[name] = posterior_facts(trainer)
+        self.facts[name], self.last = posterior_facts(trainer), (name, trainer.posterior)
         self.clock.lap(f"{name}_prediction")
 
     def finish(self, name: str, trainer: BayesianTrainer) -> None:
@@ -270,6 +273,11 @@ def report(run: Run, comparison: Comparison, results: dict[str, Any]) -> None:
     title = f"How sure is it, and why? Task {data.task.name}: {len(data.test)} test inputs{shifted}"
     figure = comparison.figure(title=title, **(WHAT_IS_KNOWN if data.task.name == "embedded" else {}))
     files = comparison.write(run.experiment.folder, results, figure, figure_name="uncertainty.png")
+    if path := results["arguments"]["report"]:
+        name, posterior = run.last
+        shown = None if posterior is None else (titles(run.predictions)[name], posterior, run.experiment.tokenizer)
+        write_page(path, comparison, title=title, texts=data.task.columns, shown=shown)
+        files.append(str(path))
     source = f"{held['rows']} rows {held['file'] or 'held out'}"
     if held["split"] is not None and held["file"] is None:
         source += f" by seed {held['split']['seed']}"

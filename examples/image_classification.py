@@ -27,7 +27,7 @@ from bayeformers import BayesianConfig, BayesianTrainer, LaplacePosterior, exper
 from bayeformers.experiments import Experiment, flag, image_classification, predict_sets, say
 from bayeformers.experiments.image_classification import ImageArguments, ImageData, ImageTrainingArguments
 from bayeformers.models.catalogue import IMAGE_CLASSIFIERS
-from bayeformers.reports import format_table, recalibrate
+from bayeformers.reports import HtmlResults, format_table, html, recalibrate
 from bayeformers.reports.conversion import Sizes, size_figure, size_table, start_figure
 from bayeformers.reports.shift import ShiftCurve, shift_figure, shift_tables
 from bayeformers.reports.writing import write_results
@@ -48,7 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class ClassifierArguments(experiments.ConversionArguments, experiments.LaplaceArguments):
+class ClassifierArguments(experiments.ConversionArguments, experiments.LaplaceArguments, experiments.ReportArguments):
     """Which model, which question, and how the model becomes Bayesian."""
 
     model: str = flag("lenet5", f"One of {', '.join(IMAGE_CLASSIFIERS)}.")
@@ -78,6 +78,8 @@ class ClassifierArguments(experiments.ConversionArguments, experiments.LaplaceAr
         BayesianConfig(delta=0.05 if self.delta is None else self.delta, prior=prior)  # refuses what is wrong
         if not 0 < self.angle_step <= 180:
             raise ValueError(f"`angle_step` must lie in (0, 180] degrees, got {self.angle_step}.")
+        if self.report is not None and self.task != "acc":
+            raise ValueError(f"`report` is of --task acc, whose methods have the same images, got --task {self.task}.")
         if self.strip_image < 0:
             raise ValueError(f"`strip_image` must be a position from 0, got {self.strip_image}.")
         super().__post_init__()
@@ -178,6 +180,11 @@ def compare(run: Run) -> Outcome:
         "costs": {name: {**asdict(of), "ms_per_image": costs[name]} for name, of in sizes.items()},
     }
     tests, labels = {name: of["test"] for name, of in found.items()}, data.test.labels.numpy()
+    if run.how.report and experiment.args.process_index == 0:
+        page = HtmlResults(
+            tests, labels, class_names=data.class_names, title=f"What does a posterior add? {run.described()}"
+        )
+        html(page, run.how.report)
     figure = size_figure(tests, labels, sizes, title=f"What does a posterior add? {run.described()}")
     return results, [format_table(reports, corner="test images", digits=4), size_table(sizes, costs)], figure
 

@@ -72,7 +72,7 @@ Encoded = tuple[Dataset, list[list[int]]]
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
 @dataclass
-class ModelArguments(experiments.ConversionArguments, experiments.LaplaceArguments):
+class ModelArguments(experiments.ConversionArguments, experiments.LaplaceArguments, experiments.ReportArguments):
     """Which model, and how its posteriors are found."""
 
     model_name_or_path: str | None = flag(
@@ -293,6 +293,9 @@ def report(
     for name, sentences in generated.items():
         write_conll(folder / f"{name}.conll", sentences)
         files.append(f"{name}.conll")
+    if path := results["arguments"]["report"]:
+        experiments.write_page(path, comparison, title="Which word is the model unsure of?")
+        files.append(str(path))
     print(f"\n{comparison.tables(results['methods'])}\n\nWritten to {folder}: {', '.join(files)}")
 
 

@@ -6,6 +6,7 @@ from .arguments import (
     ExperimentArguments,
     HoldOutArguments,
     LaplaceArguments,
+    ReportArguments,
     check_least,
     flag,
     parse_prior,
@@ -14,6 +15,7 @@ from .arguments import (
 from .command import Clock, ExperimentParser, look_ahead, run_command, say, user_input
 from .draws import drawn_logits, linearized_draws
 from .evaluation import predict_sets, training_rmse
+from .pages import write_page
 from .phases import Experiment
 from .question_answering import SOURCES as SQUAD_SOURCES
 from .question_answering import SquadArguments, SquadData, load_squad_data
@@ -38,10 +40,10 @@ __all__ = [
     "BAYESIAN", "DETERMINISTIC", "FRESH", "LAPLACE", "LAPLACE_LAST_LAYER", "LINEARIZED", "SQUAD_SOURCES",
     "BestEpochArguments", "Clock", "ConllArguments", "ConllData", "ConversionArguments", "Experiment",
     "ExperimentArguments", "ExperimentParser", "GlueArguments", "GlueData", "History", "HoldOutArguments",
-    "LaplaceArguments", "RowKind", "Split", "SquadArguments", "SquadData", "TrainingRows", "check_known", "check_least",
-    "chosen_by_fit",
+    "LaplaceArguments", "ReportArguments", "RowKind", "Split", "SquadArguments", "SquadData", "TrainingRows",
+    "check_known", "check_least", "chosen_by_fit",
     "drawn_logits", "fingerprint", "flag", "history_of", "hold_out", "linearized_draws", "load_conll_data",
     "load_glue_data", "load_saved", "load_squad_data", "look_ahead", "parse_prior", "parse_prior_precision", "past_of",
     "posterior_facts", "predict_sets", "row_hashes", "run_command", "saved_models", "say", "titles",
-    "training_rmse", "user_input",
+    "training_rmse", "user_input", "write_page",
 ]  # fmt: skip

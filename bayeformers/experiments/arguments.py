@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -144,6 +145,21 @@ class LaplaceArguments(Checked):
         layers = {name: getattr(self, name) for name in ("target_modules", "exclude_modules") if hasattr(self, name)}
         how = {name: getattr(self, f"laplace_{name}") for name in ("subset", "curvature", "fisher")}
         return {**layers, **how, "prior_precision": parse_prior_precision(self.prior_precision)}
+
+
+@dataclass
+class ReportArguments(Checked):
+    """Whether a page of the results is written."""
+
+    report: str | None = flag(
+        None, "Write the results as one self-contained page of HTML to this file too, such as outputs/report.html."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be written, before a training that it would come after."""
+        super().__post_init__()
+        if self.report is not None and (not self.report or Path(self.report).is_dir()):
+            raise ValueError(f"`report` must be a file to write, such as report.html, got {self.report!r}.")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from .answers import AnswerComparison
 from .comparison import Comparison, ReportedSet, csv_prefix, prediction_columns, standard_report, write_rows
 from .doubts import doubt_gains, doubt_report, refusal_threshold
+from .html import HtmlResults, html, rows_with_words
 from .plots import (
     GREY,
     GROUP_COLOURS,
@@ -41,11 +42,11 @@ from .words import event_reliability, word_strip
 
 __all__ = [
     "GREY", "GROUP_COLOURS", "MEANINGLESS", "METHOD_COLOURS", "METHOD_LINES", "WARNING_COLOUR", "AnswerComparison",
-    "ClassPredictions", "Comparison", "Interval", "Predictions", "Recalibrated", "RegressionPredictions",
+    "ClassPredictions", "Comparison", "HtmlResults", "Interval", "Predictions", "Recalibrated", "RegressionPredictions",
     "ReportedSet", "Row", "ScoredAnswer", "TaggingComparison", "bootstrap_intervals", "classification_report",
     "coloured", "comparison_figure", "csv_prefix", "doubt_gains", "doubt_report", "event_reliability", "format_table",
-    "group_histograms", "legend_below", "majority_predictions", "ood_report", "panel_title", "prediction_columns",
-    "recalibrate", "refusal_threshold", "regression_report", "reliability_diagram", "risk_coverage", "save_figure",
-    "standard_report", "takes_colours", "tempered", "token_page", "token_pieces", "uncertainty_figure",
-    "wilson_interval", "word_strip", "write_json", "write_rows",
+    "group_histograms", "html", "legend_below", "majority_predictions", "ood_report", "panel_title",
+    "prediction_columns", "recalibrate", "refusal_threshold", "regression_report", "reliability_diagram",
+    "risk_coverage", "rows_with_words", "save_figure", "standard_report", "takes_colours", "tempered", "token_page",
+    "token_pieces", "uncertainty_figure", "wilson_interval", "word_strip", "write_json", "write_rows",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .html.results import UNLABELLED, HtmlResults
 from .plots import comparison_figure, save_figure
 from .report import (
     ClassPredictions,
@@ -262,6 +263,45 @@ class Comparison:
         labels = np.asarray(self.sets[self.test].labels)
         return comparison_figure(test, labels, apart, title=title, caveats=self.caveats, **options)
 
+    def page(self, *, title: str, about: str = "", texts: Sequence[str] = ()) -> HtmlResults:
+        """Return what `html` makes a page of: every set, of which all but the first stand apart.
+
+        Args:
+            title: of the page.
+            about: a sentence on the inputs.
+            texts: names of the columns that hold the inputs in words, if any.
+
+        Raises:
+            TypeError: predictions that are neither `ClassPredictions` nor `RegressionPredictions`.
+        """
+        found = {name: _joined([sets[key] for key in self.sets]) for name, sets in self.methods.items()}
+        missing = np.nan if any(isinstance(of, RegressionPredictions) for of in found.values()) else UNLABELLED
+        labels = [
+            [missing] * part.size if part.labels is None else np.asarray(part.labels).tolist()
+            for part in self.sets.values()
+        ]
+        groups = [
+            list(part.groups) if part.groups is not None and name == self.test else [name] * part.size
+            for name, part in self.sets.items()
+        ]
+        words = [
+            " | ".join(str(part.columns[column][row]) for column in texts)
+            for part in self.sets.values()
+            for row in range(part.size)
+        ]
+        known = any(part.labels is not None for part in self.sets.values())
+        return HtmlResults(
+            found,
+            labels=[label for of in labels for label in of] if known else None,
+            texts=words if texts else None,
+            class_names=self.label_names,
+            groups=[group for of in groups for group in of],
+            apart=[name for name in self.sets if name != self.test],
+            caveats={name: "; ".join(reasons) for name, reasons in self.caveats.items()},
+            title=title,
+            about=about,
+        )
+
     def write(
         self, folder: str | Path, results: Mapping[str, Any], figure: Figure | None, *, figure_name: str
     ) -> list[str]:
@@ -286,6 +326,20 @@ class Comparison:
     def csv_tables(self) -> dict[str, Iterable[Mapping[str, Any]]]:
         """The rows of each CSV file that `write` writes, by the file's name."""
         return {"predictions.csv": self.rows()}
+
+
+def _joined(parts: Sequence[Any]) -> ClassPredictions | RegressionPredictions:
+    """The predictions on several sets, one after the other."""
+    if not all(isinstance(part, STANDARD) for part in parts):
+        kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
+        raise TypeError(f"A page is of ClassPredictions or RegressionPredictions, got {kinds}.")
+    rows = [len(part.total) for part in parts]
+    has_epistemic = all(part.epistemic is not None for part in parts)
+    epistemic = np.concatenate([part.epistemic for part in parts]) if has_epistemic else None
+    if all(isinstance(part, ClassPredictions) for part in parts):
+        return ClassPredictions(np.concatenate([part.probs for part in parts]), epistemic)
+    aleatoric = [np.broadcast_to(part.aleatoric, (size,)) for part, size in zip(parts, rows, strict=True)]
+    return RegressionPredictions(np.concatenate([part.mean for part in parts]), np.concatenate(aleatoric), epistemic)
 
 
 def csv_prefix(method: str) -> str:

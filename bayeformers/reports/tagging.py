@@ -12,6 +12,7 @@ from .. import metrics
 from ..tasks.conll import Sentence
 from ..tasks.entities import TaggedSentence, entity_report, tag_sentence
 from .comparison import Comparison, ReportedSet, csv_prefix
+from .html.results import HtmlResults
 from .plots import page, risk_coverage
 from .report import ClassPredictions, classification_report, format_table
 from .words import LINE, event_reliability, line_width, word_strip
@@ -127,6 +128,37 @@ class TaggingComparison(Comparison):
                 parts.append(format_table({method: report[key] for method, report in reports.items()}, corner=corner))
         return "\n\n".join(parts)
 
+    def page(self, *, title: str, about: str = "", texts: Sequence[str] = ()) -> HtmlResults:
+        """Return what `html` makes a page of: every word of every set, with its sentence around it.
+
+        Args:
+            title: of the page.
+            about: a sentence on the inputs.
+            texts: none: the words are known.
+
+        Raises:
+            ValueError: columns of texts are named.
+        """
+        if texts:
+            raise ValueError(f"`texts` must be empty, got {list(texts)}: an input is a word in its sentence.")
+        found = {
+            method: ClassPredictions(*_of_words([one for name in self.sets for one in sets[name]]))
+            for method, sets in self.methods.items()
+        }
+        rows = [(name, sentence) for name, sentences in self.sentences.items() for sentence in sentences]
+        groups = [(row.group if name == self.test else name, row) for name, row in rows]
+        return HtmlResults(
+            found,
+            labels=[self.names.index(label) for _, row in rows for label in row.labels],
+            texts=[_in_sentence(row.words, place) for _, row in rows for place in range(len(row.words))],
+            class_names=self.names,
+            groups=[group for group, row in groups for _ in row.words],
+            apart=[name for name in self.sets if name != self.test],
+            caveats={name: "; ".join(reasons) for name, reasons in self.caveats.items()},
+            title=title,
+            about=about,
+        )
+
     # -- files --------------------------------------------------------------------------------------------------------
 
     def rows(self) -> Iterable[dict[str, Any]]:
@@ -191,3 +223,14 @@ class TaggingComparison(Comparison):
 def _objects(values: Iterable[Any]) -> NDArray[Any]:
     """An array of things, which a mask takes apart."""
     return np.fromiter(values, dtype=object)
+
+
+def _of_words(tagged: Sequence[TaggedSentence]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Probabilities (n words, C) of all sentences, and the epistemic part (n words,), None of a point estimate."""
+    epistemic = np.concatenate([one.epistemic for one in tagged])
+    return np.concatenate([one.probs for one in tagged]), epistemic if epistemic.any() else None
+
+
+def _in_sentence(words: Sequence[str], place: int) -> str:
+    """A word in guillemets, and its sentence around it."""
+    return " ".join([*words[:place], f"«{words[place]}»", *words[place + 1 :]])

@@ -16,8 +16,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .plots import GREY, METHOD_COLOURS
-from .words import WRONG
+from .html.frame import document
+from .plots import METHOD_COLOURS
 
 __all__ = ["ScoredAnswer", "coloured", "takes_colours", "token_page", "token_pieces"]
 
@@ -26,11 +26,11 @@ _BLACK, _WHITE, _RESET = "\x1b[38;2;0;0;0m", "\x1b[38;2;255;255;255m", "\x1b[0m"
 _INCOMPLETE = "\ufffd"
 _MARKED = 0.5
 """Share of ``top`` from which a token is marked where there are no colours."""
-_STYLE = f"""
-body {{ font: 16px/1.9 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }}
-.note, header p {{ color: {GREY}; font-size: .85rem; }} .wrong {{ color: {WRONG}; }}
-.question {{ font-weight: 600; margin-top: 1.2rem; }} .refused .token {{ opacity: .55; }}
-.token {{ border-bottom: 3px solid transparent; border-radius: 2px; padding: 1px 0; white-space: pre-wrap; }}
+_STYLE = """
+body { line-height: 1.9; }
+.note, header p { color: var(--muted); font-size: .85rem; } .wrong { color: var(--wrong); }
+.question { font-weight: 600; margin-top: 1.2rem; } .refused .token { opacity: .55; }
+.token { border-bottom: 3px solid transparent; border-radius: 2px; padding: 1px 0; white-space: pre-wrap; }
 """
 
 
@@ -137,13 +137,11 @@ def token_page(title: str, answers: Iterable[ScoredAnswer], *, top: float, capti
         f"Blue: epistemic, what the model does not know. Orange underline: aleatoric, what the text leaves open. Full "
         f"colour: {top:.2f} nats. Pale: refused."
     )
-    return "\n".join([
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f"<style>{_STYLE}</style></head><body>",
+    body = "\n".join([
         f"<header><h1>{html.escape(title)}</h1><p>{html.escape(caption)}</p><p>{legend}</p></header>",
         *(_answer(answer, top) for answer in answers),
-        "</body></html>\n",
     ])
+    return document(title, body, style=_STYLE)
 
 
 def _answer(answer: ScoredAnswer, top: float) -> str:

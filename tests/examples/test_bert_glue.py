@@ -24,7 +24,7 @@ ENTAILMENT = ["index\tsentence1\tsentence2\tlabel"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("run")
-    return main([*SMALL, "--output_dir", str(folder)]), folder
+    return main([*SMALL, "--output_dir", str(folder), "--report", str(folder / "page.html")]), folder
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,8 @@ def test_results_hold_every_number(run: tuple[dict[str, Any], Path]) -> None:
                 "entropy", "aleatoric", "epistemic",
             ]  # fmt: skip
             assert numbers["entropy"] == pytest.approx(numbers["aleatoric"] + numbers["epistemic"], abs=1e-6)
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert "shifted (apart)" in page and '<mark style="--a:' in page  # words of the last posterior are coloured
     bayesian = results["methods"]["Bayesian"]
     assert list(bayesian["ood_auroc"]) == ["epistemic", "entropy", "max_probability"]
     assert bayesian["groups"]["shifted"]["epistemic"] > 0

@@ -30,7 +30,7 @@ Run = tuple[dict[str, Any], Path]
 @pytest.fixture(scope="module")
 def acc(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("acc")
-    return main([*SMALL, "--output_dir", str(folder)]), folder
+    return main([*SMALL, "--output_dir", str(folder), "--report", str(folder / "page.html")]), folder
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def is_png(path: Path) -> bool:
 def test_every_method_has_consistent_scores(acc: Run) -> None:
     results, folder = acc
     methods = results["methods"]
+    assert (folder / "page.html").read_text(encoding="utf-8").count("<figcaption><strong>Laplace</strong>") == 2
     point, tempered = "deterministic", "deterministic + temperature"
     assert list(methods) == [point, tempered, "deterministic, trained on", "Bayesian (ELBO)", "Laplace"]
     for report in methods.values():
@@ -181,6 +182,8 @@ def images_like(size: int, classes: int) -> ImageData:
         (["--prior_precision", "-3"], "`prior_precision`"),
         (["--angle_step", "200"], "`angle_step`"),
         (["--strip_image", "-1"], "`strip_image`"),
+        (["--task", "init", "--report", "page.html"], "`report` is of --task acc"),
+        (["--report", "."], "`report` must be a file to write"),
         (["--task", "uncert", "--strip_image", "48"], "`strip_image` must be below 48"),
         (["--patience", "0"], "`patience`"),
         (["--bayesian_epochs", "0"], "`bayesian_epochs`"),

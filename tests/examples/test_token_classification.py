@@ -62,7 +62,7 @@ def test_temperature_of_a_point_estimate() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("run")
-    return main([*SMALL, "--output_dir", str(folder)]), folder
+    return main([*SMALL, "--output_dir", str(folder), "--report", str(folder / "page.html")]), folder
 
 
 METHODS = ["deterministic", "deterministic + temperature", "variational", "Laplace all layers"]
@@ -70,6 +70,7 @@ METHODS = ["deterministic", "deterministic + temperature", "variational", "Lapla
 
 def test_results_hold_words_and_entities_of_every_group(run: tuple[dict[str, Any], Path]) -> None:
     results, folder = run
+    assert "«" in (folder / "page.html").read_text(encoding="utf-8")
     assert list(results["methods"]) == METHODS and results["temperature"] > 0
     for name, report in results["methods"].items():
         assert list(report["groups"]) == ["in-domain", "ambiguous", "clean", "shifted"]
