@@ -1,0 +1,228 @@
+"""What every Bayesian pipeline adds to transformers' own: a posterior, its uncertainty in each result, a policy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from types import GeneratorType
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_count, check_draw
+from ..forward import wide
+from ..likelihoods import get_likelihood, unwrapped
+from ..linearized.methods import METHODS
+from ..posteriors import Posterior
+from ..predictive import Predictive
+
+__all__ = ["PARTS", "BayesianPipelineMixin", "result_of", "uncertainties"]
+
+PARTS = ("total", "aleatoric", "epistemic")
+"""Of a result's ``uncertainty``, in this order on the last axis of `uncertainties`."""
+
+NUM_SAMPLES = 16
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_UNLOCKED = threading.RLock()  # of a pipeline without a tokenizer
+
+
+class BayesianPipelineMixin:
+    """A pipeline whose numbers are a posterior's, beside transformers' class of the task.
+
+    Every call predicts with the draws of ``seed``, so that an input has one answer whatever stands beside it in its
+    batch, and whichever thread asks. The model is left as it is, its mode included.
+
+    Attributes:
+        posterior: what is asked; its model is the pipeline's.
+        num_samples: number S of draws.
+        method: of `predict`; None: the posterior's own default.
+        seed: of the draws.
+        abstention: the policy that says when to refuse, or None.
+        heads: names of transformers' classes that have the task's head; empty: any.
+    """
+
+    heads: ClassVar[frozenset[str]] = frozenset()
+    posterior: Any
+    model: Any
+    tokenizer: Any
+    task: str
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        posterior: Posterior,
+        num_samples: int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+        abstention: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.task = kwargs.get("task", "")
+        check_head(model, self.heads, self.task)
+        self.posterior, self.abstention = posterior, abstention
+        self.num_samples, self.method = _as_fitted(abstention, num_samples, method)
+        self.seed = seed
+        _check_how(self.num_samples, self.method, seed)
+        super().__init__(model=model, **kwargs)
+
+    def _sanitize_parameters(
+        self, num_samples: int | None = None, method: str | None = None, seed: int | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """A call may have its own ``num_samples``, ``method`` and ``seed``."""
+        how = {name: value for name, value in (("num_samples", num_samples), ("method", method), ("seed", seed))}
+        how = {name: value for name, value in how.items() if value is not None}
+        _check_how(how.get("num_samples", 1), method, how.get("seed", 0))
+        _as_fitted(self.abstention, num_samples, method)
+        inputs, forward, results = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
+        return inputs, {**forward, **how}, results
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' pipeline of the task.
+
+        Args:
+            inputs: one input, a list, a generator or a dataset of them.
+            args: as there.
+            kwargs: as there, and ``num_samples``, ``method`` and ``seed``.
+
+        Raises:
+            ValueError: there is no input.
+        """
+        if isinstance(inputs, Sized) and not isinstance(inputs, (str, Mapping)) and len(inputs) == 0:
+            raise ValueError(
+                f"`inputs` of {self.task!r} must hold at least one input, got {type(inputs).__name__} of 0."
+            )
+        return super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, one thread after the other: a fast tokenizer keeps its padding and truncation."""
+        lock = _lock_of(self.tokenizer)
+        with lock:
+            made = super().preprocess(*args, **kwargs)  # type: ignore[misc]
+        return _one_by_one(made, lock) if isinstance(made, GeneratorType) else made
+
+    def predict_batch(self, inputs: Mapping[str, Any], how: Mapping[str, Any], **options: Any) -> Predictive:
+        """What the posterior says about a batch.
+
+        Args:
+            inputs: what the model's forward takes.
+            how: the call's own ``num_samples``, ``method`` and ``seed``, where it has them.
+            options: further ones of the posterior's `predict`.
+        """
+        method = how.get("method", self.method)
+        return self.posterior.predict(  # type: ignore[no-any-return]
+            dict(inputs),
+            num_samples=how.get("num_samples", self.num_samples),
+            seed=how.get("seed", self.seed),
+            **({} if method is None else {"method": method}),
+            **options,
+        )
+
+    def refusals(self, predictive: Predictive) -> dict[str, Tensor]:
+        """Where the policy refuses, under the name of the field in the outputs; nothing without a policy."""
+        return {} if self.abstention is None else {"abstain": self.abstention.abstain(predictive)}
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write the model, its posterior, its policy and its tokenizer or processor into a folder.
+
+        Args:
+            save_directory: the folder.
+            kwargs: as of the model's `save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        is_own = getattr(self.model, "posterior", None) is self.posterior
+        if not is_own and getattr(self.posterior, "file_name", None) is not None:
+            self.posterior.save(save_directory)
+        if self.abstention is not None:
+            self.abstention.save(save_directory)
+
+
+def uncertainties(predictive: Predictive) -> Tensor:
+    """Total, aleatoric and epistemic uncertainty on a last axis, (B, ..., 3), in float32 or wider.
+
+    Entropies in nats, of a regression variances; NaN where a regression's noise is not known.
+    """
+    if not get_likelihood(predictive.problem_type).has_noise:
+        parts = predictive.predictive_entropy, predictive.expected_entropy, predictive.mutual_information
+        return torch.stack(parts, dim=-1)
+    epistemic = wide(predictive.epistemic_variance)
+    try:
+        aleatoric = predictive.aleatoric_variance.to(epistemic)
+    except ValueError:  # its noise is not known
+        aleatoric = torch.full_like(epistemic, torch.nan)
+    return torch.stack([epistemic + aleatoric, aleatoric, epistemic], dim=-1)
+
+
+def result_of(parts: Tensor | Sequence[float]) -> dict[str, float | None]:
+    """A result's ``uncertainty``; None for what is not known.
+
+    >>> result_of([0.75, 0.5, 0.25])
+    {'total': 0.75, 'aleatoric': 0.5, 'epistemic': 0.25}
+    """
+    values = parts.tolist() if isinstance(parts, Tensor) else [float(part) for part in parts]
+    return {name: None if value != value else value for name, value in zip(PARTS, values, strict=True)}
+
+
+def check_head(model: nn.Module, heads: frozenset[str], task: str) -> None:
+    """Check that a model of transformers has the head of a task; another library's model is taken at its word.
+
+    Args:
+        model: the model, adapters around it included.
+        heads: names of transformers' classes that have the head; empty: any.
+        task: the name of the task, for the error.
+
+    Raises:
+        ValueError: it has another head, of which the pipeline would make wrong results.
+    """
+    inner = unwrapped(model)
+    known = {kind.__name__ for kind in type(inner).__mro__ if kind.__module__.startswith("transformers.")}
+    is_transformers = type(inner).__module__.startswith("transformers.")
+    if heads and is_transformers and not known & heads:
+        raise ValueError(
+            f"`model` of {task!r} must have that task's head, got {type(inner).__name__}: load it with the Auto class "
+            "of the task, or name the task of its head."
+        )
+
+
+def _check_how(num_samples: int, method: str | None, seed: int) -> None:
+    check_count("num_samples", num_samples, 1)
+    check_draw(0, seed)
+    if method is not None and method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS} or None, got {method!r}.")
+
+
+def _as_fitted(policy: Any, num_samples: int | None, method: str | None) -> tuple[int, str | None]:
+    """How the policy's examples were predicted, whose promise is of no other prediction.
+
+    Raises:
+        ValueError: another way was asked for.
+    """
+    for name, given in (("num_samples", num_samples), ("method", method)):
+        fitted = getattr(policy, name, None)
+        if given is not None and fitted is not None and given != fitted:
+            raise ValueError(
+                f"`{name}`={given!r}, but the abstention policy was fitted with {fitted!r}, and promises nothing for "
+                f"other predictions: leave `{name}` out, fit a policy for it, or pass `abstention=False`."
+            )
+    num_samples = getattr(policy, "num_samples", None) if num_samples is None else num_samples
+    method = getattr(policy, "method", None) if method is None else method
+    return NUM_SAMPLES if num_samples is None else num_samples, method
+
+
+def _lock_of(tokenizer: Any) -> Any:
+    """Of a tokenizer, which several pipelines may share."""
+    return _UNLOCKED if tokenizer is None else _locks.setdefault(tokenizer, threading.RLock())
+
+
+def _one_by_one(made: Iterator[Any], lock: Any) -> Iterator[Any]:
+    """The items of a generator, each made under the lock, which nobody holds in between."""
+    following: Callable[[], Any] = made.__next__
+    while True:
+        with lock:
+            try:
+                item = following()
+            except StopIteration:
+                return
+        yield item
