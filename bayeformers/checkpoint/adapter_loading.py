@@ -46,7 +46,8 @@ def load_adapter(files: Files, architecture: Any, hub: dict[str, Any], kwargs: d
         kwargs: ``base_model``, a model or where it is loaded from, and else as for the base's `from_pretrained`.
 
     Raises:
-        ValueError: the base is missing or another one, or the folder has no posterior, or is damaged.
+        ValueError: the base is missing or another one, or the folder is damaged.
+        NotBayesian: the folder has no posterior.
     """
     import peft  # an extra
 

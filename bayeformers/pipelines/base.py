@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..checks import check_count, check_draw
 from ..forward import wide
 from ..likelihoods import get_likelihood, unwrapped
-from ..linearized.methods import METHODS
+from ..linearized.methods import METHODS, SAMPLING
 from ..posteriors import Posterior
 from ..predictive import Predictive
 
-__all__ = ["PARTS", "BayesianPipelineMixin", "result_of", "uncertainties"]
+__all__ = ["PARTS", "BayesianPipelineMixin", "check_head", "heads_of", "result_of", "uncertainties"]
 
 PARTS = ("total", "aleatoric", "epistemic")
 """Of a result's ``uncertainty``, in this order on the last axis of `uncertainties`."""
@@ -66,18 +66,27 @@ class BayesianPipelineMixin:
         self.num_samples, self.method = _as_fitted(abstention, num_samples, method)
         self.seed = seed
         _check_how(self.num_samples, self.method, seed)
-        super().__init__(model=model, **kwargs)
+        super().__init__(model=model, **kwargs)  # type: ignore[call-arg]
 
-    def _sanitize_parameters(
-        self, num_samples: int | None = None, method: str | None = None, seed: int | None = None, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(self, **kwargs: Any) -> Any:
         """A call may have its own ``num_samples``, ``method`` and ``seed``."""
-        how = {name: value for name, value in (("num_samples", num_samples), ("method", method), ("seed", seed))}
-        how = {name: value for name, value in how.items() if value is not None}
-        _check_how(how.get("num_samples", 1), method, how.get("seed", 0))
-        _as_fitted(self.abstention, num_samples, method)
+        how = self.checked({name: kwargs.pop(name, None) for name in ("num_samples", "method", "seed")})
         inputs, forward, results = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
         return inputs, {**forward, **how}, results
+
+    def checked(self, how: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's own ``num_samples``, ``method`` and ``seed``, less those that are None.
+
+        Returns:
+            What `predict_batch` takes.
+
+        Raises:
+            ValueError: one is out of range, or not what the policy was fitted with.
+        """
+        given = {name: value for name, value in how.items() if value is not None}
+        _check_how(given.get("num_samples", 1), given.get("method"), given.get("seed", 0))
+        _as_fitted(self.abstention, given.get("num_samples"), given.get("method"))
+        return given
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' pipeline of the task.
@@ -86,6 +95,9 @@ class BayesianPipelineMixin:
             inputs: one input, a list, a generator or a dataset of them.
             args: as there.
             kwargs: as there, and ``num_samples``, ``method`` and ``seed``.
+
+        Returns:
+            transformers' results, with what the mixin adds.
 
         Raises:
             ValueError: there is no input.
@@ -110,6 +122,9 @@ class BayesianPipelineMixin:
             inputs: what the model's forward takes.
             how: the call's own ``num_samples``, ``method`` and ``seed``, where it has them.
             options: further ones of the posterior's `predict`.
+
+        Returns:
+            The prediction.
         """
         method = how.get("method", self.method)
         return self.posterior.predict(  # type: ignore[no-any-return]
@@ -119,6 +134,31 @@ class BayesianPipelineMixin:
             **({} if method is None else {"method": method}),
             **options,
         )
+
+    @property
+    def is_average_of_passes(self) -> bool:
+        """Whether a prediction is the plain average over `drawn_outputs`."""
+        return hasattr(self.posterior, "passes") and not getattr(self.posterior, "predicts_itself", False)
+
+    def drawn_outputs(self, inputs: Mapping[str, Any], how: Mapping[str, Any]) -> Iterator[Any]:
+        """The model's output under each draw; of networks, for heads that no linearised method is for.
+
+        Args:
+            inputs: what the model's forward takes.
+            how: as of `predict_batch`.
+
+        Returns:
+            The outputs, one after the other.
+
+        Raises:
+            ValueError: another method was asked for.
+        """
+        method = how.get("method", self.method)
+        if method is not None and method not in SAMPLING:
+            raise ValueError(f"`method` of {self.task!r} must be one of {SAMPLING}, got {method!r}.")
+        num_samples, seed = how.get("num_samples", self.num_samples), how.get("seed", self.seed)
+        outputs: Iterator[Any] = self.posterior.passes(dict(inputs), num_samples=num_samples, seed=seed)
+        return outputs
 
     def refusals(self, predictive: Predictive) -> dict[str, Tensor]:
         """Where the policy refuses, under the name of the field in the outputs; nothing without a policy."""
@@ -140,9 +180,9 @@ class BayesianPipelineMixin:
 
 
 def uncertainties(predictive: Predictive) -> Tensor:
-    """Total, aleatoric and epistemic uncertainty on a last axis, (B, ..., 3), in float32 or wider.
+    """Return total, aleatoric and epistemic uncertainty on a last axis, (B, ..., 3), in float32 or wider.
 
-    Entropies in nats, of a regression variances; NaN where a regression's noise is not known.
+    They are entropies in nats, of a regression variances; NaN where a regression's noise is not known.
     """
     if not get_likelihood(predictive.problem_type).has_noise:
         parts = predictive.predictive_entropy, predictive.expected_entropy, predictive.mutual_information
@@ -156,13 +196,19 @@ def uncertainties(predictive: Predictive) -> Tensor:
 
 
 def result_of(parts: Tensor | Sequence[float]) -> dict[str, float | None]:
-    """A result's ``uncertainty``; None for what is not known.
+    """Return a result's ``uncertainty``; None for what is not known.
 
     >>> result_of([0.75, 0.5, 0.25])
     {'total': 0.75, 'aleatoric': 0.5, 'epistemic': 0.25}
     """
     values = parts.tolist() if isinstance(parts, Tensor) else [float(part) for part in parts]
     return {name: None if value != value else value for name, value in zip(PARTS, values, strict=True)}
+
+
+def heads_of(mapping: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the classes that a table of transformers' Auto classes holds."""
+    entries = [entry if isinstance(entry, (tuple, list)) else (entry,) for entry in mapping.values()]
+    return frozenset(name for names in entries for name in names)
 
 
 def check_head(model: nn.Module, heads: frozenset[str], task: str) -> None:
@@ -194,7 +240,7 @@ def _check_how(num_samples: int, method: str | None, seed: int) -> None:
 
 
 def _as_fitted(policy: Any, num_samples: int | None, method: str | None) -> tuple[int, str | None]:
-    """How the policy's examples were predicted, whose promise is of no other prediction.
+    """Return how the policy's examples were predicted: it promises nothing for other predictions.
 
     Raises:
         ValueError: another way was asked for.

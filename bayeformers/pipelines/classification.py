@@ -10,11 +10,11 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.pipelines.audio_classification import AudioClassificationPipeline
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.text_classification import TextClassificationPipeline
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..likelihoods import get_likelihood
 from ..predictive import Predictive
-from .base import BayesianPipelineMixin, result_of, uncertainties
+from .base import BayesianPipelineMixin, heads_of, result_of, uncertainties
 
 __all__ = [
     "BayesianAudioClassificationPipeline", "BayesianImageClassificationPipeline", "BayesianTextClassificationPipeline",
@@ -28,7 +28,7 @@ _PROBLEMS = {"softmax": "single_label_classification", "sigmoid": "multi_label_c
 class _Classification(BayesianPipelineMixin):
     """What the three kinds share: one prediction per example."""
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(self, **kwargs: Any) -> Any:
         function = kwargs.get("function_to_apply")
         name = None if function is None else str(getattr(function, "value", function)).lower()
         if name is not None and name not in _FUNCTIONS:
@@ -98,19 +98,10 @@ def raw_scores(predictive: Predictive) -> Tensor:
     return scores_as_logits(predictive) if has_noise else predictive.mean_logits
 
 
-def _heads(*mappings: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the classes that transformers' tables hold for a task."""
-    names: set[str] = set()
-    for mapping in mappings:
-        for entry in mapping.values():
-            names.update(entry if isinstance(entry, tuple) else [entry])
-    return frozenset(names)
-
-
 class BayesianTextClassificationPipeline(_Classification, TextClassificationPipeline):
     """Of texts, or pairs of texts: one class, several labels, or a number."""
 
-    heads = _heads(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 
     def _named(self, function: str) -> Any:
         from transformers.pipelines.text_classification import ClassificationFunction
@@ -121,7 +112,7 @@ class BayesianTextClassificationPipeline(_Classification, TextClassificationPipe
 class BayesianImageClassificationPipeline(_Classification, ImageClassificationPipeline):
     """Of images."""
 
-    heads = _heads(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 
     def _named(self, function: str) -> Any:
         from transformers.pipelines.image_classification import ClassificationFunction
@@ -132,4 +123,4 @@ class BayesianImageClassificationPipeline(_Classification, ImageClassificationPi
 class BayesianAudioClassificationPipeline(_Classification, AudioClassificationPipeline):
     """Of sounds."""
 
-    heads = _heads(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES)

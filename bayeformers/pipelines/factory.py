@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
 from torch import nn
 from transformers.pipelines import TASK_ALIASES
+from transformers.pipelines import pipeline as plain_pipeline
 
-from ..checkpoint.load import NotBayesian, from_pretrained
+from ..checkpoint.accounting import NotBayesian
+from ..checkpoint.load import from_pretrained
 from ..posteriors import PointPosterior, Posterior, VariationalPosterior
 from ..posteriors.predict import as_posterior
 from ..posteriors.variational import is_bayesian
@@ -20,6 +21,9 @@ from .classification import (
     BayesianImageClassificationPipeline,
     BayesianTextClassificationPipeline,
 )
+from .question_answering import BayesianQuestionAnsweringPipeline
+from .tokens import BayesianFillMaskPipeline, BayesianTokenClassificationPipeline
+from .zero_shot import BayesianZeroShotClassificationPipeline
 
 __all__ = ["pipeline"]
 
@@ -27,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, Any] = {
     "text-classification": BayesianTextClassificationPipeline,
+    "token-classification": BayesianTokenClassificationPipeline,
+    "zero-shot-classification": BayesianZeroShotClassificationPipeline,
+    "fill-mask": BayesianFillMaskPipeline,
+    "question-answering": BayesianQuestionAnsweringPipeline,
     "image-classification": BayesianImageClassificationPipeline,
     "audio-classification": BayesianAudioClassificationPipeline,
 }
@@ -86,11 +94,12 @@ def pipeline(
     options = {name: value for name, value in kwargs.items() if value is not None or name not in _PARTS}
     if folder is not None and found is not None:
         options = {**_components(kind, folder, found.model), **options}
+    build: Any = plain_pipeline  # annotated per task
     if found is None:  # a folder that is not Bayesian: as transformers loads it
-        loaded = transformers.pipeline(_name(kind, task), model=folder, **options).model
+        loaded = build(_name(kind, task), model=folder, **options).model
         found = PointPosterior(loaded)
         options = {**_components(kind, str(folder), loaded), **options}
-    return transformers.pipeline(
+    return build(
         _name(kind, task),
         model=found.model,
         pipeline_class=kind,

@@ -43,7 +43,8 @@ def tokenizer(max_length: int = 32) -> hf.PreTrainedTokenizerFast:
     )
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=max_length, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        mask_token="[MASK]", model_max_length=max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 
