@@ -103,9 +103,7 @@ class BayesianPipelineMixin:
             ValueError: there is no input.
         """
         if isinstance(inputs, Sized) and not isinstance(inputs, (str, Mapping)) and len(inputs) == 0:
-            raise ValueError(
-                f"`inputs` of {self.task!r} must hold at least one input, got {type(inputs).__name__} of 0."
-            )
+            raise ValueError(f"`inputs` of {self.task!r} must hold an input, got an empty {type(inputs).__name__}.")
         return super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def preprocess(self, *args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ def members() -> EnsemblePosterior:
     others = [copy.deepcopy(bert()) for _ in range(3)]
     for index, other in enumerate(others):
         with torch.no_grad():
-            other.classifier.weight.add_(index)
+            other.classifier.weight.mul_(1 + index)
     return EnsemblePosterior(bert(), others)
 
 
