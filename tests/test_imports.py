@@ -59,6 +59,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "likelihoods",
         "predictive",
         "generation",
+        "guarantees",
         "conversion",
         "nn",
         "sampling",

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_draw
 from ..forward import wide
+from ..guarantees import AbstentionPolicy
+from ..guarantees.policy import PREDICTED
+from ..guarantees.saving import mismatch
 from ..likelihoods import get_likelihood, unwrapped
 from ..linearized.methods import METHODS, SAMPLING
 from ..posteriors import Posterior
@@ -41,9 +44,12 @@ class BayesianPipelineMixin:
         seed: of the draws.
         abstention: the policy that says when to refuse, or None.
         heads: names of transformers' classes that have the task's head; empty: any.
+        scores_are_of: what results are about where that is not what the head predicts: a policy that was fitted to the
+            head's predictions promises nothing for them.
     """
 
     heads: ClassVar[frozenset[str]] = frozenset()
+    scores_are_of: ClassVar[str | None] = None
     posterior: Any
     model: Any
     tokenizer: Any
@@ -57,15 +63,17 @@ class BayesianPipelineMixin:
         num_samples: int | None = None,
         method: str | None = None,
         seed: int = 0,
-        abstention: Any = None,
+        abstention: AbstentionPolicy | None = None,
         **kwargs: Any,
     ) -> None:
         self.task = kwargs.get("task", "")
         check_head(model, self.heads, self.task)
-        self.posterior, self.abstention = posterior, abstention
-        self.num_samples, self.method = _as_fitted(abstention, num_samples, method)
-        self.seed = seed
+        self.posterior, self.abstention, self.seed = posterior, abstention, seed
+        fitted = getattr(abstention, "num_samples", None), getattr(abstention, "method", None)
+        self.num_samples = num_samples if num_samples is not None else fitted[0] or NUM_SAMPLES
+        self.method = method if method is not None else fitted[1]
         _check_how(self.num_samples, self.method, seed)
+        _check_policy(abstention, posterior, self.num_samples, self.method, self.scores_are_of)
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]
 
     def _sanitize_parameters(self, **kwargs: Any) -> Any:
@@ -85,7 +93,9 @@ class BayesianPipelineMixin:
         """
         given = {name: value for name, value in how.items() if value is not None}
         _check_how(given.get("num_samples", 1), given.get("method"), given.get("seed", 0))
-        _as_fitted(self.abstention, given.get("num_samples"), given.get("method"))
+        if {"num_samples", "method"} & set(given):
+            num_samples, method = given.get("num_samples", self.num_samples), given.get("method", self.method)
+            _check_policy(self.abstention, self.posterior, num_samples, method, self.scores_are_of)
         return given
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -237,22 +247,26 @@ def _check_how(num_samples: int, method: str | None, seed: int) -> None:
         raise ValueError(f"`method` must be one of {METHODS} or None, got {method!r}.")
 
 
-def _as_fitted(policy: Any, num_samples: int | None, method: str | None) -> tuple[int, str | None]:
-    """Return how the policy's examples were predicted: it promises nothing for other predictions.
-
-    Raises:
-        ValueError: another way was asked for.
-    """
-    for name, given in (("num_samples", num_samples), ("method", method)):
-        fitted = getattr(policy, name, None)
-        if given is not None and fitted is not None and given != fitted:
-            raise ValueError(
-                f"`{name}`={given!r}, but the abstention policy was fitted with {fitted!r}, and promises nothing for "
-                f"other predictions: leave `{name}` out, fit a policy for it, or pass `abstention=False`."
-            )
-    num_samples = getattr(policy, "num_samples", None) if num_samples is None else num_samples
-    method = getattr(policy, "method", None) if method is None else method
-    return NUM_SAMPLES if num_samples is None else num_samples, method
+def _check_policy(
+    policy: AbstentionPolicy | None,
+    posterior: Posterior,
+    num_samples: int,
+    method: str | None,
+    scores_are_of: str | None,
+) -> None:
+    """Raise ValueError where a policy promises nothing for the predictions that are asked for."""
+    if policy is None:
+        return
+    reason = mismatch(policy, posterior, method, num_samples)
+    if policy.groups is not None and policy.group_by != PREDICTED:
+        reason = f"it has a threshold for each {policy.group_by or 'group'}, which no pipeline knows"
+    if scores_are_of is not None and policy.posterior is not None:
+        reason = f"it was calibrated on what the head predicts, and the pipeline's scores are of {scores_are_of}"
+    if reason is not None:
+        raise ValueError(
+            f"`abstention` promises nothing here: {reason}. Fit a policy for these predictions, or pass "
+            "`abstention=False` and ask the policy yourself."
+        )
 
 
 def _lock_of(tokenizer: Any) -> Any:

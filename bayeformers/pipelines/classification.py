@@ -41,6 +41,11 @@ class _Classification(BayesianPipelineMixin):
         problem = self.posterior.problem_type() if hasattr(self.posterior, "problem_type") else None
         asked = _PROBLEMS.get(function or "")
         options = {} if asked is None or function == _function(problem) else {"problem_type": asked}
+        if options and self.abstention is not None:
+            raise ValueError(
+                f"`function_to_apply`={function!r} makes other scores than the head's own {_function(problem)!r}, for "
+                "which the policy was fitted: leave it out, or pass `abstention=False`."
+            )
         predictive = self.predict_batch(model_inputs, how, **options)
         logits = raw_scores(predictive) if function == "none" else scores_as_logits(predictive)
         applied = function or _function(predictive.problem_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers.pipelines import TASK_ALIASES
@@ -13,6 +13,7 @@ from transformers.pipelines import pipeline as plain_pipeline
 
 from ..checkpoint.accounting import NotBayesian
 from ..checkpoint.load import from_pretrained
+from ..guarantees import AbstentionPolicy, policy_of
 from ..posteriors import PointPosterior, Posterior, VariationalPosterior
 from ..posteriors.predict import as_posterior
 from ..posteriors.variational import is_bayesian
@@ -58,7 +59,7 @@ def pipeline(
     num_samples: int | None = None,
     method: str | None = None,
     seed: int = 0,
-    abstention: Any = None,
+    abstention: AbstentionPolicy | Literal[False] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Return transformers' pipeline of a task, whose scores are a posterior's averages and say how sure they are.
@@ -174,12 +175,12 @@ def _components(kind: Any, folder: str, model: Any) -> dict[str, str]:
     return dict.fromkeys(names, base if base and is_bare else folder)
 
 
-def _policy(posterior: Posterior, abstention: Any) -> Any:
+def _policy(posterior: Posterior, abstention: Any) -> AbstentionPolicy | None:
     """The policy that is set: the one that is given, else the model's own; None of False."""
     if abstention is False:
         return None
     if abstention is None:
-        return vars(posterior.model).get("abstention_policy")
-    if not callable(getattr(abstention, "abstain", None)):
+        return policy_of(posterior)
+    if not isinstance(abstention, AbstentionPolicy):
         raise TypeError(f"`abstention` must be an AbstentionPolicy, None or False, got {type(abstention).__name__}.")
     return abstention

@@ -31,6 +31,7 @@ class BayesianQuestionAnsweringPipeline(BayesianPipelineMixin, ChunkPipeline):
     """
 
     heads = heads_of(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
+    scores_are_of = "spans of the whole text"
     stands_for = "token-classification"  # transformers' factory builds no task that it does not know
     _load_processor = False
     _load_image_processor = False

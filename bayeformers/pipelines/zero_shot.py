@@ -26,6 +26,7 @@ class BayesianZeroShotClassificationPipeline(BayesianPipelineMixin, ZeroShotClas
     """
 
     heads = heads_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    scores_are_of = "the candidate labels"
 
     def _forward(self, inputs: Any, **how: Any) -> dict[str, Any]:
         """The draws' logits of a text and one hypothesis, (B, S, C)."""

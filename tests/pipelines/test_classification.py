@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.pipelines.base import KeyDataset
 
 from bayeformers import fixed_draw, laplace, pipeline, predict, to_bayesian
+from bayeformers.guarantees import attach_policy
 from bayeformers.posteriors import DropoutPosterior, EnsemblePosterior, Posterior, VariationalPosterior
-from tests.pipelines.tiny import TEXTS, bert, tokenizer
+from tests.pipelines.tiny import TEXTS, bert, policy, tokenizer
 
 TOLERANCE = 1e-6
 PAIR = {"text": "the cat sat", "text_pair": "a dog ran on the mat"}
@@ -152,6 +153,22 @@ def test_a_call_may_have_draws_of_its_own() -> None:
     other = pipeline("text-classification", model=model, tokenizer=tokenizer(), num_samples=3, seed=2, device="cpu")
     assert pipe(TEXTS, num_samples=3, seed=2) == other(TEXTS)
     assert pipe(TEXTS) != other(TEXTS) and pipe(TEXTS) == pipe(TEXTS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_policy_refuses_those_of_whom_it_is_unsure(batch_size: int) -> None:
+    """In every entry of a result; from the model that carries it, as fitted, without a word in the call."""
+    model, given = to_bayesian(bert(), delta=0.5), tokenizer()
+    unasked = pipeline("text-classification", model=model, tokenizer=given, device="cpu", num_samples=3)(TEXTS)
+    threshold = sorted(entry["score"] for entry in unasked)[1]
+    attach_policy(model, policy(threshold=threshold, num_samples=3))
+    pipe = pipeline("text-classification", model=model, tokenizer=given, device="cpu")
+    assert pipe.num_samples == 3
+    found = pipe(TEXTS, batch_size=batch_size, top_k=None)
+    assert [{entry["abstain"] for entry in entries} for entries in found] == [
+        {entries[0]["score"] < threshold} for entries in found
+    ]
+    assert sum(entries[0]["abstain"] for entries in found) == 1
 
 
 @pytest.mark.parametrize("function", [None, "sigmoid", "softmax", "none"])

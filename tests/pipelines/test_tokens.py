@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayeformers import fixed_draw, laplace, pipeline, predict, to_bayesian
-from tests.pipelines.tiny import SPECIAL, TEXTS, bert, tokenizer
+from bayeformers.guarantees import AbstentionPolicy
+from tests.pipelines.tiny import SPECIAL, TEXTS, bert, policy, tokenizer
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 TEXT = "john smith sat in berlin"  # [CLS] john smi ##th sat in ber ##lin [SEP]
@@ -89,17 +90,17 @@ def test_entities(strategy: str, batch_size: int) -> None:
 def test_tokens_and_a_policy() -> None:
     """Of every token without a strategy; an entity is refused if any of its tokens is."""
 
-    class Refuses:
+    class Refuses(AbstentionPolicy):
         """The second token of each text, and the seventh."""
 
-        def abstain(self, predictive: Any) -> Tensor:
+        def abstain(self, predictive: Any, groups: Any = None) -> Tensor:
             refused = torch.zeros(predictive.probs.shape[:-1], dtype=torch.bool)
             refused[:, [2, 7]] = True
             return refused
 
     model, given = tagger(), tokenizer()
     options: dict[str, Any] = {"tokenizer": given, "num_samples": 4, "device": "cpu", "ignore_labels": []}
-    pipe = pipeline("ner", model=model, abstention=Refuses(), **options)
+    pipe = pipeline("ner", model=model, abstention=policy(Refuses), **options)
     draws = drawn(model, dict(given(TEXT, return_tensors="pt")))
     doubt, mean = by_hand(draws), draws.mean(0)
     for batch_size in (1, 2):

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bayeformers import laplace, pipeline, to_bayesian
+from bayeformers.guarantees import attach_policy
 from bayeformers.posteriors import PointPosterior, TemperaturePosterior
 from tests.pipelines.test_classification import batch
-from tests.pipelines.tiny import TEXTS, bert, tokenizer
+from tests.pipelines.tiny import TEXTS, bert, policy, tokenizer
 
 ROWS = [{**batch(), "labels": torch.tensor([0, 1, 2, 0])}]
-
-
-def policy(**fields: Any) -> Any:
-    return SimpleNamespace(abstain=lambda predictive: predictive.probs.amax(-1) < 0.5, **fields)
 
 
 def made(task: str = "text-classification", **options: Any) -> Any:
@@ -56,12 +52,23 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a method that is none": (lambda: made(method="laplace"), ValueError, r"`method` must be one of .*'laplace'"),
     "a policy that is none": (lambda: made(abstention=0.5), TypeError, "`abstention` must be an AbstentionPolicy"),
     "a policy of other draws": (
-        lambda: made(abstention=policy(num_samples=16, method="sample"), num_samples=4), ValueError,
-        r"`num_samples`=4, but the abstention policy was fitted with 16",
+        lambda: made(model=converted(), abstention=fitted_to("VariationalPosterior"), num_samples=4), ValueError,
+        "calibrated on averages of 16 draws, and these are of 4",
     ),
     "a policy of another method": (
-        lambda: made(abstention=policy(num_samples=16, method="glm"), method="sample"), ValueError,
-        r"`method`='sample', but the abstention policy was fitted with 'glm'",
+        lambda: made(posterior=laplace_of(bert()), abstention=fitted_to("LaplacePosterior", method="glm"), method="sample"),
+        ValueError, "calibrated on predictions by 'glm', and these are by 'sample'",
+    ),
+    "a policy of another posterior": (
+        lambda: made(abstention=fitted_to("LaplacePosterior")), ValueError,
+        "calibrated on predictions of a LaplacePosterior, and these are of a PointPosterior",
+    ),
+    "a policy with groups": (
+        lambda: made(abstention=policy(groups={"a": 0.5}, group_by="author")), ValueError, "a threshold for each author"
+    ),
+    "a policy of a head's labels for other labels": (
+        lambda: made("zero-shot-classification", abstention=fitted_to("PointPosterior")), ValueError,
+        "scores are of the candidate labels",
     ),
     "calibrated answers": (
         lambda: made("question-answering", posterior=calibrated()), ValueError, "`posterior` of question-answering"
@@ -70,9 +77,21 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+def converted() -> Any:
+    return to_bayesian(bert(), delta=0.3)
+
+
+def laplace_of(model: Any) -> Any:
+    return laplace.fit(model, ROWS, subset="last_layer", progress=False)
+
+
+def fitted_to(posterior: str, **fields: Any) -> Any:
+    return policy(**{"posterior": posterior, "num_samples": 16, "method": "sample", **fields})
+
+
 def with_posterior_of_another() -> Any:
     model = bert()
-    model.posterior = laplace.fit(bert(), ROWS, subset="last_layer", progress=False)
+    model.posterior = laplace_of(bert())
     return model
 
 
@@ -93,7 +112,15 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a method that is none": (lambda: made()(TEXTS[0], method="mean"), ValueError, "`method` must be one of"),
     "linearised without a Gaussian": (lambda: made()(TEXTS[0], method="glm"), ValueError, "needs a Gaussian posterior"),
     "other draws than the policy's": (
-        lambda: made(abstention=policy(num_samples=8))(TEXTS[0], num_samples=2), ValueError, "was fitted with 8"
+        lambda: made(model=converted(), abstention=fitted_to("VariationalPosterior"))(TEXTS[0], num_samples=2),
+        ValueError, "calibrated on averages of 16 draws, and these are of 2",
+    ),
+    "a score that the head has not": (
+        lambda: made(abstention=policy(score="predictive_std"))(TEXTS[0]), ValueError, "`score` of a .* must be one of"
+    ),
+    "a function that the policy does not know": (
+        lambda: made(abstention=policy())(TEXTS[0], function_to_apply="sigmoid"), ValueError,
+        "makes other scores than the head's own 'softmax'",
     ),
     "linearised masks": (
         lambda: made("fill-mask", model=bert("MaskedLM"))("[MASK]", method="glm"), ValueError, "`method` of 'fill-mask'"
@@ -127,8 +154,8 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_false_sets_no_policy() -> None:
-    model = to_bayesian(bert(), delta=0.3)
-    model.__dict__["abstention_policy"] = policy(num_samples=4, method=None)
+    model = converted()
+    attach_policy(model, policy(num_samples=4))
     set_by_the_model = made(model=model)
     assert set_by_the_model.num_samples == 4 and "abstain" in set_by_the_model(TEXTS[0])[0]
     assert "abstain" not in made(model=model, abstention=False, num_samples=2)(TEXTS[0])[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayeformers import fixed_draw, laplace, pipeline, to_bayesian
-from tests.pipelines.tiny import TEXTS, bert, tokenizer
+from tests.pipelines.tiny import TEXTS, bert, policy, tokenizer
 
 LABELS = ["cat", "dog", "mat"]
 TEMPLATE = "the {} ran"
@@ -78,11 +78,8 @@ def test_a_linearised_method_is_refused_and_not_the_default() -> None:
         pipe(TEXTS[0], LABELS, method="glm")
 
 
-def test_a_policy_sees_the_prediction_over_labels() -> None:
-    class Unsure:
-        def abstain(self, predictive: Any) -> Tensor:
-            assert predictive.probs.shape == (1, len(LABELS))
-            return predictive.probs.amax(-1) < 0.9
-
-    found = pipe_of(to_bayesian(bert(labels=NLI), delta=0.5), abstention=Unsure())(TEXTS[0], LABELS)
-    assert found["abstain"] is True
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+def test_a_policy_sees_the_prediction_over_labels(threshold: float) -> None:
+    pipe = pipe_of(to_bayesian(bert(labels=NLI), delta=0.5), abstention=policy(threshold=threshold))
+    found = pipe(TEXTS[0], LABELS)
+    assert found["abstain"] == (found["scores"][0] < threshold) == (threshold == 0.9)

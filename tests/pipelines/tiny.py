@@ -9,6 +9,8 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
+from bayeformers.guarantees import AbstentionPolicy
+
 WORDS = [
     "the",
     "cat",
@@ -63,3 +65,13 @@ def bert(kind: str = "SequenceClassification", labels: list[str] | None = None, 
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model.eval()
+
+
+def policy(kind: type[AbstentionPolicy] = AbstentionPolicy, **fields: Any) -> AbstentionPolicy:
+    """One that refuses below a confidence of 0.5, of scores that were given as numbers."""
+    return kind(
+        **{
+            "score": "confidence", "threshold": 0.5, "max_risk": 0.1, "confidence": 0.9, "num_examples": 100,
+            "coverage": 0.5, "feasible": True, "model_risk": 0.2, **fields,
+        }
+    )  # fmt: skip
