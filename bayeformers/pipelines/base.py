@@ -17,8 +17,9 @@ from ..guarantees import AbstentionPolicy
 from ..guarantees.policy import PREDICTED
 from ..guarantees.saving import mismatch
 from ..likelihoods import get_likelihood, unwrapped
+from ..linearized.links import ignores_shift
 from ..linearized.methods import METHODS, SAMPLING
-from ..posteriors import Posterior
+from ..posteriors import BasePosterior, Posterior
 from ..predictive import Predictive
 
 __all__ = ["PARTS", "BayesianPipelineMixin", "check_head", "heads_of", "result_of", "uncertainties"]
@@ -135,13 +136,21 @@ class BayesianPipelineMixin:
             The prediction.
         """
         method = how.get("method", self.method)
+        given = {} if method is None else {"method": method}
         return self.posterior.predict(  # type: ignore[no-any-return]
             dict(inputs),
             num_samples=how.get("num_samples", self.num_samples),
             seed=how.get("seed", self.seed),
-            **({} if method is None else {"method": method}),
-            **options,
+            **(self._with_contrasts(method, options) | given | options),
         )
+
+    def _with_contrasts(self, method: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a linearised softmax: one backward pass fewer, and the same probabilities."""
+        if type(self.posterior).predict is not BasePosterior.predict:  # another may not have the argument
+            return {}
+        method = self.posterior.default_method if method is None else method
+        problem = options.get("problem_type") or self.posterior.problem_type()
+        return {"contrasts": True} if method not in SAMPLING and ignores_shift(problem, "auto") else {}
 
     @property
     def is_average_of_passes(self) -> bool:

@@ -106,7 +106,8 @@ def test_every_posterior(name: str) -> None:
     alone, together = pipe(TEXTS), pipe(TEXTS, batch_size=3)
     assert model.training
     for text, one, other in zip(TEXTS, alone, together, strict=True):
-        predictive = predict(posterior, dict(given(text, return_tensors="pt")), num_samples=4)
+        inputs = dict(given(text, return_tensors="pt"))
+        predictive = predict(posterior, inputs, num_samples=4)
         expected = {
             "total": predictive.predictive_entropy,
             "aleatoric": predictive.expected_entropy,
