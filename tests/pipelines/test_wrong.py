@@ -28,13 +28,13 @@ def calibrated() -> Any:
 
 
 MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "unknown task": (lambda: made("text-classifier"), ValueError, r"`task` must be one of .*got 'text-classifier'"),
-    "task of no name": (lambda: made(None), ValueError, r"`task` must be one of .*got None"),  # type: ignore[arg-type]
+    "unknown task": (lambda: made("classify"), ValueError, r"`task` must be one of .*got 'classify'"),
+    "task of no name": (lambda: made(None), ValueError, r"`task` must be one of .*got None"),  # type: ignore
     "a task without our pipeline": (lambda: made("object-detection"), ValueError, "`task` must be one of"),
     "nothing to ask": (lambda: pipeline("text-classification"), ValueError, "`model` must be a folder"),
     "a model of no kind": (lambda: made(model=3), TypeError, "must be a torch.nn.Module or a Posterior"),
     "a head of another task": (
-        lambda: made("token-classification"), ValueError, "must have that task's head, got BertForSequenceClassification"
+        lambda: made("token-classification"), ValueError, "that task's head, got BertForSequenceClassification"
     ),
     "a body without a head": (lambda: made(model=bert().bert), ValueError, "that task's head, got BertModel"),
     "answers without their head": (lambda: made("question-answering"), ValueError, "must have that task's head"),
@@ -56,8 +56,8 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "calibrated on averages of 16 draws, and these are of 4",
     ),
     "a policy of another method": (
-        lambda: made(posterior=laplace_of(bert()), abstention=fitted_to("LaplacePosterior", method="glm"), method="sample"),
-        ValueError, "calibrated on predictions by 'glm', and these are by 'sample'",
+        lambda: made(posterior=laplace_of(bert()), abstention=fitted_to("LaplacePosterior", method="glm"), method="nn"),
+        ValueError, "calibrated on predictions by 'glm', and these are by 'nn'",
     ),
     "a policy of another posterior": (
         lambda: made(abstention=fitted_to("LaplacePosterior")), ValueError,
@@ -73,7 +73,7 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "calibrated answers": (
         lambda: made("question-answering", posterior=calibrated()), ValueError, "`posterior` of question-answering"
     ),
-    "a function that is none": (lambda: made(function_to_apply="max"), ValueError, "`function_to_apply` must be one of"),
+    "a function that is none": (lambda: made(function_to_apply="max"), ValueError, "`function_to_apply` must be one"),
 }  # fmt: skip
 
 
