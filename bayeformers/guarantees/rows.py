@@ -96,7 +96,14 @@ def _collated(
             raise ValueError(f"`groups`={column!r} needs a dataset with named columns: give one entry per row.")
         else:
             collate = torch.utils.data.default_collate if data_collator is None else data_collator
-        yield collate(rows), values
+        try:
+            batch = collate(rows)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                "`data_collator` must make one batch of the rows, as `DataCollatorWithPadding(tokenizer)` does of "
+                f"texts that are not equally long: {error}"
+            ) from error
+        yield batch, values
 
 
 def _taken(model: nn.Module) -> frozenset[str] | None:

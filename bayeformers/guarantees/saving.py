@@ -52,7 +52,7 @@ def attach_policy(model: nn.Module, policy: AbstentionPolicy | None) -> None:
 def policy_of(model_or_posterior: Any) -> AbstentionPolicy | None:
     """Return the policy that a model carries, or a posterior's model; None where there is none.
 
-    A policy of weights that have moved since is none: a warning says so, once for the weights that are there now.
+    A policy of weights that have moved since, or of another kind of posterior, is none: a warning says so.
     """
     model = (
         model_or_posterior if isinstance(model_or_posterior, nn.Module) else getattr(model_or_posterior, "model", None)
@@ -60,8 +60,13 @@ def policy_of(model_or_posterior: Any) -> AbstentionPolicy | None:
     if not isinstance(model, nn.Module):
         return None
     policy = next((vars(part)[_OWN] for part in (model, *_inner(model)) if _OWN in vars(part)), None)
-    if not isinstance(policy, AbstentionPolicy) or policy.weights in (None, weights_digest(model)):
-        return policy
+    if not isinstance(policy, AbstentionPolicy):
+        return None
+    if policy.weights in (None, weights_digest(model)):
+        other = None if model is model_or_posterior else mismatch(policy, model_or_posterior, policy.method)
+        if other is not None:
+            logger.warning("The model's abstention policy is not applied: %s.", other)
+        return policy if other is None else None
     if vars(model).get("_told_of_policy") != policy.weights:
         vars(model)["_told_of_policy"] = policy.weights
         logger.warning(
