@@ -37,7 +37,7 @@ def make(name: str) -> Any:
     return pipeline("text-classification", model=to_bayesian(bert(), delta=0.3), **options)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 4])
 @pytest.mark.parametrize("name", ["draws", "linearised", "entities", "zero-shot"])
 def test_threads(name: str, threads: int) -> None:
     """Single texts, padded batches and truncated ones, at once: a fast tokenizer holds its truncation and padding."""

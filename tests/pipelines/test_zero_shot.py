@@ -37,9 +37,8 @@ def pipe_of(model: Any, **options: Any) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("names", [NLI, ["entailment", "neutral", "contradiction"]])
-def test_one_label(names: list[str], batch_size: int) -> None:
+@pytest.mark.parametrize(("batch_size", "names"), [(1, NLI), (4, ["entailment", "neutral", "contradiction"])])
+def test_one_label(batch_size: int, names: list[str]) -> None:
     model = to_bayesian(bert(labels=names), delta=0.5)
     entailment = names.index("entailment")
     for text, found in zip(TEXTS, pipe_of(model)(TEXTS, LABELS, batch_size=batch_size), strict=True):
