@@ -35,6 +35,7 @@ from .laplace import LaplacePosterior
 from .moved import keep_old_paths, old_module
 from .nn import fixed_draw, posterior_mean
 from .nn.kl import kl_divergence, log_prior, log_variational_posterior
+from .pipelines import pipeline
 from .posteriors import Posterior, VariationalPosterior, predict
 from .predictive import Predictive
 from .training import BayesianArguments, BayesianTrainer, BayesianTrainerMixin, BayesianTrainingArguments
@@ -87,6 +88,7 @@ __all__ = [
     "losses",
     "models",
     "ood",
+    "pipeline",
     "posterior_as_prior",
     "posterior_mean",
     "predict",

@@ -51,6 +51,10 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
         )
 
 
+class NotBayesian(ValueError):
+    """A folder holds a whole model, or a whole adapter, and no posterior."""
+
+
 class Files:
     """A checkpoint's files, in a folder or on the hub.
 

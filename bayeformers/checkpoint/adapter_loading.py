@@ -24,7 +24,7 @@ from ..nn.base import variational_tensors
 from ..posteriors.files import saved_kinds
 from ..storage import read, tensor_names
 from . import adapters as saved
-from .accounting import Files
+from .accounting import Files, NotBayesian
 
 _OWN = "posterior"
 
@@ -46,7 +46,8 @@ def load_adapter(files: Files, architecture: Any, hub: dict[str, Any], kwargs: d
         kwargs: ``base_model``, a model or where it is loaded from, and else as for the base's `from_pretrained`.
 
     Raises:
-        ValueError: the base is missing or another one, or the folder has no posterior, or is damaged.
+        ValueError: the base is missing or another one, or the folder is damaged.
+        NotBayesian: the folder has no posterior.
     """
     import peft  # an extra
 
@@ -58,7 +59,7 @@ def load_adapter(files: Files, architecture: Any, hub: dict[str, Any], kwargs: d
     if "bayesian" in content and path is None:
         raise ValueError(f"`directory` {directory!r} lacks {saved.TENSORS!r}, the scales of its Bayesian adapter.")
     if "bayesian" not in content and not fitted:
-        raise ValueError(_without(files))
+        raise NotBayesian(_without(files))
     config = _record(content, directory) if "bayesian" in content else None
     tensors = read(path, kind=saved.KIND)[0] if config is not None and path is not None else {}
     configs = {name: _peft_config(files, name, peft) for name in content["adapters"]}

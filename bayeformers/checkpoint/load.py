@@ -33,7 +33,7 @@ from ..nn.draws import bayesian_modules
 from ..nn.parameters import of_source
 from ..posteriors.base import BasePosterior
 from ..posteriors.files import saved_kinds
-from .accounting import Files, check_arguments, check_values, posterior_like, told_missing
+from .accounting import Files, NotBayesian, check_arguments, check_values, posterior_like, told_missing
 from .adapter_loading import is_adapter, load_adapter
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _with_posterior(
     directory = files.directory
     found = {name: path for name in saved_kinds() if (path := files.find(name)) is not None}
     if not found:
-        raise ValueError(
+        raise NotBayesian(
             f"`directory` {directory!r} holds no Bayesian model: its config has no 'bayesian' entry, and there is "
             f"no {FILE} or other file of a posterior. {files.scales_without_record()}Load it with transformers, and "
             "call `to_bayesian`, or fit a posterior with `BayesianTrainer.fit_laplace`. (An INT8 posterior is loaded "

@@ -215,10 +215,27 @@ def _noise(covariance: Tensor, normals: Tensor, centred: bool) -> Tensor:
             normals
         )
         return noise - noise.mean(-1, keepdim=True) if centred else noise
-    values, vectors = torch.linalg.eigh(covariance.double())
-    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # rounding below zero must not become NaN
-    root = root - root.mean(-2, keepdim=True) if centred else root
-    return torch.einsum("...cd,sd->s...c", root.to(normals), normals)
+    if not centred:
+        return torch.einsum("...cd,sd->s...c", _root(covariance.double()).to(normals), normals)
+    # In a basis of the contrasts, so that what all logits share has no part in it: the draws are those of its absence.
+    basis = _contrasts(covariance.shape[-1]).to(covariance.device)
+    root = basis @ _root(basis.mT @ covariance.double() @ basis)
+    return torch.einsum("...cd,sd->s...c", root.to(normals), normals[:, : root.shape[-1]])
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root, which alone moves little where the covariance does: eigenvectors may turn at will."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(-2) @ vectors.mT  # rounding must not become NaN
+    return root
+
+
+def _contrasts(num_classes: int) -> Tensor:
+    """Orthonormal columns (C, C - 1) that are orthogonal to the vector of ones (Helmert)."""
+    steps = torch.arange(1, num_classes, dtype=torch.float64)
+    columns = torch.ones(num_classes, num_classes, dtype=torch.float64).triu(1)[:, 1:]
+    columns = columns - steps * torch.eye(num_classes, dtype=torch.float64)[:, 1:]
+    return columns / (steps * (steps + 1)).sqrt()
 
 
 def _pairwise(mean: Tensor, covariance: Tensor) -> Tensor:

@@ -137,6 +137,22 @@ def test_draws_against_quadrature_over_two_classes() -> None:
     assert (probs("mc", mean, covariance)[:, 1] - exact).abs().max() < 2 / 1024
 
 
+def test_draws_depend_on_the_contrasts_alone_and_move_little_with_the_covariance() -> None:
+    """Equal eigenvalues let eigenvectors turn at a rounding error: padding must not make other draws."""
+    generator = torch.Generator().manual_seed(0)
+    mean, noise = torch.zeros(1, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64, generator=generator)
+    covariance = torch.eye(4, dtype=torch.float64)[None] + 0.1  # all contrasts have variance 1
+    nearly = covariance + 1e-9 * (noise + noise.mT)
+    centre = torch.eye(4, dtype=torch.float64) - 0.25
+    for centred in (True, False):
+        draws = logit_draws(mean, covariance, 64, seed=1, centred=centred)
+        torch.testing.assert_close(logit_draws(mean, nearly, 64, seed=1, centred=centred), draws, atol=1e-7, rtol=0)
+    draws = logit_draws(mean, covariance, 2048, seed=1, centred=True)
+    torch.testing.assert_close(logit_draws(mean, centre @ covariance @ centre, 2048, seed=1, centred=True), draws)
+    # 2,048 scrambled Sobol points: the error of a covariance's entry is far below 1 / sqrt(2048) = .02
+    torch.testing.assert_close((draws[:, 0].mT @ draws[:, 0]) / 2048, centre, atol=0.01, rtol=0)
+
+
 def test_draws_are_those_of_the_logits() -> None:
     """Common random numbers: equal inputs have equal draws, wherever they stand; fewer draws are the first of more."""
     mean, covariance = gaussian(3, 4)
@@ -147,7 +163,10 @@ def test_draws_are_those_of_the_logits() -> None:
     tokens = logit_draws(mean[:, None].expand(3, 2, 4), covariance[:, None].expand(3, 2, 4, 4), 100, seed=2)
     torch.testing.assert_close(tokens[:, :, 1], draws)
     predictive = linearized_predictive(mean, covariance, CLASSES, num_draws=100, seed=2)
-    torch.testing.assert_close(predictive.log_probs, draws.log_softmax(-1))
+    centred = logit_draws(mean, covariance, 100, seed=2, centred=True)
+    torch.testing.assert_close(predictive.log_probs, centred.log_softmax(-1))
+    noise = centred - mean
+    torch.testing.assert_close(noise.sum(-1), torch.zeros_like(noise[..., 0]), atol=1e-6, rtol=0)
 
 
 def test_uncertainties_come_from_the_draws_whatever_the_link() -> None:
