@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..checks import check_draw
+from ..sampling.views import viewed
 from .adapters import LATE, forget_adapters, late_adapters, let_thaw, name_heads, note_adapters
 from .base import BayesianModule
 from .base import bayesian_modules as bayesian_modules
@@ -25,7 +26,7 @@ from .holds import holding
 from .merging import stand_in_for_merges, stock_merges
 from .noise import Draw
 from .reading import MEAN
-from .scope import DrawScope, fresh_key
+from .scope import DrawScope
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ FORWARD = (
     "posterior mean, or hold one draw in `with fixed_draw(model, index)`; `predict` averages over draws."
 )
 GENERATE = (
-    "%s generates in train(): one draw of the weights serves the whole call. Call `model.eval()` for the posterior "
-    "mean, or choose the draw in `with fixed_draw(model, index)`."
+    "%s generates in train(), where each call would be that of a random network: it generates with the posterior mean, "
+    "as in eval(). `bayeformers.generate` averages over draws; `with fixed_draw(model, index)` chooses one."
 )
 _GENERATE = "generate"
 
@@ -108,7 +109,7 @@ def one_draw_per_forward(model: nn.Module) -> nn.Module:
     """Return ``model``, which draws each distinct Parameter once per forward from here on, as after `to_bayesian`.
 
     Without it each layer is a model of its own: one that is called twice in a forward draws twice. And where a module
-    has a ``generate``, one draw serves a whole call of it in `train()`.
+    has a ``generate``, a call of it in `train()` is the posterior mean's.
     """
     modules = bayesian_modules(model)
     _name_tensors(modules)
@@ -187,9 +188,10 @@ class _End(_Hook):
 
 
 class OneDraw:
-    """Stands in for a module's ``generate``; as itself where no layer would draw, that is in `eval()` or a held draw.
+    """Stands in for a module's ``generate``, which is one network's: where layers would draw, the posterior mean's.
 
-    Without it every token would be another network's, over the keys and values of the ones before.
+    In `train()` every token would be another network's, over the keys and values of the ones before. In `eval()` and in
+    a held draw it is the module's own method.
     """
 
     def __init__(self, module: nn.Module, name: str, own: Callable[..., Any] | None) -> None:
@@ -205,18 +207,22 @@ class OneDraw:
         return self._name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate, under one draw if layers would draw."""
-        modules = {} if torch.compiler.is_compiling() else bayesian_modules(self._module)
-        layers = [m for m in modules.values() if m.training and m.draw is None and m.scope.running is None]
+        """Generate, as in `eval()` if layers would draw."""
+        layers = [] if torch.compiler.is_compiling() else drawing_layers(self._module)
         if not layers:
             return self.__wrapped__(*args, **kwargs)
         say_once(layers[0].scope, GENERATE, self._module)
-        with hold(self._module, Draw(fresh_key()), layers):
-            return self.__wrapped__(*args, **kwargs)
+        with viewed(self._module, training=False) as view:  # other threads see the model in train(), as it is
+            return getattr(view.model, self._name)(*args, **kwargs)
+
+
+def drawing_layers(model: nn.Module) -> list[BayesianModule]:
+    """Layers that would draw in a forward now: those in `train()` for which the caller holds nothing."""
+    return [m for m in bayesian_modules(model).values() if m.training and m.draw is None and m.scope.running is None]
 
 
 def _hold_while_generating(model: nn.Module) -> None:
-    """Every module of ``model`` that generates does so under one draw."""
+    """Every module of ``model`` that generates does so with one network."""
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule) or not callable(getattr(type(module), _GENERATE, None)):
             continue

@@ -1,4 +1,4 @@
-"""`generate` in `train()` is one network; a model left in `train()` says so once."""
+"""`generate` in `train()` is the posterior mean's; a model left in `train()` says so once."""
 
 from __future__ import annotations
 
@@ -27,42 +27,44 @@ def converted(name: str, **options: object) -> tuple[nn.Module, dict[str, Tensor
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], **options: object) -> Tensor:
-    found: Tensor = model.generate(
-        **inputs, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, use_cache=True, output_scores=True,
-        return_dict_in_generate=True, **options,
-    )  # type: ignore[operator]  # fmt: skip
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "use_cache": True, "output_scores": True}
+    found: Tensor = model.generate(**inputs, return_dict_in_generate=True, **given | options)  # type: ignore[operator]
     return found
 
 
+@pytest.mark.protects("a user who forgets eval() after training from texts of a random network")
 @pytest.mark.parametrize("estimator", ["reparameterization", "local_reparameterization", "flipout"])
 @pytest.mark.parametrize("name", ["gpt2-lm", "t5"])
-def test_one_draw_in_train(name: str, estimator: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Scores with the cache are those of the whole sequence under the same draw, which the seed decides."""
+def test_the_mean_in_train(name: str, estimator: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As in `eval()` to the bit, said once; no random number is taken and the model stays as it was."""
     model, inputs = converted(name, estimator=estimator)
+    expected = generate(model.eval(), inputs, do_sample=False)
     model.train()
-    outputs = []
-    for _ in range(2):
-        torch.manual_seed(4)
-        with caplog.at_level(logging.WARNING):
-            cached = generate(model, inputs, do_sample=False)
-        torch.manual_seed(4)
-        whole = generate(model, inputs, do_sample=False, **{"num_beams": 1})
-        outputs.append(cached)
-        assert torch.equal(cached.sequences, whole.sequences)
-    torch.manual_seed(4)
-    with torch.no_grad():
-        plain = model.generate(
-            **inputs, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, use_cache=False, output_scores=True,
-            return_dict_in_generate=True, do_sample=False,
-        )  # type: ignore[operator]  # fmt: skip
-    for a, b in zip(outputs[0].scores, plain.scores, strict=True):
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        found = [generate(model, inputs, do_sample=False) for _ in range(3)]
+    for outputs in found:
+        assert torch.equal(outputs.sequences, expected.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(outputs.scores, expected.scores, strict=True))
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    said = [record.getMessage() for record in caplog.records if "generates in train()" in record.getMessage()]
+    assert len(said) == 1 and all(word in said[0] for word in ("posterior mean", "fixed_draw", "bayeformers.generate"))
+
+
+def test_a_training_draw_that_is_held_stays_the_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Who asks for one network of training gets it: with the cache the scores are those without."""
+    model, inputs = converted("gpt2-lm")
+    mean = generate(model.eval(), inputs, do_sample=False)
+    model.train()
+    with caplog.at_level(logging.WARNING, logger="bayeformers"), training_draw(model):
+        cached = generate(model, inputs, do_sample=False)
+        plain = generate(model, inputs, do_sample=False, use_cache=False)
+    assert not torch.equal(cached.scores[0], mean.scores[0])
+    for a, b in zip(cached.scores, plain.scores, strict=True):
         kept = b.isfinite()
         torch.testing.assert_close(a[kept], b[kept], atol=1e-4, rtol=1e-4)
-    said = [record.getMessage() for record in caplog.records if "generates in train()" in record.getMessage()]
-    assert len(said) == 1 and "eval()" in said[0] and "fixed_draw" in said[0]
-    torch.manual_seed(5)
-    other = generate(model, inputs, do_sample=False)
-    assert not torch.equal(torch.cat(outputs[0].scores[:1]), torch.cat(other.scores[:1]))
+    assert not [record for record in caplog.records if "generates in train()" in record.getMessage()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,24 +90,17 @@ def test_it_is_a_method_like_the_models_own() -> None:
     assert inspect.signature(model.generate) == inspect.signature(plain.generate)  # type: ignore[arg-type]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(vars(other)["generate"], OneDraw) and vars(other)["generate"]._module is other
-        torch.manual_seed(1)
         expected = generate(model.train(), inputs)
-        torch.manual_seed(1)
         assert torch.equal(generate(other.train(), inputs).scores[-1], expected.scores[-1])
     assert set(vars(to_deterministic(model))) == set(vars(plain))
 
 
 def test_adapters() -> None:
     model = peft.get_peft_model(case("gpt2-lm").build(), peft.LoraConfig(r=2, init_lora_weights=False))
-    to_bayesian(model, delta=0.9, target_modules=["lora_A.default", "lora_B.default"]).train()
+    to_bayesian(model, delta=0.9, target_modules=["lora_A.default", "lora_B.default"])
     inputs = case("gpt2-lm").inputs()
-    torch.manual_seed(2)
-    first = generate(model, inputs, do_sample=False)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        second = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, use_cache=False,
-            output_scores=True, return_dict_in_generate=True, do_sample=False)  # fmt: skip
-    torch.testing.assert_close(first.scores[-1][:, 1:], second.scores[-1][:, 1:], atol=1e-4, rtol=1e-4)
+    expected = generate(model.eval(), inputs, do_sample=False)
+    assert torch.equal(generate(model.train(), inputs, do_sample=False).scores[-1], expected.scores[-1])
 
 
 def test_a_forward_in_train_without_gradients_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
