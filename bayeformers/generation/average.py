@@ -46,7 +46,9 @@ def _averaged(networks: Networks, own: Forward, recorder: Recorder) -> Forward:
         size = rows_of(arguments)
         output = _run(networks, own, arguments, size)
         log_probs = wide(output.logits[:, -1]).log_softmax(-1).view(len(networks), size, -1)
-        output.logits = recorder.step(log_probs)[:, None]
+        mean = recorder.step(log_probs)
+        # of one network its own logits, for a processor may tell them from log-probabilities (repetition_penalty)
+        output.logits = output.logits[:, -1:] if len(networks) == 1 else mean[:, None]
         cache = output.get("past_key_values")
         if hasattr(type(cache), "reorder_cache"):  # beams that change places do so in the rows of every network
             vars(cache)["reorder_cache"] = functools.partial(networks.reorder, cache)

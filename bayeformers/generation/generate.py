@@ -72,6 +72,8 @@ def generate(
     given = prepared(posterior, inputs, tokenizer)
     count = num_samples if posterior.num_draws is None else min(num_samples, posterior.num_draws)
     job = _Job(posterior, given, range(count), seed, generate_kwargs)
+    if job.option("stop_strings") is not None:
+        job.read_stops(tokenizer)
     check_decoding(tokenizer, equivalent, job.per_input * (count if mixing == "draws" else 1))
     job.check(mixing)
     run = job.average if mixing == "average" else job.draws
@@ -103,6 +105,12 @@ class _Job:
             if value is not None:
                 return value
         return getattr(self._defaults, name, None)
+
+    def read_stops(self, tokenizer: Any) -> None:
+        """Let transformers' ``generate`` read ``stop_strings``; ValueError without a tokenizer."""
+        if tokenizer is None:
+            raise ValueError("`stop_strings` are texts, which need a `tokenizer`.")
+        self._options["tokenizer"] = tokenizer
 
     @property
     def width(self) -> int:
@@ -278,7 +286,8 @@ def _described(found: Generation, job: _Job, tokenizer: Any, equivalent: Equival
     if count == 1:
         return found
     places = torch.arange(len(answers)).view(-1, job.size, job.per_input).transpose(0, 1).reshape(job.size, -1)
-    found.agreement = torch.tensor([exact_agreement([answers[i] for i in own]) for own in places.tolist()])
+    shares = [exact_agreement([answers[i] for i in own]) for own in places.tolist()]
+    found.agreement = torch.tensor(shares, dtype=torch.float64)
     if equivalent is not None and texts is not None:
         clusters = [semantic_clusters([texts[i] for i in own], equivalent) for own in places.tolist()]
         found.clusters = torch.tensor(clusters)
