@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..forward import wide
-from .networks import Networks, expanded, rows_of, standing_in
+from .networks import Networks, rows_of, standing_in
 from .recording import Recorder
 
 Forward = Callable[..., Any]
@@ -54,7 +55,17 @@ def _averaged(networks: Networks, own: Forward, recorder: Recorder) -> Forward:
             vars(cache)["reorder_cache"] = functools.partial(networks.reorder, cache)
         return output
 
+    vars(forward)["__signature__"] = _without_features(own)
     return forward
+
+
+def _without_features(own: Forward) -> inspect.Signature:
+    """The signature of a forward that encodes images itself.
+
+    Where it names `mm_encoder_outputs`, ``generate`` encodes them before, by one network for all draws.
+    """
+    signature = inspect.signature(own)
+    return signature.replace(parameters=[p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"])
 
 
 def _of_all(networks: Networks, own: Forward) -> Forward:
@@ -69,4 +80,4 @@ def _of_all(networks: Networks, own: Forward) -> Forward:
 
 def _run(networks: Networks, own: Forward, arguments: Mapping[str, Any], size: int) -> Any:
     with networks.installed(size):
-        return networks.run(own, expanded(arguments, size, len(networks)), size)
+        return networks.run(own, arguments, size)
