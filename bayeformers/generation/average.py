@@ -60,10 +60,7 @@ def _averaged(networks: Networks, own: Forward, recorder: Recorder) -> Forward:
 
 
 def _without_features(own: Forward) -> inspect.Signature:
-    """The signature of a forward that encodes images itself.
-
-    Where it names `mm_encoder_outputs`, ``generate`` encodes them before, by one network for all draws.
-    """
+    # where a forward names `mm_encoder_outputs`, `generate` encodes the images before, by one network for all draws
     signature = inspect.signature(own)
     return signature.replace(parameters=[p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"])
 

@@ -70,21 +70,15 @@ class BayesianGenerationMixin(BayesianPipelineMixin):
         )  # fmt: skip
         posterior_of(posterior)  # it generates, or says why not
 
-    def _sanitize_parameters(
-        self,
-        mixing: Mixing | None = None,
-        token_uncertainty: bool | None = None,
-        method: str | None = None,
-        **kwargs: Any,
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        _check_method(method)
-        if mixing is not None:
-            check_choice("mixing", mixing, get_args(Mixing))
-        if token_uncertainty is not None and not isinstance(token_uncertainty, bool):
-            raise TypeError(f"`token_uncertainty` must be True or False, got {token_uncertainty!r}.")
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        own = {name: kwargs.pop(name, None) for name in ("mixing", "token_uncertainty")}
+        own = {name: value for name, value in own.items() if value is not None}
+        _check_method(kwargs.pop("method", None))
+        check_choice("mixing", own.get("mixing", "average"), get_args(Mixing))
+        if not isinstance(own.get("token_uncertainty", False), bool):
+            raise TypeError(f"`token_uncertainty` must be True or False, got {own['token_uncertainty']!r}.")
         inputs, forward, results = super()._sanitize_parameters(**kwargs)
-        own = {"mixing": mixing, "token_uncertainty": token_uncertainty}
-        return inputs, {**forward, **{name: value for name, value in own.items() if value is not None}}, results
+        return inputs, {**forward, **own}, results
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' pipeline of the task.
@@ -92,6 +86,9 @@ class BayesianGenerationMixin(BayesianPipelineMixin):
         Args:
             args: as there.
             kwargs: as there, and ``num_samples``, ``seed``, ``mixing`` and ``token_uncertainty``.
+
+        Returns:
+            What transformers' pipeline returns, one list of results for each input.
 
         Raises:
             ValueError: there is no input.
@@ -110,7 +107,7 @@ class BayesianGenerationMixin(BayesianPipelineMixin):
         token_uncertainty: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
-        """transformers' outputs of B inputs with k answers each, and of each answer the details, (B, k, ...)."""
+        """Transformers' outputs of B inputs with k answers each, and of each answer the details, (B, k, ...)."""
         writer = _Writer(
             self.model, frozenset(model_inputs), self.posterior, mixing=mixing,
             num_samples=self.num_samples if num_samples is None else num_samples,
@@ -140,7 +137,7 @@ class BayesianGenerationMixin(BayesianPipelineMixin):
         return details
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
-        """transformers' results, one for each answer, with what is known of it."""
+        """Transformers' results, one for each answer, with what is known of it."""
         outputs = dict(model_outputs)
         details = {name: outputs.pop(name).flatten(0, 1) for name in _DETAILS if name in outputs}
         records = super().postprocess(outputs, **kwargs)  # type: ignore[misc]
@@ -195,8 +192,9 @@ class _Writer:
     def per_input(self, values: Tensor) -> Tensor:
         """What stands in the leading axes (S, R) or (R,) of a generation, by input: (B, k, ...)."""
         if self.found.mixing == "average":
-            return values.unflatten(0, (self._size, -1))
-        return values.unflatten(1, (self._size, -1)).movedim(1, 0).flatten(1, 2)
+            return values.reshape(self._size, -1, *values.shape[1:])
+        draws, size, rest = len(values), self._size, values.shape[2:]
+        return values.reshape(draws, size, -1, *rest).movedim(1, 0).flatten(1, 2)
 
     def _of_nothing(self, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """An empty prompt: the token that begins a text, as transformers takes it."""

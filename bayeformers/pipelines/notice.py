@@ -129,8 +129,8 @@ def _in_eval(original: Callable[..., Any]) -> Callable[..., Any]:
 def wrap_pipelines() -> None:
     """Let transformers' `Pipeline` say what it shows of a Bayesian model; nothing where that is done."""
     if not hasattr(Pipeline.forward, _WRAPPED):
-        Pipeline.__init__ = _telling(Pipeline.__init__)  # type: ignore[method-assign]
-        Pipeline.forward = _in_eval(Pipeline.forward)  # type: ignore[method-assign]
+        Pipeline.__init__ = _telling(Pipeline.__init__)
+        Pipeline.forward = _in_eval(Pipeline.forward)
 
 
 wrap_pipelines()

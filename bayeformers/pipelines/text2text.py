@@ -1,4 +1,4 @@
-"""The pipeline of encoder-decoders that transformers 4 had as "text2text-generation", and transformers 5 has no more."""
+"""The pipeline of encoder-decoders, "text2text-generation" of transformers 4, which transformers 5 has no more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pipelines.base import Pipeline
 __all__ = ["Text2TextGenerationPipeline"]
 
 
-class Text2TextGenerationPipeline(Pipeline):  # type: ignore[misc]
+class Text2TextGenerationPipeline(Pipeline):
     """An encoder reads a text, a decoder writes another; up to 256 tokens unless more or fewer are asked for."""
 
     _pipeline_calls_generate = True
@@ -23,6 +23,7 @@ class Text2TextGenerationPipeline(Pipeline):  # type: ignore[misc]
 
     def _sanitize_parameters(
         self,
+        *,
         truncation: bool | str | None = None,
         return_tensors: bool | None = None,
         clean_up_tokenization_spaces: bool | None = None,
@@ -45,11 +46,12 @@ class Text2TextGenerationPipeline(Pipeline):  # type: ignore[misc]
     def _forward(self, model_inputs: Any, **options: Any) -> dict[str, Any]:
         named = {name: value for name, value in model_inputs.items() if name in ("input_ids", "attention_mask")}
         sequences: Tensor = self.model.generate(**named, **self._prepare_generate_kwargs(options))
-        return {"generated_sequence": sequences.unflatten(0, (len(named["input_ids"]), -1))}
+        return {"generated_sequence": sequences.view(len(named["input_ids"]), -1, sequences.shape[-1])}
 
     def postprocess(
         self,
         model_outputs: Any,
+        *,
         return_tensors: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Pipelines that write: transformers' texts from one network, and the mean of several, whose doubts are `generate`'s."""
+"""Pipelines that write: transformers' texts by one network, and the mean of several, whose doubts are `generate`'s."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def ids_of(text: str) -> dict[str, Tensor]:
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
-# -- one network is transformers' ---------------------------------------------------------------------------------------
+# -- one network is transformers' ------------------------------------------------------------------------------------
 
 
 @pytest.mark.protects("texts of one network from differing from transformers' by a token")
@@ -108,7 +108,7 @@ def test_an_encoder_decoder_writes_as_its_generate(options: dict[str, Any]) -> N
     """transformers 5 has no pipeline for it: against the model's own ``generate``."""
     model, batch = t5(), tokenizer()(TEXTS, return_tensors="pt", padding=True)
     ids = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=5, do_sample=False, **options
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY | options
     )  # fmt: skip
     expected = tokenizer().batch_decode(ids, skip_special_tokens=True)
     found = writer(model, "text2text-generation")(TEXTS, batch_size=2, **options)
@@ -153,7 +153,7 @@ def test_stop_strings(padding: int) -> None:
             assert record["sequence_score"] == pytest.approx(wanted["sequence_score"], abs=1e-9)
 
 
-# -- several networks ---------------------------------------------------------------------------------------------------
+# -- several networks ------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: Any, text: str, count: int, new: int = 5) -> tuple[list[int], Tensor]:
@@ -327,7 +327,7 @@ def test_a_call_may_have_its_own_draws() -> None:
         assert record["sequence_score"] == pytest.approx(float(wanted.sequence_scores.log_prob[0]), abs=1e-9)
 
 
-# -- refusal ------------------------------------------------------------------------------------------------------------
+# -- refusal ---------------------------------------------------------------------------------------------------------
 
 
 class Policy(SimpleNamespace):
@@ -354,7 +354,7 @@ def test_a_policy_refuses_by_the_named_score(score: str) -> None:
     assert refused == [value < threshold for value in scores] and any(refused)
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------------------------
 
 
 def whisper() -> Any:
