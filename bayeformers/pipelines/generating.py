@@ -50,6 +50,8 @@ class BayesianGenerationMixin(BayesianPipelineMixin):
     * ``token_uncertainty``: True: the same three numbers and ``log_prob`` token by token.
     """
 
+    scores_are_of = "texts"
+
     def __init__(
         self,
         *,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 import bayeformers
-from bayeformers import fit_abstention, fixed_draw, generate, to_bayesian
+from bayeformers import AbstentionPolicy, fit_abstention, fixed_draw, generate, to_bayesian
 from bayeformers.generation import SEQUENCE_SCORES
 from bayeformers.posteriors import EnsemblePosterior, PointPosterior, VariationalPosterior
 from tests.generation import models
@@ -329,11 +328,12 @@ def test_a_call_may_have_its_own_draws() -> None:
 # -- refusal ---------------------------------------------------------------------------------------------------------
 
 
-class Policy(SimpleNamespace):
-    """Refuses texts whose score is below a threshold."""
-
-    def abstain(self, scores: Tensor, groups: Any = None) -> Tensor:
-        return ~(scores >= self.threshold)
+def by(score: str, threshold: float = 0.5, groups: dict[str | int, float] | None = None) -> AbstentionPolicy:
+    """A policy that refuses texts whose score is below a threshold."""
+    return AbstentionPolicy(
+        score=score, threshold=threshold, max_risk=0.1, confidence=0.9, num_examples=100, coverage=0.5, feasible=True,
+        model_risk=0.2, groups=groups, group_by=None if groups is None else "language",
+    )  # fmt: skip
 
 
 @pytest.mark.protects("a text that the policy refuses from being handed out as an answer")
@@ -348,7 +348,7 @@ def test_a_policy_refuses_by_the_named_score(score: str) -> None:
         "agreement": [record["agreement"] for record in records],
     }[score]
     threshold = (max(scores) + min(scores)) / 2 if score != "agreement" else max(scores) + 0.1
-    policy = Policy(score=score, threshold=threshold, groups=None, num_samples=4, method=None)
+    policy = by(score, threshold)
     refused = [record["abstain"] for one in writer(drawn(), mixing="draws", abstention=policy)(TEXTS) for record in one]
     assert refused == [value < threshold for value in scores] and any(refused)
 
@@ -389,9 +389,9 @@ def whisper() -> Any:
     (lambda: writer(t5(), "text-generation"), ValueError, "must have that task's head"),
     (lambda: writer(llama(), "text2text-generation"), ValueError, "must have that task's head"),
     (lambda: writer(t5(), "text2text-generation")([["w1"]]), TypeError, "must be a text"),
-    (lambda: writer(llama(), abstention=Policy(score="confidence", groups=None)), ValueError, "must go by one of"),
-    (lambda: writer(llama(), abstention=Policy(score="agreement", groups={"a": 0.1})), ValueError, "without groups"),
-    (lambda: writer(llama(), abstention=Policy(score="agreement", groups=None, threshold=0.5))("w1"), ValueError,
+    (lambda: writer(llama(), abstention=by("confidence")), ValueError, "must go by one of"),
+    (lambda: writer(llama(), abstention=by("agreement", groups={"en": 0.1})), ValueError, "without groups"),
+    (lambda: writer(llama(), abstention=by("agreement"))("w1"), ValueError,
      "cannot be 'agreement' of one answer"),
     (lambda: writer(llama(), "summarization"), ValueError, "`task` must be one of"),
 ], ids=str)  # fmt: skip
