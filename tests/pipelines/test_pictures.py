@@ -15,7 +15,8 @@ from bayeformers import fixed_draw, to_bayesian
 from tests.training.trainers import tokenizer
 
 Image = pytest.importorskip("PIL.Image")
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+PLACEHOLDER = 24  # of a picture, which a trained model does not write
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [PLACEHOLDER]}
 DRAWS = 3
 TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}"
@@ -37,13 +38,14 @@ def llava() -> Any:
     """A vision tower of two layers, of 4 patches, before a decoder of one; the same at every call."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     words = processor().tokenizer
+    assert words.convert_tokens_to_ids("<image>") == PLACEHOLDER
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=8, patch_size=4, projection_dim=16),
         text_config=hf.LlamaConfig(
             **sizes, vocab_size=len(words), num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=64,
             pad_token_id=0, eos_token_id=1, bos_token_id=1, initializer_range=0.3,
         ),
-        image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=4, vision_feature_layer=-1,
+        image_token_id=PLACEHOLDER, image_seq_length=4, vision_feature_layer=-1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -57,9 +59,9 @@ def picture(seed: int) -> Any:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
-def drawn() -> Any:
-    """All of it Bayesian, the vision tower too."""
-    return to_bayesian(llava(), delta=0.4).eval()
+def drawn(layers: Any = "all") -> Any:
+    """Bayesian in the vision tower too; with linear layers alone the draws go in one batch."""
+    return to_bayesian(llava(), delta=0.4, target_modules=layers).eval()
 
 
 def describer(model: Any, task: str = "image-text-to-text", **options: Any) -> Any:
@@ -75,8 +77,7 @@ def test_one_network_describes_as_transformers_does(monkeypatch: pytest.MonkeyPa
     plain = hf.pipeline("image-text-to-text", model=llava(), processor=processor(), device="cpu", **GREEDY)
     (image, text), (second, other) = PAIRS
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w1 w2"}]}]
-    # a trained model writes no placeholder of a picture
-    beams = {"num_beams": 2, "num_return_sequences": 2, "suppress_tokens": [llava().config.image_token_id]}
+    beams = {"num_beams": 2, "num_return_sequences": 2}
     for call in (
         lambda pipe: pipe(image, text=text),
         lambda pipe: pipe([image, second], text=[text, other]),
@@ -109,6 +110,7 @@ def by_hand(model: Any, images: list[Any], text: str) -> tuple[list[int], list[f
         probs = torch.stack(each)
         mean = probs.mean(0)
         parts.append(float(-(mean * mean.log()).sum() + (probs * probs.log()).sum(-1).mean()))
+        mean[PLACEHOLDER] = 0
         ids = torch.cat([ids, mean.argmax()[None, None]], 1)
         if int(ids[0, -1]) == 1:
             break
@@ -116,9 +118,10 @@ def by_hand(model: Any, images: list[Any], text: str) -> tuple[list[int], list[f
 
 
 @pytest.mark.protects("descriptions from features that another network than the draw's saw in the picture")
-def test_each_draw_looks_at_the_picture_itself() -> None:
+@pytest.mark.parametrize("layers", ["all", ["q_proj", "v_proj"]], ids=str)
+def test_each_draw_looks_at_the_picture_itself(layers: Any) -> None:
     """transformers' ``generate`` would encode the picture once, before; against draws that are held one by one."""
-    model = drawn()
+    model = drawn(layers)
     pipe = describer(model, token_uncertainty=True)
     (image, text), (second, other) = PAIRS
     alone = [pipe(image, text=text)[0], pipe(second, text=other)[0]]
@@ -131,10 +134,10 @@ def test_each_draw_looks_at_the_picture_itself() -> None:
             assert found["token_uncertainty"]["epistemic"] == pytest.approx(parts, abs=1e-5)  # float32
 
 
-@pytest.mark.parametrize("count", [2, DRAWS])
-def test_several_pictures_in_one_prompt(count: int) -> None:
+@pytest.mark.parametrize(("count", "layers"), [(2, "all"), (DRAWS, "all"), (DRAWS, ["q_proj", "v_proj"])])
+def test_several_pictures_in_one_prompt(count: int, layers: Any) -> None:
     """As many pictures as draws too, which are no rows of them."""
-    model, images = drawn(), [picture(seed) for seed in range(count)]
+    model, images = drawn(layers), [picture(seed) for seed in range(count)]
     text = " ".join(["<image>"] * count) + " w5"
     tokens, parts = by_hand(model, images, text)
     found = describer(model, token_uncertainty=True)([images], text=[text])[0]["token_uncertainty"]
