@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,56 +15,16 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 import bayeformers
-from bayeformers import AbstentionPolicy, fit_abstention, fixed_draw, generate, to_bayesian
-from bayeformers.generation import SEQUENCE_SCORES
-from bayeformers.posteriors import EnsemblePosterior, PointPosterior, VariationalPosterior
-from tests.generation import models
+from bayeformers import fixed_draw, generate, to_bayesian
+from bayeformers.posteriors import PointPosterior, VariationalPosterior
+from tests.pipelines.writers import GREEDY, TEXTS, VOCABULARY, drawn, gpt2, ids_of, lora, t5, writer
 from tests.training.trainers import WORDS, llama, tokenizer
-
-TEXTS = ["w1 w2 w3", "w4", "w7 w8 w2 w9 w1"]
-GREEDY = {"max_new_tokens": 5, "do_sample": False}
-VOCABULARY = {"vocab_size": WORDS, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-
-
-def gpt2() -> Any:
-    return models.plain("gpt2", **VOCABULARY)
-
-
-def t5() -> Any:
-    return models.plain("t5", **VOCABULARY)
-
-
-def drawn(name: str = "llama", delta: float = 0.5) -> Any:
-    """A model whose draws write different texts, in float64."""
-    build = {"llama": llama, "gpt2": gpt2, "t5": t5}[name]
-    return to_bayesian(build().double(), delta=delta).eval()
-
-
-def lora() -> Any:
-    import peft
-
-    settings = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = peft.get_peft_model(llama().double(), settings).double()
-    return to_bayesian(model, delta=0.9, target_modules=models.LORA).eval()
-
-
-def writer(model: Any, task: str = "text-generation", **options: Any) -> Any:
-    return bayeformers.pipeline(
-        task, model=model, tokenizer=tokenizer(), device="cpu", **GREEDY | {"num_samples": 4} | options
-    )  # fmt: skip
 
 
 def chat_tokenizer() -> Any:
     found = tokenizer()
     found.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     return found
-
-
-def ids_of(text: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = tokenizer()(text, return_tensors="pt")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
 # -- one network is transformers' ------------------------------------------------------------------------------------
@@ -296,25 +255,6 @@ def test_an_empty_prompt_begins_as_transformers_has_it() -> None:
     assert writer(llama())("")[0]["generated_text"] == plain("")[0]["generated_text"]
 
 
-def test_a_folder_and_an_ensemble(tmp_path: Path) -> None:
-    """From a name alone, tokenizer included; and over a posterior that is given."""
-    model = to_bayesian(llama(), delta=0.5).eval()
-    expected = writer(model)(TEXTS)
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    found = bayeformers.pipeline("text-generation", str(tmp_path), device="cpu", num_samples=4, **GREEDY)
-    assert found(TEXTS) == expected
-    members = EnsemblePosterior(llama(), [llama(seed=seed) for seed in range(3)])
-    record = bayeformers.pipeline(
-        "text-generation", posterior=members, tokenizer=tokenizer(), device="cpu", **GREEDY
-    )(TEXTS[0])[0]  # fmt: skip
-    wanted = generate(members, ids_of(TEXTS[0]), mixing="average", **GREEDY)
-    assert (
-        record["uncertainty"]["epistemic"] == pytest.approx(float(wanted.epistemic.mean()), abs=1e-6)
-        and float(wanted.epistemic.mean()) > 0.01
-    )
-
-
 def test_a_call_may_have_its_own_draws() -> None:
     model = drawn()
     pipe = writer(model)
@@ -323,83 +263,3 @@ def test_a_call_may_have_its_own_draws() -> None:
         wanted = generate(posterior, ids_of(TEXTS[0]), num_samples=count, seed=seed, mixing="average", **GREEDY)
         record = pipe(TEXTS[0], num_samples=count, seed=seed)[0]
         assert record["sequence_score"] == pytest.approx(float(wanted.sequence_scores.log_prob[0]), abs=1e-9)
-
-
-# -- refusal ---------------------------------------------------------------------------------------------------------
-
-
-def by(score: str, threshold: float = 0.5, groups: dict[str | int, float] | None = None) -> AbstentionPolicy:
-    """A policy that refuses texts whose score is below a threshold."""
-    return AbstentionPolicy(
-        score=score, threshold=threshold, max_risk=0.1, confidence=0.9, num_examples=100, coverage=0.5, feasible=True,
-        model_risk=0.2, groups=groups, group_by=None if groups is None else "language",
-    )  # fmt: skip
-
-
-@pytest.mark.protects("a text that the policy refuses from being handed out as an answer")
-@pytest.mark.parametrize("score", SEQUENCE_SCORES)
-def test_a_policy_refuses_by_the_named_score(score: str) -> None:
-    """Recomputed from what each result says of itself; the threshold lies between the texts' scores."""
-    pipe = writer(drawn(), mixing="draws")
-    records = [record for one in pipe(TEXTS) for record in one]
-    scores = {
-        "sequence_probability": [math.exp(record["sequence_score"]) for record in records],
-        "mean_mutual_information": [-record["uncertainty"]["epistemic"] for record in records],
-        "agreement": [record["agreement"] for record in records],
-    }[score]
-    threshold = (max(scores) + min(scores)) / 2 if score != "agreement" else max(scores) + 0.1
-    policy = by(score, threshold)
-    refused = [record["abstain"] for one in writer(drawn(), mixing="draws", abstention=policy)(TEXTS) for record in one]
-    assert refused == [value < threshold for value in scores] and any(refused)
-
-
-def test_a_fitted_policy_from_results_to_refusals() -> None:
-    """Calibrated on what the pipeline said of other texts, it refuses exactly what lies below its threshold."""
-    pipe = writer(drawn(), max_new_tokens=1)
-    texts = [f"w{i} w{j}" for i in range(10) for j in range(12)]
-    answers = [one[0] for one in pipe(texts, batch_size=60)]
-    scores = torch.tensor([math.exp(answer["sequence_score"]) for answer in answers], dtype=torch.float64)
-    wrong = (scores < scores.quantile(0.5)).double()
-    policy = fit_abstention(scores[:60], errors=wrong[:60], score="sequence_probability", max_risk=0.2)
-    assert policy.feasible and scores.min() < policy.threshold <= scores.max()
-    refusing = writer(drawn(), max_new_tokens=1, abstention=policy)
-    refused = [one[0]["abstain"] for one in refusing(texts[60:], batch_size=60)]
-    assert refused == (scores[60:] < policy.threshold).tolist() and set(refused) == {True, False}
-
-
-# -- bad input -------------------------------------------------------------------------------------------------------
-
-
-def whisper() -> Any:
-    from tests.cases import case
-
-    return case("whisper").build()
-
-
-@pytest.mark.parametrize(("make", "error", "words"), [
-    (lambda: writer(llama(), mixing="mean"), ValueError, "`mixing` must be one of"),
-    (lambda: writer(llama())("w1", mixing="both"), ValueError, "`mixing` must be one of"),
-    (lambda: writer(llama(), method="glm"), ValueError, "`method` of a pipeline that writes"),
-    (lambda: writer(llama())("w1", method="probit"), ValueError, "`method` of a pipeline that writes"),
-    (lambda: writer(llama(), token_uncertainty="yes"), TypeError, "`token_uncertainty` must be True or False"),
-    (lambda: writer(llama(), assistant_model=llama()), ValueError, "`assistant_model` cannot be given"),
-    (lambda: writer(llama())([]), ValueError, "at least one input"),
-    (lambda: writer(llama())("w1", num_samples=0), ValueError, "`num_samples`"),
-    (lambda: writer(llama())("w1", output_scores=True), ValueError, "`output_scores` cannot be given"),
-    (lambda: writer(t5(), "text-generation"), ValueError, "must have that task's head"),
-    (lambda: writer(llama(), "text2text-generation"), ValueError, "must have that task's head"),
-    (lambda: writer(t5(), "text2text-generation")([["w1"]]), TypeError, "must be a text"),
-    (lambda: writer(llama(), abstention=by("confidence")), ValueError, "must go by one of"),
-    (lambda: writer(llama(), abstention=by("agreement", groups={"en": 0.1})), ValueError, "without groups"),
-    (lambda: writer(llama(), abstention=by("agreement"))("w1"), ValueError,
-     "cannot be 'agreement' of one answer"),
-    (lambda: writer(llama(), "summarization"), ValueError, "`task` must be one of"),
-], ids=str)  # fmt: skip
-def test_bad_input(make: Any, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        make()
-
-
-def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
-    with pytest.raises(ValueError, match="head|generate"):
-        writer(whisper(), "text2text-generation")
