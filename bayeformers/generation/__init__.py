@@ -2,10 +2,11 @@
 
 from .agreement import exact_agreement, semantic_clusters, semantic_entropy
 from .generate import generate
-from .result import Generation
+from .result import SEQUENCE_SCORES, Generation
 from .scoring import SequenceScores, TokenScores, score_sequences
 
 __all__ = [
+    "SEQUENCE_SCORES",
     "Generation",
     "SequenceScores",
     "TokenScores",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..forward import wide
-from .networks import Networks, expanded, rows_of, standing_in
+from .networks import Networks, rows_of, standing_in
 from .recording import Recorder
 
 Forward = Callable[..., Any]
@@ -46,13 +47,22 @@ def _averaged(networks: Networks, own: Forward, recorder: Recorder) -> Forward:
         size = rows_of(arguments)
         output = _run(networks, own, arguments, size)
         log_probs = wide(output.logits[:, -1]).log_softmax(-1).view(len(networks), size, -1)
-        output.logits = recorder.step(log_probs)[:, None]
+        mean = recorder.step(log_probs)
+        # of one network its own logits, for a processor may tell them from log-probabilities (repetition_penalty)
+        output.logits = output.logits[:, -1:] if len(networks) == 1 else mean[:, None]
         cache = output.get("past_key_values")
         if hasattr(type(cache), "reorder_cache"):  # beams that change places do so in the rows of every network
             vars(cache)["reorder_cache"] = functools.partial(networks.reorder, cache)
         return output
 
+    vars(forward)["__signature__"] = _without_features(own)
     return forward
+
+
+def _without_features(own: Forward) -> inspect.Signature:
+    # where a forward names `mm_encoder_outputs`, `generate` encodes the images before, by one network for all draws
+    signature = inspect.signature(own)
+    return signature.replace(parameters=[p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"])
 
 
 def _of_all(networks: Networks, own: Forward) -> Forward:
@@ -67,4 +77,4 @@ def _of_all(networks: Networks, own: Forward) -> Forward:
 
 def _run(networks: Networks, own: Forward, arguments: Mapping[str, Any], size: int) -> Any:
     with networks.installed(size):
-        return networks.run(own, expanded(arguments, size, len(networks)), size)
+        return networks.run(own, arguments, size)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..checks import check_choice, check_count, check_draw
 from ..posteriors import Posterior
@@ -72,6 +72,8 @@ def generate(
     given = prepared(posterior, inputs, tokenizer)
     count = num_samples if posterior.num_draws is None else min(num_samples, posterior.num_draws)
     job = _Job(posterior, given, range(count), seed, generate_kwargs)
+    if job.option("stop_strings") is not None:
+        job.read_stops(tokenizer)
     check_decoding(tokenizer, equivalent, job.per_input * (count if mixing == "draws" else 1))
     job.check(mixing)
     run = job.average if mixing == "average" else job.draws
@@ -96,6 +98,7 @@ class _Job:
         self.per_input = self.option("num_return_sequences") or 1
         self.size = rows_of(inputs)
         self.records = self.num_beams == 1
+        self._criteria: list[Any] = list(self._options.get("stopping_criteria") or ())
 
     def option(self, name: str) -> Any:
         """What `generate` will use, from its arguments, its configuration or the model's."""
@@ -103,6 +106,13 @@ class _Job:
             if value is not None:
                 return value
         return getattr(self._defaults, name, None)
+
+    def read_stops(self, tokenizer: Any) -> None:
+        """Let transformers' ``generate`` read ``stop_strings``; ValueError without a tokenizer."""
+        if tokenizer is None:
+            raise ValueError("`stop_strings` are texts, which need a `tokenizer`.")
+        self._options["tokenizer"] = tokenizer
+        self._criteria.append(StopStringCriteria(tokenizer, self.option("stop_strings")))
 
     @property
     def width(self) -> int:
@@ -158,7 +168,8 @@ class _Job:
 
     def arguments(self, recorder: Recorder) -> dict[str, Any]:
         """For `generate`."""
-        criteria = StoppingCriteriaList([*(self._options.get("stopping_criteria") or ()), recorder])
+        recorder.criteria = self._criteria
+        criteria = StoppingCriteriaList([recorder])
         return self._options | {"stopping_criteria": criteria, "return_dict_in_generate": False}
 
     def average(self) -> Generation:
@@ -168,7 +179,7 @@ class _Job:
             if len(self.indices) > 1:
                 many.batch(self.inputs)
             sequences = average_answer(many, self.inputs, self.arguments(recorder), recorder if self.records else None)
-        found = self._generation(sequences, recorder, "average")
+        found = self._generation(sequences, [recorder], "average")
         if self.records:
             found._scores = self._recorded(recorder, found.mask)
             found.token_log_probs, found.token_entropy = found._scores.own, found._scores.total
@@ -186,7 +197,7 @@ class _Job:
                 expand = self.width // self.size
                 answers += drawn_answers(many, self.inputs, self.arguments, expand=expand, records=self.records)
         rows = padded([sequences for sequences, _ in answers], self.padding or 0)
-        found = self._generation(rows, answers[0][1], "draws")
+        found = self._generation(rows, [recorder for _, recorder in answers], "draws")
         if self.records:
             noted = [(torch.cat(r.token_log_probs).T, torch.stack(r.total, 1)) for _, r in answers]
             found.token_log_probs = padded([log_probs for log_probs, _ in noted], 0.0) * found.mask
@@ -198,9 +209,14 @@ class _Job:
         found._score = self._scorer(found, shape)
         return found
 
-    def _generation(self, sequences: Tensor, recorder: Recorder, mixing: str) -> Generation:
-        length = sequences.shape[1] if recorder.prompt_length is None else recorder.prompt_length
+    def _generation(self, sequences: Tensor, recorders: list[Recorder], mixing: str) -> Generation:
+        known = recorders[0].prompt_length
+        length = sequences.shape[1] if known is None else known
         mask = generated_mask(sequences[:, length:], self.ends, self.padding)
+        ends = [recorder.lengths for recorder in recorders if recorder.lengths is not None]
+        if self.records and ends:  # rows of beams change places
+            stops = torch.cat(ends)[:, None].to(mask.device)
+            mask &= (stops < 0) | (torch.arange(mask.shape[1], device=mask.device) < stops)
         return Generation(sequences, length, mask, mixing)
 
     def _recorded(self, recorder: Recorder, mask: Tensor) -> TokenScores:
@@ -278,7 +294,8 @@ def _described(found: Generation, job: _Job, tokenizer: Any, equivalent: Equival
     if count == 1:
         return found
     places = torch.arange(len(answers)).view(-1, job.size, job.per_input).transpose(0, 1).reshape(job.size, -1)
-    found.agreement = torch.tensor([exact_agreement([answers[i] for i in own]) for own in places.tolist()])
+    shares = [exact_agreement([answers[i] for i in own]) for own in places.tolist()]
+    found.agreement = torch.tensor(shares, dtype=torch.float64)
     if equivalent is not None and texts is not None:
         clusters = [semantic_clusters([texts[i] for i in own], equivalent) for own in places.tolist()]
         found.clusters = torch.tensor(clusters)

@@ -134,7 +134,8 @@ class Networks:
 
         Args:
             forward: of the generator, or of its encoder.
-            arguments: of S * R rows, draw-major; a cache is one of all rows, or of the first draw.
+            arguments: of R rows; what the encoder gave has those of all draws, draw-major, and so has the cache, or
+                those of the first draw.
             size: number R of rows of one draw.
 
         Returns:
@@ -142,11 +143,11 @@ class Networks:
         """
         if self.batched is not None or len(self) == 1:
             with self.draw(self.indices[0]) if self.batched is None else contextlib.nullcontext():
-                return forward(**arguments)
+                return forward(**expanded(arguments, size, len(self)))
         caches = self._caches_beside(arguments.get("past_key_values"))
         outputs = []
         for place, index in enumerate(self.indices):
-            own = _cut(arguments, place, size, len(self))
+            own = _of_draw(arguments, place, size)
             if caches:
                 own["past_key_values"] = caches[place]
             with self.draw(index):
@@ -274,23 +275,13 @@ def _repeat(tensor: Tensor, size: int, times: int) -> Tensor:
     return tensor.repeat(times, *[1] * (tensor.ndim - 1))
 
 
-def _cut(arguments: Mapping[str, Any], place: int, size: int, count: int) -> dict[str, Any]:
-    """One draw's rows of what `expanded` gave."""
-    part = slice(place * size, (place + 1) * size)
-
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[part] if tensor.ndim > 1 and len(tensor) == count * size else tensor
-
-    found = {}
-    for name, value in arguments.items():
-        if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
-            found[name] = value[:, part]
-        elif name == "encoder_outputs" and value is not None:
-            found[name] = type(value)(**{key: mapped(inner, cut) for key, inner in value.items()})
-        elif name == "past_key_values":
-            found[name] = value
-        else:
-            found[name] = mapped(value, cut)
+def _of_draw(arguments: Mapping[str, Any], place: int, size: int) -> dict[str, Any]:
+    """The arguments for one draw, which has its own rows of what the encoder gave."""
+    found, encoded = dict(arguments), arguments.get("encoder_outputs")
+    if encoded is not None:
+        part = slice(place * size, (place + 1) * size)
+        rows = {key: mapped(value, lambda t: t[part] if t.ndim > 1 else t) for key, value in encoded.items()}
+        found["encoder_outputs"] = type(encoded)(**rows)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from transformers import StoppingCriteria
 
 
 class Recorder(StoppingCriteria):
-    """Notes entropies and the chosen token's log-probabilities at each step; it stops nothing.
+    """Notes entropies, the chosen token's log-probabilities, and where the caller's own criteria stop a text.
 
     Attributes:
+        criteria: of the caller, who are asked here so that it is known which texts they end.
+        lengths: number of tokens after which they ended a text (R,), -1 where they have not; None before a token.
         prompt_length: number of tokens that stand before the first generated one.
         total: per step the entropy of the mean distribution (R,), in nats.
         aleatoric: per step the mean entropy of the networks (R,).
@@ -25,6 +28,8 @@ class Recorder(StoppingCriteria):
         self.total: list[Tensor] = []
         self.aleatoric: list[Tensor] = []
         self.token_log_probs: list[Tensor] = []
+        self.criteria: Sequence[StoppingCriteria] = ()
+        self.lengths: Tensor | None = None
         self._latest: Tensor | None = None
 
     def step(self, log_probs: Tensor) -> Tensor:
@@ -44,7 +49,14 @@ class Recorder(StoppingCriteria):
             chosen = input_ids[:, -1].to(self._latest.device).expand(len(self._latest), -1)
             self.token_log_probs.append(self._latest.gather(-1, chosen[..., None])[..., 0])
             self._latest = None
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self.criteria:
+            stopped = stopped | criterion(input_ids, scores, **kwargs)
+        if self.lengths is None:
+            self.lengths = torch.full_like(input_ids[:, 0], -1)
+        if len(self.lengths) == len(stopped):
+            self.lengths[stopped & (self.lengths < 0)] = input_ids.shape[1] - self.prompt_length
+        return stopped
 
 
 def entropy(log_probs: Tensor) -> Tensor:

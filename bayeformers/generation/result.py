@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import check_choice
 from .scoring import SequenceScores, TokenScores
+
+SEQUENCE_SCORES = ("sequence_probability", "mean_mutual_information", "agreement")
+"""The names that `Generation.score` takes."""
 
 
 @dataclass
@@ -76,3 +80,35 @@ class Generation:
     def sequence_scores(self) -> SequenceScores:
         """Scores of whole texts, (*)."""
         return self.token_scores.of_sequences(self.mask)
+
+    @property
+    def sequence_log_prob(self) -> Tensor:
+        """Log-probability of each text by what wrote it, (*), in nats.
+
+        Of "average" sum_t log 1/S sum_s p_s(y_t): each token is the mean's. Of "draws" log 1/S sum_s prod_t p_s(y_t):
+        one network, drawn at random, writes the whole.
+        """
+        scores = self.sequence_scores
+        return scores.log_prob if self.mixing == "average" else scores.mixture_log_prob
+
+    def score(self, name: str) -> Tensor:
+        """Return how sure each text is, (*) in float64, always higher for the surer: what a policy may refuse by.
+
+        Args:
+            name: "sequence_probability": exp of `sequence_log_prob`; "mean_mutual_information": minus the mean over
+                tokens of the epistemic part, in nats; "agreement": the share of the most frequent of an input's
+                answers.
+
+        Raises:
+            ValueError: the name is unknown, or an input has one answer only, which agrees with nothing.
+        """
+        check_choice("score", name, SEQUENCE_SCORES)
+        if name == "sequence_probability":
+            return self.sequence_log_prob.double().exp()
+        if name == "mean_mutual_information":
+            return -self.sequence_scores.mutual_information.double()
+        if self.agreement is None:
+            raise ValueError("`score` cannot be 'agreement' of one answer per input: take `mixing='draws'`.")
+        shape = self.sequences.shape[:-1]
+        each = self.agreement.double().repeat_interleave(shape[-1] // len(self.agreement))
+        return each.expand(shape)

@@ -36,7 +36,7 @@ FORWARD = (
 )
 GENERATE = (
     "%s generates in train(): one draw of the weights serves the whole call. Call `model.eval()` for the posterior "
-    "mean, or choose the draw in `with fixed_draw(model, index)`."
+    "mean, or choose the draw in `with fixed_draw(model, index)`; `bayeformers.generate` averages over draws."
 )
 _GENERATE = "generate"
 
@@ -208,13 +208,17 @@ class OneDraw:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, under one draw if layers would draw."""
-        modules = {} if torch.compiler.is_compiling() else bayesian_modules(self._module)
-        layers = [m for m in modules.values() if m.training and m.draw is None and m.scope.running is None]
+        layers = [] if torch.compiler.is_compiling() else drawing_layers(self._module)
         if not layers:
             return self.__wrapped__(*args, **kwargs)
         say_once(layers[0].scope, GENERATE, self._module)
         with hold(self._module, Draw(fresh_key()), layers):
             return self.__wrapped__(*args, **kwargs)
+
+
+def drawing_layers(model: nn.Module) -> list[BayesianModule]:
+    """Layers that would draw in a forward now: those in `train()` for which the caller holds nothing."""
+    return [m for m in bayesian_modules(model).values() if m.training and m.draw is None and m.scope.running is None]
 
 
 def _hold_while_generating(model: nn.Module) -> None:

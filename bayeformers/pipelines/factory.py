@@ -22,6 +22,12 @@ from .classification import (
     BayesianImageClassificationPipeline,
     BayesianTextClassificationPipeline,
 )
+from .generating import (
+    BayesianAnyToAnyPipeline,
+    BayesianImageTextToTextPipeline,
+    BayesianText2TextGenerationPipeline,
+    BayesianTextGenerationPipeline,
+)
 from .question_answering import BayesianQuestionAnsweringPipeline
 from .tokens import BayesianFillMaskPipeline, BayesianTokenClassificationPipeline
 from .zero_shot import BayesianZeroShotClassificationPipeline
@@ -38,6 +44,11 @@ _KINDS: dict[str, Any] = {
     "question-answering": BayesianQuestionAnsweringPipeline,
     "image-classification": BayesianImageClassificationPipeline,
     "audio-classification": BayesianAudioClassificationPipeline,
+    "text-generation": BayesianTextGenerationPipeline,
+    "text2text-generation": BayesianText2TextGenerationPipeline,
+    "image-text-to-text": BayesianImageTextToTextPipeline,
+    "image-to-text": BayesianImageTextToTextPipeline,
+    "any-to-any": BayesianAnyToAnyPipeline,
 }
 """Task -> the class of its pipeline."""
 
