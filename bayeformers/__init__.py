@@ -3,6 +3,7 @@
 from . import adapters, heads, laplace, losses, models, ood
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
+from .checkpoint.mean import export_mean
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
@@ -60,6 +61,7 @@ __all__ = [
     "bayesian_config",
     "calibrate_delta",
     "export_draws",
+    "export_mean",
     "fixed_draw",
     "from_pretrained",
     "generate",
