@@ -1,4 +1,4 @@
-"""`export_mean`: a posterior's mean as an ordinary folder of transformers or PEFT, which knows nothing of bayeformers."""
+"""`export_mean`: a posterior's mean as an ordinary folder of transformers or PEFT."""
 
 from __future__ import annotations
 
