@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,9 +21,17 @@ from .section import BEGIN, END, CardDetails, Describes, uncertainty_section
 
 __all__ = ["is_untouched", "merge_card", "model_card", "sealed", "task_of"]
 
+UNCERTAINTIES = (
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "epistemic_variance",
+    "aleatoric_variance",
+)
 TAGS = ("bayeformers", "bayesian", "uncertainty")
 _SECTION = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 _SEAL = re.compile(rf"({re.escape(BEGIN)})( [0-9a-f]{{16}})?")
+_DRAFT_HEADING = "\n## Model description\n"
 _WRITTEN_BY_PEFT = ("- PEFT ", "### Framework versions")
 
 
@@ -40,7 +47,8 @@ def model_card(
 
     The section says the method and the numbers that it depends on (scale or prior precision and how it was chosen, N,
     prior, draws), what was measured, when the model refuses, how it is loaded, and what the uncertainty means. The
-    metrics stand in the metadata's `model-index` too, their intervals among each metric's ``args``.
+    metrics stand in the metadata's `model-index` too, their intervals among each metric's ``args``, but for means of
+    uncertainties, which are no results.
 
     Args:
         model: of transformers, or a `peft.PeftModel`.
@@ -68,7 +76,7 @@ def model_card(
     task = task_of(model) if details.task is None else details.task
     name = details.name or details.repo.rstrip("/").rpartition("/")[2].strip(".") or type(model).__name__
     library = "peft" if hasattr(model, "peft_config") else "transformers"
-    is_point = isinstance(posterior, PointPosterior)
+    is_point, results = isinstance(posterior, PointPosterior), _results(metrics, task, details)
     tags = list(dict.fromkeys([*details.tags, *(() if is_point else TAGS)]))
     data = ModelCardData(
         language=list(details.language) or None,
@@ -76,11 +84,11 @@ def model_card(
         library_name=library,
         base_model=details.base_model,
         datasets=list(details.dataset_id) or None,
-        metrics=[name for name, value in metrics.items() if math.isfinite(_estimate(value))] or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         pipeline_tag=task,
         tags=tags or None,
         model_name=name,
-        eval_results=_results(metrics, task, details) or None,
+        eval_results=results or None,
     )
     section = uncertainty_section(posterior, metrics, policy, details, task)
     return sealed(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{section}\n"))
@@ -122,10 +130,6 @@ def _check_details(details: Any) -> None:
     check_count("details.num_samples", details.num_samples, 1)
 
 
-def _estimate(value: float | BootstrapInterval) -> float:
-    return float(value.estimate if isinstance(value, BootstrapInterval) else value)
-
-
 def _policy_of(model: nn.Module) -> Any:
     return vars(model).get("abstention_policy")
 
@@ -135,7 +139,8 @@ def _results(metrics: Metrics, task: str | None, details: CardDetails) -> list[E
     if task is None:
         return []
     dataset, dataset_id = next(iter(details.dataset), None), next(iter(details.dataset_id), None)
-    return evaluation_results(metrics, task, dataset, dataset_id)
+    scores = {name: value for name, value in metrics.items() if name not in UNCERTAINTIES}
+    return evaluation_results(scores, task, dataset, dataset_id)
 
 
 # -- together with a card that is there ------------------------------------------------------------------------------
@@ -168,7 +173,10 @@ def merge_card(existing: ModelCard, ours: ModelCard) -> ModelCard:
     if _SECTION.search(text):
         text = _SECTION.sub(lambda _: section, text, count=1)
     else:
-        text = f"{text.rstrip()}\n\n{section}\n"
+        before, heading, after = text.partition(
+            _DRAFT_HEADING
+        )  # of a Trainer's draft: before what is still to be written
+        text = f"{before.rstrip()}\n\n{section}\n{heading}{after}"
     return ModelCard(f"---\n{ModelCardData(**united).to_yaml()}\n---\n{text}")
 
 

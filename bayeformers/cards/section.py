@@ -171,7 +171,8 @@ def _load_lines(details: CardDetails, task: str | None) -> list[str]:
     ]
     load = f'model = bayeformers.from_pretrained("{details.repo}").eval()'
     if task not in _TEXT or not details.has_tokenizer:
-        return ["import bayeformers", "", load]
+        then = f"# then: bayeformers.predict(model, inputs, num_samples={details.num_samples}).probs, ..."
+        return ["import bayeformers", "", load, then]
     return [
         "import bayeformers",
         "from transformers import AutoTokenizer",

@@ -34,8 +34,8 @@ _COLLAPSE = (
 )
 _AGREES = (
     "The draws agree: their mutual information is {0:.2g} nats, {1:.2%} of the entropy ({2} training items, "
-    "{3} draws), so that the posterior says no more than its mean. Raise `delta` of `to_bayesian`{4}, or `rho_learning_rate` if "
-    "`median_log_scale_change` stays near 0."
+    "{3} draws), so that the posterior says no more than its mean. Raise `delta` of `to_bayesian`{4}, or "
+    "`rho_learning_rate` if `median_log_scale_change` stays near 0."
 )
 _HEAVY_KL = (
     "The KL outweighs the data: kl_weight * kl / N = {0:.3g} nats per item, the NLL {1:.3g} (means since the last log, "

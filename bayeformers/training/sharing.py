@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from ..cards import CardDetails, evaluation_intervals, model_card
@@ -31,6 +32,7 @@ _OTHER_WEIGHTS = (
     "written."
 )
 _BESIDE = ("bayesian_*", "abstention_policy.json")
+_FROM_NOTHING = ("This model is a fine-tuned version of [](https://huggingface.co/) on", "This model was trained on")
 _STOCK_RESULTS = "It achieves the following results on the evaluation set:"
 
 
@@ -161,7 +163,7 @@ class SharingTrainer(HeadTrainer):
             measured_on=said,
             num_samples=num_samples,
             picture=self._picture() if metrics else None,
-            has_tokenizer=hasattr(self.processing_class, "mask_token"),
+            has_tokenizer=isinstance(self.processing_class, PreTrainedTokenizerBase),
         )
         posterior = PointPosterior(self.model) if self.posterior is None else self.posterior
         return model_card(self.model, posterior, metrics, details=details)
@@ -243,7 +245,7 @@ def _without_results(draft: ModelCard) -> ModelCard:
         skips = line.strip() == _STOCK_RESULTS or (skips and line.startswith("- "))
         if not skips:
             lines.append(line)
-    draft.text = "\n".join(lines) + "\n"
+    draft.text = "\n".join(lines).replace(*_FROM_NOTHING) + "\n"
     data: Any = draft.data
     data.eval_results = None
     with contextlib.suppress(AttributeError):
