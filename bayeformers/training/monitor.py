@@ -26,7 +26,7 @@ __all__ = ["PosteriorMonitor", "writers_of"]
 logger = logging.getLogger(__name__)
 
 COLLAPSE_SHARE, LABEL_SHARE, AGREEING, OUTWEIGHS = 0.98, 0.9, 1e-3, 10.0
-LEAST_ITEMS = 16
+LEAST_ITEMS, LEAST_ENTROPY = 16, 0.01  # below which every draw is certain, and that they agree means nothing
 _COLLAPSE = (
     "Collapse: class {0} is predicted for {1:.0%} of {2} training items, and is the label of {3:.0%} (averages of {4} "
     "draws). Lower `learning_rate`, look whether the labels fit the inputs, or let the KL in later by "
@@ -209,7 +209,7 @@ def _collapsed(drawn: DrawnRows) -> str | None:
 
 
 def _agreeing(model: nn.Module, drawn: DrawnRows) -> str | None:
-    if drawn.mutual_information >= AGREEING * drawn.entropy:
+    if drawn.entropy < LEAST_ENTROPY or drawn.mutual_information >= AGREEING * drawn.entropy:
         return None
     record = conversion_record(model)
     delta = "" if record is None else f" (now {record.config.delta:g})"
