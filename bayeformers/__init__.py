@@ -1,6 +1,6 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import adapters, heads, laplace, losses, models, ood
+from . import adapters, guarantees, heads, laplace, losses, models, ood
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
 from .checkpoint.mean import export_mean
@@ -24,6 +24,7 @@ from .distributions import (
     ScaleMixturePrior,
 )
 from .generation import Generation, generate
+from .guarantees import AbstentionPolicy, fit_abstention
 from .laplace import LaplacePosterior
 from .moved import keep_old_paths, old_module
 from .nn import fixed_draw, posterior_mean
@@ -39,6 +40,7 @@ __getattr__ = old_module  # an old module as an attribute: `bayeformers.calibrat
 
 __all__ = [
     "ARDPrior",
+    "AbstentionPolicy",
     "BayesianArguments",
     "BayesianConfig",
     "BayesianTrainer",
@@ -62,9 +64,11 @@ __all__ = [
     "calibrate_delta",
     "export_draws",
     "export_mean",
+    "fit_abstention",
     "fixed_draw",
     "from_pretrained",
     "generate",
+    "guarantees",
     "heads",
     "is_bayesian",
     "kl_divergence",

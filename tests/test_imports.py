@@ -31,11 +31,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "linearized": ("likelihoods", "predictive", "sampling"),
     "posteriors": ("linearized", "likelihoods", "metrics", "predictive", "sampling"),
     "posteriors.variational": ("posteriors", "nn", "sampling"),
+    "guarantees": ("posteriors", "predictive", "likelihoods", "metrics"),
     "generation": ("posteriors", "posteriors.variational", "sampling"),
     "laplace": ("posteriors", "linearized", "likelihoods", "sampling"),
     "ood": ("posteriors", "laplace", "likelihoods", "predictive", "metrics"),
     "heads": ("laplace", "posteriors", "linearized", "likelihoods", "predictive", "sampling", "nn"),
-    "checkpoint": ("conversion", "nn", "heads", "laplace", "posteriors"),
+    "checkpoint": ("conversion", "nn", "heads", "laplace", "posteriors", "guarantees"),
     "delta": ("conversion", "distributions", "likelihoods", "linearized", "nn", "posteriors", "predictive", "sampling"),
     "adapters": (
         "delta",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..conversion import adapters as converted_adapters
 from ..conversion.persistence import peft_state
 from ..conversion.record import bayesian_config, conversion_record, converted_module
+from ..guarantees.saving import write_policy
 from ..nn.adapters import AdapterPart, adapter_parts, tuner_layers
 from ..nn.base import WIDE_BUFFERS, BayesianModule, is_bayesian
 from ..nn.draws import posterior_mean
@@ -125,6 +126,8 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         writes = given.get("is_main_process", True) and not Path(save_directory).is_file()
+        if writes:
+            write_policy(self, Path(save_directory))
         if not is_bayesian(self) or conversion_record(self) is None or _is_sharded(self):
             original(self, save_directory, *args, **kwargs)
             if writes:

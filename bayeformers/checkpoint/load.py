@@ -24,6 +24,8 @@ from ..conversion.config import BayesianConfig
 from ..conversion.convert import convert, freeze_as_saved, settle_ties
 from ..conversion.record import bayesian_config, update_config
 from ..conversion.surgery import swap_class
+from ..guarantees.policy import POLICY_FILE
+from ..guarantees.saving import take_up_policy
 from ..heads.config import HeadConfig
 from ..heads.persistence import building, recorded_head, settle
 from ..laplace.posterior import FILE
@@ -47,7 +49,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
 
     A converted model comes back with its Bayesian layers, scales, priors, ties and frozen means. A model that was saved
     with a Laplace posterior comes back as it was trained, and has the posterior as its attribute ``posterior``, which
-    `bayeformers.predict` and `BayesianTrainer` use.
+    `bayeformers.predict` and `BayesianTrainer` use. An abstention policy of these weights comes back too.
 
     Args:
         directory: a folder written by `model.save_pretrained` or `trainer.save_model`, or a hub name.
@@ -72,7 +74,9 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     files = Files(directory, {key: hub[key] for key in _FOLDER if key in hub}, kwargs.get("variant"))
     if is_adapter(files):
-        return load_adapter(files, architecture, hub, kwargs)  # type: ignore[no-any-return]
+        adapted = load_adapter(files, architecture, hub, kwargs)
+        take_up_policy(adapted, files.find(POLICY_FILE))
+        return adapted  # type: ignore[no-any-return]
     check_arguments(kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     config, kwargs = _configuration(directory, kwargs, hub)
@@ -86,6 +90,7 @@ def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrai
         files.check(has_posterior=True)
         model, info = _converted(directory, config, record, hub, kwargs)
         check_values(model, str(directory), is_verified=files.are_verified)
+    take_up_policy(model, files.find(POLICY_FILE))
     return (model, info) if wants_info else model  # type: ignore[return-value]
 
 

@@ -26,6 +26,7 @@ from ..conversion.record import (
     update_config,
     without_stale_record,
 )
+from ..guarantees.saving import write_policy
 from ..heads.find import find_head
 from ..heads.persistence import without_stale_head
 from ..nn.draws import bayesian_modules
@@ -161,7 +162,9 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
         posterior = saved_along(self)
         if writes and posterior is None:
             _tell_unsaved(self)
-        # first: a push to the hub takes it along
+        # first: a push to the hub takes them along
+        if writes:
+            write_policy(self, folder)
         is_saved = writes and posterior is not None and save_posterior(posterior, folder)
         before = _recorded(folder / digests_name(variant)) if writes and not is_saved else None
         if writes:

@@ -14,12 +14,14 @@ from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from ..checkpoint.saving import carry
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config
+from ..guarantees import AbstentionPolicy
 from ..heads import HeadPosterior
 from ..heads.find import find_head
 from ..likelihoods import NoiseStd, check_noise_std
 from ..posteriors import BasePosterior, VariationalPosterior
 from ..posteriors.files import check_model
 from ..sampling.random_state import preserved as preserved_rng
+from .abstention import abstained, fit_by_trainer
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .checks import check_dataset, check_test_dataset
 from .evaluator import BayesianPredictionOutput, Columns, Evaluation
@@ -204,11 +206,27 @@ class MonteCarloTrainer(Trainer):
             **generation: a `Seq2SeqTrainer`'s, of what is generated.
 
         Returns:
-            `predictions` are log mean probabilities, of labels log p - log(1 - p); `.uncertainty` has arrays (N, ...).
+            `predictions` are log mean probabilities, of labels log p - log(1 - p); `.uncertainty` has arrays (N, ...),
+            and `.abstain` says what the model's abstention policy refuses, if it has one.
         """
         check_test_dataset(test_dataset)
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **generation)
-        return BayesianPredictionOutput(*output, uncertainty=self._columns.uncertainties())
+        found = BayesianPredictionOutput(*output, uncertainty=self._columns.uncertainties())
+        found.abstain = abstained(self, test_dataset, found)
+        return found
+
+    def fit_abstention(self, dataset: Any = None, **options: Any) -> AbstentionPolicy:
+        """Fit from which score on the model answers, by predictions as `predict` makes them, and attach the policy.
+
+        Args:
+            dataset: labelled rows that the model was neither trained on nor chosen by; None: `eval_dataset`.
+            **options: ``max_risk``, ``confidence``, ``score``, ``groups``, ``errors`` of
+                :func:`~bayeformers.guarantees.fit_abstention`; an array of errors has one entry per row.
+
+        Returns:
+            The policy, which `save_model` writes and `predict` applies from now on.
+        """
+        return fit_by_trainer(self, self.eval_dataset if dataset is None else dataset, **options)
 
     def prediction_step(
         self,

@@ -39,21 +39,28 @@ _UNKNOWN = (
 class BayesianPredictionOutput(PredictionOutput):
     """A `PredictionOutput` (it unpacks into the same three) with `uncertainty`: arrays (N, ...) by name.
 
-    Token-level arrays are padded with NaN to the longest example.
+    Token-level arrays are padded with NaN to the longest example. `abstain` says which inputs the model's abstention
+    policy refuses, bool (N,), or (N, T) of tokens; None where it has none that holds of these predictions.
     """
 
     uncertainty: dict[str, NDArray[np.floating]]
+    abstain: NDArray[np.bool_] | None
 
     def __new__(
-        cls, predictions: Any, label_ids: Any, metrics: Any, uncertainty: dict[str, NDArray[np.floating]]
+        cls,
+        predictions: Any,
+        label_ids: Any,
+        metrics: Any,
+        uncertainty: dict[str, NDArray[np.floating]],
+        abstain: NDArray[np.bool_] | None = None,
     ) -> "BayesianPredictionOutput":
-        """Takes `PredictionOutput`'s three fields and the uncertainties."""
+        """Takes `PredictionOutput`'s three fields, the uncertainties and what is refused."""
         output = super().__new__(cls, predictions, label_ids, metrics)
-        output.uncertainty = uncertainty
+        output.uncertainty, output.abstain = uncertainty, abstain
         return output
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return (*self, self.uncertainty)
+        return (*self, self.uncertainty, self.abstain)
 
 
 class Columns:

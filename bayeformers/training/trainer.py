@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..checkpoint.saving import save_posterior, saved_along
 from ..conversion.convert import is_bayesian
 from ..conversion.record import conversion_record, update_config, without_stale_record
+from ..guarantees.saving import write_policy
 from ..likelihoods import HEAD, Likelihood, ProblemType, get_likelihood, without_ignored
 from ..nn.draws import one_draw_per_forward, training_draw
 from . import adapter_checkpoints, checkpoints, checks
@@ -328,6 +329,8 @@ class BayesianTrainer(SharingTrainer):
             save_posterior(own, Path(output_dir or str(self.args.output_dir)))  # first: a push takes it along
         with without_stale_record(self.model):
             super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            write_policy(self.model, Path(output_dir or str(self.args.output_dir)))  # of a plain module too
 
     # -- loss --------------------------------------------------------------------------------------------------------
 

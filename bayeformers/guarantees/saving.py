@@ -1,0 +1,158 @@
+"""A policy that goes with its model: attached, found again, and only while the weights are those it was fitted to."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..posteriors import PointPosterior
+from ..storage import digest
+from .policy import POLICY_FILE, AbstentionPolicy
+
+__all__ = ["attach_policy", "mismatch", "policy_of", "take_up_policy", "weights_digest", "write_policy"]
+
+logger = logging.getLogger(__name__)
+
+_OWN = "abstention_policy"
+_REPLACED = ".original_module."  # of PEFT's `modules_to_save`: it is not called, and not saved
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def attach_policy(model: nn.Module, policy: AbstentionPolicy | None) -> None:
+    """Let a model carry a policy: `save_pretrained` writes it, pipelines and `BayesianTrainer.predict` use it.
+
+    Args:
+        model: the model, or a PEFT model.
+        policy: of this model; None takes one away.
+
+    Raises:
+        TypeError: no module, or no policy.
+        ValueError: the policy was fitted to other weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if policy is not None and not isinstance(policy, AbstentionPolicy):
+        raise TypeError(f"`policy` must be an AbstentionPolicy or None, got {type(policy).__name__}.")
+    if policy is None:
+        vars(model).pop(_OWN, None)
+        return
+    if policy.weights is not None and policy.weights != weights_digest(model):
+        raise ValueError(
+            f"`policy` was fitted to other weights than this {type(model).__name__} has: fit it again, or attach it "
+            "to the model that it was fitted to."
+        )
+    vars(model)[_OWN] = policy
+
+
+def policy_of(model_or_posterior: Any) -> AbstentionPolicy | None:
+    """Return the policy that a model carries, or a posterior's model; None where there is none.
+
+    A policy of weights that have moved since is none: a warning says so, once for the weights that are there now.
+    """
+    model = (
+        model_or_posterior if isinstance(model_or_posterior, nn.Module) else getattr(model_or_posterior, "model", None)
+    )
+    if not isinstance(model, nn.Module):
+        return None
+    policy = next((vars(part)[_OWN] for part in (model, *_inner(model)) if _OWN in vars(part)), None)
+    if not isinstance(policy, AbstentionPolicy) or policy.weights in (None, weights_digest(model)):
+        return policy
+    if vars(model).get("_told_of_policy") != policy.weights:
+        vars(model)["_told_of_policy"] = policy.weights
+        logger.warning(
+            "The model's weights have moved since its abstention policy was fitted: it is not applied. Fit it again."
+        )
+    return None
+
+
+def mismatch(
+    policy: AbstentionPolicy, posterior: Any, method: str | None = None, num_samples: int | None = None
+) -> str | None:
+    """Say why a policy does not hold of predictions that are made in another way than it was calibrated on.
+
+    Args:
+        policy: of scores of a posterior, or of numbers, about which nothing is known.
+        posterior: that predicts now; None: a point estimate.
+        method: how; None: its default.
+        num_samples: of how many draws.
+
+    Returns:
+        None where the predictions are made as then.
+    """
+    if policy.posterior is None:
+        return None
+    kind = PointPosterior.__name__ if posterior is None else type(posterior).__name__
+    if kind != policy.posterior:
+        return f"it was calibrated on predictions of a {policy.posterior}, and these are of a {kind}"
+    method = method or getattr(posterior, "default_method", policy.method)
+    if method != policy.method and kind != PointPosterior.__name__:
+        return f"it was calibrated on predictions by {policy.method!r}, and these are by {method!r}"
+    most = getattr(posterior, "num_draws", None)
+    own, then = (n if most is None or n is None else min(n, most) for n in (num_samples, policy.num_samples))
+    if method != "glm" and kind != PointPosterior.__name__ and None not in (own, then) and own != then:
+        return f"it was calibrated on averages of {then} draws, and these are of {own}"
+    return None
+
+
+def write_policy(model: nn.Module, folder: Path) -> None:
+    """Write the policy that a model carries into its folder; one that lies there of other weights is removed."""
+    policy, path = policy_of(model), folder / POLICY_FILE
+    if policy is not None:
+        policy.save(folder)
+    elif path.is_file() and _is_of_other_weights(path, model):
+        path.unlink()
+        logger.warning("Removed %r: the abstention policy of other weights than those that are saved.", str(path))
+
+
+def take_up_policy(model: nn.Module, path: str | Path | None) -> None:
+    """Attach the policy that lies beside a model's weights; one of other weights, or of another dtype, only warns."""
+    if path is None:
+        return
+    policy = AbstentionPolicy.load(path)
+    if policy.weights is not None and policy.weights != weights_digest(model):
+        logger.warning(
+            "The abstention policy %r was fitted to other weights than were loaded (or to these in another dtype): it "
+            "is not attached. Fit it again.",
+            str(path),
+        )
+        return
+    vars(model)[_OWN] = policy
+
+
+def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
+    try:
+        known = AbstentionPolicy.load(path).weights
+    except ValueError:
+        return True
+    return known is not None and known != weights_digest(model)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes in place."""
+    state = model.state_dict(keep_vars=True)
+    tensors = {_bare(n): v for n, v in state.items() if isinstance(v, Tensor) and _REPLACED not in n}
+    versions = tuple((name, value.data_ptr(), value._version) for name, value in tensors.items())
+    known = _CHECKED.get(model)
+    if known is not None and known[0] == versions:
+        return known[1]
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(f"{name} {digest(tensors[name])}\n".encode())
+    _CHECKED[model] = (versions, found.hexdigest()[:32])
+    return _CHECKED[model][1]
+
+
+def _inner(model: nn.Module) -> list[nn.Module]:
+    """The modules that data-parallel and compiled wrappers hold."""
+    inner = next((getattr(model, name) for name in ("module", "_orig_mod") if name in model._modules), None)
+    return [] if inner is None else [inner, *_inner(inner)]
+
+
+def _bare(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return _bare(rest) if first in ("module", "_orig_mod") and rest else name
