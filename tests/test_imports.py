@@ -53,7 +53,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "models": (),
     "tasks": ("metrics", "predictive"),
     "reports": ("metrics", "predictive", "tasks"),
-    "cards": ("checkpoint", "conversion", "heads", "laplace", "metrics", "nn", "posteriors", "reports"),
+    "cards": ("conversion", "guarantees", "heads", "laplace", "linearized", "metrics", "nn", "posteriors"),
     "training": EVERYTHING_ABOVE,
     "experiments": EVERYTHING_ABOVE,
     "quantization": EVERYTHING_ABOVE,

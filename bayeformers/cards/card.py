@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modelcard import TASK_MAPPING
 
 from ..checks import check_count, is_real
+from ..guarantees import policy_of
 from ..metrics import BootstrapInterval
 from ..nn.base import check_module
 from ..posteriors import PointPosterior, Posterior
@@ -54,7 +55,7 @@ def model_card(
         model: of transformers, or a `peft.PeftModel`.
         posterior: what predicts; None: the model's own, as of `bayeformers.predict`.
         metrics: by name, a number, or a `BootstrapInterval`: see `evaluation_intervals`.
-        policy: the abstention policy; None: the one that the model carries, if it does.
+        policy: the abstention policy; None: the model's own, if it carries one of these weights.
         details: what else the card says.
 
     Returns:
@@ -70,7 +71,7 @@ def model_card(
         raise TypeError(f"`posterior` must be a posterior or None, got {type(posterior).__name__}.")
     metrics, details = _checked_metrics(metrics), CardDetails() if details is None else details
     _check_details(details)
-    policy = _policy_of(model) if policy is None else policy
+    policy = policy_of(model) if policy is None else policy
     if policy is not None and not callable(getattr(policy, "describe", None)):
         raise TypeError(f"`policy` must be an AbstentionPolicy, got {type(policy).__name__}.")
     task = task_of(model) if details.task is None else details.task
@@ -128,10 +129,6 @@ def _check_details(details: Any) -> None:
             f"`details.repo` must be a name on the hub or a folder, which code quotes, got {details.repo!r}."
         )
     check_count("details.num_samples", details.num_samples, 1)
-
-
-def _policy_of(model: nn.Module) -> Any:
-    return vars(model).get("abstention_policy")
 
 
 def _results(metrics: Metrics, task: str | None, details: CardDetails) -> list[EvalResult]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..linearized.methods import SAMPLING
 from ..metrics import BootstrapInterval
 from ..posteriors import PointPosterior, Posterior
 from .facts import facts_of
@@ -40,6 +41,7 @@ class CardDetails:
         tags: further tags.
         measured_on: the rows of the metrics, in words; where there are none, why.
         num_samples: draws of a prediction, as the metrics were measured.
+        method: how these were predicted, as of `predict`; None: by the posterior's own default.
         picture: file of the reliability picture, relative to the card; where there is none, a line that says why.
         has_tokenizer: whether a tokenizer is saved beside the model.
     """
@@ -55,6 +57,7 @@ class CardDetails:
     tags: Sequence[str] = ()
     measured_on: str | None = None
     num_samples: int = 16
+    method: str | None = None
     picture: str | None = None
     has_tokenizer: bool = False
 
@@ -101,12 +104,27 @@ def _opening(posterior: Posterior) -> str:
 def _draws(posterior: Posterior, details: CardDetails) -> dict[str, str]:
     if isinstance(posterior, PointPosterior):
         return {}
-    method = getattr(posterior, "default_method", "sample")
-    by = {"sample": "the average over drawn networks", "head": "the last layer's own Gaussian, in one pass"}
-    how = by.get(method, f"the linearised network (`{method}`), without draws")
-    if method == "sample":
-        how += f"; {details.num_samples} draws in the measurements below"
+    method = _method(posterior, details)
+    if _is_sampled(posterior, details):
+        return {"prediction": f"the average over {details.num_samples} drawn networks, as measured below"}
+    is_head = method == "head"
+    how = "the last layer's own Gaussian, in one pass" if is_head else f"the linearised network (`{method}`), no draws"
     return {"prediction": how}
+
+
+def _method(posterior: Posterior, details: CardDetails) -> str:
+    return details.method or str(getattr(posterior, "default_method", "sample"))
+
+
+def _is_sampled(posterior: Posterior, details: CardDetails) -> bool:
+    return _method(posterior, details) in SAMPLING
+
+
+def _options(posterior: Posterior, details: CardDetails) -> str:
+    """Arguments with which a prediction is the one that was measured."""
+    method = [] if details.method is None else [f'method="{details.method}"']
+    draws = [f"num_samples={details.num_samples}"] if _is_sampled(posterior, details) else []
+    return "".join(f", {option}" for option in (*method, *draws))
 
 
 def _measured(metrics: Metrics, details: CardDetails) -> list[str]:
@@ -123,15 +141,23 @@ def _measured(metrics: Metrics, details: CardDetails) -> list[str]:
     found.append(_table(("metric", "value", "95 % interval"), rows))
     if resamples:
         found.append(f"Intervals: percentiles of {max(resamples):,} bootstrap resamples of the rows.")
-    named = {"nll": "negative log-likelihood", "ece": "calibration error", "aurc": "area under risk-coverage"}
-    said = ", ".join(f"{name}: {text}" for name, text in named.items() if name in metrics)
+    said = ", ".join(f"{name} ({text})" for name, text in _LOWER.items() if name in metrics)
     if said:
-        found.append(f"Lower is better of {said}; in nats or as shares of 1.")
+        found.append(f"Lower is better: {said}.")
     if details.picture:
         is_file = details.picture.endswith(".png")
         alt = "Accuracy against confidence, in bins of equal numbers of examples, with 95 % intervals"
         found.append(f"![{alt}]({details.picture})" if is_file else details.picture)
     return found
+
+
+_LOWER = {
+    "nll": "negative log-likelihood, in nats",
+    "ece": "expected calibration error",
+    "brier": "squared error of the probabilities",
+    "aurc": "area under the risk-coverage curve",
+    "rmse": "root mean squared error",
+}
 
 
 def _no_policy() -> str:
@@ -145,9 +171,10 @@ def _loading(posterior: Posterior, details: CardDetails, task: str | None) -> li
     if isinstance(posterior, PointPosterior):
         kind = type(posterior.model).__name__
         return [_code(f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{details.repo}")')]
-    found = [_code(*_load_lines(details, task))]
+    options = _options(posterior, details)
+    found = [_code(*_load_lines(details, task, options))]
     if task in _ASKED and details.has_tokenizer:
-        found.append(_code(*_pipeline_lines(details, task)))
+        found.append(_code(*_pipeline_lines(details, task, options)))
     library = "PEFT" if "peft" in details.tags else "transformers"
     found.append(f"Loaded by {library} alone, without bayeformers, it is the network at the posterior's mean.")
     return found
@@ -162,8 +189,8 @@ _ASKED = {
 _TEXT = ("text-classification", "token-classification")
 
 
-def _load_lines(details: CardDetails, task: str | None) -> list[str]:
-    predict = f"predictive = bayeformers.predict(model, inputs, num_samples={details.num_samples})"
+def _load_lines(details: CardDetails, task: str | None, options: str) -> list[str]:
+    predict = f"predictive = bayeformers.predict(model, inputs{options})"
     reads = [
         "predictive.probs               # averaged over the posterior",
         "predictive.predictive_entropy  # total uncertainty, in nats",
@@ -171,7 +198,7 @@ def _load_lines(details: CardDetails, task: str | None) -> list[str]:
     ]
     load = f'model = bayeformers.from_pretrained("{details.repo}").eval()'
     if task not in _TEXT or not details.has_tokenizer:
-        then = f"# then: bayeformers.predict(model, inputs, num_samples={details.num_samples}).probs, ..."
+        then = f"# then: bayeformers.predict(model, inputs{options}), of what the model's forward takes"
         return ["import bayeformers", "", load, then]
     return [
         "import bayeformers",
@@ -185,11 +212,11 @@ def _load_lines(details: CardDetails, task: str | None) -> list[str]:
     ]
 
 
-def _pipeline_lines(details: CardDetails, task: str) -> list[str]:
+def _pipeline_lines(details: CardDetails, task: str, options: str) -> list[str]:
     return [
         "from bayeformers import pipeline",
         "",
-        f'ask = pipeline("{task}", model="{details.repo}", num_samples={details.num_samples})',
+        f'ask = pipeline("{task}", model="{details.repo}"{options})',
         f"ask({_ASKED[task]})",
     ]
 

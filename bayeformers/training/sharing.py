@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from ..cards import CardDetails, evaluation_intervals, model_card
 from ..cards.card import is_untouched, merge_card, sealed
+from ..guarantees.policy import POLICY_FILE
 from ..posteriors import BasePosterior, PointPosterior
 from ..posteriors.files import saved_kinds
 from .evaluator import Columns
@@ -31,7 +32,7 @@ _OTHER_WEIGHTS = (
     "The last evaluation was of other weights, or of another posterior: call `trainer.evaluate()` before the card is "
     "written."
 )
-_BESIDE = ("bayesian_*", "abstention_policy.json")
+_BESIDE = ("bayesian_*", POLICY_FILE)
 _FROM_NOTHING = ("This model is a fine-tuned version of [](https://huggingface.co/) on", "This model was trained on")
 _STOCK_RESULTS = "It achieves the following results on the evaluation set:"
 
@@ -46,6 +47,7 @@ class Evaluated:
         columns: what was kept of its rows.
         num_rows: how many rows.
         num_samples: draws of a prediction.
+        method: how these were predicted; None: by the posterior's own default.
         step: optimizer steps of the training by then.
         in_training: whether the training went on.
         posterior: what predicted.
@@ -56,6 +58,7 @@ class Evaluated:
     columns: Columns
     num_rows: int
     num_samples: int
+    method: str | None
     step: int
     in_training: bool
     posterior: BasePosterior | None
@@ -90,8 +93,9 @@ class SharingTrainer(HeadTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = {k.removeprefix(f"{metric_key_prefix}_"): v for k, v in (output.metrics or {}).items()}
         rows, samples = int(output.num_samples or 0), self._num_samples()
+        method = None if posterior is None or posterior.predicts_itself else self.args.eval_method
         self._evaluated = Evaluated(
-            metric_key_prefix, found, self._columns, rows, samples, step, bool(self.is_in_train), posterior
+            metric_key_prefix, found, self._columns, rows, samples, method, step, bool(self.is_in_train), posterior
         )
         return output
 
@@ -150,7 +154,8 @@ class SharingTrainer(HeadTrainer):
             raise
 
     def _own_card(self, draft: ModelCard, tasks: list[str], dataset: list[str], model_name: str | None) -> ModelCard:
-        metrics, said, num_samples = self._measured()
+        metrics, said = self._measured()
+        last = self._evaluated if metrics else None
         data: Any = draft.data
         dataset_id = _listed(data.datasets)
         details = CardDetails(
@@ -161,27 +166,28 @@ class SharingTrainer(HeadTrainer):
             dataset_id=dataset_id,
             tags=["peft"] if data.library_name == "peft" else [],
             measured_on=said,
-            num_samples=num_samples,
+            num_samples=self._num_samples() if last is None else last.num_samples,
+            method=None if last is None else last.method,
             picture=self._picture() if metrics else None,
             has_tokenizer=isinstance(self.processing_class, PreTrainedTokenizerBase),
         )
         posterior = PointPosterior(self.model) if self.posterior is None else self.posterior
         return model_card(self.model, posterior, metrics, details=details)
 
-    def _measured(self) -> tuple[dict[str, Any], str, int]:
-        """Metrics of the present posterior, on which rows, and by how many draws."""
+    def _measured(self) -> tuple[dict[str, Any], str]:
+        """Metrics of the present posterior, and on which rows; none, and why."""
         last = self._evaluated
         if last is None:
-            return {}, _NOT_MEASURED, self._num_samples()
+            return {}, _NOT_MEASURED
         if not self._is_present(last):
-            return {}, _OTHER_WEIGHTS, self._num_samples()
+            return {}, _OTHER_WEIGHTS
         ignored = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
         found: dict[str, Any] = {k: v for k, v in last.metrics.items() if k not in ignored and _is_number(v)}
         if all(column.ndim == 1 for column in last.columns.uncertainties().values()):  # rows, not words of texts
             found |= evaluation_intervals(last.columns.items())
         names = {"eval": "the evaluation set", "test": "the set that was predicted last"}
         rows = names.get(last.prefix, f"the set `{last.prefix}`")
-        return found, f"the {last.num_rows:,} rows of {rows}", last.num_samples
+        return found, f"the {last.num_rows:,} rows of {rows}"
 
     def _is_present(self, last: Evaluated) -> bool:
         """Whether the weights and the posterior are still those that were evaluated."""

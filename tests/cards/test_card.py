@@ -17,6 +17,7 @@ from bayeformers import laplace, to_bayesian
 from bayeformers.cards import CardDetails, evaluation_intervals, merge_card, model_card
 from bayeformers.cards.card import is_untouched, task_of
 from bayeformers.cards.facts import facts_of
+from bayeformers.guarantees import attach_policy, fit_abstention
 from bayeformers.heads import to_vbll
 from bayeformers.metrics import BootstrapInterval, accuracy, aurc, brier_score, expected_calibration_error
 from bayeformers.posteriors import (
@@ -127,8 +128,9 @@ def test_a_policy_is_told_in_its_own_words() -> None:
     model = to_bayesian(plain())
     assert "no abstention policy" in model_card(model).text
     assert "It refuses below 0.7." in model_card(model, policy=Policy()).text
-    model.__dict__["abstention_policy"] = Policy()
-    assert "It refuses below 0.7." in model_card(model).text
+    policy = fit_abstention(torch.linspace(0, 1, 200), errors=torch.zeros(200))
+    attach_policy(model, policy)
+    assert policy.describe() in model_card(model).text and "no abstention policy" not in model_card(model).text
 
 
 def test_tasks_by_class() -> None:

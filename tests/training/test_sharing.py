@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bayeformers import (
     to_bayesian,
     to_deterministic,
 )
+from bayeformers.cards import evaluation_intervals
 from bayeformers.training import sharing
 from tests.training import trainers
 from tests.training.tiny import bayesian, dataset, plain, tokens, trainer
@@ -33,8 +35,9 @@ TEST = dataset(num_examples=24, seed=5)
 
 
 @pytest.fixture(autouse=True)
-def drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture takes a second: only tests marked by their name have one."""
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture and a thousand resamples take a second: two tests have pictures, all have fewer resamples."""
+    monkeypatch.setattr(sharing, "evaluation_intervals", partial(evaluation_intervals, num_resamples=40))
     if request.node.name not in ("test_a_card_reloads_the_model_bit_for_bit", "test_without_matplotlib_a_line_says_so"):
         monkeypatch.setattr(BayesianTrainer, "_picture", lambda self: None)
 
@@ -92,7 +95,7 @@ def test_a_card_reloads_the_model_bit_for_bit(tmp_path: Path) -> None:
         assert found[name].metric_args["low"] <= found[name].metric_value <= found[name].metric_args["high"]
         assert found[name].dataset_name == "toy" and found[name].dataset_type == "me/toy"
     text = card.text
-    assert "On the 24 rows of the evaluation set:" in text and "3 draws in the measurements" in text
+    assert "On the 24 rows of the evaluation set:" in text and "average over 3 drawn networks, as measured" in text
     assert "| N | 20 items |" in text and (tmp_path / "reliability.png").stat().st_size > 5000
     assert text.index("## Uncertainty") < text.index("## Model description")
     spaces = executed(tmp_path / "README.md")
@@ -134,7 +137,12 @@ def test_a_laplace_posterior(tmp_path: Path) -> None:
     own.evaluate()
     own.create_model_card()
     text = (tmp_path / "README.md").read_text()
-    assert "On the 24 rows" in text and "| τ | 2, as given |" in text and "linearised network (`glm`)" in text
+    assert (
+        "On the 24 rows" in text
+        and "| τ | 2, as given |" in text
+        and "linearised network (`glm`), no draws" in text
+        and "num_samples" not in text
+    )
     model = executed(tmp_path / "README.md")[0]["model"]
     assert torch.equal(model.posterior.predict(tokens(4)).probs, own.posterior.predict(tokens(4)).probs)
 
