@@ -173,7 +173,7 @@ def _loading(posterior: Posterior, details: CardDetails, task: str | None) -> li
         return [_code(f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{details.repo}")')]
     options = _options(posterior, details)
     found = [_code(*_load_lines(details, task, options))]
-    if task in _ASKED and details.has_tokenizer:
+    if task in _ASKED and task != _GENERATES and details.has_tokenizer:
         found.append(_code(*_pipeline_lines(details, task, options)))
     library = "PEFT" if "peft" in details.tags else "transformers"
     found.append(f"Loaded by {library} alone, without bayeformers, it is the network at the posterior's mean.")
@@ -186,10 +186,12 @@ _ASKED = {
     "fill-mask": 'f"A word is {ask.tokenizer.mask_token}."',
     "text-generation": '"Once upon a time"',
 }
-_TEXT = ("text-classification", "token-classification")
+_TEXT, _GENERATES = ("text-classification", "token-classification"), "text-generation"
 
 
 def _load_lines(details: CardDetails, task: str | None, options: str) -> list[str]:
+    draws = f"num_samples={details.num_samples}, max_new_tokens=20"
+    generate = f"answers = bayeformers.generate(model, [{_ASKED[_GENERATES]}], {draws}, tokenizer=tokenizer)"
     predict = f"predictive = bayeformers.predict(model, inputs{options})"
     reads = [
         "predictive.probs               # averaged over the posterior",
@@ -197,19 +199,18 @@ def _load_lines(details: CardDetails, task: str | None, options: str) -> list[st
         "predictive.mutual_information  # the part that more data could remove",
     ]
     load = f'model = bayeformers.from_pretrained("{details.repo}").eval()'
-    if task not in _TEXT or not details.has_tokenizer:
+    written = [
+        "answers.text       # by each network",
+        "answers.epistemic  # of each token: how far they differ, in nats",
+    ]
+    if task not in (*_TEXT, _GENERATES) or not details.has_tokenizer:
         then = f"# then: bayeformers.predict(model, inputs{options}), of what the model's forward takes"
         return ["import bayeformers", "", load, then]
-    return [
-        "import bayeformers",
-        "from transformers import AutoTokenizer",
-        "",
-        load,
-        f'tokenizer = AutoTokenizer.from_pretrained("{details.repo}")',
-        f'inputs = dict(tokenizer([{_ASKED[task]}], return_tensors="pt"))',
-        predict,
-        *reads,
-    ]
+    head = ["import bayeformers", "from transformers import AutoTokenizer", "", load]
+    head.append(f'tokenizer = AutoTokenizer.from_pretrained("{details.repo}")')
+    if task == _GENERATES:
+        return [*head, generate, *written]
+    return [*head, f'inputs = dict(tokenizer([{_ASKED[task]}], return_tensors="pt"))', predict, *reads]
 
 
 def _pipeline_lines(details: CardDetails, task: str, options: str) -> list[str]:

@@ -26,6 +26,7 @@ from bayeformers import (
     to_deterministic,
 )
 from bayeformers.cards import evaluation_intervals
+from bayeformers.cards.section import BEGIN, END
 from bayeformers.training import sharing
 from tests.training import trainers
 from tests.training.tiny import bayesian, dataset, plain, tokens, trainer
@@ -43,10 +44,10 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def executed(card: Path) -> list[dict[str, Any]]:
-    """The namespaces of a card's blocks of code, each run by itself; a name that is not built yet is skipped."""
-    found = []
-    for code in BLOCK.findall(card.read_text(encoding="utf-8")):
-        if "import pipeline" in code and not hasattr(bayeformers, "pipeline"):
+    """The namespaces of our section's blocks of code, each run by itself; a name that is not there yet is skipped."""
+    found, text = [], card.read_text(encoding="utf-8")
+    for code in BLOCK.findall(text[text.index(BEGIN) : text.index(END)]):
+        if "bayeformers import pipeline" in code and not hasattr(bayeformers, "pipeline"):
             continue
         namespace: dict[str, Any] = {}
         exec(code, namespace)
@@ -324,4 +325,5 @@ def test_trl_trainers_have_the_section_too(tmp_path: Path, monkeypatch: pytest.M
     text = (tmp_path / "README.md").read_text()
     assert "TRL" in text and text.count("## Uncertainty") == 1 and "of the evaluation set" in text
     assert {"trl", "sft", "mine", "bayeformers"} <= set(metadata_load(tmp_path / "README.md")["tags"])  # type: ignore[index]
-    assert isinstance(executed(tmp_path / "README.md")[0]["model"], nn.Module)
+    (space,) = executed(tmp_path / "README.md")
+    assert isinstance(space["model"], nn.Module) and len(space["answers"].text) == 3
