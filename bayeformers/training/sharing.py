@@ -183,7 +183,7 @@ class SharingTrainer(HeadTrainer):
             return {}, _OTHER_WEIGHTS
         ignored = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
         found: dict[str, Any] = {k: v for k, v in last.metrics.items() if k not in ignored and _is_number(v)}
-        if all(column.ndim == 1 for column in last.columns.uncertainties().values()):  # rows, not words of texts
+        if last.columns.per_example:
             found |= evaluation_intervals(last.columns.items())
         names = {"eval": "the evaluation set", "test": "the set that was predicted last"}
         rows = names.get(last.prefix, f"the set `{last.prefix}`")

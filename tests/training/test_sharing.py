@@ -216,6 +216,19 @@ def test_without_matplotlib_a_line_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert "no reliability picture: matplotlib" in text and "![" not in text
 
 
+def test_the_process_that_writes_waits_for_no_other(tmp_path: Path) -> None:
+    """The rows' order, which the card does not need, is known to all processes together."""
+    own = evaluated(tmp_path)
+
+    def together(_: object) -> None:
+        raise AssertionError("a collective of all processes, called by one")
+
+    assert own._evaluated is not None
+    own._evaluated.columns.sort(together)  # type: ignore[arg-type]
+    own.create_model_card()
+    assert "On the 24 rows" in (tmp_path / "README.md").read_text()
+
+
 def test_one_process_writes_and_a_failure_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = evaluated(tmp_path)
     with monkeypatch.context() as patch:
