@@ -82,7 +82,7 @@ class Columns:
 
     @property
     def per_example(self) -> bool:
-        """Whether each uncertainty is one number per example, and not per word or pixel; no process waits for others."""
+        """Whether each uncertainty is one number per example, not per word or pixel; no process waits for others."""
         return all(batch[name].ndim == 1 for batch in self._batches for name in self._uncertainty)
 
     def uncertainties(self) -> dict[str, NDArray[np.floating]]:
