@@ -3,6 +3,7 @@
 from . import adapters, guarantees, heads, laplace, losses, models, ood
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
+from .checkpoint.mean import export_mean
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
@@ -72,6 +73,7 @@ __all__ = [
     "bayesian_config",
     "calibrate_delta",
     "export_draws",
+    "export_mean",
     "fit_abstention",
     "fit_prediction_intervals",
     "fit_prediction_sets",

@@ -66,6 +66,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tasks",
     ),
     "reports": ("metrics", "predictive", "tasks"),
+    "cards": ("conversion", "guarantees", "heads", "laplace", "linearized", "metrics", "nn", "posteriors"),
     "training": EVERYTHING_ABOVE,
     "experiments": EVERYTHING_ABOVE,
     "quantization": EVERYTHING_ABOVE,

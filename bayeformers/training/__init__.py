@@ -5,6 +5,7 @@ from .ensembles import AnchorCallback, perturbed_targets, train_ensemble
 from .evaluator import BayesianPredictionOutput
 from .items import ItemNLL, count_items, item_nll
 from .mixin import BayesianTrainerMixin
+from .monitor import PosteriorMonitor
 from .snapshots import CyclicalCallback
 from .swag import SWAGCallback
 from .trainer import BayesianTrainer
@@ -18,6 +19,7 @@ __all__ = [
     "BayesianTrainingArguments",
     "CyclicalCallback",
     "ItemNLL",
+    "PosteriorMonitor",
     "SWAGCallback",
     "count_items",
     "item_nll",

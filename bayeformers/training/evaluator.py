@@ -80,6 +80,11 @@ class Columns:
         """Change the order in which `uncertainties` gives the rows."""
         self._sort = rows_of
 
+    @property
+    def per_example(self) -> bool:
+        """Whether each uncertainty is one number per example, not per word or pixel; no process waits for others."""
+        return all(batch[name].ndim == 1 for batch in self._batches for name in self._uncertainty)
+
     def uncertainties(self) -> dict[str, NDArray[np.floating]]:
         """(N,), (N, L) or (N, T) by name; shorter rows are padded with NaN."""
         padded = {name: _padded([_attended(batch, name) for batch in self._batches]) for name in self._uncertainty}

@@ -21,19 +21,20 @@ from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
 from .elbo import Group, count_label_column, count_training_items, infer_num_items
-from .heads import HeadTrainer, has_prior, head_pass
+from .heads import has_prior, head_pass
 from .items import LabelledBatch, as_labels, check_label_names, model_inputs, settled_problem_type
 from .objective import Objective, ObjectiveCheck, check_bases
 from .optimizer import clip_separately, holds_some, kl_regularised_names, rho_parameters, separate_rho
 from .own_terms import OWN_TERMS, ForwardPass, given_loss, has_own_terms, own_terms
 from .records import TrainingRecord, lost_steps_warning
+from .sharing import SharingTrainer
 
 __all__ = ["BayesianTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class BayesianTrainer(HeadTrainer):
+class BayesianTrainer(SharingTrainer):
     """Trains a Bayesian model on the ELBO and evaluates it by S weight draws; another one trains as ever.
 
     It takes the arguments of `Trainer`, with `args` a `BayesianTrainingArguments`. Convert the model, or build it of
