@@ -1,6 +1,7 @@
 """bayeformers: any transformers model says how sure it is."""
 
 from . import adapters, heads, laplace, losses, models, ood
+from .acquisition import acquire
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
 from .conversion.config import BayesianConfig
@@ -56,6 +57,7 @@ __all__ = [
     "RelativePrior",
     "ScaleMixturePrior",
     "VariationalPosterior",
+    "acquire",
     "adapters",
     "bayesian_config",
     "calibrate_delta",

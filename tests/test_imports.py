@@ -49,6 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "predictive",
         "sampling",
     ),
+    "acquisition": ("laplace", "posteriors", "likelihoods", "predictive", "metrics"),
     "models": (),
     "tasks": ("metrics", "predictive"),
     "reports": ("metrics", "predictive", "tasks"),

@@ -69,13 +69,13 @@ class Configurations:
         Args:
             probs: p_s of the rows, (S, N, C).
         """
-        num_draws, num_rows, num_classes = probs.shape
+        num_draws, _, num_classes = probs.shape
         found = []
         for part in probs.split(max(1, _ELEMENTS // (len(self.probs) * num_classes)), dim=1):
             given = (self.draw_weights @ part.reshape(num_draws, -1)).reshape(-1, *part.shape[1:])
             found.append(self.probs @ torch.special.entr(given).sum(-1))
         known = torch.special.entr(probs).sum(-1).mean(0)
-        return (torch.cat(found) - known).clamp_min(0) if num_rows else known
+        return (torch.cat(found) - known).clamp_min(0)
 
 
 def batchbald(log_probs: Tensor, n: int, *, num_configurations: int = 1024, seed: int = 0) -> tuple[list[int], Tensor]:

@@ -2,7 +2,7 @@
 
 `predict(method="glm")` of a Laplace posterior gives each row a Gaussian of its own, whose draws know nothing of other
 rows' draws: they have no joint information. What is used here of such a posterior is the linearised network at drawn
-weights, `laplace.linearized_draws`, or the network itself.
+weights, `laplace.linear_draws`, or the network itself.
 """
 
 from __future__ import annotations
