@@ -1,7 +1,7 @@
 """Label efficiency: what each strategy of `acquire` is worth, over seeds, on digits and on TREC's questions.
 
     python -m benchmarks.active_learning --data_dir data --encoder MINILM --output_dir runs [--seeds 0-9]
-    python -m benchmarks.active_learning --output_dir runs --page docs/results/active_learning.md
+    python -m benchmarks.active_learning --output_dir runs --page docs/results/active_learning.md   # tables anew
 
 Each run is one strategy and seed of `examples.active_learning`; one whose file exists is not run again. Differences to
 random labels are paired over seeds, with 95 % intervals of Student's t.
@@ -13,16 +13,25 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+from scipy import stats
 
 from examples.active_learning import ActiveArguments, area, label_counts, learn, load_rows
 
 from .embedded_task import parse_seeds
 
+MARKS = ("<!-- tables -->", "<!-- end of tables -->")
+"""What stands between these in the page is written anew."""
+Curves = dict[str, np.ndarray]
+"""By strategy: test accuracies, (seeds, rounds)."""
+
 STRATEGIES = ("random", "entropy", "bald", "batchbald", "epig")
 TASKS = {
     "embedded": {"num_components": 32, "pool_size": 1200},
-    "trec": {"num_components": 64, "pool_size": 2000},
+    "trec": {"num_components": 64, "pool_size": 2000, "num_labels": 170},
 }
 
 
@@ -33,6 +42,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="folder or name of all-MiniLM-L6-v2")
     parser.add_argument("--output_dir", type=Path, required=True, help="a file per task, strategy and seed")
     parser.add_argument("--seeds", default="0-9")
+    parser.add_argument("--page", type=Path, help="whose tables are written anew")
     args = parser.parse_args()
     logging.getLogger("bayeformers").setLevel(logging.ERROR)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -40,6 +50,12 @@ def main() -> None:
         for task in TASKS:
             if args.data_dir is not None:
                 run(task, seed, Path(args.data_dir) / "trec", args.encoder, args.output_dir)
+    text = "\n\n".join(table(task, *read(args.output_dir, task, parse_seeds(args.seeds))) for task in TASKS)
+    print(text)
+    if args.page is not None:
+        before, _, rest = args.page.read_text(encoding="utf-8").partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        args.page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def run(task: str, seed: int, trec: Path, encoder: str, folder: Path) -> None:
@@ -63,6 +79,71 @@ def run(task: str, seed: int, trec: Path, encoder: str, folder: Path) -> None:
 def path_of(folder: Path, task: str, strategy: str, seed: int) -> Path:
     """Where a run's curve is."""
     return folder / f"{task}-{strategy}-{seed}.json"
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def read(folder: Path, task: str, seeds: list[int]) -> tuple[list[int], Curves]:
+    """Numbers of labels, and the curves of the seeds that every strategy has run."""
+    whole = [seed for seed in seeds if all(path_of(folder, task, name, seed).exists() for name in STRATEGIES)]
+    found: dict[str, list[list[float]]] = {name: [] for name in STRATEGIES}
+    counts: list[int] = []
+    for seed in whole:
+        for name in STRATEGIES:
+            result = json.loads(path_of(folder, task, name, seed).read_text(encoding="utf-8"))
+            counts = result["num_labels"]
+            found[name].append(result["accuracy"])
+    return counts, {name: np.array(own) for name, own in found.items()}
+
+
+def table(task: str, counts: list[int], curves: Curves) -> str:
+    """Accuracy on the way, area under the curve, and labels per label of random's, with 95 % intervals."""
+    shown = counts[2 :: max(1, (len(counts) - 2) // 3)]
+    header = ["strategy", *(f"{n} labels" for n in shown), "area", "less random's", "less entropy's", "labels"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    areas = {name: np.array([area(counts, list(curve)) for curve in own]) for name, own in curves.items()}
+    for name, own in curves.items():
+        cells = [f"{own[:, counts.index(n)].mean():.3f}" for n in shown] + [f"{areas[name].mean():.4f}"]
+        cells += ["" if name == other else paired(areas[name] - areas[other]) for other in ("random", "entropy")]
+        cells += ["1" if name == "random" else share_of_labels(counts, curves, name)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([f"**{task}**, {len(curves['random'])} seeds:", "", *lines])
+
+
+def paired(differences: np.ndarray) -> str:
+    """Mean and 95 % interval of Student's t."""
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
+    mean = differences.mean()
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+
+
+def share_of_labels(counts: list[int], curves: Mapping[str, np.ndarray], name: str, num_resamples: int = 1000) -> str:
+    """Labels for the largest accuracy of random's mean curve, over random's; with a bootstrap interval over seeds."""
+    draw = np.random.default_rng(0)
+
+    def share(rows: np.ndarray) -> float:
+        random = curves["random"][rows].mean(0)
+        own, other = (labels_for(counts, curve, random.max()) for curve in (curves[name][rows].mean(0), random))
+        return own / other
+
+    num_seeds = len(curves[name])
+    resampled = [share(draw.integers(num_seeds, size=num_seeds)) for _ in range(num_resamples)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    told = [f"{value:.2f}" if np.isfinite(value) else "never" for value in (share(np.arange(num_seeds)), low, high)]
+    return f"{told[0]} [{told[1]}, {told[2]}]"
+
+
+def labels_for(counts: list[int], accuracies: np.ndarray, target: float) -> float:
+    """The first number of labels at which a curve, linear between rounds, has an accuracy; inf: it has not."""
+    reached = np.flatnonzero(accuracies >= target - 1e-12)
+    if not len(reached):
+        return float("inf")
+    i = int(reached[0])
+    if i == 0:
+        return float(counts[0])
+    part = (target - accuracies[i - 1]) / (accuracies[i] - accuracies[i - 1])
+    return float(counts[i - 1] + part * (counts[i] - counts[i - 1]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from bayeformers.reports import format_table
 from bayeformers.reports.writing import write_results
 from bayeformers.tasks.trec import KINDS, read_trec
 
-NUM_TARGETS = 256
+NUM_TARGETS = 64
 """Rows of the pool, labelled or not, whose labels "epig" wants to know."""
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -49,7 +49,7 @@ class ActiveArguments:
     num_seeds: int = flag(3, "Repetitions; each has a pool, a test set and first labels of its own.")
     start: int = flag(20, "Labels before the first round, of random rows.")
     query_size: int = flag(10, "Labels per round.")
-    num_labels: int = flag(150, "Labels after the last round.")
+    num_labels: int = flag(130, "Labels after the last round.")
     pool_size: int = flag(1200, "Rows to choose from; fewer where there are not so many.")
     num_components: int = flag(32, "Principal components of the rows that the model reads.")
     prior_precision: float = flag(0.1, "1 / variance of every weight's prior.")
@@ -66,7 +66,7 @@ class ActiveArguments:
         )
         if not self.start <= self.num_labels <= self.pool_size:
             raise ValueError(
-                f"`num_labels` must be from `start`={self.start} to `pool_size`={self.pool_size}, got {self.num_labels}."
+                f"`num_labels` must be in `start`={self.start} .. `pool_size`={self.pool_size}, got {self.num_labels}."
             )
         if not self.prior_precision > 0:
             raise ValueError(f"`prior_precision` must be > 0, got {self.prior_precision}.")
@@ -89,12 +89,17 @@ class Rows:
 
 
 def load_rows(args: ActiveArguments, seed: int) -> Rows:
-    """The task's rows in an order of this seed, as principal components of the pool, of mean length 1."""
+    """The task's rows in an order of this seed, as principal components of the pool, of mean length 1.
+
+    What lies outside of the pool is test data, besides TREC's own test questions.
+    """
     generator = torch.Generator().manual_seed(seed)
     if args.task == "trec":
         x, y, test, test_y = trec_features(str(args.data_dir), args.model_name_or_path)
-        order = torch.randperm(len(x), generator=generator)[: args.pool_size]
-        x, y, num_classes = x[order], y[order], len(KINDS)
+        order = torch.randperm(len(x), generator=generator)
+        inside, outside, num_classes = order[: args.pool_size], order[args.pool_size :], len(KINDS)
+        test, test_y = torch.cat([test, x[outside]]), torch.cat([test_y, y[outside]])
+        x, y = x[inside], y[inside]
     else:
         digits = load_digits()
         pixels, numbers = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
@@ -169,8 +174,8 @@ def learn(rows: Rows, strategy: str, seed: int, args: ActiveArguments) -> list[f
         is_left[seen] = False
         left = is_left.nonzero().squeeze(1)
         chosen = acquire(
-            posterior, rows.pool[left], query_size, strategy, num_samples=args.num_samples, batch_size=512,
-            targets=rows.pool[:NUM_TARGETS] if strategy == "epig" else None, num_configurations=256, seed=seed,
+            posterior, rows.pool[left], query_size, strategy, num_samples=args.num_samples, batch_size=4096,
+            targets=rows.pool[:NUM_TARGETS] if strategy == "epig" else None, num_configurations=128, seed=seed,
             progress=False,
         )  # fmt: skip
         labelled += left[chosen.indices].tolist()
@@ -205,15 +210,12 @@ def tables(counts: Sequence[int], curves: Mapping[str, list[list[float]]]) -> li
     by_labels = {name: {str(n): own[counts.index(n)] for n in shown} for name, own in means.items()}
     areas = {name: [area(counts, curve) for curve in own] for name, own in curves.items()}
     first = next(iter(areas))
-    by_area = {
-        name: {"area": statistics.fmean(own)}
-        | (
-            {}
-            if name == first
-            else {f"less {first}": statistics.fmean(a - b for a, b in zip(own, areas[first], strict=True))}
-        )
-        for name, own in areas.items()
-    }
+    by_area: dict[str, dict[str, float | str]] = {}
+    for name, own in areas.items():
+        by_area[name] = {"area": statistics.fmean(own)}
+        if name != first:
+            pairs = zip(own, areas[first], strict=True)
+            by_area[name][f"less {first}"] = statistics.fmean(area - other for area, other in pairs)
     return [format_table(by_labels, corner="accuracy at labels"), format_table(by_area, corner="area", digits=4)]
 
 

@@ -80,8 +80,8 @@ def acquire(
 
     Args:
         posterior: a posterior, a converted model, or a model with a ``posterior`` attribute; it is not changed.
-        pool: the rows without labels (labels are ignored): a `datasets.Dataset`, a list of mappings or tensors, a mapping
-            of tensors, or a tensor. Columns that the model's forward does not take are left out.
+        pool: the rows, whose labels are ignored: a `datasets.Dataset`, a list of mappings or tensors, a mapping of
+            tensors, or a tensor. Columns that the model's forward does not take are left out.
         n: how many rows, 1 .. length of the pool.
         strategy: see above.
         targets: of "epig": rows like those that will be predicted, in any form of ``pool``; None: rows of the pool. Of
@@ -101,8 +101,8 @@ def acquire(
 
     Raises:
         TypeError: the pool is of another kind.
-        ValueError: an argument is not one of these; the posterior has one draw, or draws that agree on every row, so that
-            information ranks nothing; a score is not finite; a head that the strategy is not for.
+        ValueError: an argument is not one of these; the posterior has one draw, or draws that agree on every row, so
+            that information ranks nothing; a score is not finite; a head that the strategy is not for.
 
     >>> from bayeformers import to_bayesian
     >>> model = to_bayesian(nn.Linear(4, 3), delta=0.5)
@@ -171,7 +171,7 @@ class _Scorer:
     def scores(self, rows: Pool) -> Tensor:
         """One score per row, (N,), in float64."""
         found = torch.cat([self.of_batch(predictive).cpu() for predictive in self.predictives(rows)])
-        check_scores(found, self.strategy, len(rows))
+        _check_scores(found, self.strategy, len(rows))
         return found
 
     def of_batch(self, predictive: Predictive) -> Tensor:
@@ -202,7 +202,7 @@ class _Scorer:
     def together(self, rows: Pool, n: int, num_configurations: int) -> Acquisition:
         """Rows that are chosen jointly, of as many candidates as memory is meant for."""
         candidates, draws, noise, bounds = self._candidates(rows, n)
-        check_scores(bounds, self.strategy, len(rows))
+        _check_scores(bounds, self.strategy, len(rows))
         if noise is not None:
             chosen, gains = gaussian.gaussian_batchbald(draws, noise, n)
         else:
@@ -210,9 +210,12 @@ class _Scorer:
         return Acquisition(candidates[chosen].tolist(), gains)
 
     def _candidates(self, rows: Pool, n: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Numbers, draws, noise and BALD scores of the rows; where they are too many, of those with the best scores.
+        """What a joint choice needs of the rows; where they are too many, of those with the largest BALD scores.
 
         A row's gain is never above its BALD score: those left out could win only late in a batch.
+
+        Returns:
+            Numbers (K,), draws (S, K, ...), a regression's noise (K,), and BALD scores (K,).
         """
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
         kept: list[Tensor] = []
@@ -246,8 +249,8 @@ def _check_draws(posterior: Posterior, strategy: str, num_samples: int) -> None:
     if strategy in _EPISTEMIC and number_of_draws(posterior, num_samples) < 2:
         told = "`num_samples`=1" if num_samples == 1 else f"one draw of {type(posterior).__name__}"
         raise ValueError(
-            f"`strategy`={strategy!r} needs draws that can disagree, got {told}: every score would be 0. Give a posterior "
-            "(`to_bayesian`, `laplace.fit`, an ensemble) with 2 draws or more, or take 'entropy', 'margin' or 'random'."
+            f"`strategy`={strategy!r} needs draws that can disagree, got {told}: every score would be 0. Give a "
+            "posterior (`to_bayesian`, `laplace.fit`, an ensemble) with 2 draws or more, or take 'entropy' or 'random'."
         )
     if strategy in _JOINT and not are_joint(posterior):
         raise ValueError(
@@ -270,19 +273,13 @@ def _check_head(predictive: Predictive, strategy: str) -> None:
         raise ValueError(f"`strategy`={strategy!r} needs one class per row, got a {problem!r} head{allowed}.")
 
 
-def check_scores(scores: Tensor, strategy: str, num_rows: int) -> None:
-    """Raise ValueError for scores that are not finite, or that are 0 on every row.
-
-    Args:
-        scores: of the rows, (N,).
-        strategy: that made them.
-        num_rows: how many rows the pool has.
-    """
+def _check_scores(scores: Tensor, strategy: str, num_rows: int) -> None:
+    """Raise ValueError for scores that are not finite, or that are 0 on every row."""
     if not bool(scores.isfinite().all()):
         bad = int((~scores.isfinite()).sum())
         raise ValueError(f"`posterior` gives scores that are not finite on {bad} of {num_rows} rows of `pool`.")
     if strategy in _EPISTEMIC and float(scores.max()) < 1e-12:
         raise ValueError(
-            f"`strategy`={strategy!r}: the draws agree on every row of `pool`, so every score is 0 and ranks nothing. Use "
-            "'entropy' or 'random', or a posterior with a spread."
+            f"`strategy`={strategy!r}: the draws agree on every row of `pool`, so every score is 0 and ranks nothing. "
+            "Use 'entropy' or 'random', or a posterior with a spread."
         )

@@ -71,15 +71,16 @@ class Configurations:
         """
         num_draws, _, num_classes = probs.shape
         found = []
-        for part in probs.split(max(1, _ELEMENTS // (len(self.probs) * num_classes)), dim=1):
+        size = max(1, _ELEMENTS // (len(self.probs) * num_classes))
+        for part in torch.split(probs, size, dim=1):
             given = (self.draw_weights @ part.reshape(num_draws, -1)).reshape(-1, *part.shape[1:])
             found.append(self.probs @ torch.special.entr(given).sum(-1))
-        known = torch.special.entr(probs).sum(-1).mean(0)
+        known: Tensor = torch.special.entr(probs).sum(-1).mean(0)
         return (torch.cat(found) - known).clamp_min(0)
 
 
 def batchbald(log_probs: Tensor, n: int, *, num_configurations: int = 1024, seed: int = 0) -> tuple[list[int], Tensor]:
-    """Choose ``n`` rows greedily; where the configurations are enumerated, within 1 - 1/e of the best joint information.
+    """Choose ``n`` rows greedily; by enumeration, within 1 - 1/e of the best joint information.
 
     A row's gain is never above its BALD score, so rows are looked at in falling order of that, until none can win.
 
@@ -113,7 +114,7 @@ def batchbald(log_probs: Tensor, n: int, *, num_configurations: int = 1024, seed
 def _best(known: Configurations, probs: Tensor, bounds: Tensor, left: Tensor) -> tuple[int, float]:
     """The place with the largest gain, and the gain; of equal ones the first."""
     place, gain = -1, -1.0
-    for part in left.nonzero().squeeze(1).split(256):
+    for part in torch.split(left.nonzero().squeeze(1), 64):
         if float(bounds[part[0]]) <= gain:
             break
         gains = known.gains(probs[:, part])

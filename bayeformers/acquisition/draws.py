@@ -87,7 +87,7 @@ def _mixed(posterior: MixturePosterior, inputs: Inputs, *, num_samples: int, **o
     """As many draws of every component, whose plain average is the mixture."""
     if len(set(posterior.weights)) > 1:
         raise ValueError(f"`posterior` must be a mixture of equal `weights`, got {posterior.weights}.")
-    each = number_of_draws(posterior, num_samples) // len(posterior.components)
+    each = number_of_draws(cast(Posterior, posterior), num_samples) // len(posterior.components)
     parts = [joint_predictive(part, inputs, num_samples=each, **options) for part in posterior.components]
     if parts[0].log_probs is None:
         noises = {part.noise_std for part in parts}
@@ -128,6 +128,6 @@ def noise_variance(predictive: Predictive) -> torch.Tensor:
         raise ValueError("`acquire` takes regressions of one output, got several; use `strategy`='random'.")
     if not is_real(predictive.noise_std) and predictive.noise_variance is None:
         raise ValueError(
-            "`posterior` must know the noise of its regression, got None: record it as `noise_std` in training or fitting."
+            "`posterior` must know its regression's noise, got None: record it as `noise_std` in training or fitting."
         )
     return predictive.aleatoric_variance

@@ -45,10 +45,13 @@ class Pool:
 
         Args:
             model: whose forward takes them.
-            given: a `datasets.Dataset` or another sequence of mappings or tensors, a mapping of tensors with one length,
-                or one tensor.
+            given: a `datasets.Dataset` or another sequence of mappings or tensors, a mapping of tensors with one
+                length, or one tensor.
             name: the caller's argument, for messages.
             data_collator: as the caller gave it.
+
+        Returns:
+            The rows, not yet read but for the first.
 
         Raises:
             TypeError: it is nothing of this.
@@ -67,8 +70,8 @@ class Pool:
             length, collator = len(given), data_collator or default_data_collator
         else:
             raise TypeError(
-                f"`{name}` must be a `datasets.Dataset`, a list of rows (mappings or tensors), a mapping of tensors or a "
-                f"tensor, got {_described(given)}."
+                f"`{name}` must be a `datasets.Dataset`, a list of rows (mappings or tensors), a mapping of tensors or "
+                f"a tensor, got {_described(given)}."
             )
         if not length:
             raise ValueError(f"`{name}` is empty: it must have at least one row.")
@@ -117,8 +120,8 @@ def _collating(model: nn.Module, collator: Collator, name: str) -> Collator:
             return collator(kept)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
-                f"`{name}` has rows that {_name_of(collator)} makes no batch of ({error}). Rows of several lengths need "
-                "`data_collator`, such as `transformers.DataCollatorWithPadding(tokenizer)`."
+                f"`{name}` has rows that {_name_of(collator)} makes no batch of ({error}). Rows of several lengths "
+                "need `data_collator`, such as `transformers.DataCollatorWithPadding(tokenizer)`."
             ) from error
 
     return collate

@@ -65,11 +65,12 @@ def epig(log_probs: Tensor, target_log_probs: Tensor) -> Tensor:
     num_draws, num_rows, num_classes = probs.shape
     rows = probs.flatten(1).T / num_draws  # (N C, S)
     total = probs.new_zeros(num_rows)
-    for part in targets.split(max(1, _ELEMENTS // (num_rows * num_classes * targets.shape[-1])), dim=1):
+    size = max(1, _ELEMENTS // (num_rows * num_classes * targets.shape[-1]))
+    for part in torch.split(targets, size, dim=1):
         joint = (rows @ part.flatten(1)).reshape(num_rows, num_classes, part.shape[1], -1)
         of_targets = torch.special.entr(part.mean(0)).sum()
         total += of_targets - torch.special.entr(joint).sum((1, 2, 3))
-    own = torch.special.entr(probs.mean(0)).sum(-1)
+    own: Tensor = torch.special.entr(probs.mean(0)).sum(-1)
     return (own + total / targets.shape[1]).clamp_min(0)
 
 

@@ -78,7 +78,7 @@ def test_batchbald_looks_at_every_row_that_can_win() -> None:
 
 
 def test_twins_add_nothing_to_a_batch() -> None:
-    """Rows whose labels the weights decide: the second of two equal ones tells nothing, though its BALD score is as good."""
+    """Rows whose labels the weights decide: the second of two equal ones tells nothing, however good its BALD score."""
     sure, other = [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.1, 0.9]]
     log_probs = torch.tensor([sure, sure, other], dtype=torch.float64).transpose(0, 1).log()
     assert bald(log_probs).argsort(descending=True)[:2].sort().values.tolist() == [0, 1]
