@@ -13,8 +13,9 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -25,8 +26,8 @@ from .embedded_task import parse_seeds
 
 MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 """What stands between these in the page is written anew."""
-Curves = dict[str, np.ndarray]
-"""By strategy: test accuracies, (seeds, rounds)."""
+Curves = dict[str, dict[int, list[float]]]
+"""By strategy and seed: test accuracies after every round."""
 
 STRATEGIES = ("random", "entropy", "bald", "batchbald", "epig")
 TASKS = {
@@ -36,21 +37,23 @@ TASKS = {
 
 
 def main() -> None:
-    """Run what is missing; then write the page, if it is asked for."""
+    """Run what is missing; then print the tables, and write them to the page, if it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="folder that holds trec; without it nothing is run")
     parser.add_argument("--encoder", help="folder or name of all-MiniLM-L6-v2")
     parser.add_argument("--output_dir", type=Path, required=True, help="a file per task, strategy and seed")
     parser.add_argument("--seeds", default="0-9")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--page", type=Path, help="whose tables are written anew")
     args = parser.parse_args()
     logging.getLogger("bayeformers").setLevel(logging.ERROR)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for seed in parse_seeds(args.seeds):
-        for task in TASKS:
-            if args.data_dir is not None:
-                run(task, seed, Path(args.data_dir) / "trec", args.encoder, args.output_dir)
-    text = "\n\n".join(table(task, *read(args.output_dir, task, parse_seeds(args.seeds))) for task in TASKS)
+    seeds = parse_seeds(args.seeds)
+    for seed in seeds if args.data_dir is not None else []:
+        for task in args.tasks:
+            run(task, seed, args.strategies, Path(args.data_dir) / "trec", args.encoder, args.output_dir)
+    text = "\n\n".join(table(task, *read(args.output_dir, task, seeds)) for task in args.tasks)
     print(text)
     if args.page is not None:
         before, _, rest = args.page.read_text(encoding="utf-8").partition(MARKS[0])
@@ -58,9 +61,9 @@ def main() -> None:
         args.page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def run(task: str, seed: int, trec: Path, encoder: str, folder: Path) -> None:
-    """All strategies of a task and seed that have no file yet."""
-    missing = [name for name in STRATEGIES if not path_of(folder, task, name, seed).exists()]
+def run(task: str, seed: int, strategies: Sequence[str], trec: Path, encoder: str, folder: Path) -> None:
+    """The strategies of a task and seed that have no file yet."""
+    missing = [name for name in strategies if not path_of(folder, task, name, seed).exists()]
     if not missing:
         return
     options = {"data_dir": str(trec), "model_name_or_path": encoder} if task == "trec" else {}
@@ -85,30 +88,38 @@ def path_of(folder: Path, task: str, strategy: str, seed: int) -> Path:
 
 
 def read(folder: Path, task: str, seeds: list[int]) -> tuple[list[int], Curves]:
-    """Numbers of labels, and the curves of the seeds that every strategy has run."""
-    whole = [seed for seed in seeds if all(path_of(folder, task, name, seed).exists() for name in STRATEGIES)]
-    found: dict[str, list[list[float]]] = {name: [] for name in STRATEGIES}
+    """Numbers of labels, and the curves that there are."""
     counts: list[int] = []
-    for seed in whole:
-        for name in STRATEGIES:
-            result = json.loads(path_of(folder, task, name, seed).read_text(encoding="utf-8"))
-            counts = result["num_labels"]
-            found[name].append(result["accuracy"])
-    return counts, {name: np.array(own) for name, own in found.items()}
+    found: Curves = {name: {} for name in STRATEGIES}
+    for name in STRATEGIES:
+        for seed in seeds:
+            path = path_of(folder, task, name, seed)
+            if path.exists():
+                result = json.loads(path.read_text(encoding="utf-8"))
+                counts, found[name][seed] = result["num_labels"], result["accuracy"]
+    return counts, {name: own for name, own in found.items() if own}
 
 
 def table(task: str, counts: list[int], curves: Curves) -> str:
     """Accuracy on the way, area under the curve, and labels per label of random's, with 95 % intervals."""
     shown = counts[2 :: max(1, (len(counts) - 2) // 3)]
-    header = ["strategy", *(f"{n} labels" for n in shown), "area", "less random's", "less entropy's", "labels"]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    areas = {name: np.array([area(counts, list(curve)) for curve in own]) for name, own in curves.items()}
+    others = [name for name in ("random", "entropy") if name in curves]
+    header = ["strategy", "seeds", *(f"{n} labels" for n in shown), "area", *(f"less {name}'s" for name in others)]
+    lines = [f"| {' | '.join([*header, 'labels'])} |", f"|{' --- |' * (len(header) + 1)}"]
+    areas = {name: {seed: area(counts, curve) for seed, curve in own.items()} for name, own in curves.items()}
     for name, own in curves.items():
-        cells = [f"{own[:, counts.index(n)].mean():.3f}" for n in shown] + [f"{areas[name].mean():.4f}"]
-        cells += ["" if name == other else paired(areas[name] - areas[other]) for other in ("random", "entropy")]
-        cells += ["1" if name == "random" else share_of_labels(counts, curves, name)]
+        means = np.mean(list(own.values()), axis=0)
+        cells = [str(len(own)), *(f"{means[counts.index(n)]:.3f}" for n in shown)]
+        cells += [f"{np.mean(list(areas[name].values())):.4f}"]
+        cells += ["" if name == other else difference(areas[name], areas[other]) for other in others]
+        cells += ["1" if name == "random" else share_of_labels(counts, own, curves["random"])]
         lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join([f"**{task}**, {len(curves['random'])} seeds:", "", *lines])
+    return "\n".join([f"**{task}**", "", *lines])
+
+
+def difference(first: Mapping[int, float], second: Mapping[int, float]) -> str:
+    """Paired over the seeds that both have."""
+    return paired(np.array([first[seed] - second[seed] for seed in first if seed in second]))
 
 
 def paired(differences: np.ndarray) -> str:
@@ -118,19 +129,20 @@ def paired(differences: np.ndarray) -> str:
     return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
 
 
-def share_of_labels(counts: list[int], curves: Mapping[str, np.ndarray], name: str, num_resamples: int = 1000) -> str:
+def share_of_labels(
+    counts: list[int], curves: Mapping[int, Any], randoms: Mapping[int, Any], num_resamples: int = 1000
+) -> str:
     """Labels for the largest accuracy of random's mean curve, over random's; with a bootstrap interval over seeds."""
-    draw = np.random.default_rng(0)
+    draw, seeds = np.random.default_rng(0), [seed for seed in curves if seed in randoms]
+    own, other = (np.array([which[seed] for seed in seeds]) for which in (curves, randoms))
 
     def share(rows: np.ndarray) -> float:
-        random = curves["random"][rows].mean(0)
-        own, other = (labels_for(counts, curve, random.max()) for curve in (curves[name][rows].mean(0), random))
-        return own / other
+        target = other[rows].mean(0)
+        return labels_for(counts, own[rows].mean(0), target.max()) / labels_for(counts, target, target.max())
 
-    num_seeds = len(curves[name])
-    resampled = [share(draw.integers(num_seeds, size=num_seeds)) for _ in range(num_resamples)]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    told = [f"{value:.2f}" if np.isfinite(value) else "never" for value in (share(np.arange(num_seeds)), low, high)]
+    resampled = [share(draw.integers(len(seeds), size=len(seeds))) for _ in range(num_resamples)]
+    values = [share(np.arange(len(seeds))), *np.quantile(resampled, [0.025, 0.975], method="nearest")]
+    told = [f"{value:.2f}" if np.isfinite(value) else "never" for value in values]
     return f"{told[0]} [{told[1]}, {told[2]}]"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
@@ -88,7 +89,7 @@ class Pool:
             part = torch.as_tensor(numbers, dtype=torch.long)
             taken: Any = rows(self.rows, part, self.length)
         else:
-            taken = [self.rows[int(number)] for number in numbers]
+            taken = Subset(self.rows, [int(number) for number in numbers])
         return Pool(taken, len(numbers), self.collator, self.device)
 
     def batches(self, batch_size: int, description: str, progress: bool) -> Iterator[Inputs]:
