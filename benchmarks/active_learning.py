@@ -101,17 +101,20 @@ def read(folder: Path, task: str, seeds: list[int]) -> tuple[list[int], Curves]:
 
 
 def table(task: str, counts: list[int], curves: Curves) -> str:
-    """Accuracy on the way, area under the curve, and labels per label of random's, with 95 % intervals."""
+    """Accuracy on the way, area under the curve, the end, and labels per label of random's, with 95 % intervals."""
     shown = counts[2 :: max(1, (len(counts) - 2) // 3)]
     others = [name for name in ("random", "entropy") if name in curves]
     header = ["strategy", "seeds", *(f"{n} labels" for n in shown), "area", *(f"less {name}'s" for name in others)]
-    lines = [f"| {' | '.join([*header, 'labels'])} |", f"|{' --- |' * (len(header) + 1)}"]
+    header += [f"at {counts[-1]} less random's", "labels"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    ends = {name: {seed: curve[-1] for seed, curve in own.items()} for name, own in curves.items()}
     areas = {name: {seed: area(counts, curve) for seed, curve in own.items()} for name, own in curves.items()}
     for name, own in curves.items():
         means = np.mean(list(own.values()), axis=0)
         cells = [str(len(own)), *(f"{means[counts.index(n)]:.3f}" for n in shown)]
         cells += [f"{np.mean(list(areas[name].values())):.4f}"]
         cells += ["" if name == other else difference(areas[name], areas[other]) for other in others]
+        cells += ["" if name == "random" else difference(ends[name], ends["random"])]
         cells += ["1" if name == "random" else share_of_labels(counts, own, curves["random"])]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join([f"**{task}**", "", *lines])
@@ -123,7 +126,9 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> str:
 
 
 def paired(differences: np.ndarray) -> str:
-    """Mean and 95 % interval of Student's t."""
+    """Mean and 95 % interval of Student's t; of one seed no interval."""
+    if len(differences) < 2:
+        return f"{differences.mean():+.4f}"
     half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
     mean = differences.mean()
     return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
