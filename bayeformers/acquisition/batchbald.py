@@ -57,7 +57,7 @@ class Configurations:
         else:
             edges = joint.flatten().cumsum(0)
             places = (torch.arange(limit) + torch.rand((), generator=generator, dtype=torch.float64)) / limit
-            chosen = torch.searchsorted(edges, places * edges[-1]).clamp_max(joint.numel() - 1)
+            chosen = torch.searchsorted(edges, places * edges[-1], right=True).clamp_max(joint.numel() - 1)
             before, label = chosen // joint.shape[1], chosen % joint.shape[1]
             kept = joint.new_full((limit,), 1 / limit)
         weights = self.draw_weights[before] * probs.T[label]
@@ -95,7 +95,7 @@ def batchbald(log_probs: Tensor, n: int, *, num_configurations: int = 1024, seed
 
     >>> draws = torch.tensor([[[0.9, 0.1]] * 2 + [[0.8, 0.2]], [[0.1, 0.9]] * 2 + [[0.5, 0.5]]]).log()
     >>> batchbald(draws, 2)
-    ([0, 1], tensor([0.3681, 0.1454], dtype=torch.float64))
+    ([0, 1], tensor([0.3681, 0.1463], dtype=torch.float64))
     """
     generator = torch.Generator().manual_seed(seed)
     order = bald(log_probs).argsort(descending=True, stable=True)
@@ -132,7 +132,7 @@ def joint_mutual_information(log_probs: Tensor, *, num_configurations: int = 102
         seed: of the sample beyond.
 
     >>> round(joint_mutual_information(torch.tensor([[[0.9, 0.1]] * 2, [[0.1, 0.9]] * 2]).log()), 4)
-    0.5135
+    0.5144
     """
     generator, probs = torch.Generator().manual_seed(seed), normalized(log_probs)
     known, total = Configurations.of_no_row(len(probs)), 0.0
