@@ -1,6 +1,7 @@
 """bayeformers: any transformers model says how sure it is."""
 
 from . import adapters, guarantees, heads, laplace, losses, models, ood
+from .acquisition import acquire
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
 from .checkpoint.mean import export_mean
@@ -69,6 +70,7 @@ __all__ = [
     "RelativePrior",
     "ScaleMixturePrior",
     "VariationalPosterior",
+    "acquire",
     "adapters",
     "bayesian_config",
     "calibrate_delta",

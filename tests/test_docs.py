@@ -98,8 +98,8 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
 
 
 ROOMS = (
-    "adapters", "cards", "distributions", "experiments", "generation", "heads", "laplace", "losses", "metrics",
-    "models", "nn", "posteriors", "quantization", "reports", "tasks", "training",
+    "acquisition", "adapters", "cards", "distributions", "experiments", "generation", "guarantees", "heads", "laplace",
+    "losses", "metrics", "models", "nn", "pipelines", "posteriors", "quantization", "reports", "tasks", "training",
 )  # fmt: skip
 
 

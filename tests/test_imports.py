@@ -50,6 +50,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "predictive",
         "sampling",
     ),
+    "acquisition": ("laplace", "posteriors", "likelihoods", "predictive", "metrics"),
     "models": (),
     "tasks": ("metrics", "predictive"),
     "pipelines": (

@@ -1,5 +1,6 @@
 """What the commands of experiments share: flags, the record of training rows, trainings, saved models, predictions."""
 
+from ..laplace.linear_draws import linearized_draws
 from .arguments import (
     BestEpochArguments,
     ConversionArguments,
@@ -13,7 +14,7 @@ from .arguments import (
     parse_prior_precision,
 )
 from .command import Clock, ExperimentParser, look_ahead, run_command, say, user_input
-from .draws import drawn_logits, linearized_draws
+from .draws import drawn_logits
 from .evaluation import predict_sets, training_rmse
 from .pages import write_page
 from .phases import Experiment
