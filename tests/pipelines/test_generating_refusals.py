@@ -77,7 +77,7 @@ def test_a_fitted_policy_from_results_to_refusals() -> None:
     (lambda: writer(llama(), abstention=by("agreement"))("w1"), ValueError,
      "cannot be 'agreement' of one answer"),
     (lambda: writer(llama(), "summarization"), ValueError, "`task` must be one of"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_bad_input(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
