@@ -3,6 +3,8 @@
     python -m benchmarks.active_learning --data_dir data --encoder MINILM --output_dir runs [--seeds 0-9]
     python -m benchmarks.active_learning --output_dir runs --page docs/results/active_learning.md   # tables anew
 
+``--query_size 2 --strategies random bald`` asks for two labels a round; what its page says has marks of its own.
+
 Each run is one strategy and seed of `examples.active_learning`; one whose file exists is not run again. Differences to
 random labels are paired over seeds, with 95 % intervals of Student's t.
 """
@@ -13,7 +15,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from examples.active_learning import ActiveArguments, area, label_counts, learn,
 
 from .embedded_task import parse_seeds
 
-MARKS = ("<!-- tables -->", "<!-- end of tables -->")
-"""What stands between these in the page is written anew."""
+MARKS = ("<!-- {} a round -->", "<!-- end of {} a round -->")
+"""What stands between these in the page is written anew, by labels a round."""
 Curves = dict[str, dict[int, list[float]]]
 """By strategy and seed: test accuracies after every round."""
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0-9")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--query_size", type=int, default=10, help="labels a round")
     parser.add_argument("--page", type=Path, help="whose tables are written anew")
     args = parser.parse_args()
     logging.getLogger("bayeformers").setLevel(logging.ERROR)
@@ -52,48 +55,50 @@ def main() -> None:
     seeds = parse_seeds(args.seeds)
     for seed in seeds if args.data_dir is not None else []:
         for task in args.tasks:
-            run(task, seed, args.strategies, Path(args.data_dir) / "trec", args.encoder, args.output_dir)
-    text = "\n\n".join(table(task, *read(args.output_dir, task, seeds)) for task in args.tasks)
+            run(task, seed, args)
+    text = "\n\n".join(table(task, *read(args.output_dir, task, seeds, args.query_size)) for task in args.tasks)
     print(text)
     if args.page is not None:
-        before, _, rest = args.page.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        args.page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        first, last = (mark.format(args.query_size) for mark in MARKS)
+        before, _, rest = args.page.read_text(encoding="utf-8").partition(first)
+        after = rest.partition(last)[2]
+        args.page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}", encoding="utf-8")
 
 
-def run(task: str, seed: int, strategies: Sequence[str], trec: Path, encoder: str, folder: Path) -> None:
+def run(task: str, seed: int, args: argparse.Namespace) -> None:
     """The strategies of a task and seed that have no file yet."""
-    missing = [name for name in strategies if not path_of(folder, task, name, seed).exists()]
+    paths = {name: path_of(args.output_dir, task, name, seed, args.query_size) for name in args.strategies}
+    missing = [name for name, path in paths.items() if not path.exists()]
     if not missing:
         return
-    options = {"data_dir": str(trec), "model_name_or_path": encoder} if task == "trec" else {}
-    settings = ActiveArguments(task=task, **TASKS[task], **options)  # type: ignore[arg-type]
+    options = {"data_dir": f"{args.data_dir}/trec", "model_name_or_path": args.encoder} if task == "trec" else {}
+    settings = ActiveArguments(task=task, query_size=args.query_size, **TASKS[task], **options)  # type: ignore[arg-type]
     rows = load_rows(settings, seed)
     for strategy in missing:
         start = time.process_time()
         accuracies, counts = learn(rows, strategy, seed, settings), label_counts(settings)
         result = {"num_labels": counts, "accuracy": accuracies, "seconds": round(time.process_time() - start, 2)}
-        path = path_of(folder, task, strategy, seed)
+        path = paths[strategy]
         path.with_suffix(".part").write_text(json.dumps(result) + "\n", encoding="utf-8")
         path.with_suffix(".part").replace(path)
         print(f"{task} {seed} {strategy}: area {area(counts, accuracies):.4f}, {result['seconds']} s", flush=True)
 
 
-def path_of(folder: Path, task: str, strategy: str, seed: int) -> Path:
+def path_of(folder: Path, task: str, strategy: str, seed: int, query_size: int = 10) -> Path:
     """Where a run's curve is."""
-    return folder / f"{task}-{strategy}-{seed}.json"
+    return folder / f"{task}{'' if query_size == 10 else f'-by-{query_size}'}-{strategy}-{seed}.json"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def read(folder: Path, task: str, seeds: list[int]) -> tuple[list[int], Curves]:
+def read(folder: Path, task: str, seeds: list[int], query_size: int = 10) -> tuple[list[int], Curves]:
     """Numbers of labels, and the curves that there are."""
     counts: list[int] = []
     found: Curves = {name: {} for name in STRATEGIES}
     for name in STRATEGIES:
         for seed in seeds:
-            path = path_of(folder, task, name, seed)
+            path = path_of(folder, task, name, seed, query_size)
             if path.exists():
                 result = json.loads(path.read_text(encoding="utf-8"))
                 counts, found[name][seed] = result["num_labels"], result["accuracy"]
