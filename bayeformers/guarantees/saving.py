@@ -5,26 +5,32 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..posteriors import PointPosterior
 from ..storage import digest
 from .policy import POLICY_FILE, AbstentionPolicy
 
-__all__ = ["attach_policy", "mismatch", "policy_of", "take_up_policy", "weights_digest", "write_policy"]
+__all__ = ["attach_policy", "mismatch", "of_weights", "policy_of", "take_up_policy", "weights_digest", "write_policy"]
 
 logger = logging.getLogger(__name__)
 
 _OWN = "abstention_policy"
 _REPLACED = ".original_module."  # of PEFT's `modules_to_save`: it is not called, and not saved
+_SAMPLED = 1024  # values of each tensor, that tell a change which its version does not
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 def attach_policy(model: nn.Module, policy: AbstentionPolicy | None) -> None:
     """Let a model carry a policy: `save_pretrained` writes it, pipelines and `BayesianTrainer.predict` use it.
+
+    A policy of scores that were given as numbers is from now on one of the model's present weights.
 
     Args:
         model: the model, or a PEFT model.
@@ -46,7 +52,12 @@ def attach_policy(model: nn.Module, policy: AbstentionPolicy | None) -> None:
             f"`policy` was fitted to other weights than this {type(model).__name__} has: fit it again, or attach it "
             "to the model that it was fitted to."
         )
-    vars(model)[_OWN] = policy
+    vars(model)[_OWN] = of_weights(policy, model)
+
+
+def of_weights(policy: AbstentionPolicy, model: nn.Module) -> AbstentionPolicy:
+    """Return a policy that knows its weights: where it does not say, they are the model's present ones."""
+    return policy if policy.weights is not None else replace(policy, weights=weights_digest(model))
 
 
 def policy_of(model_or_posterior: Any) -> AbstentionPolicy | None:
@@ -112,6 +123,11 @@ def write_policy(model: nn.Module, folder: Path) -> None:
     elif path.is_file() and _is_of_other_weights(path, model):
         path.unlink()
         logger.warning("Removed %r: the abstention policy of other weights than those that are saved.", str(path))
+    elif path.is_file() and AbstentionPolicy.load(path).weights is None:
+        logger.warning(
+            "%r does not say of which weights it is: it stays beside those that are saved. Remove it if it is of others.",
+            str(path),
+        )
 
 
 def take_up_policy(model: nn.Module, path: str | Path | None) -> None:
@@ -126,7 +142,7 @@ def take_up_policy(model: nn.Module, path: str | Path | None) -> None:
             str(path),
         )
         return
-    vars(model)[_OWN] = policy
+    vars(model)[_OWN] = of_weights(policy, model)
 
 
 def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
@@ -138,18 +154,33 @@ def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes in place."""
+    """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes."""
     state = model.state_dict(keep_vars=True)
     tensors = {_bare(n): v for n, v in state.items() if isinstance(v, Tensor) and _REPLACED not in n}
-    versions = tuple((name, value.data_ptr(), value._version) for name, value in tensors.items())
+    versions = tuple((name, value.data_ptr(), _version(value)) for name, value in tensors.items())
+    present = (versions, _sampled(tensors.values()))
     known = _CHECKED.get(model)
-    if known is not None and known[0] == versions:
+    if known is not None and known[0] == present:
         return known[1]
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(f"{name} {digest(tensors[name])}\n".encode())
-    _CHECKED[model] = (versions, found.hexdigest()[:32])
+    _CHECKED[model] = (present, found.hexdigest()[:32])
     return _CHECKED[model][1]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # which counts none of its changes
+
+
+def _sampled(tensors: Iterable[Tensor]) -> bytes:
+    """Sums of some values of each tensor: what is written through ``tensor.data`` has no version that would tell."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach().reshape(-1)
+        few = values[:: max(1, len(values) // _SAMPLED)].sum(dtype=torch.float64)
+        sums.setdefault(tensor.device, []).append(few)
+    return b"".join(torch.stack(own).cpu().numpy().tobytes() for own in sums.values())
 
 
 def _inner(model: nn.Module) -> list[nn.Module]:

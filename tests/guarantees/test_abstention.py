@@ -393,3 +393,29 @@ def test_an_error_leaves_the_trainers_policy_as_it_was(tmp_path: Path) -> None:
         assert policy_of(trainer.model) == kept
     with pytest.raises(TypeError, match="takes"):
         trainer.fit_abstention(num_samples=3)
+
+
+def test_changes_through_data_are_noticed() -> None:
+    model = tiny.bayesian()
+    attach_policy(model, fit_abstention(model, rows(), num_samples=2, **RISKY))
+    next(model.parameters()).data.mul_(1.5)  # as `_init_weights` does: no version counts it
+    assert policy_of(model) is None
+
+
+def test_a_policy_of_scores_is_of_the_weights_that_it_is_attached_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.bayesian()
+    attach_policy(model, policy())
+    found = policy_of(model)
+    assert found is not None and found.weights == weights_digest(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert policy_of(model) is None
+    model.save_pretrained(tmp_path)  # over the folder of the former weights
+    assert policy_of(bf.from_pretrained(tmp_path)) is None
+    policy().save(tmp_path)
+    with caplog.at_level(logging.WARNING, "bayeformers"):
+        model.save_pretrained(tmp_path)
+    assert "does not say of which weights" in caplog.text
