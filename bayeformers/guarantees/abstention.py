@@ -20,7 +20,7 @@ from ..predictive import Predictive
 from .bounds import check_share, error_allowance, least_examples, smallest_refusal
 from .policy import PREDICTED, AbstentionPolicy
 from .rows import predicted_rows
-from .saving import weights_digest
+from .saving import settings_of, weights_digest
 from .scores import errors_of, score_of
 
 __all__ = ["certified_threshold", "fit_abstention"]
@@ -112,6 +112,7 @@ def fit_abstention(
             "num_samples": num_samples,
             "posterior": type(posterior).__name__,
             "weights": weights_digest(posterior.model),
+            "settings": settings_of(posterior),
         }
     group_by = groups if isinstance(groups, str) else (None if groups is None else "group")
     return _policy(rows, {**facts, "group_by": group_by}, max_risk, confidence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,22 @@ from ..posteriors import PointPosterior
 from ..storage import digest
 from .policy import POLICY_FILE, AbstentionPolicy
 
-__all__ = ["attach_policy", "mismatch", "of_weights", "policy_of", "take_up_policy", "weights_digest", "write_policy"]
+__all__ = [
+    "attach_policy",
+    "mismatch",
+    "of_weights",
+    "policy_of",
+    "settings_of",
+    "take_up_policy",
+    "weights_digest",
+    "write_policy",
+]
 
 logger = logging.getLogger(__name__)
 
 _OWN = "abstention_policy"
 _REPLACED = ".original_module."  # of PEFT's `modules_to_save`: it is not called, and not saved
+_SETTINGS = ("prior_precision", "temperature", "weight", "bias", "rate")
 _SAMPLED = 1024  # values of each tensor, that tell a change which its version does not
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
@@ -105,6 +115,9 @@ def mismatch(
     kind = PointPosterior.__name__ if posterior is None else type(posterior).__name__
     if kind != policy.posterior:
         return f"it was calibrated on predictions of a {policy.posterior}, and these are of a {kind}"
+    settings = settings_of(posterior)
+    if None not in (policy.settings, settings) and settings != policy.settings:
+        return f"it was calibrated on predictions of a {kind} with {policy.settings}, and this one has {settings}"
     method = method or getattr(posterior, "default_method", policy.method)
     if method != policy.method and kind != PointPosterior.__name__:
         return f"it was calibrated on predictions by {policy.method!r}, and these are by {method!r}"
@@ -113,6 +126,27 @@ def mismatch(
     if method != "glm" and kind != PointPosterior.__name__ and None not in (own, then) and own != then:
         return f"it was calibrated on averages of {then} draws, and these are of {own}"
     return None
+
+
+def settings_of(posterior: Any) -> str | None:
+    """Return the numbers beside its weights by which a posterior predicts, in words; None where it has none.
+
+    >>> settings_of(PointPosterior(nn.Identity())) is None
+    True
+    """
+    own = getattr(posterior, "__dict__", {})
+    found = [f"{name} {_shown(own[name])}" for name in _SETTINGS if isinstance(own.get(name), float | Tensor | Mapping)]
+    below = settings_of(posterior.base) if getattr(posterior, "wraps", False) else None
+    return ", ".join([*found, *([] if below is None else [below])]) or None
+
+
+def _shown(value: Any) -> str:
+    """A number, or several in few characters; in six digits, which every way of writing them keeps."""
+    if isinstance(value, Mapping):
+        value = torch.tensor([float(value[name]) for name in sorted(value)])
+    numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    shown = " ".join(f"{number:.6g}" for number in numbers)
+    return shown if len(numbers) == 1 else f"{len(numbers)} numbers {hashlib.sha256(shown.encode()).hexdigest()[:8]}"
 
 
 def write_policy(model: nn.Module, folder: Path) -> None:
@@ -125,7 +159,7 @@ def write_policy(model: nn.Module, folder: Path) -> None:
         logger.warning("Removed %r: the abstention policy of other weights than those that are saved.", str(path))
     elif path.is_file() and AbstentionPolicy.load(path).weights is None:
         logger.warning(
-            "%r does not say of which weights it is: it stays beside those that are saved. Remove it if it is of others.",
+            "%r does not say of which weights it is, and stays beside those that are saved: remove it if of others.",
             str(path),
         )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import default_data_collator
 
 import bayeformers as bf
 from bayeformers import AbstentionPolicy, Predictive, fit_abstention, predict
@@ -419,3 +420,17 @@ def test_a_policy_of_scores_is_of_the_weights_that_it_is_attached_to(
     with caplog.at_level(logging.WARNING, "bayeformers"):
         model.save_pretrained(tmp_path)
     assert "does not say of which weights" in caplog.text
+
+
+def test_a_policy_is_of_a_prior_precision_and_a_temperature(tmp_path: Path) -> None:
+    batches = list(DataLoader(rows(), batch_size=8, collate_fn=default_data_collator))
+    posterior = bf.laplace.fit(tiny.plain("single"), batches, subset="last_layer", prior_precision=1.0)
+    found = fit_abstention(posterior, rows(), **RISKY)
+    assert found.settings is not None and mismatch(found, posterior) is None
+    posterior.save(tmp_path)
+    assert mismatch(found, type(posterior).load(tmp_path, posterior.model)) is None
+    assert AbstentionPolicy.from_dict(found.to_dict()) == found
+    assert "prior_precision 3" in str(mismatch(found, posterior.with_prior_precision(3.0)))
+    one, other = (bf.posteriors.TemperaturePosterior(posterior, weight=weight) for weight in (1.0, 0.5))
+    calibrated = fit_abstention(one, rows(), **RISKY)
+    assert mismatch(calibrated, one) is None and "weight 0.5" in str(mismatch(calibrated, other))
