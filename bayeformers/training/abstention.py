@@ -119,6 +119,8 @@ def fit_by_trainer(trainer: Any, dataset: Any, **options: Any) -> AbstentionPoli
             errors = _errors(trainer, output, errors)
         group_by = groups if isinstance(groups, str) else (None if groups is None else "group")
         if groups == PREDICTED and isinstance(groups, str):
+            if get_likelihood(_problem(trainer)).is_bernoulli:
+                raise ValueError(f"`groups`={PREDICTED!r} needs one predicted class, got a {_problem(trainer)!r} head.")
             groups = torch.from_numpy(np.asarray(output.predictions)).argmax(-1)
         elif isinstance(groups, str):
             check_choice("groups", groups, tuple(getattr(dataset, "column_names", None) or ()))

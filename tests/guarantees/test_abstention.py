@@ -434,3 +434,17 @@ def test_a_policy_is_of_a_prior_precision_and_a_temperature(tmp_path: Path) -> N
     one, other = (bf.posteriors.TemperaturePosterior(posterior, weight=weight) for weight in (1.0, 0.5))
     calibrated = fit_abstention(one, rows(), **RISKY)
     assert mismatch(calibrated, one) is None and "weight 0.5" in str(mismatch(calibrated, other))
+
+
+def test_rows_that_are_shuffled_have_no_numbers_one_by_one() -> None:
+    model, loader = tiny.bayesian(), DataLoader(rows(), shuffle=True, collate_fn=default_data_collator)
+    with pytest.raises(ValueError, match="`errors` has one entry per row.*shuffle=False"):
+        fit_abstention(model, loader, errors=[0.0] * 60)
+    for fit in (fit_abstention, bf.fit_prediction_sets):
+        with pytest.raises(ValueError, match="`groups` has one entry per row.*shuffle=False"):
+            fit(model, loader, groups=["a", "b"] * 30)
+
+
+def test_several_labels_have_no_predicted_class() -> None:
+    with pytest.raises(ValueError, match="needs one predicted class for each answer"):
+        fit_abstention(tiny.plain("multi"), tiny.dataset("multi", 60, seed=3), groups="predicted")
