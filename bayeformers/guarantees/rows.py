@@ -22,11 +22,14 @@ _LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
 def check_order(dataset: Any, **given: Any) -> None:
-    """Raise ValueError where numbers are given row by row and the rows come in an order of chance.
+    """Check that rows for which numbers are given one by one come in their own order.
 
     Args:
         dataset: of the rows.
         **given: arguments that may have one entry per row.
+
+    Raises:
+        ValueError: the dataset shuffles its rows.
     """
     listed = [name for name, value in given.items() if hasattr(value, "__len__") and not isinstance(value, str)]
     if listed and isinstance(dataset, DataLoader) and isinstance(dataset.sampler, RandomSampler):
