@@ -326,9 +326,10 @@ def _verify(model: Any, adapter: str, files: Files) -> None:
             raise ValueError(_damaged(files, f"{verb} {sorted(names)[:3]} ({len(names)})"))
     is_computed = model.peft_config[adapter].is_prompt_learning  # by the prompt's encoder, perhaps on another device
     for name, value in weights.items():
-        held = state[name].to(value.device, value.dtype)
-        is_same = held.shape == value.shape and (
-            torch.allclose(held, value) if is_computed else torch.equal(held, value)
+        held = state[name].to(value.device)
+        given = value.to(held.dtype)  # a base loaded in bfloat16 holds its heads rounded
+        is_same = held.shape == given.shape and (
+            torch.allclose(held, given) if is_computed else torch.equal(held, given)
         )
         if not is_same:
             raise ValueError(_damaged(files, f"has {name!r}, which PEFT did not take up"))

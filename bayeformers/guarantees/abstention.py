@@ -19,8 +19,8 @@ from ..posteriors.predict import as_posterior
 from ..predictive import Predictive
 from .bounds import check_share, error_allowance, least_examples, smallest_refusal
 from .policy import PREDICTED, AbstentionPolicy
-from .rows import predicted_rows
-from .saving import weights_digest
+from .rows import check_order, predicted_rows
+from .saving import settings_of, weights_digest
 from .scores import errors_of, score_of
 
 __all__ = ["certified_threshold", "fit_abstention"]
@@ -112,6 +112,7 @@ def fit_abstention(
             "num_samples": num_samples,
             "posterior": type(posterior).__name__,
             "weights": weights_digest(posterior.model),
+            "settings": settings_of(posterior),
         }
     group_by = groups if isinstance(groups, str) else (None if groups is None else "group")
     return _policy(rows, {**facts, "group_by": group_by}, max_risk, confidence)
@@ -240,7 +241,7 @@ def _of_scores(given: Any, score: str, groups: Any, errors: Any) -> _Rows:
     found_groups = groups
     if isinstance(given, Predictive):
         if groups == PREDICTED and isinstance(groups, str):
-            found_groups = given.mean_log_probs.argmax(-1)
+            found_groups = _predicted_classes(given, score_of(given, score).shape)
         scores = _array("posterior_or_scores", score_of(given, score))
     else:
         scores = _array("posterior_or_scores", given)
@@ -266,6 +267,7 @@ def _of_posterior(
     batch_size: int,
     data_collator: Any,
 ) -> _Rows:
+    check_order(dataset, errors=errors, groups=groups)
     column = groups if isinstance(groups, str) and groups != PREDICTED else None
     scores, wrong, predicted, names = [], [], [], []
     is_array = errors is not None and not callable(errors) and not is_real(errors)
@@ -274,7 +276,7 @@ def _of_posterior(
         scores.append(_array("scores", score_of(predictive, score)))
         names += values
         if groups == PREDICTED and isinstance(groups, str):
-            predicted.append(predictive.mean_log_probs.argmax(-1).cpu().numpy())
+            predicted.append(_array("groups", _predicted_classes(predictive, scores[-1].shape)))
         if callable(errors):
             wrong.append(_array("errors", errors(predictive, batch)))
         elif not is_array:
@@ -287,8 +289,19 @@ def _of_posterior(
         return _Rows(joined, found)
     if column is not None:
         return _Rows(joined, found, names)
-    own = _joined([part.astype(np.float64) for part in predicted]).astype(int).tolist() if predicted else groups
+    own = _joined(predicted).astype(int).tolist() if predicted else groups
     return _Rows(joined, found, _listed(own, len(joined), joined.size))
+
+
+def _predicted_classes(predictive: Predictive, shape: Sequence[int]) -> Tensor:
+    """The class of each scored answer; ValueError where an answer is of several decisions."""
+    classes = predictive.mean_log_probs.argmax(-1)
+    if tuple(classes.shape) != tuple(shape):
+        raise ValueError(
+            f"`groups`={PREDICTED!r} needs one predicted class for each answer, got a {predictive.problem_type!r} "
+            "head, whose answers are several decisions: give one entry per row."
+        )
+    return classes
 
 
 def _joined(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,12 @@ def attach_sets(model: nn.Module, sets: Sets | None) -> None:
         raise TypeError(f"`sets` must be PredictionSets, PredictionIntervals or None, got {type(sets).__name__}.")
     if sets.weights not in (None, weights_digest(model)):
         raise ValueError(f"`sets` were fitted to other weights than this {type(model).__name__} has: fit them again.")
-    vars(model)[_OWN] = sets
+    vars(model)[_OWN] = _of_weights(sets, model)
+
+
+def _of_weights(sets: Sets, model: nn.Module) -> Sets:
+    """Of numbers they do not say whose weights they are of: the model's present ones."""
+    return sets if sets.weights is not None else replace(sets, weights=weights_digest(model))
 
 
 def sets_of(model_or_posterior: Any) -> Sets | None:
@@ -88,7 +94,7 @@ def take_up_guarantees(model: nn.Module, find: Callable[[str], str | Path | None
         if path is None:
             continue
         if _is_of(Path(path), kind, model):
-            vars(model)[_OWN] = kind.load(path)
+            vars(model)[_OWN] = _of_weights(kind.load(path), model)
         else:
             logger.warning("%r is damaged, or of other weights than were loaded: fit it again.", str(path))
 

@@ -12,7 +12,7 @@ from ..checks import check_count
 from ..posteriors import Posterior
 from ..posteriors.predict import as_posterior
 from ..predictive import Predictive
-from .rows import predicted_rows
+from .rows import check_order, predicted_rows
 from .saving import weights_digest
 
 __all__ = ["Calibration", "Collator", "calibration_rows"]
@@ -61,7 +61,7 @@ def calibration_rows(
 
     Raises:
         TypeError: the dataset is none.
-        ValueError: it is missing or empty, or has no labels, or no such column.
+        ValueError: it is missing or empty, shuffles the rows of ``groups``, or has no labels, or no such column.
     """
     check_count("batch_size", batch_size, 1)
     if dataset is None:
@@ -71,6 +71,7 @@ def calibration_rows(
         if isinstance(groups, str):
             raise ValueError(f"`groups`={groups!r} needs a posterior and a dataset: give one group per row.")
         return Calibration([(source, dataset)], groups, {})
+    check_order(dataset, groups=groups)
     posterior = as_posterior(source)
     column = groups if isinstance(groups, str) else None
     parts: list[tuple[Any, Any]] = []

@@ -55,6 +55,7 @@ class AbstentionPolicy:
         num_samples: draws of each prediction.
         posterior: the class of the posterior; None of scores that were given as numbers.
         weights: a digest of the model's weights; None of scores that were given as numbers.
+        settings: what else decides its predictions (prior precision, temperature); None where nothing is known of it.
 
     Raises:
         ValueError: a field is out of its range.
@@ -80,6 +81,7 @@ class AbstentionPolicy:
     num_samples: int | None = None
     posterior: str | None = None
     weights: str | None = None
+    settings: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.score, str):

@@ -8,17 +8,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from transformers import default_data_collator
 
 from ..forward import mapped
 from ..likelihoods import unwrapped
 
-__all__ = ["predicted_rows"]
+__all__ = ["check_order", "predicted_rows"]
 
 Row = tuple[Any, Any, list[Any]]
 
 _LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+
+
+def check_order(dataset: Any, **given: Any) -> None:
+    """Check that rows for which numbers are given one by one come in their own order.
+
+    Args:
+        dataset: of the rows.
+        **given: arguments that may have one entry per row.
+
+    Raises:
+        ValueError: the dataset shuffles its rows.
+    """
+    listed = [name for name, value in given.items() if hasattr(value, "__len__") and not isinstance(value, str)]
+    if listed and isinstance(dataset, DataLoader) and isinstance(dataset.sampler, RandomSampler):
+        raise ValueError(
+            f"`{listed[0]}` has one entry per row, and `dataset` is a DataLoader that shuffles its rows, so that they "
+            "would be of other rows: take shuffle=False."
+        )
 
 
 def predicted_rows(

@@ -5,26 +5,42 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..posteriors import PointPosterior
 from ..storage import digest
 from .policy import POLICY_FILE, AbstentionPolicy
 
-__all__ = ["attach_policy", "mismatch", "policy_of", "take_up_policy", "weights_digest", "write_policy"]
+__all__ = [
+    "attach_policy",
+    "mismatch",
+    "of_weights",
+    "policy_of",
+    "settings_of",
+    "take_up_policy",
+    "weights_digest",
+    "write_policy",
+]
 
 logger = logging.getLogger(__name__)
 
 _OWN = "abstention_policy"
 _REPLACED = ".original_module."  # of PEFT's `modules_to_save`: it is not called, and not saved
+_SETTINGS = ("prior_precision", "temperature", "weight", "bias", "rate")
+_SAMPLED = 1024  # values of each tensor, that tell a change which its version does not
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 def attach_policy(model: nn.Module, policy: AbstentionPolicy | None) -> None:
     """Let a model carry a policy: `save_pretrained` writes it, pipelines and `BayesianTrainer.predict` use it.
+
+    A policy of scores that were given as numbers is from now on one of the model's present weights.
 
     Args:
         model: the model, or a PEFT model.
@@ -46,7 +62,12 @@ def attach_policy(model: nn.Module, policy: AbstentionPolicy | None) -> None:
             f"`policy` was fitted to other weights than this {type(model).__name__} has: fit it again, or attach it "
             "to the model that it was fitted to."
         )
-    vars(model)[_OWN] = policy
+    vars(model)[_OWN] = of_weights(policy, model)
+
+
+def of_weights(policy: AbstentionPolicy, model: nn.Module) -> AbstentionPolicy:
+    """Return a policy that knows its weights: where it does not say, they are the model's present ones."""
+    return policy if policy.weights is not None else replace(policy, weights=weights_digest(model))
 
 
 def policy_of(model_or_posterior: Any) -> AbstentionPolicy | None:
@@ -94,6 +115,9 @@ def mismatch(
     kind = PointPosterior.__name__ if posterior is None else type(posterior).__name__
     if kind != policy.posterior:
         return f"it was calibrated on predictions of a {policy.posterior}, and these are of a {kind}"
+    settings = settings_of(posterior)
+    if None not in (policy.settings, settings) and settings != policy.settings:
+        return f"it was calibrated on predictions of a {kind} with {policy.settings}, and this one has {settings}"
     method = method or getattr(posterior, "default_method", policy.method)
     if method != policy.method and kind != PointPosterior.__name__:
         return f"it was calibrated on predictions by {policy.method!r}, and these are by {method!r}"
@@ -104,6 +128,27 @@ def mismatch(
     return None
 
 
+def settings_of(posterior: Any) -> str | None:
+    """Return the numbers beside its weights by which a posterior predicts, in words; None where it has none.
+
+    >>> settings_of(PointPosterior(nn.Identity())) is None
+    True
+    """
+    own = getattr(posterior, "__dict__", {})
+    found = [f"{name} {_shown(own[name])}" for name in _SETTINGS if isinstance(own.get(name), float | Tensor | Mapping)]
+    below = settings_of(posterior.base) if getattr(posterior, "wraps", False) else None
+    return ", ".join([*found, *([] if below is None else [below])]) or None
+
+
+def _shown(value: Any) -> str:
+    """A number, or several in few characters; in six digits, which every way of writing them keeps."""
+    if isinstance(value, Mapping):
+        value = torch.tensor([float(value[name]) for name in sorted(value)])
+    numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    shown = " ".join(f"{number:.6g}" for number in numbers)
+    return shown if len(numbers) == 1 else f"{len(numbers)} numbers {hashlib.sha256(shown.encode()).hexdigest()[:8]}"
+
+
 def write_policy(model: nn.Module, folder: Path) -> None:
     """Write the policy that a model carries into its folder; one that lies there of other weights is removed."""
     policy, path = policy_of(model), folder / POLICY_FILE
@@ -112,6 +157,11 @@ def write_policy(model: nn.Module, folder: Path) -> None:
     elif path.is_file() and _is_of_other_weights(path, model):
         path.unlink()
         logger.warning("Removed %r: the abstention policy of other weights than those that are saved.", str(path))
+    elif path.is_file() and AbstentionPolicy.load(path).weights is None:
+        logger.warning(
+            "%r does not say of which weights it is, and stays beside those that are saved: remove it if of others.",
+            str(path),
+        )
 
 
 def take_up_policy(model: nn.Module, path: str | Path | None) -> None:
@@ -126,7 +176,7 @@ def take_up_policy(model: nn.Module, path: str | Path | None) -> None:
             str(path),
         )
         return
-    vars(model)[_OWN] = policy
+    vars(model)[_OWN] = of_weights(policy, model)
 
 
 def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
@@ -138,18 +188,33 @@ def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes in place."""
+    """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes."""
     state = model.state_dict(keep_vars=True)
     tensors = {_bare(n): v for n, v in state.items() if isinstance(v, Tensor) and _REPLACED not in n}
-    versions = tuple((name, value.data_ptr(), value._version) for name, value in tensors.items())
+    versions = tuple((name, value.data_ptr(), _version(value)) for name, value in tensors.items())
+    present = (versions, _sampled(tensors.values()))
     known = _CHECKED.get(model)
-    if known is not None and known[0] == versions:
+    if known is not None and known[0] == present:
         return known[1]
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(f"{name} {digest(tensors[name])}\n".encode())
-    _CHECKED[model] = (versions, found.hexdigest()[:32])
+    _CHECKED[model] = (present, found.hexdigest()[:32])
     return _CHECKED[model][1]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # which counts none of its changes
+
+
+def _sampled(tensors: Iterable[Tensor]) -> bytes:
+    """Sums of some values of each tensor: what is written through ``tensor.data`` has no version that would tell."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach().reshape(-1)
+        few = values[:: max(1, len(values) // _SAMPLED)].sum(dtype=torch.float64)
+        sums.setdefault(tensor.device, []).append(few)
+    return b"".join(torch.stack(own).cpu().numpy().tobytes() for own in sums.values())
 
 
 def _inner(model: nn.Module) -> list[nn.Module]:

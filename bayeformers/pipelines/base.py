@@ -15,7 +15,7 @@ from ..checks import check_count, check_draw
 from ..forward import wide
 from ..guarantees import AbstentionPolicy
 from ..guarantees.policy import PREDICTED
-from ..guarantees.saving import mismatch
+from ..guarantees.saving import mismatch, of_weights, weights_digest
 from ..likelihoods import get_likelihood, unwrapped
 from ..linearized.links import ignores_shift
 from ..linearized.methods import METHODS, SAMPLING
@@ -90,13 +90,12 @@ class BayesianPipelineMixin:
             What `predict_batch` takes.
 
         Raises:
-            ValueError: one is out of range, or not what the policy was fitted with.
+            ValueError: one is out of range, or not what the policy was fitted with, as are weights that have moved.
         """
         given = {name: value for name, value in how.items() if value is not None}
         _check_how(given.get("num_samples", 1), given.get("method"), given.get("seed", 0))
-        if {"num_samples", "method"} & set(given):
-            num_samples, method = given.get("num_samples", self.num_samples), given.get("method", self.method)
-            _check_policy(self.abstention, self.posterior, num_samples, method, self.scores_are_of)
+        num_samples, method = given.get("num_samples", self.num_samples), given.get("method", self.method)
+        _check_policy(self.abstention, self.posterior, num_samples, method, self.scores_are_of)
         return given
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +192,7 @@ class BayesianPipelineMixin:
         if not is_own and getattr(self.posterior, "file_name", None) is not None:
             self.posterior.save(save_directory)
         if self.abstention is not None:
-            self.abstention.save(save_directory)
+            of_weights(self.abstention, self.model).save(save_directory)
 
 
 def uncertainties(predictive: Predictive) -> Tensor:
@@ -266,7 +265,8 @@ def _check_policy(
     """Raise ValueError where a policy promises nothing for the predictions that are asked for."""
     if policy is None:
         return
-    reason = mismatch(policy, posterior, method, num_samples)
+    reason = "it was fitted to other weights than the model has" if _has_moved(policy, posterior) else None
+    reason = reason or mismatch(policy, posterior, method, num_samples)
     if policy.groups is not None and policy.group_by != PREDICTED:
         reason = f"it has a threshold for each {policy.group_by or 'group'}, which no pipeline knows"
     if scores_are_of is not None and policy.posterior is not None:
@@ -276,6 +276,10 @@ def _check_policy(
             f"`abstention` promises nothing here: {reason}. Fit a policy for these predictions, or pass "
             "`abstention=False` and ask the policy yourself."
         )
+
+
+def _has_moved(policy: AbstentionPolicy, posterior: Posterior) -> bool:
+    return policy.weights is not None and policy.weights != weights_digest(posterior.model)
 
 
 def _lock_of(tokenizer: Any) -> Any:

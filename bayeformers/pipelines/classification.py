@@ -63,18 +63,18 @@ class _Classification(BayesianPipelineMixin):
         result = super().postprocess(outputs, **kwargs)  # type: ignore[misc]
         uncertainty = model_outputs["uncertainty"][0]
         refused = {"abstain": bool(model_outputs["abstain"][0])} if "abstain" in model_outputs else {}
+        left = model_outputs["logits"][0].argsort(descending=True).tolist()  # entries go from the highest score down
+        names = self.model.config.id2label
         for entry in result if isinstance(result, list) else [result]:
-            of_entry = uncertainty if uncertainty.dim() == 1 else uncertainty[self._label_ids[entry["label"]]]
+            index = next(index for index in left if names[index] == entry["label"])  # two labels may share a name
+            left.remove(index)
+            of_entry = uncertainty if uncertainty.dim() == 1 else uncertainty[index]
             entry.update(uncertainty=result_of(of_entry), **refused)
         return result
 
     def _named(self, function: str) -> Any:
         """As the kind's own `postprocess` takes it."""
         return function
-
-    @property
-    def _label_ids(self) -> dict[str, int]:
-        return {label: index for index, label in self.model.config.id2label.items()}
 
 
 def _first(values: Any) -> Any:

@@ -45,6 +45,11 @@ class BayesianQuestionAnsweringPipeline(BayesianPipelineMixin, ChunkPipeline):
                 f"`posterior` of question-answering must give the logits of its draws, got a "
                 f"{type(self.posterior).__name__}, which gives calibrated or weighted probabilities: use its base."
             )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"`tokenizer` of question-answering must be a fast one, which knows where in the text its tokens are, "
+                f"got {type(self.tokenizer).__name__}."
+            )
 
     def _sanitize_parameters(self, **kwargs: Any) -> Any:
         inputs = {name: kwargs.pop(name) for name in _PREPROCESS if name in kwargs}
@@ -79,6 +84,8 @@ class BayesianQuestionAnsweringPipeline(BayesianPipelineMixin, ChunkPipeline):
             inputs = _paired(question, context)
         elif question is not None or context is not None:
             raise ValueError("`inputs` hold the question and the context: give them, or `question` and `context`.")
+        elif hasattr(inputs, "column_names"):  # a `datasets.Dataset`, which transformers takes for one input
+            inputs = (row for row in inputs)
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs: Any, max_seq_len: int | None = None, doc_stride: int | None = None) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, is_real
 from ..guarantees import AbstentionPolicy, attach_policy, errors_of, fit_abstention, policy_of, score_of
 from ..guarantees.policy import PREDICTED
-from ..guarantees.saving import mismatch, weights_digest
+from ..guarantees.saving import mismatch, settings_of, weights_digest
 from ..likelihoods import get_likelihood
 from ..posteriors import BasePosterior, PointPosterior
 from ..posteriors.heads import known_problem_type
@@ -119,6 +119,8 @@ def fit_by_trainer(trainer: Any, dataset: Any, **options: Any) -> AbstentionPoli
             errors = _errors(trainer, output, errors)
         group_by = groups if isinstance(groups, str) else (None if groups is None else "group")
         if groups == PREDICTED and isinstance(groups, str):
+            if get_likelihood(_problem(trainer)).is_bernoulli:
+                raise ValueError(f"`groups`={PREDICTED!r} needs one predicted class, got a {_problem(trainer)!r} head.")
             groups = torch.from_numpy(np.asarray(output.predictions)).argmax(-1)
         elif isinstance(groups, str):
             check_choice("groups", groups, tuple(getattr(dataset, "column_names", None) or ()))
@@ -136,6 +138,7 @@ def fit_by_trainer(trainer: Any, dataset: Any, **options: Any) -> AbstentionPoli
         num_samples=trainer._num_samples(),
         posterior=type(posterior).__name__,
         weights=weights_digest(trainer.model),
+        settings=settings_of(posterior),
     )
     attach_policy(trainer.model, policy)
     return policy

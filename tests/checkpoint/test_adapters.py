@@ -316,6 +316,17 @@ def test_the_base_is_missing_or_another_one(folder: Path, bases: dict[str, Path]
         bayeformers.from_pretrained(folder, base_model=loaded(bases["bert"]), dtype=torch.float64)
 
 
+def test_a_base_in_bfloat16_holds_the_heads_rounded(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of a head that the adapter saved in float32, which PEFT writes into the base's own module."""
+    model = moved(adapted(bases["bert"]))
+    model.save_pretrained(tmp_path)
+    again = bayeformers.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    given, held = model.state_dict(), again.state_dict()
+    heads = [name for name in held if "modules_to_save" in name]
+    assert heads and all(held[name].dtype is torch.bfloat16 for name in heads)
+    assert all(torch.equal(held[name], given[name].bfloat16()) for name in heads)
+
+
 def test_scales_that_are_not_finite(folder: Path, tmp_path: Path) -> None:
     from bayeformers.storage import read, write
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import default_data_collator
 
 import bayeformers as bf
 from bayeformers import AbstentionPolicy, Predictive, fit_abstention, predict
@@ -393,3 +394,57 @@ def test_an_error_leaves_the_trainers_policy_as_it_was(tmp_path: Path) -> None:
         assert policy_of(trainer.model) == kept
     with pytest.raises(TypeError, match="takes"):
         trainer.fit_abstention(num_samples=3)
+
+
+def test_changes_through_data_are_noticed() -> None:
+    model = tiny.bayesian()
+    attach_policy(model, fit_abstention(model, rows(), num_samples=2, **RISKY))
+    next(model.parameters()).data.mul_(1.5)  # as `_init_weights` does: no version counts it
+    assert policy_of(model) is None
+
+
+def test_a_policy_of_scores_is_of_the_weights_that_it_is_attached_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.bayesian()
+    attach_policy(model, policy())
+    found = policy_of(model)
+    assert found is not None and found.weights == weights_digest(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert policy_of(model) is None
+    model.save_pretrained(tmp_path)  # over the folder of the former weights
+    assert policy_of(bf.from_pretrained(tmp_path)) is None
+    policy().save(tmp_path)
+    with caplog.at_level(logging.WARNING, "bayeformers"):
+        model.save_pretrained(tmp_path)
+    assert "does not say of which weights" in caplog.text
+
+
+def test_a_policy_is_of_a_prior_precision_and_a_temperature(tmp_path: Path) -> None:
+    batches = list(DataLoader(rows(), batch_size=8, collate_fn=default_data_collator))
+    posterior = bf.laplace.fit(tiny.plain("single"), batches, subset="last_layer", prior_precision=1.0)
+    found = fit_abstention(posterior, rows(), **RISKY)
+    assert found.settings is not None and mismatch(found, posterior) is None
+    posterior.save(tmp_path)
+    assert mismatch(found, type(posterior).load(tmp_path, posterior.model)) is None
+    assert AbstentionPolicy.from_dict(found.to_dict()) == found
+    assert "prior_precision 3" in str(mismatch(found, posterior.with_prior_precision(3.0)))
+    one, other = (bf.posteriors.TemperaturePosterior(posterior, weight=weight) for weight in (1.0, 0.5))
+    calibrated = fit_abstention(one, rows(), **RISKY)
+    assert mismatch(calibrated, one) is None and "weight 0.5" in str(mismatch(calibrated, other))
+
+
+def test_rows_that_are_shuffled_have_no_numbers_one_by_one() -> None:
+    model, loader = tiny.bayesian(), DataLoader(rows(), shuffle=True, collate_fn=default_data_collator)
+    with pytest.raises(ValueError, match="`errors` has one entry per row.*shuffle=False"):
+        fit_abstention(model, loader, errors=[0.0] * 60)
+    for fit in (fit_abstention, bf.fit_prediction_sets):
+        with pytest.raises(ValueError, match="`groups` has one entry per row.*shuffle=False"):
+            fit(model, loader, groups=["a", "b"] * 30)
+
+
+def test_several_labels_have_no_predicted_class() -> None:
+    with pytest.raises(ValueError, match="needs one predicted class for each answer"):
+        fit_abstention(tiny.plain("multi"), tiny.dataset("multi", 60, seed=3), groups="predicted")

@@ -292,3 +292,12 @@ def test_sounds() -> None:
                 assert entry["uncertainty"]["total"] == pytest.approx(
                     float(predictive.predictive_entropy[index]), abs=TOLERANCE
                 )
+
+
+def test_labels_that_share_a_name_have_their_own_uncertainty() -> None:
+    model = to_bayesian(bert(problem_type="multi_label_classification"), delta=0.5)
+    named = pipeline("text-classification", model=model, tokenizer=tokenizer(), top_k=None)(TEXTS)
+    model.config.id2label = {0: "A", 1: "A", 2: "C"}
+    shared = pipeline("text-classification", model=model, tokenizer=tokenizer(), top_k=None)(TEXTS)
+    for one, other in zip(named, shared, strict=True):
+        assert [entry["uncertainty"] for entry in one] == [entry["uncertainty"] for entry in other]

@@ -99,3 +99,18 @@ def test_the_forms_of_a_question() -> None:
     assert pipe(question=[QUESTION, "john"], context=TEXTS[2])[0] == one
     assert list(pipe(each for each in [{"question": QUESTION, "context": TEXTS[2]}])) == [one]
     assert pipe.task == "question-answering"
+
+
+def test_rows_of_a_dataset_are_asked_one_by_one() -> None:
+    from datasets import Dataset
+
+    rows = [{"question": "cat", "context": "bad dog"}, {"question": "dog", "context": "the cat ran"}]
+    ask = pipeline("question-answering", bert("QuestionAnswering", labels=["a", "b"]), tokenizer=tokenizer())
+    assert list(ask(Dataset.from_list(rows))) == [ask(row) for row in rows]
+
+
+def test_a_slow_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tokenizer()
+    monkeypatch.setattr(type(slow), "is_fast", False)
+    with pytest.raises(ValueError, match="`tokenizer` .* must be a fast one"):
+        pipeline("question-answering", bert("QuestionAnswering", labels=["a", "b"]), tokenizer=slow)

@@ -159,3 +159,17 @@ def test_false_sets_no_policy() -> None:
     set_by_the_model = made(model=model)
     assert set_by_the_model.num_samples == 4 and "abstain" in set_by_the_model(TEXTS[0])[0]
     assert "abstain" not in made(model=model, abstention=False, num_samples=2)(TEXTS[0])[0]
+
+
+def test_a_policy_of_other_weights_is_refused_when_given_and_when_weights_move() -> None:
+    model = converted()
+    one = policy(weights="other")
+    with pytest.raises(ValueError, match="fitted to other weights"):
+        made(model=model, abstention=one)
+    attach_policy(model, policy())
+    pipe = made(model=model)
+    assert "abstain" in pipe(TEXTS[0])[0]
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    with pytest.raises(ValueError, match="fitted to other weights"):
+        pipe(TEXTS[0])
