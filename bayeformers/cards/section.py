@@ -233,7 +233,8 @@ def _pipeline_lines(details: CardDetails, task: str, options: str) -> list[str]:
 
 
 def _is_regression(posterior: Posterior) -> bool:
-    return get_likelihood(posterior.problem_type()).has_noise
+    problem_type = getattr(posterior, "problem_type", None)  # a posterior of somebody else's may not say
+    return problem_type is not None and get_likelihood(problem_type()).has_noise
 
 
 def _meaning(posterior: Posterior) -> str:
