@@ -115,6 +115,15 @@ def load_rows(args: ActiveArguments, seed: int) -> Rows:
     return Rows(x / scale, y, test / scale, test_y, num_classes)
 
 
+def check_enough(rows: Rows, args: ActiveArguments) -> None:
+    """Raise ValueError where the data have fewer rows for the pool than are to be labelled."""
+    if args.num_labels > len(rows.pool):
+        raise ValueError(
+            f"`num_labels` must be at most the {len(rows.pool)} rows that --task {args.task} has for the pool, got "
+            f"{args.num_labels}."
+        )
+
+
 @cache
 def trec_features(data_dir: str, encoder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features and labels of the training and the test questions."""
@@ -244,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     curves: dict[str, list[list[float]]] = {name: [] for name in args.strategies}
     for seed in range(args.seed, args.seed + args.num_seeds):
         rows = load_rows(args, seed)
+        with experiments.user_input():
+            check_enough(rows, args)
         clock.lap("rows")
         for strategy in args.strategies:
             experiments.say(f"seed {seed}, {strategy}")

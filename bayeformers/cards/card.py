@@ -18,7 +18,7 @@ from ..nn.base import check_module
 from ..posteriors import PointPosterior, Posterior
 from ..posteriors.predict import as_posterior
 from .results import Metrics, evaluation_results
-from .section import BEGIN, END, CardDetails, Describes, uncertainty_section
+from .section import BEGIN, END, CardDetails, Describes, shown_number, uncertainty_section
 
 __all__ = ["is_untouched", "merge_card", "model_card", "sealed", "task_of"]
 
@@ -31,6 +31,7 @@ UNCERTAINTIES = (
 )
 TAGS = ("bayeformers", "bayesian", "uncertainty")
 _SECTION = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+_ROW = re.compile(r"^\| (.+?) \| (.+?) \|", re.MULTILINE)
 _SEAL = re.compile(rf"({re.escape(BEGIN)})( [0-9a-f]{{16}})?")
 _DRAFT_HEADING = "\n## Model description\n"
 _WRITTEN_BY_PEFT = ("- PEFT ", "### Framework versions")
@@ -147,7 +148,7 @@ def merge_card(existing: ModelCard, ours: ModelCard) -> ModelCard:
     """Return a card with the text and metadata of ``existing``, and our section in its place, or at the end.
 
     What ``existing`` says in its metadata stays; tags are united; of `model-index` entries of the same task, dataset
-    and metric are replaced.
+    and metric are replaced, and those that the replaced section measured go with it.
 
     Args:
         existing: the card that is there, such as a user's or PEFT's.
@@ -156,7 +157,7 @@ def merge_card(existing: ModelCard, ours: ModelCard) -> ModelCard:
     old: Any = existing.data
     new: Any = ours.data
     kept, added = old.to_dict(), new.to_dict()
-    results = _united(list(old.eval_results or ()), list(new.eval_results or ()))
+    results = _united(_without_section(existing), list(new.eval_results or ()))
     united: dict[str, Any] = {key: value for key, value in {**added, **kept}.items() if key != "model-index"}
     for key in ("tags", "metrics"):
         union = list(dict.fromkeys([*(kept.get(key) or ()), *(added.get(key) or ())]))
@@ -175,6 +176,15 @@ def merge_card(existing: ModelCard, ours: ModelCard) -> ModelCard:
         )  # of a Trainer's draft: before what is still to be written
         text = f"{before.rstrip()}\n\n{section}\n{heading}{after}"
     return ModelCard(f"---\n{ModelCardData(**united).to_yaml()}\n---\n{text}")
+
+
+def _without_section(card: ModelCard) -> list[EvalResult]:
+    """The results that do not stand in the table of our section, which is about to be replaced."""
+    found, data = _SECTION.search(card.text), card.data
+    rows = set(_ROW.findall(found.group(0))) if found else set()
+    results: list[EvalResult] = list(getattr(data, "eval_results", None) or ())
+    shown = [shown_number(of.metric_value) if is_real(of.metric_value) else "" for of in results]
+    return [of for of, number in zip(results, shown, strict=True) if (of.metric_type, number) not in rows]
 
 
 def _united(kept: list[EvalResult], added: list[EvalResult]) -> list[EvalResult]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..likelihoods import get_likelihood
 from ..linearized.methods import SAMPLING
 from ..metrics import BootstrapInterval
 from ..posteriors import PointPosterior, Posterior
 from .facts import facts_of
 from .results import Metrics
 
-__all__ = ["BEGIN", "END", "CardDetails", "Describes", "uncertainty_section"]
+__all__ = ["BEGIN", "END", "CardDetails", "Describes", "shown_number", "uncertainty_section"]
 
 BEGIN, END = "<!-- bayeformers: begin", "<!-- bayeformers: end -->"
 _REPLACED = " (what stands between these two comments is replaced when the card is written again) -->"
@@ -86,7 +87,7 @@ def uncertainty_section(
         "### How to load it",
         *_loading(posterior, details, task),
         "### What the uncertainty means, and what it does not",
-        _meaning(),
+        _meaning(posterior),
         END,
     ]
     return "\n\n".join(parts)
@@ -134,9 +135,13 @@ def _measured(metrics: Metrics, details: CardDetails) -> list[str]:
     for name, value in metrics.items():
         if isinstance(value, BootstrapInterval):
             resamples.add(value.num_resamples)
-            rows.append((name, _number(value.estimate), f"{_number(value.low)} to {_number(value.high)}"))
+            rows.append((
+                name,
+                shown_number(value.estimate),
+                f"{shown_number(value.low)} to {shown_number(value.high)}",
+            ))
         else:
-            rows.append((name, _number(value), ""))
+            rows.append((name, shown_number(value), ""))
     found = [f"On {details.measured_on}:" if details.measured_on else "On rows that are not named:"]
     found.append(_table(("metric", "value", "95 % interval"), rows))
     if resamples:
@@ -172,7 +177,7 @@ def _loading(posterior: Posterior, details: CardDetails, task: str | None) -> li
         kind = type(posterior.model).__name__
         return [_code(f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{details.repo}")')]
     options = _options(posterior, details)
-    found = [_code(*_load_lines(details, task, options))]
+    found = [_code(*_load_lines(details, task, options, _is_regression(posterior)))]
     if task in _ASKED and task != _GENERATES and details.has_tokenizer:
         found.append(_code(*_pipeline_lines(details, task, options)))
     library = "PEFT" if "peft" in details.tags else "transformers"
@@ -189,7 +194,7 @@ _ASKED = {
 _TEXT, _GENERATES = ("text-classification", "token-classification"), "text-generation"
 
 
-def _load_lines(details: CardDetails, task: str | None, options: str) -> list[str]:
+def _load_lines(details: CardDetails, task: str | None, options: str, is_regression: bool) -> list[str]:
     draws = f"num_samples={details.num_samples}, max_new_tokens=20"
     generate = f"answers = bayeformers.generate(model, [{_ASKED[_GENERATES]}], {draws}, tokenizer=tokenizer)"
     predict = f"predictive = bayeformers.predict(model, inputs{options})"
@@ -198,6 +203,11 @@ def _load_lines(details: CardDetails, task: str | None, options: str) -> list[st
         "predictive.predictive_entropy  # total uncertainty, in nats",
         "predictive.mutual_information  # the part that more data could remove",
     ]
+    if is_regression:
+        reads = [
+            "predictive.mean                # averaged over the posterior",
+            "predictive.epistemic_variance  # the part of the variance that more data could remove",
+        ]
     load = f'model = bayeformers.from_pretrained("{details.repo}").eval()'
     written = [
         "answers.text       # by each network",
@@ -222,19 +232,35 @@ def _pipeline_lines(details: CardDetails, task: str, options: str) -> list[str]:
     ]
 
 
-def _meaning() -> str:
+def _is_regression(posterior: Posterior) -> bool:
+    problem_type = getattr(posterior, "problem_type", None)  # a posterior of somebody else's may not say
+    return problem_type is not None and get_likelihood(problem_type()).has_noise
+
+
+def _meaning(posterior: Posterior) -> str:
     return "\n".join([
-        "* The **score** is an averaged probability. How far it can be trusted as a frequency, on data like those "
-        "above, is what the calibration error and the picture say.",
-        "* The **total** uncertainty is the entropy of the averaged prediction. Its **aleatoric** part is what the "
-        "networks say by themselves: ambiguous inputs, noisy labels. Its **epistemic** part (mutual information) "
-        "is how far they contradict each other: what more training data could settle.",
+        *(_OF_NUMBERS if _is_regression(posterior) else _OF_CLASSES),
         "* It says nothing about rows unlike those that were measured, and a small epistemic part does not prove "
         "that an input is familiar: the posterior is an approximation, over the weights named above and around "
         "one training.",
         "* It is no judgement of harm, fairness or truth: labels that are wrong in the training data are learned "
         "with confidence.",
     ])
+
+
+_OF_CLASSES = (
+    "* The **score** is an averaged probability. How far it can be trusted as a frequency, on data like those "
+    "above, is what the calibration error and the picture say.",
+    "* The **total** uncertainty is the entropy of the averaged prediction. Its **aleatoric** part is what the "
+    "networks say by themselves: ambiguous inputs, noisy labels. Its **epistemic** part (mutual information) "
+    "is how far they contradict each other: what more training data could settle.",
+)
+_OF_NUMBERS = (
+    "* The prediction is the average of the networks' numbers.",
+    "* The **total** uncertainty is the variance of the prediction. Its **aleatoric** part is the noise around each "
+    "network's number. Its **epistemic** part is the variance among these numbers: what more training data could "
+    "settle.",
+)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -246,5 +272,6 @@ def _code(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _number(value: float) -> str:
+def shown_number(value: float) -> str:
+    """A metric as the section's table has it."""
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"

@@ -51,13 +51,15 @@ def word_attributions(
         pair (" | ", 0.0) between them. A text's only word has what the text has.
 
     Raises:
-        TypeError: ``texts`` is one text.
-        ValueError: a point estimate, which has no epistemic part, or a head that predicts per token.
+        TypeError: ``texts`` is one text, or holds something else than texts and tuples of texts.
+        ValueError: inputs of one text beside inputs of several; a point estimate, which has no epistemic part, or a
+            head that predicts per token.
     """
     if isinstance(texts, str):
         raise TypeError("`texts` must be a list of texts, got one text: put it in a list.")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_count(name, value, 1)
+    _check_texts(texts)
     posterior = _with_draws(as_posterior(model_or_posterior))
     inputs: list[tuple[str, ...]] = []
     spans: list[tuple[tuple[str, ...], int, int]] = []
@@ -74,6 +76,16 @@ def word_attributions(
     ]
     values = torch.cat(found).tolist() if found else []
     return [_scored(parts, values[first : first + 1 + count]) for parts, first, count in spans]
+
+
+def _check_texts(texts: Sequence[Text]) -> None:
+    """Raise TypeError for what is no text, ValueError where inputs have several numbers of texts."""
+    for text in texts:
+        if not all(isinstance(part, str) for part in (text if isinstance(text, tuple) else (text,))):
+            raise TypeError(f"`texts` must hold texts or tuples of texts, got {text!r}.")
+    counts = {len(text) if isinstance(text, tuple) else 1 for text in texts}
+    if len(counts) > 1 or 0 in counts:
+        raise ValueError(f"`texts` must be of one or of several texts each, all alike, got {sorted(counts)} texts.")
 
 
 def _with_draws(posterior: Posterior) -> Posterior:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from ..cards import CardDetails, evaluation_intervals, model_card
@@ -48,6 +49,7 @@ class Evaluated:
         num_rows: how many rows.
         num_samples: draws of a prediction.
         method: how these were predicted; None: by the posterior's own default.
+        state: of the trainer by then; every training begins with a new one.
         step: optimizer steps of the training by then.
         in_training: whether the training went on.
         posterior: what predicted.
@@ -59,6 +61,7 @@ class Evaluated:
     num_rows: int
     num_samples: int
     method: str | None
+    state: TrainerState
     step: int
     in_training: bool
     posterior: BasePosterior | None
@@ -89,14 +92,15 @@ class SharingTrainer(HeadTrainer):
         Returns:
             As of its base.
         """
-        posterior, step = self.posterior, self.state.global_step
+        posterior, state, step = self.posterior, self.state, self.state.global_step
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = {k.removeprefix(f"{metric_key_prefix}_"): v for k, v in (output.metrics or {}).items()}
         rows, samples = int(output.num_samples or 0), self._num_samples()
         method = None if posterior is None or posterior.predicts_itself else self.args.eval_method
         self._evaluated = Evaluated(
-            metric_key_prefix, found, self._columns, rows, samples, method, step, bool(self.is_in_train), posterior
-        )
+            metric_key_prefix, found, self._columns, rows, samples, method, state, step, bool(self.is_in_train),
+            posterior,
+        )  # fmt: skip
         return output
 
     # -- the card ----------------------------------------------------------------------------------------------------
@@ -184,7 +188,11 @@ class SharingTrainer(HeadTrainer):
         ignored = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
         found: dict[str, Any] = {k: v for k, v in last.metrics.items() if k not in ignored and _is_number(v)}
         if last.columns.per_example:
-            found |= evaluation_intervals(last.columns.items())
+            own = evaluation_intervals(last.columns.items())  # a `compute_metrics` may mean another thing by a name
+            own = {
+                k: of for k, of in own.items() if k not in found or math.isclose(of.estimate, found[k], rel_tol=1e-5)
+            }
+            found |= own
         names = {"eval": "the evaluation set", "test": "the set that was predicted last"}
         rows = names.get(last.prefix, f"the set `{last.prefix}`")
         return found, f"the {last.num_rows:,} rows of {rows}"
@@ -193,7 +201,8 @@ class SharingTrainer(HeadTrainer):
         """Whether the weights and the posterior are still those that were evaluated."""
         state, own = self.state, self.posterior
         is_best = last.in_training and self.args.load_best_model_at_end and not self.is_in_train
-        if last.step != (getattr(state, "best_global_step", None) if is_best else state.global_step):
+        step = getattr(state, "best_global_step", None) if is_best else state.global_step
+        if last.state is not state or last.step != step:
             return False
         follows = type(own) is type(last.posterior) and own is not None and own.file_name is None  # made at each call
         return own is last.posterior or follows

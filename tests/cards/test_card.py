@@ -120,6 +120,13 @@ def test_metadata_are_read_back_by_the_hubs_own_client(tmp_path: Path) -> None:
     ModelCardData(**yaml.safe_load(again.data.to_yaml()))  # strict: unknown shapes of `model-index` raise
 
 
+def test_a_regressions_code_reads_numbers() -> None:
+    model = to_bayesian(plain("regression", problem_type="regression"), delta=0.1)
+    text = model_card(model, details=CardDetails(task="text-classification", has_tokenizer=True)).text
+    assert "predictive.mean " in text and "predictive.epistemic_variance" in text
+    assert "probabilit" not in text and "predictive.probs" not in text
+
+
 def test_a_policy_is_told_in_its_own_words() -> None:
     class Policy:
         def describe(self) -> str:

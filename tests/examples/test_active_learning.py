@@ -26,6 +26,13 @@ def test_digits_are_learned_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "active_learning.png").stat().st_size > 10_000
 
 
+def test_more_labels_than_the_data_have_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`num_labels` must be at most the 1297 rows") as caught:
+        main(["--pool_size", "1790", "--start", "1290", "--num_labels", "1400", "--output_dir", str(tmp_path)])
+    assert vars(caught.value)["is_about_input"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_are_principal_components_of_a_pool_apart_from_the_test_set() -> None:
     rows = load_rows(ActiveArguments(pool_size=300), 0)
     assert rows.pool.shape == (300, 32) and len(rows.test) == 1797 - 300

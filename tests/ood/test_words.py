@@ -96,6 +96,10 @@ def test_nothing_to_score(model: Any, tokenizer: Any) -> None:
 def test_wrong_input(model: Any, tokenizer: Any) -> None:
     with pytest.raises(TypeError, match="`texts` must be a list of texts, got one text"):
         word_attributions(model, "the cat", tokenizer)
+    with pytest.raises(TypeError, match="`texts` must hold texts or tuples of texts, got 3"):
+        word_attributions(model, ["the cat", 3], tokenizer)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"`texts` must be of one or of several texts each, all alike, got \[1, 2\]"):
+        word_attributions(model, [("the cat", "sat"), "the cat"], tokenizer)
     with pytest.raises(ValueError, match=r"is a point estimate \(BertForSequenceClassification\)"):
         word_attributions(make_model(), ["the cat"], tokenizer)
     with pytest.raises(ValueError, match="must predict once per text"):

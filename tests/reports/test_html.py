@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest, norm
 from sklearn.metrics import matthews_corrcoef
 
@@ -406,6 +407,7 @@ def test_words_of_sentences_become_a_page(tmp_path: Path) -> None:
     [
         ({"methods": {}}, "`methods` must hold the predictions of at least one"),
         ({"methods": {"a": classes(), "b": classes(59)}}, "'b' must be about 60 inputs as the first, got 59"),
+        ({"methods": {"a": classes(), "b": ClassPredictions(np.full((60, 2), 0.5))}}, "'b' must be about 3 classes"),
         ({"methods": {"a": ClassPredictions(2 * classes().probs)}}, "must be >= 0 and sum to 1"),
         ({"methods": {"a": ClassPredictions(np.full((60, 3), np.nan))}}, "must be >= 0 and sum to 1"),
         ({"methods": {"a": ClassPredictions(classes().probs, -np.ones(60))}}, "part of 'a' must be finite and"),
@@ -434,6 +436,9 @@ def test_wrong_numbers() -> None:
         HtmlResults({"a": RegressionPredictions(np.zeros(3), np.zeros(3))})
     with pytest.raises(TypeError, match="must all be ClassPredictions, or all RegressionPredictions"):
         HtmlResults({"a": classes(), "b": numbers()})
+    for probs in (classes().probs.tolist(), torch.tensor(classes().probs)):
+        with pytest.raises(TypeError, match="`probs` of 'a' must be a NumPy array, got (list|Tensor)"):
+            HtmlResults({"a": ClassPredictions(probs)})  # type: ignore[arg-type]
 
 
 def test_wrong_files(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, metadata_load
+from huggingface_hub import EvalResult, HfApi, ModelCard, metadata_load
 from torch import nn
 from transformers import Trainer
 
@@ -159,6 +159,40 @@ def test_numbers_of_other_weights_are_left_out(tmp_path: Path) -> None:
     own.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert "was of other weights" in text and "point estimate" in text
+
+
+def test_a_second_training_of_as_many_steps_is_another(tmp_path: Path) -> None:
+    own = evaluated(tmp_path)
+    own.train()
+    own.create_model_card()
+    assert "was of other weights" in (tmp_path / "README.md").read_text()
+
+
+def test_an_edited_cards_metadata_keep_no_numbers_of_other_weights(tmp_path: Path) -> None:
+    own = evaluated(tmp_path)
+    own.create_model_card()
+    path = tmp_path / "README.md"
+    edited = ModelCard(path.read_text().replace("## Model description", "## Model description\n\nMy words."))
+    edited.data.eval_results = [*edited.data.eval_results, EvalResult("t", "my", "mine", "f1", 0.5)]
+    edited.save(path)
+    own.args.max_steps = 4
+    own.train()
+    own.create_model_card()
+    card = ModelCard.load(path)
+    assert "My words." in card.text and "was of other weights" in card.text
+    assert [(of.metric_type, of.metric_value) for of in card.data.eval_results] == [("f1", 0.5)]  # the user's
+
+
+def test_a_metric_of_ones_own_is_not_overwritten(tmp_path: Path) -> None:
+    own = trainer(tmp_path, eval_dataset=TEST, compute_metrics=lambda _: {"accuracy": 73.0})
+    own.train()
+    found = own.evaluate()
+    own.create_model_card()
+    results = {of.metric_type: of.metric_value for of in ModelCard.load(tmp_path / "README.md").data.eval_results}
+    assert {f"eval_{name}": value for name, value in results.items()} == pytest.approx({
+        name: value for name, value in found.items() if name.removeprefix("eval_") in results
+    })
+    assert results["accuracy"] == 73.0
 
 
 def test_the_best_models_numbers(tmp_path: Path) -> None:

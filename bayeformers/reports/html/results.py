@@ -71,10 +71,12 @@ class HtmlResults:
         if len(kinds) > 1 or not kinds <= {ClassPredictions, RegressionPredictions}:
             got = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise TypeError(f"`methods` must all be ClassPredictions, or all RegressionPredictions, got {got}.")
+        for name, of in self.methods.items():
+            _check_arrays(name, of)
         self._check_lengths()
         for name, of in self.methods.items():
             if isinstance(of, ClassPredictions):
-                _check_classes(name, of)
+                _check_classes(name, of, self.num_classes)
             else:
                 _check_numbers(name, of)
         self._check_labels()
@@ -105,7 +107,7 @@ class HtmlResults:
     def num_classes(self) -> int:
         """C; 0 of a regression."""
         first = next(iter(self.methods.values()))
-        return first.probs.shape[1] if isinstance(first, ClassPredictions) else 0
+        return first.probs.shape[-1] if isinstance(first, ClassPredictions) else 0
 
     @property
     def names(self) -> list[str]:
@@ -213,10 +215,21 @@ def _central(of: ClassPredictions | RegressionPredictions) -> NDArray[Any]:
     return np.atleast_1d(of.probs if isinstance(of, ClassPredictions) else of.mean)
 
 
-def _check_classes(name: str, of: ClassPredictions) -> None:
+def _check_arrays(name: str, of: ClassPredictions | RegressionPredictions) -> None:
+    for key, values in vars(of).items():
+        if values is not None and not isinstance(values, np.ndarray):
+            kind = type(values).__name__
+            raise TypeError(
+                f"`methods`: `{key}` of {name!r} must be a NumPy array, got {kind}; of a tensor `.numpy()`."
+            )
+
+
+def _check_classes(name: str, of: ClassPredictions, num_classes: int) -> None:
     probs = np.asarray(of.probs)
     if probs.ndim != 2 or probs.shape[1] == 0:
         raise ValueError(f"`methods`: probabilities of {name!r} must be (N, C), got {probs.shape}.")
+    if probs.shape[1] != num_classes:
+        raise ValueError(f"`methods`: {name!r} must be about {num_classes} classes as the first, got {probs.shape[1]}.")
     sums = probs.sum(1)
     if not (np.isfinite(probs).all() and (probs >= 0).all() and np.abs(sums - 1).max() < _TOLERANCE):
         raise ValueError(
