@@ -40,13 +40,14 @@ def digest(tensor: Tensor) -> str:
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """Digests of everything in a model's state, by its name without wrappers' (data-parallel, compiled)."""
-    state = {_bare(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = {bare_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return {name: digest(value) for name, value in state.items()}
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """The name of a tensor without those of wrappers around its model."""
     first, _, rest = name.partition(".")
-    return _bare(rest) if first in ("module", "_orig_mod") and rest else name
+    return bare_name(rest) if first in ("module", "_orig_mod") and rest else name
 
 
 def file_digests(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:

@@ -15,13 +15,16 @@ __all__ = ["read_record", "write_record"]
 VERSION = 1
 
 
-def write_record(path: str | os.PathLike[str], name: str, record: Mapping[str, Any]) -> None:
+def write_record(path: str | os.PathLike[str], name: str, record: Mapping[str, Any]) -> Path:
     """Write a record as a JSON file.
 
     Args:
         path: the file, which ends in ".json", or the folder that it is put into under ``name``.
         name: of the file in a folder.
         record: what JSON can hold; no NaN, no infinity.
+
+    Returns:
+        The file's path.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -32,6 +35,7 @@ def write_record(path: str | os.PathLike[str], name: str, record: Mapping[str, A
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps({"version": VERSION, **record}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(target)
+    return target
 
 
 def read_record(path: str | os.PathLike[str], name: str) -> dict[str, Any]:

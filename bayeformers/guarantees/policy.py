@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number, is_real
 from ..predictive import Predictive
-from ..storage import saved_file
+from .files import read_record, write_record
 from .scores import SCORES, score_of
 
 __all__ = ["POLICY_FILE", "PREDICTED", "AbstentionPolicy"]
@@ -25,7 +23,6 @@ POLICY_FILE = "abstention_policy.json"
 PREDICTED = "predicted"
 """The name of groups that are the predicted classes."""
 
-_VERSION = 1
 Threshold = float
 Group = str | int
 
@@ -163,7 +160,7 @@ class AbstentionPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; infinite thresholds are the words "inf" and "-inf"."""
-        found = asdict(self) | {"version": _VERSION, "threshold": _written(self.threshold)}
+        found = asdict(self) | {"threshold": _written(self.threshold)}
         found["groups"] = None if self.groups is None else [[key, _written(t)] for key, t in self.groups.items()]
         return found
 
@@ -190,13 +187,7 @@ class AbstentionPolicy:
         Returns:
             The file's path.
         """
-        path = Path(directory)
-        path = path if path.suffix == ".json" else path / POLICY_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return path
+        return write_record(directory, POLICY_FILE, self.to_dict())
 
     @classmethod
     def load(cls, directory: str | PathLike[str]) -> AbstentionPolicy:
@@ -205,16 +196,7 @@ class AbstentionPolicy:
         Raises:
             ValueError: there is no such file, or it is damaged.
         """
-        path = saved_file(directory, POLICY_FILE)
-        if not path.is_file():
-            raise ValueError(f"There is no abstention policy {str(path)!r}.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
-        if not isinstance(content, Mapping) or content.get("version", 0) != _VERSION:
-            raise ValueError(f"{str(path)!r} holds no abstention policy of version {_VERSION}.")
-        return cls.from_dict(content)
+        return cls.from_dict(read_record(directory, POLICY_FILE))
 
 
 def _numbers(scores: Any) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..posteriors import PointPosterior
-from ..storage import digest
+from ..storage import bare_name, digest
 from .policy import POLICY_FILE, AbstentionPolicy
 
 __all__ = [
@@ -190,7 +190,7 @@ def _is_of_other_weights(path: Path, model: nn.Module) -> bool:
 def weights_digest(model: nn.Module) -> str:
     """Return one hash of everything in the model's state, whatever wraps it; kept until a tensor changes."""
     state = model.state_dict(keep_vars=True)
-    tensors = {_bare(n): v for n, v in state.items() if isinstance(v, Tensor) and _REPLACED not in n}
+    tensors = {bare_name(n): v for n, v in state.items() if isinstance(v, Tensor) and _REPLACED not in n}
     versions = tuple((name, value.data_ptr(), _version(value)) for name, value in tensors.items())
     present = (versions, _sampled(tensors.values()))
     known = _CHECKED.get(model)
@@ -221,8 +221,3 @@ def _inner(model: nn.Module) -> list[nn.Module]:
     """The modules that data-parallel and compiled wrappers hold."""
     inner = next((getattr(model, name) for name in ("module", "_orig_mod") if name in model._modules), None)
     return [] if inner is None else [inner, *_inner(inner)]
-
-
-def _bare(name: str) -> str:
-    first, _, rest = name.partition(".")
-    return _bare(rest) if first in ("module", "_orig_mod") and rest else name

@@ -364,7 +364,7 @@ def with_regression(**options: Any) -> Any:
         (lambda: policy(threshold=math.nan), "`threshold`"),
         (lambda: policy(max_risk=2.0), "`max_risk`"),
         (lambda: policy().abstain("scores"), "`predictive_or_scores`"),
-        (lambda: AbstentionPolicy.load("nowhere"), "no abstention policy"),
+        (lambda: AbstentionPolicy.load("nowhere"), "no abstention_policy.json"),
         (lambda: AbstentionPolicy.from_dict({}), "no abstention policy"),
         (lambda: attach_policy(tiny.plain(), "policy"), "`policy`"),  # type: ignore[arg-type]
         (lambda: attach_policy("model", policy()), "`model`"),  # type: ignore[arg-type]
