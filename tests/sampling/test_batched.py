@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -246,9 +245,12 @@ def test_what_lies_ahead_of_a_head_runs_once(
     model = to_bayesian(bert(), delta=0.5, target_modules=name).eval()
     seen: list[int] = []
     own = batched_passes.call
-    monkeypatch.setattr(
-        batched_passes, "call", lambda model, x, **k: seen.append(len(x["input_ids"])) or own(model, x, **k)
-    )
+
+    def noted(model: nn.Module, batch: Any, **options: Any) -> Any:
+        seen.append(len(batch["input_ids"]))
+        return own(model, batch, **options)
+
+    monkeypatch.setattr(batched_passes, "call", noted)
     assert_equal_passes(VariationalPosterior(model), inputs(rows), monkeypatch)
     assert batches == [COUNT, COUNT]
     assert seen == [rows] * 4  # the first batch runs two draws plainly too
