@@ -8,8 +8,6 @@ from torch import Tensor
 
 from bayeformers.linearized import covariance as module
 from bayeformers.linearized.covariance import (
-    MAX_RANK,
-    Separable,
     affine_covariance,
     affine_products,
     jacobian_covariance,
@@ -18,6 +16,7 @@ from bayeformers.linearized.covariance import (
     table_covariance,
     table_squares,
 )
+from bayeformers.linearized.separable import MAX_RANK, Separable
 
 BATCH, COUNT, D_OUT, D_IN = 5, 3, 4, 6
 SHAPES = pytest.mark.parametrize(

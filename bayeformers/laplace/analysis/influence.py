@@ -16,7 +16,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from ...linearized.covariance import reached, rotated
+from ...linearized.covariance import reached
+from ...linearized.separable import rotated
 from ...linearized.kinds import AffineCaptured, Captured, TableCaptured
 from ..blocks import LaplaceBlock
 from ..moved import as_matrix, by_parameter
