@@ -66,7 +66,9 @@ class BatchedPasses:
         self._size = batch_size(inputs)
         share, ahead = _thinness(model, random)
         self._is_late = ahead > 0.5
-        self.at_once = 0 if share > MAX_SHARE else self._limit(random)
+        # a draw that is written into the model itself may write buffers too, which only the loop sees
+        is_apart = bool(random) and (view is not None or not self._is_late)
+        self.at_once = self._limit(random) if is_apart and share <= MAX_SHARE else 0
         modules, kind = frozenset(map(id, modules_of(model))), _kind(inputs)
         # one row fits many: that it went well says nothing about several
         self._key = modules, frozenset(map(id, random)), kind, self._is_late and self._size == 1

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...linearized.covariance import reached
-from ...linearized.separable import rotated
 from ...linearized.kinds import AffineCaptured, Captured, TableCaptured
+from ...linearized.separable import rotated
 from ..blocks import LaplaceBlock
 from ..moved import as_matrix, by_parameter
 from ..posterior import LaplacePosterior, check_laplace
