@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linearized import LayerRule
-from ..linearized.covariance import Separable
+from ..linearized.separable import Separable
 from ..sampling.generators import NOISE_VERSION
 from .kronecker import KroneckerEigen
 from .targets import Target
@@ -107,7 +107,9 @@ class LaplaceBlock(TargetBlock):
             return None
         key = (tolerance, self.dtype)
         if key not in self._known:
-            self._known[key] = Separable.from_variances(self._variances()[0, 0].to(self.dtype), tolerance)
+            made = Separable.from_variances(self._variances()[0, 0].to(self.dtype), tolerance)
+            left, right = (basis.to(self.dtype) for basis in (self.eigen.left, self.eigen.right) if basis is not None)
+            self._known[key] = None if made is None else made.with_bases(left, right)
         found = self._known[key]
         return None if found is None else found.to(self.device)
 

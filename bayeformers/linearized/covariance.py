@@ -2,68 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-MAX_RANK = 24
+from .separable import Separable, rotated
+
 _CHUNK_ELEMENTS = 2**20  # of one layer's per-example Jacobians: 4 MiB in float32, about a processor's cache
-_MOVE = 8  # multiplications in the time that it takes to write and read a number
-
-
-@dataclass(frozen=True, eq=False)
-class Separable:
-    """Variances V of one block as a short sum of products, V_ij = sum_r p_ri q_rj.
-
-    V = 1 / (gamma_i alpha_j + tau) is a Cauchy matrix, whose numerical rank grows with the logarithm of its range only:
-    about 11 for a relative error of 1e-3 over eight decades. The variances of EKFAC have no such form.
-
-    Attributes:
-        rows: p, (R, d_out).
-        columns: q, (R, d_in').
-    """
-
-    rows: Tensor
-    columns: Tensor
-
-    @classmethod
-    def from_variances(cls, variances: Tensor, tolerance: float) -> Separable | None:
-        """By adaptive cross approximation (Bebendorf 2000): each step removes the element of largest relative error.
-
-        Args:
-            variances: V, (d_out, d_in').
-            tolerance: relative, in every element.
-
-        Returns:
-            None where `MAX_RANK` terms do not reach ``tolerance``, or where rounding could exceed ten times that in the
-            smallest element: in float32, for variances over five decades.
-        """
-        scale, rest = variances.double().reciprocal(), variances.double()
-        rows: list[Tensor] = []
-        columns: list[Tensor] = []
-        for _ in range(MAX_RANK + 1):
-            i, j = divmod(int((rest * scale).abs().argmax()), rest.shape[1])
-            if abs(float(rest[i, j] * scale[i, j])) <= tolerance:
-                p, q = torch.stack(rows), torch.stack(columns)
-                cancelled = float((p.abs().mT @ q.abs() * scale).max())  # terms are so much larger than their sum
-                is_exact = cancelled * torch.finfo(variances.dtype).eps <= 10 * tolerance
-                return cls(p.to(variances), q.to(variances)) if is_exact else None
-            rows.append(rest[:, j] / rest[i, j])
-            columns.append(rest[i])
-            rest = rest - torch.outer(rows[-1], columns[-1])
-        return None
-
-    def pays(self, inputs: Tensor, gradients: Tensor) -> bool:
-        """Whether `separable_covariance` is cheaper than `affine_covariance`, by what each computes and moves."""
-        (_, _, positions, d_in), (count, d_out) = inputs.shape, (gradients.shape[2], gradients.shape[4])
-        points = count * positions
-        grams = len(self.rows) * (points * (points + _MOVE) * d_out + positions * (positions + _MOVE) * d_in)
-        return grams < count * d_out * d_in * (positions + 5 * _MOVE)
-
-    def to(self, device: torch.device) -> Separable:
-        """The same on a device."""
-        return Separable(self.rows.to(device), self.columns.to(device))
 
 
 def separable_covariance(
@@ -81,10 +25,11 @@ def separable_covariance(
     Returns:
         The covariance S, (1, B, C, C).
     """
-    a, g = rotated(inputs, right)[0], rotated(gradients, left)[0].flatten(1, 2)
+    a, in_weights = separable.columns_side.coordinates(inputs, right, separable.columns)
+    g, out_weights = separable.rows_side.coordinates(gradients, left, separable.rows)
     count, positions = gradients.shape[2:4]
-    inner = _grams(a, separable.columns)  # (B, R, T, T)
-    outer = _grams(g, separable.rows).view(len(a), -1, count, positions, count, positions)
+    inner = _grams(a[0], in_weights)  # (B, R, T, T)
+    outer = _grams(g[0].flatten(1, 2), out_weights).view(len(inner), -1, count, positions, count, positions)
     return torch.einsum("brctdu,brtu->bcd", outer, inner).unsqueeze(0)
 
 
@@ -215,11 +160,3 @@ def _grams(vectors: Tensor, weights: Tensor) -> Tensor:
 def _jacobian(inputs: Tensor, gradients: Tensor) -> Tensor:
     """M_c = sum_t g_ct a_t^T: (K, B, C, d_out, d_in')."""
     return torch.matmul(gradients.mT, inputs.unsqueeze(2))
-
-
-def rotated(tensor: Tensor, basis: Tensor | None) -> Tensor:
-    """(K, ..., d) @ (K, d, r); as it is without a basis."""
-    if basis is None:
-        return tensor
-    moved = torch.matmul(tensor.flatten(1, -2), basis)
-    return moved.reshape(*tensor.shape[:-1], basis.shape[-1])

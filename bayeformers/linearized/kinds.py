@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .covariance import (
-    Separable,
     affine_coordinates,
     affine_covariance,
     affine_products,
     jacobian_covariance,
     reached,
-    rotated,
     separable_covariance,
     table_covariance,
     table_squares,
 )
+from .separable import Separable, rotated
 
 TOLERANCE = {torch.float64: 0.0}
 """Relative error that `Separable` variances may cause in the covariance, by dtype; elsewhere `FAST_TOLERANCE`."""

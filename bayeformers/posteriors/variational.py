@@ -68,7 +68,7 @@ class VariationalPosterior(BasePosterior):
     def draw(self, index: int, seed: int = 0) -> Iterator[None]:
         """The model at draw ``index`` of the sequence ``seed``, until exit; as :func:`~bayeformers.fixed_draw`."""
         check_draw(index, seed)
-        with self._kept(index, seed) as held, hold(self.model, held):
+        with self._kept(index, seed, self._layers()) as held, hold(self.model, held):
             yield
 
     @contextlib.contextmanager
@@ -80,7 +80,9 @@ class VariationalPosterior(BasePosterior):
             index: the draw's place in the sequence, >= 0.
             seed: which sequence of draws.
         """
-        with self._kept(index, seed) as held:
+        if "sources" not in view.kept:
+            view.kept["sources"] = self._layers()
+        with self._kept(index, seed, view.kept["sources"]) as held:
             self._hold_in(view, held)
             yield
 
@@ -135,10 +137,10 @@ class VariationalPosterior(BasePosterior):
         vars(self).update(state, _lock=threading.Lock())
 
     @contextlib.contextmanager
-    def _kept(self, index: int, seed: int) -> Iterator[Draw]:
+    def _kept(self, index: int, seed: int, layers: list[BayesianModule]) -> Iterator[Draw]:
         """The draw, and afterwards its weights for the next batch if they fit: each asks for the same first ones."""
         with self._lock:
-            self._refresh(seed)
+            self._refresh(seed, layers)
             cache = self._cache
             draw = cache.get(index) or Draw(seed, index)
         yield draw
@@ -149,12 +151,14 @@ class VariationalPosterior(BasePosterior):
             if sum(self._bytes.values()) > self.draw_cache_bytes:
                 del cache[index], self._bytes[index]
 
-    def _refresh(self, seed: int) -> None:
+    def _layers(self) -> list[BayesianModule]:
+        return [module for module in modules_of(self.model) if isinstance(module, BayesianModule)]
+
+    def _refresh(self, seed: int, layers: list[BayesianModule]) -> None:
         """Drop draws of other parameters or of another seed.
 
         The stamp keeps every storage alive, so that a new tensor cannot be mistaken for the one it replaced.
         """
-        layers = (module for module in self.model.modules() if isinstance(module, BayesianModule))
         stamp = [_stamp(p) for layer in layers for p in layer._parameters.values() if p is not None]
         same = len(stamp) == len(self._stamp) and all(a[:-1] == b[:-1] for a, b in zip(stamp, self._stamp, strict=True))
         if seed != self._seed or not same:

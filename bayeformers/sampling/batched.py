@@ -86,6 +86,7 @@ class BatchedDraws:
             raise CannotBatch("a random Parameter is not registered in the model, or there is none")
         self._stacks: dict[int, Tensor] = {}
         self.rows: frozenset[int] = frozenset()
+        self._undrawn: int | None = None
 
     @staticmethod
     def _check(module: nn.Module) -> None:
@@ -124,14 +125,15 @@ class BatchedDraws:
         return count
 
     @contextmanager
-    def installed(self, rows: Iterable[int]) -> Iterator[None]:
+    def installed(self, rows: Iterable[int], undrawn: int | None = None) -> Iterator[None]:
         """The view computes the draws that were read, until exit.
 
         Args:
             rows: how many rows a layer's input may have: S times the number of inputs. Any other number means that the
                 layer sees something else than the inputs in order, and raises `CannotBatch`.
+            undrawn: so many rows are of inputs that no random layer has seen yet: each draw takes all of them.
         """
-        self.rows = frozenset(rows)
+        self.rows, self._undrawn = frozenset(rows), undrawn
         kept = [dict(counterpart._parameters) for _, counterpart, _ in self._owners]
         try:
             for module, counterpart, names in self._owners:
@@ -150,6 +152,9 @@ class BatchedDraws:
 
         @functools.wraps(type(module).forward)
         def forward(input: Tensor) -> Tensor:
+            if input.ndim and len(input) == self._undrawn:
+                count = len(next(iter(values.values())))
+                input = input.repeat(count, *[1] * (input.ndim - 1))
             if not input.ndim or len(input) not in self.rows:
                 raise CannotBatch(
                     f"a {type(module).__name__} sees {tuple(input.shape)}, which has none of {sorted(self.rows)} rows"

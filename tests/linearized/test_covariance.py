@@ -8,8 +8,6 @@ from torch import Tensor
 
 from bayeformers.linearized import covariance as module
 from bayeformers.linearized.covariance import (
-    MAX_RANK,
-    Separable,
     affine_covariance,
     affine_products,
     jacobian_covariance,
@@ -18,6 +16,7 @@ from bayeformers.linearized.covariance import (
     table_covariance,
     table_squares,
 )
+from bayeformers.linearized.separable import MAX_RANK, Separable
 
 BATCH, COUNT, D_OUT, D_IN = 5, 3, 4, 6
 SHAPES = pytest.mark.parametrize(
@@ -43,9 +42,9 @@ def brute_force(inputs: Tensor, gradients: Tensor, left: Tensor, right: Tensor, 
     return torch.einsum("kbcti,kbtj,nkij,kbdui,kbuj->nbcd", g, a, variances, g, a)
 
 
-def assert_between(low: Tensor, high: Tensor) -> None:
+def assert_between(low: Tensor, high: Tensor, slack: float = 1e-10) -> None:
     """low <= high in the order of positive matrices, but for rounding."""
-    assert float(torch.linalg.eigvalsh(high - low).min()) >= -1e-10 * float(high.abs().max())
+    assert float(torch.linalg.eigvalsh(high - low).min()) >= -slack * float(high.abs().max())
 
 
 @SHAPES
@@ -195,6 +194,36 @@ def test_separable_examples_alone_are_the_same() -> None:
     for b in range(BATCH):
         alone = separable_covariance(inputs[:, b : b + 1], gradients[:, b : b + 1], left, right, separable)
         torch.testing.assert_close(whole[:, b : b + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("strength", [1e-6, 1e-2, 1.0, 1e2])
+def test_only_directions_with_a_variance_of_their_own_are_rotated_into(strength: float, dtype: torch.dtype) -> None:
+    """6 of 64 and 20 of 96, the others nearly as the prior has them; with kept columns of the bases and without."""
+    left, right = orthogonal(1, 64), orthogonal(1, 96)
+    gamma, alpha = (torch.rand(size, dtype=torch.float64) * 1e-7 for size in (64, 96))
+    gamma[:6], alpha[10:30] = strength, torch.linspace(0.1, 1, 20, dtype=torch.float64)
+    variances = 1 / (torch.outer(gamma, alpha) + 1)
+    separable = Separable.from_variances(variances.to(dtype), 1e-3)
+    assert separable is not None
+    own = [side.own for side in (separable.rows_side, separable.columns_side)]
+    assert [None if x is None else x.tolist() for x in own] == (
+        [[], []] if strength < 1e-3 else [list(range(6)), list(range(10, 30))]
+    )
+    inputs, gradients = normal(1, BATCH, 7, 96), normal(1, BATCH, COUNT, 7, 64)
+    exact = brute_force(inputs, gradients, left, right, variances[None, None])
+    tensors = [tensor.to(dtype) for tensor in (inputs, gradients, left, right)]
+    for one in (separable, separable.with_bases(*tensors[2:])):
+        found = separable_covariance(*tensors, one)  # type: ignore[arg-type]
+        # the tolerance of every sum of squares, which S is; rounding of float32 is far below it here
+        assert_between((1 - 1e-3) * exact, found.double(), slack=1e-5)
+        assert_between(found.double(), (1 + 1e-3) * exact, slack=1e-5)
+
+
+def test_where_most_variances_differ_all_directions_are_rotated_into() -> None:
+    separable = Separable.from_variances(known(8.0), 1e-3)
+    assert separable is not None and separable.rows_side.own is None and separable.columns_side.own is None
+    assert separable.with_bases(orthogonal(1, 40), orthogonal(1, 60)).rows_side.basis is None
 
 
 @pytest.mark.parametrize("inside", [True, False])

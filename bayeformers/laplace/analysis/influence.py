@@ -16,8 +16,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from ...linearized.covariance import reached, rotated
+from ...linearized.covariance import reached
 from ...linearized.kinds import AffineCaptured, Captured, TableCaptured
+from ...linearized.separable import rotated
 from ..blocks import LaplaceBlock
 from ..moved import as_matrix, by_parameter
 from ..posterior import LaplacePosterior, check_laplace
