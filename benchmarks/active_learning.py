@@ -50,7 +50,6 @@ def main() -> None:
     parser.add_argument("--query_size", type=int, default=10, help="labels a round")
     parser.add_argument("--page", type=Path, help="whose tables are written anew")
     args = parser.parse_args()
-    logging.getLogger("bayeformers").setLevel(logging.ERROR)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     seeds = parse_seeds(args.seeds)
     for seed in seeds if args.data_dir is not None else []:
@@ -169,4 +168,5 @@ def labels_for(counts: list[int], accuracies: np.ndarray, target: float) -> floa
 
 
 if __name__ == "__main__":
+    logging.getLogger("bayeformers").setLevel(logging.ERROR)  # a fit says its prior in every round
     main()

@@ -218,7 +218,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(PARTS))
     parser.add_argument("--splits", type=int, default=1000)
     options = parser.parse_args(arguments)
-    logging.getLogger("bayeformers").setLevel(logging.ERROR)  # classes with too few rows are counted, not told
     known = json.loads(options.output.read_text()) if options.output.is_file() else []
     done = {json.dumps(each["setting"], sort_keys=True): each for each in known}
     for setting in settings(options.predictions, options.tasks):
@@ -236,4 +235,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("bayeformers").setLevel(logging.ERROR)  # classes with too few rows are counted, not told
     main()

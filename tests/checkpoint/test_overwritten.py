@@ -19,7 +19,6 @@ from bayeformers.posteriors import (
     RunningMoments,
     SWAGPosterior,
     TemperaturePosterior,
-    VariationalPosterior,
 )
 from tests.training import tiny
 
@@ -92,9 +91,11 @@ def test_another_models_posterior_is_refused(tmp_path: Path) -> None:
         bayeformers.predict(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
 
 
-def test_a_calibration_of_a_converted_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_posterior_beside_converted_layers_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A calibration of the layers' own posterior is saved; another posterior of such a model is not."""
     model = to_bayesian(tiny.plain())
-    model.posterior = TemperaturePosterior(VariationalPosterior(model), weight=2.0)
+    model.posterior = TemperaturePosterior(PointPosterior(model), weight=2.0)
     with caplog.at_level(logging.WARNING):
         model.save_pretrained(tmp_path)
     assert "`model.posterior` (TemperaturePosterior) is not saved with the model" in caplog.text
+    assert not (tmp_path / "temperature.safetensors").exists()

@@ -30,7 +30,6 @@ def chat_tokenizer() -> Any:
 # -- one network is transformers' ------------------------------------------------------------------------------------
 
 
-@pytest.mark.protects("texts of one network from differing from transformers' by a token")
 @pytest.mark.parametrize("options", [
     {}, {"num_return_sequences": 2, "num_beams": 3}, {"repetition_penalty": 1.8}, {"return_full_text": False},
     {"return_tensors": True}, {"do_sample": True, "temperature": 0.8, "top_k": 5},
@@ -81,7 +80,6 @@ def letters() -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-@pytest.mark.protects("what is said of a text that a stop string ends from counting tokens behind its end")
 @pytest.mark.parametrize("padding", [0, 1])
 def test_stop_strings(padding: int) -> None:
     """As transformers stops; in a batch with texts that go on too, also where the padding is the end's token."""
@@ -136,7 +134,6 @@ def by_hand(model: Any, text: str, count: int, new: int = 5) -> tuple[list[int],
     return ids[0, ids_of(text)["input_ids"].shape[1] :].tolist(), torch.stack(rows)
 
 
-@pytest.mark.protects("averaged texts and their uncertainties from being other than the posterior's")
 @pytest.mark.parametrize("build", [drawn, lambda: drawn("gpt2"), lora], ids=["llama", "gpt2", "lora"])
 def test_averaged_texts_against_a_brute_force(build: Any) -> None:
     """Text, uncertainty, score, and each token's, in float64: from draws that are held one by one."""
@@ -189,7 +186,6 @@ def test_a_drawn_answers_score_is_its_probability_under_a_random_network() -> No
         assert record["sequence_score"] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.protects("what a text is worth from depending on what stands beside it in its batch")
 @pytest.mark.parametrize("mixing", ["average", "draws"])
 @pytest.mark.parametrize(("name", "task"), [
     ("llama", "text-generation"), ("gpt2", "text-generation"), ("t5", "text2text-generation"),
@@ -207,7 +203,6 @@ def test_batching_and_padding_change_nothing(name: str, task: str, mixing: str) 
                 assert parts["epistemic"] == pytest.approx(others["epistemic"], abs=1e-6)
 
 
-@pytest.mark.protects("a server's threads from each other's draws")
 @pytest.mark.parametrize(("build", "count"), [(drawn, 2), (drawn, 4), (lora, 4)], ids=["llama-2", "llama-4", "lora-4"])
 def test_threads_get_one_threads_answers(build: Any, count: int) -> None:
     """Greedy texts, bit for bit, while every thread asks in both ways; the model is left in `train()`."""

@@ -25,7 +25,6 @@ def by(score: str, threshold: float = 0.5, groups: dict[str | int, float] | None
     )  # fmt: skip
 
 
-@pytest.mark.protects("a text that the policy refuses from being handed out as an answer")
 @pytest.mark.parametrize("score", SEQUENCE_SCORES)
 def test_a_policy_refuses_by_the_named_score(score: str) -> None:
     """Recomputed from what each result says of itself; the threshold lies between the texts' scores."""

@@ -62,7 +62,6 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
         yield messages
 
 
-@pytest.mark.protects("a user of transformers' pipeline from taking one network's scores for the posterior's")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_in_eval_is_told_once_per_model(kind: str, said: Callable[[], list[str]]) -> None:
     build, pipeline = KINDS[kind]
@@ -78,7 +77,6 @@ def test_the_mean_in_eval_is_told_once_per_model(kind: str, said: Callable[[], l
     assert len(said()) == 1
 
 
-@pytest.mark.protects("a user who forgets eval() after training from answers of a random network")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_in_train_too(kind: str, said: Callable[[], list[str]]) -> None:
     """Five calls, one batch, one line; the model stays in `train()` and no random number is taken."""
@@ -124,7 +122,6 @@ def test_a_stream_of_a_dataset_is_the_mean_when_it_runs() -> None:
     assert list(stream) == expected
 
 
-@pytest.mark.protects("threads that share one model from each other's modes")
 def test_threads_over_a_model_in_train() -> None:
     model = to_bayesian(bert(), delta=0.5).train()
     pipe, expected, modes = classifier(model), classifier(bert())(TEXT), set[bool]()
@@ -153,7 +150,6 @@ def test_a_model_without_a_view_is_used_itself_and_put_back() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.protects("users without a Bayesian model from any change of transformers' pipelines")
 def test_other_models_are_left_alone(said: Callable[[], list[str]]) -> None:
     """In `train()` their dropout is drawn, as transformers has it: the same numbers from the same seed."""
     model = bert().train()

@@ -117,7 +117,6 @@ def by_hand(model: Any, images: list[Any], text: str) -> tuple[list[int], list[f
     return ids[0, start:].tolist(), parts
 
 
-@pytest.mark.protects("descriptions from features that another network than the draw's saw in the picture")
 @pytest.mark.parametrize("layers", ["all", ["q_proj", "v_proj"]], ids=str)
 def test_each_draw_looks_at_the_picture_itself(layers: Any) -> None:
     """transformers' ``generate`` would encode the picture once, before; against draws that are held one by one."""
