@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..sampling.walk import named_modules
 from .base import BayesianModule, NamedVariational, variational_tensors
 
 ASIDE = "PEFT's `target_parameters` takes its parameter out of the module in every forward"
@@ -73,7 +74,7 @@ def adapter_parts(model: nn.Module) -> Iterator[AdapterPart]:
     wrapper, tuner = _peft("utils.other", "ModulesToSaveWrapper"), _peft("tuners.tuners_utils", "BaseTunerLayer")
     if tuner is None:
         return
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, tuner):
             yield from _of_layer(name, module)
         elif isinstance(module, wrapper):
@@ -102,10 +103,10 @@ def active_tensors(model: nn.Module) -> list[NamedVariational]:
     for part in adapter_parts(model):
         ids = {id(parameter) for parameter in part.parameters()}
         (active if part.is_active else idle).update(ids)
-        in_parts |= {id(part.module)} if part.is_bare else {id(module) for module in part.module.modules()}
+        in_parts |= {id(part.module)} if part.is_bare else {id(module) for _, module in named_modules(part.module)}
     if not idle:
         return tensors
-    for module in model.modules():  # a tensor that a layer outside uses too
+    for _, module in named_modules(model):  # a tensor that a layer outside uses too
         if isinstance(module, BayesianModule) and id(module) not in in_parts:
             active |= {id(module.get_parameter(name)) for name in module.specs}
     return [tensor for tensor in tensors if id(tensor.loc) in active or id(tensor.loc) not in idle]

@@ -15,6 +15,7 @@ from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, un
 from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
+from ..sampling.walk import named_modules
 from . import kl_watch
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
@@ -360,8 +361,7 @@ class NamedVariational:
 
     def random_rows(self) -> list[slice]:
         """Slices of the first axis that are random: all but the padding row."""
-        row = self.spec.padding_idx
-        if row is None:
+        if (row := self.spec.padding_idx) is None:
             return [slice(None)]
         return [rows for rows in (slice(0, row), slice(row + 1, self.loc.shape[0])) if rows.start < rows.stop]
 
@@ -375,13 +375,13 @@ def check_module(model: object) -> None:
 def bayesian_modules(model: nn.Module) -> dict[str, BayesianModule]:
     """Bayesian layers by their first name in ``model``."""
     check_module(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, BayesianModule)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, BayesianModule)}
 
 
 def is_bayesian(model: nn.Module) -> bool:
     """Whether ``model`` has a Bayesian layer, converted by `to_bayesian` or built by hand."""
     check_module(model)
-    return any(isinstance(module, BayesianModule) for module in model.modules())
+    return any(isinstance(module, BayesianModule) for _, module in named_modules(model))
 
 
 def record_of(model: nn.Module) -> Any:
