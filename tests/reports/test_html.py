@@ -30,6 +30,7 @@ from bayeformers.reports import (
 )
 from bayeformers.reports.html.context import Context
 from bayeformers.reports.html.frame import DARK, LIGHT, METHOD_VARIABLES, WORD_SHARE
+from bayeformers.reports.html.headline import headline
 from bayeformers.reports.html.inputs import mistaken_rows, strange_rows
 from bayeformers.reports.html.refusing import _curve
 from bayeformers.reports.html.reliability import _bins, _intervals
@@ -291,6 +292,14 @@ def test_the_curve_of_refusing_and_its_band() -> None:
         exact = binomtest(wrong, k).proportion_ci(0.95, "exact")
         point = curve.coverage[place], curve.risk[place], curve.low[place], curve.high[place]
         assert point == pytest.approx((k / 60, wrong / k, exact.low, exact.high), abs=1e-7)
+
+
+def test_the_headline_is_of_the_test_inputs() -> None:
+    """Its epistemic part too: a group that stands apart has one of its own."""
+    epistemic = FULL.methods["posterior"].epistemic
+    assert epistemic is not None
+    page = headline(Context(FULL, 20, 0))
+    assert f"{epistemic[:40].mean():.4f}" in page and f"{epistemic.mean():.4f}" not in page
 
 
 def test_which_inputs_are_shown() -> None:

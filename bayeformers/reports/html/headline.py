@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from ..report import ClassPredictions
 from .context import Context, section
 from .scores import estimate, paired
@@ -60,8 +62,9 @@ def _percent(value: float | None) -> str:
 
 def headline(context: Context) -> str:
     """One table: every score of every method with its interval; without labels how sure each method is."""
-    rows = {}
-    for name, of in context.results.methods.items():
+    rows, inside = {}, np.flatnonzero(context.results.is_test)  # groups that stand apart have numbers of their own
+    for name, every in context.results.methods.items():
+        of = every[inside]
         row: dict[str, Cell] = {}
         if context.test is not None:
             for key, score in context.scores.items():
