@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -416,3 +417,20 @@ def test_nothing_is_collected_while_other_threads_are_looked_at(monkeypatch: pyt
         release.set()
         other.join()
     assert collects and not any(collects) and gc.isenabled()
+
+
+def test_a_frame_that_has_ended_counts_as_one_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 was seen to give a local value for the globals of a frame that ended while it was looked at."""
+    release = threading.Event()
+    other = threading.Thread(target=release.wait)
+    other.start()
+    ended = SimpleNamespace(f_globals=nn.Linear(1, 1), f_back=None)
+    monkeypatch.setattr(sys, "_current_frames", lambda: {other.ident: ended})
+    before = torch.get_rng_state()
+    try:
+        with preserved():
+            torch.rand(1)
+    finally:
+        release.set()
+        other.join()
+    assert not torch.equal(torch.get_rng_state(), before)  # the other may have drawn: the state is let stand

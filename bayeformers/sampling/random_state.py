@@ -125,7 +125,8 @@ def _compute_elsewhere() -> bool:
     for thread, top in tops.items():
         frame: FrameType | None = None if thread in busy else top
         while frame is not None:
-            if str(frame.f_globals.get("__name__", "")).startswith(_COMPUTING):
+            names: object = frame.f_globals  # of a frame that ended meanwhile, Python 3.11 has given what is no dict
+            if not isinstance(names, dict) or str(names.get("__name__", "")).startswith(_COMPUTING):
                 return True
             frame = frame.f_back
     return False
