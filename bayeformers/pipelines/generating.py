@@ -23,7 +23,7 @@ from ..generation.generate import Mixing
 from ..generation.networks import rows_of
 from ..generation.resolve import posterior_of
 from ..posteriors import Posterior
-from .base import BayesianPipelineMixin, result_of
+from .base import BayesianPipelineMixin, heads_of, result_of
 from .text2text import Text2TextGenerationPipeline
 
 __all__ = [
@@ -229,38 +229,30 @@ def _check_policy(policy: Any) -> None:
         raise ValueError("`abstention` must be a policy without groups: a pipeline is not told its inputs' groups.")
 
 
-def _heads(mapping: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the classes in one of transformers' tables."""
-    names: set[str] = set()
-    for entry in mapping.values():
-        names.update(entry if isinstance(entry, tuple) else [entry])
-    return frozenset(names)
-
-
 class BayesianTextGenerationPipeline(BayesianGenerationMixin, TextGenerationPipeline):
     """Of prompts and chats: a decoder goes on with them."""
 
-    heads = _heads(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 class BayesianText2TextGenerationPipeline(BayesianGenerationMixin, Text2TextGenerationPipeline):
     """Of texts: an encoder reads one, a decoder writes another, as transformers 4 had it."""
 
     stands_for = "text-generation"
-    heads = _heads(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 
 class BayesianImageTextToTextPipeline(BayesianGenerationMixin, ImageTextToTextPipeline):
     """Of images with a text, or chats about them."""
 
     stands_for = "image-text-to-text"
-    heads = _heads(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 class BayesianAnyToAnyPipeline(BayesianGenerationMixin, AnyToAnyPipeline):
     """Of texts, images, sounds and videos: what is written is text."""
 
-    heads = _heads(auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    heads = heads_of(auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if kwargs.get("generation_mode") not in (None, "text"):
