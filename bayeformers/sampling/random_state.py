@@ -7,13 +7,13 @@ again and again; so they stay where they are when it is seen to train, which is 
 from __future__ import annotations
 
 import contextlib
-import gc
+import math
 import random
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _draws: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _taken: Counter[int] = Counter()
-_COMPUTING = ("torch.nn.", "torch.autograd", "torch.optim", "torch._tensor")
+_THREAD_CLOCK = 6  # the kernel's clock of one thread's processor time, CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED
+_IDLE_SECONDS, _IDLE_SHARE = 1e-3, 2e-3  # what a monitor or a heartbeat that wakes now and then may use
 
 
 def rng_state() -> list[Tensor]:
@@ -77,15 +78,17 @@ def preserved() -> Iterator[None]:
     another thread has drawn numbers of its own.
     """
     global _first, _others
-    entered, thread = (random.getstate(), np.random.get_state(), rng_state()), threading.get_ident()
+    entered, thread = (random.getstate(), np.random.get_state(), rng_state()), threading.current_thread()
     with _lock:
         if not _inside:
             _first, _others = entered, _Others()
         _inside.append(thread)
+    start, sheltered = time.thread_time(), _sheltered.get(thread, 0.0)
     try:
         yield
     finally:
         with _lock:
+            _sheltered[thread] = sheltered + time.thread_time() - start  # nested blocks count once
             _inside.remove(thread)
             is_last = set(_inside) <= {thread}
             if is_last and not _others.have_drawn():
@@ -98,43 +101,46 @@ def preserved() -> Iterator[None]:
 class _Others:
     """Whether threads but this one, and but those inside `preserved`, draw from the default generators meanwhile.
 
-    Bayesian models tell; of others it is seen whether they compute at the beginning or at the end.
+    Bayesian models tell; of others it is seen how long they compute. A thread that has ended will not miss its noise.
     """
 
     def __init__(self) -> None:
-        self._before, self._computed = _taken.copy(), _compute_elsewhere()
+        self._taken, self._spent, self._start = _taken.copy(), _spent(), time.monotonic()
 
     def have_drawn(self) -> bool:
         own = threading.get_ident()
-        taken = any(count > self._before[thread] for thread, count in _taken.copy().items() if thread != own)
-        return taken or self._computed or _compute_elsewhere()
+        if any(count > self._taken[thread] for thread, count in _taken.copy().items() if thread != own):
+            return True
+        allowed = _IDLE_SECONDS + _IDLE_SHARE * (time.monotonic() - self._start)
+        return any(
+            spent == math.inf or spent - self._spent.get(thread, 0.0) > allowed
+            for thread, spent in _spent().items()
+            if thread.ident != own and thread not in _inside
+        )
 
 
-def _compute_elsewhere() -> bool:
+def _spent() -> dict[threading.Thread, float]:
+    """Processor seconds of every thread outside of `preserved`; untold by the system, endless for all but daemons."""
+    # no thread's frames are looked at: in Python 3.11 that was seen to give freed values, and to wait for ever
     if threading.active_count() == 1:
-        return False
-    busy = {threading.get_ident(), *_inside}
-    with _looking:
-        collects = gc.isenabled()
-        gc.disable()  # a collection inside `sys._current_frames` may wait for itself for ever (CPython issue 106883)
-        try:
-            tops = sys._current_frames()
-        finally:
-            if collects:
-                gc.enable()
-    for thread, top in tops.items():
-        frame: FrameType | None = None if thread in busy else top
-        while frame is not None:
-            names: object = frame.f_globals  # of a frame that ended meanwhile, Python 3.11 has given what is no dict
-            if not isinstance(names, dict) or str(names.get("__name__", "")).startswith(_COMPUTING):
-                return True
-            frame = frame.f_back
-    return False
+        return {}
+    found = dict[threading.Thread, float]()
+    for thread in threading.enumerate():
+        # autograd's threads are not Python's own, and work for the one that calls `backward`
+        helps = isinstance(thread, threading._DummyThread) or thread.name.endswith("(_pin_memory_loop)")
+        if helps or thread.native_id is None:
+            continue
+        if sys.platform != "linux":
+            found[thread] = 0.0 if thread.daemon else math.inf
+            continue
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found[thread] = time.clock_gettime(~thread.native_id << 3 | _THREAD_CLOCK) - _sheltered.get(thread, 0.0)
+    return found
 
 
 _lock = threading.Lock()
-_looking = threading.Lock()
-_inside: list[int] = []
+_inside: list[threading.Thread] = []
+_sheltered: WeakKeyDictionary[threading.Thread, float] = WeakKeyDictionary()
 _first: Any = None
 _others = _Others()
 
