@@ -1,6 +1,6 @@
 """Making a draw, beside torch.randn of its weights, in processor seconds: python -m benchmarks.noise
 
-One weight of 4096 x 1024 on one thread: the noise alone, the noise with a scale that is at hand, and the whole draw from
+One weight of 4096 x 1024 on one thread: the noise alone, with a scale that is at hand, and the whole draw from
 rho; and one forward in a new draw of a language model beside one in a held draw, from a configuration of SmolLM2-135M's
 sizes. No pretrained model is needed.
 """
