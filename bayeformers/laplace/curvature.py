@@ -81,7 +81,9 @@ class Curvature:
         else:
             own[name] = value.clone()
 
-    def add_second_moment(self, layer: str, name: str, rows: Tensor, device: torch.device | None = None) -> None:
+    def add_second_moment(
+        self, layer: str, name: str, rows: Tensor, device: torch.device | None = None, *, with_one: bool = False
+    ) -> None:
         """Add sum_p r_p r_p^T to one sum, of which the upper triangle alone is meant.
 
         Args:
@@ -89,13 +91,13 @@ class Curvature:
             name: which of the layer's sums, as in the module's table.
             rows: the vectors r_p, (K, P, d).
             device: where a new sum is kept; by default with its first rows.
+            with_one: of (r_p, 1) instead.
         """
         own = self.sums.setdefault(layer, {})
         if name not in own:
-            own[name] = torch.zeros(
-                len(rows), *rows.shape[-1:] * 2, dtype=rows.dtype, device=rows.device if device is None else device
-            )
-        add_second_moment(own[name], rows.detach().to(own[name].device))
+            width, place = rows.shape[-1] + with_one, rows.device if device is None else device
+            own[name] = torch.zeros(len(rows), width, width, dtype=rows.dtype, device=place)
+        add_second_moment(own[name], rows.detach().to(own[name].device), with_one=with_one)
 
     def merge(self, other: Curvature) -> Curvature:
         """Return these sums with those of other data, added in place.
