@@ -23,13 +23,13 @@ class Point:
     """Where in a graph a tensor stands, at which gradients can be asked for; the tensor itself need not be kept.
 
     Attributes:
-        edge: the place; the tensor where it is a leaf.
+        edge: the place.
         shape: of the tensor.
         dtype: of the tensor.
         device: of the tensor.
     """
 
-    edge: Tensor | GradientEdge
+    edge: GradientEdge
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
@@ -37,8 +37,7 @@ class Point:
     @classmethod
     def of(cls, tensor: Tensor) -> Point:
         """Return the place of a tensor that requires a gradient; what edits it in place later does not move it."""
-        edge = tensor if tensor.is_leaf else get_gradient_edge(tensor)
-        return cls(edge, tensor.shape, tensor.dtype, tensor.device)
+        return cls(get_gradient_edge(tensor), tensor.shape, tensor.dtype, tensor.device)
 
     @property
     def ndim(self) -> int:
