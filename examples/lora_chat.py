@@ -5,6 +5,7 @@ r"""A language model that says when it does not know: LoRA, a posterior of the a
     python -m examples.lora_chat --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --train_file train.jsonl --validation_file dev.jsonl --test_file test.jsonl
     python -m examples.lora_chat --export_draws 8             # adapters for a server too
+    accelerate launch --config_file examples/launch/one_machine.yaml -m examples.lora_chat   # several GPUs
 
 Lines of the files: {"question": "...", "answers": ["...", "..."]}, all of the answers right. The adapter is trained
 without noise, becomes Bayesian, and is trained by the ELBO. Then both models answer questions of which half cannot be
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -172,8 +174,10 @@ def load_base(how: ChatArguments, data: dict[str, list[Question]], args: Any, fo
     tokenizer = make_tokenizer(text for row in rows for text in (PROMPT.format(row.question), *row.answers))
     base = make_decoder(len(tokenizer))
     train(base, data["earlier"], tokenizer, args, num_train_epochs=how.base_epochs)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    if PartialState().is_main_process:
+        base.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+    PartialState().wait_for_everyone()
     return AutoModelForCausalLM.from_pretrained(folder / "base"), tokenizer
 
 
@@ -320,7 +324,7 @@ def train_adapters(
     changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
     folder = Path(args.output_dir or ".")
     train(bayesian, data["train"], tokenizer, args, **changes).save_model(str(folder / "adapter"))
-    if how.export_draws:
+    if how.export_draws and PartialState().is_main_process:
         export_draws(bayesian, how.export_draws, folder / "draws", seed=args.eval_seed)
     clock.lap("elbo")
     return {PLAIN: plain, BAYESIAN: bayesian}
@@ -373,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results |= judge(test, limits, data["test"], args.seed)
     shown = with_refusals(test[BAYESIAN], limits[EPISTEMIC])
     results["top"] = top_of(shown)
+    if not PartialState().is_main_process:
+        return results
     report(folder, results, test, shown)
     chat(models[BAYESIAN], tokenizer, arguments, results)
     return results

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import benchmarks.device_memory as package
 
-from .formulas import ENGINES, FLOAT, HALF, SIZES, Decoder, Held, Lora, full_weights, held, laplace, laplace_fit, training
+from .formulas import (
+    ENGINES,
+    FLOAT,
+    HALF,
+    SIZES,
+    Decoder,
+    Held,
+    Lora,
+    full_weights,
+    held,
+    laplace,
+    laplace_fit,
+    training,
+)
 
 GIB = 2**30
 COLUMNS = ("parameters", "gradients", "optimizer", "gathered", "activations", "loss", "sum")
@@ -71,7 +84,10 @@ def beside_measured() -> list[str]:
     for rank, found in enumerate(ranks):
         for engine, sums in found.items():
             formula = asdict(measure.expected(engine, len(ranks), rank))
-            rows.append([f"{engine}, process {rank}", *(f"{sums[name]} ({formula[name] - sums[name]:+d})" for name in formula)])
+            rows.append([
+                f"{engine}, process {rank}",
+                *(f"{sums[name]} ({formula[name] - sums[name]:+d})" for name in formula),
+            ])
     lines = table(["bytes (formula less measured)", *formula], rows)
     errors = {size: measure.error_of_activations(itemsize=size) for size in (HALF, FLOAT)}
     lines += [f"activations, {8 * size}-bit base: formula {100 * error:+.2f} %" for size, error in errors.items()]

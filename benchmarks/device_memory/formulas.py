@@ -51,7 +51,7 @@ class Held:
 def held(weights: Iterable[Weight], engine: Engine, world: int, rank: int = 0) -> Held:
     """What one of ``world`` devices holds: parameters, their gradients and AdamW's two states.
 
-    DeepSpeed's own float32 copy of half-precision parameters (Rajbhandari et al. 2020, section 3.1) counts as optimizer.
+    DeepSpeed's float32 copy of half-precision parameters (Rajbhandari et al. 2020, section 3.1) counts as optimizer.
     """
     sums = [0, 0, 0]
     for weight in weights:
@@ -89,8 +89,8 @@ class Decoder:
         """Of a ``config.json``, whose heads are hidden_size / num_attention_heads wide."""
         heads = config["num_attention_heads"]
         return cls(
-            config["vocab_size"], config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], heads,
-            config.get("num_key_value_heads") or heads, bool(config.get("tie_word_embeddings", False)),
+            config["vocab_size"], config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"],
+            heads, config.get("num_key_value_heads") or heads, bool(config.get("tie_word_embeddings", False)),
         )  # fmt: skip
 
     @property
@@ -157,7 +157,7 @@ def full_weights(decoder: Decoder, itemsize: int, trains_means: bool) -> list[We
 
 
 def gathered(decoder: Decoder, lora: Lora | None, engine: Engine, itemsize: int = HALF) -> int:
-    """Bytes that FSDP2 and ZeRO-3 hold whole while a layer computes: it, the next one, and what is outside of layers."""
+    """Bytes that FSDP2 and ZeRO-3 hold whole while a layer computes: it, the next one, and what is in no layer."""
     if not _SHARDED[engine][0]:
         return 0
     layer = itemsize * sum(map(math.prod, decoder.layer))
@@ -171,10 +171,10 @@ def activations(
 ) -> int:
     """Bytes that a training forward keeps for backward on one device, of (``batch``, ``length``) tokens of its own.
 
-    Per layer and token: two norms in float32, q and the attention's output, k and v, three vectors of the gated MLP, one
-    number per head (SDPA), and per adapted Linear a float32 copy of its input (shared where the base is float32) and the
-    r values between A and B. Once: the logits in float32, and the rotary tables. No dropout. Checkpointing keeps each
-    layer's input instead, and one layer's activations while it is recomputed.
+    Per layer and token: two norms in float32, q and the attention's output, k and v, three vectors of the gated MLP,
+    one number per head (SDPA), and per adapted Linear a float32 copy of its input (shared where the base is float32)
+    and the r values between A and B. Once: the logits in float32, and the rotary tables. No dropout. Checkpointing
+    keeps each layer's input instead, and one layer's activations while it is recomputed.
     """
     h, wide = decoder.hidden, itemsize * decoder.intermediate
     copies = len(lora.targets) if itemsize < FLOAT else min(len(lora.targets), 1)
@@ -218,7 +218,7 @@ def training(
     decoder: Decoder, lora: Lora, engine: Engine, world: int, *, batch: int = 1, length: int = 2048,
     itemsize: int = HALF, checkpointing: bool = False,
 ) -> Peak:  # fmt: skip
-    """A step of the ELBO with a LoRA posterior, by device: the one that holds most, and (``batch``, ``length``) tokens."""
+    """A step of the ELBO with a LoRA posterior, on the device that holds most, of (``batch``, ``length``) tokens."""
     noisy = decoder.layers * sum(map(math.prod, lora.bayesian(decoder)))
     return Peak(
         held(lora_weights(decoder, lora, itemsize), engine, world),
