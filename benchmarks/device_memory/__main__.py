@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def lora_rows(decoder: Decoder, lora: Lora, args: argparse.Namespace) -> Iterator[list[str]]:
-    """A bfloat16 base with a LoRA posterior, by engine; the last with checkpointed activations."""
+    """A LoRA posterior by engine, the last with checkpointed activations; the base bfloat16, of DeepSpeed float32."""
     plans = [(engine, False) for engine in ENGINES] + [("fsdp2", True)]
     for engine, checkpointing in plans:
-        size = {"batch": args.batch, "length": args.length, "checkpointing": checkpointing}
+        itemsize = FLOAT if engine.startswith("zero") else HALF  # DeepSpeed's bf16 would cast rho too
+        size = {"batch": args.batch, "length": args.length, "checkpointing": checkpointing, "itemsize": itemsize}
         peak = training(decoder, lora, engine, args.devices, **size)
         name = f"LoRA r = {lora.rank}, {engine}{', checkpointing' if checkpointing else ''}"
         yield [name, *_held(peak.held), gib(peak.gathered), gib(peak.activations + peak.draws), gib(peak.loss),

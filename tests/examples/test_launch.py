@@ -64,7 +64,7 @@ def test_accelerate_reads_it(name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert config.distributed_type == KINDS[name] and config.use_cpu is False
     assert config.num_processes > config.num_machines == (2 if name == "several_machines" else 1)
-    assert config.mixed_precision == ("bf16" if name in ("fsdp2", "zero3") else "no")
+    assert config.mixed_precision == ("bf16" if name == "fsdp2" else "no")
 
 
 @pytest.mark.parametrize("name", [*(f"{name}.yaml" for name in KINDS), "slurm.sh"])
