@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import struct
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import erfinv
+from scipy.special import erfinv, ndtri
 from torch import Tensor, nn
 
 FLOOR = 1e-8  # of every sigma
@@ -51,9 +52,60 @@ def moped_sigma(weight: Tensor, delta: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- noise
 
 
-def key_of(seed: int, index: int, name: str) -> int:
-    """First 8 bytes of blake2b of "seed/index/name", little endian."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=8).digest(), "little")
+def key_of(seed: int, index: int, name: str, version: int = 3) -> int:
+    """16 bytes of blake2b of "seed/index/name", before version 3 its 8 bytes, little endian."""
+    size = 16 if version >= 3 else 8
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=size).digest(), "little")
+
+
+def philox(key: int, block: int) -> list[int]:
+    """Four words of Philox4x64-10 of the counter (block, 0, 0, 0), as Salmon et al. 2011 write it."""
+    (k0, k1), (x0, x1, x2, x3), most = (key % 2**64, key >> 64), (block, 0, 0, 0), 2**64 - 1
+    for _ in range(10):
+        a, b = x0 * 0xD2E7470EE14C6C93, x2 * 0xCA5A826395121157
+        x0, x1, x2, x3 = b >> 64 ^ x1 ^ k0, b & most, a >> 64 ^ x3 ^ k1, a & most
+        k0, k1 = k0 + 0x9E3779B97F4A7C15 & most, k1 + 0xBB67AE8584CAA73B & most
+    return [x0, x1, x2, x3]
+
+
+def words(key: int) -> Iterator[int]:
+    """The words of all blocks, from that of counter 1 on."""
+    return itertools.chain.from_iterable(philox(key, block) for block in itertools.count(1))
+
+
+@functools.cache
+def cell_mean(low: float, high: float) -> float:
+    """E[x | low <= Phi(x) < high], rounded to float32, for probabilities of at most 1/2 (above it, by symmetry)."""
+    if low >= 0.5:
+        return -cell_mean(1 - high, 1 - low)
+    density = [math.exp(-(float(ndtri(p)) ** 2) / 2) / math.sqrt(2 * math.pi) if p else 0.0 for p in (low, high)]
+    return float(np.float32((density[0] - density[1]) / (high - low)))
+
+
+def element(key: int, number: int, cell: int) -> float:
+    """The value of 16 bits: of the cell's mean, or in the outermost 256 cells of that of a finer one."""
+    if 256 <= cell < 2**16 - 256:
+        return cell_mean(cell / 2**16, (cell + 1) / 2**16)
+    x = ((number + 1) * 0x9E3779B97F4A7C15 + key) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    is_low = cell < 256
+    half_places = 2 * ((cell if is_low else 2**16 - 1 - cell) * 2**15 + ((x ^ x >> 31) >> 49)) + 1
+    step = 2.0 ** (half_places.bit_length() - 11)  # 2^10 cells for each power of two
+    low = half_places // step * step
+    return cell_mean(low / 2**32, (low + step) / 2**32) * (1 if is_low else -1)
+
+
+def noise_values(key: int) -> Iterator[float]:
+    """N(0, 1), element by element: 16 bits each, from the words' lowest bits on."""
+    cells = (word >> shift & 2**16 - 1 for word in words(key) for shift in (0, 16, 32, 48))
+    return (element(key, number, cell) for number, cell in enumerate(cells))
+
+
+def signs_of(key: int, shape: tuple[int, ...]) -> Tensor:
+    """Fair signs, one bit each, from the words' lowest bits on."""
+    bits = (word >> shift & 1 for word in words(key) for shift in range(64))
+    return torch.tensor(list(itertools.islice(bits, math.prod(shape)))).reshape(shape) * 2.0 - 1.0
 
 
 @functools.cache
@@ -76,8 +128,10 @@ def keyed_generator(key: int, version: int = 2) -> torch.Generator:
     return generator
 
 
-def dense_noise(key: int, shape: tuple[int, ...], version: int = 2) -> Tensor:
-    """N(0, 1) of a tensor from a generator used once."""
+def dense_noise(key: int, shape: tuple[int, ...], version: int = 3) -> Tensor:
+    """N(0, 1) of a tensor in float32; before version 3 from a generator used once."""
+    if version >= 3:
+        return torch.tensor(list(itertools.islice(noise_values(key), math.prod(shape)))).reshape(shape)
     return torch.randn(shape, generator=keyed_generator(key, version))
 
 
@@ -90,8 +144,13 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def row_noise(key: int, rows: Iterable[int], width: int) -> Tensor:
-    """N(0, 1) of rows of a table: two rounds of `mix` over (key, row, column), then the inverse normal CDF."""
+def row_noise(key: int, rows: Iterable[int], width: int, version: int = 3) -> Tensor:
+    """N(0, 1) of rows of a table.
+
+    Before version 3 by two rounds of `mix` over (key, row, column), then the inverse normal CDF.
+    """
+    if version >= 3:
+        return dense_noise(key, (max(rows := list(rows)) + 1, width))[rows].double()
     low, high = key & 0xFFFFFFFF, key >> 32
     table = []
     for row in rows:
@@ -108,8 +167,7 @@ def noise_of(
 ) -> dict[str, Tensor]:
     """Noise of every distinct tensor of the layers named in ``layers`` (name -> kind) of a plain model, by first name.
 
-    ``bare`` holds names of further tensors. A tensor that an Embedding owns takes `row_noise`, its padding row none;
-    any other `dense_noise`.
+    ``bare`` holds names of further tensors. The padding row of a tensor that an Embedding owns has none.
     """
     owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():

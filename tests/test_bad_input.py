@@ -248,7 +248,7 @@ def rekind(config: dict[str, Any]) -> None:
         (rename, "bert.nowhere.*no such module"),
         (rekind, "classifier.*Embedding.*Linear"),
         (lambda c: c["bayesian"].update(version=7), "bayesian.version.*7.*upgrade"),
-        (lambda c: c["bayesian"].update(noise_version=3), "bayesian.noise_version.*3.*upgrade"),
+        (lambda c: c["bayesian"].update(noise_version=4), "bayesian.noise_version.*4.*upgrade"),
         (lambda c: c["bayesian"].update(prior={"type": "of the future"}), "`prior`.*of the future"),
         (lambda c: c["bayesian"].update(delta=-1), "`delta`"),
         (lambda c: c["bayesian"].update(estimator="of the future"), "`estimator`.*of the future"),

@@ -14,6 +14,7 @@ MIN_SCALE = 1e-8
 
 ScaleName = Literal["additive", "multiplicative"]
 
+_SMALL_RHO = 4.0  # up to here log(1 + exp(rho)) exceeds rho by far more than its rounding
 LINEAR_FROM = 20.0  # softplus(rho) = rho beyond this, in float32 exactly
 
 
@@ -36,6 +37,24 @@ def scale_from_rho(rho: Tensor) -> Tensor:
 def scale_slope(rho: Tensor) -> Tensor:
     """Return d sigma / d rho = sigmoid(rho), MIN_SCALE from the floor downwards: a new tensor of the same shape."""
     return rho.clamp_min(_MIN_RHO).sigmoid()
+
+
+def scale_into(out: Tensor | None, rho: Tensor) -> Tensor:
+    """Return :func:`scale_from_rho`, bit for bit but without a gradient, in the memory of ``out``, if any is given."""
+    return torch.clamp_max(rho, LINEAR_FROM, out=out).exp_().log1p_().clamp_min_(rho).clamp_min_(MIN_SCALE)
+
+
+def block_scale_into(out: Tensor, rho: Tensor) -> Tensor:
+    """:func:`scale_into` of a block of the CPU's memory, which is looked at first: most have no use for the limits."""
+    low, high = torch.aminmax(rho)
+    if low.item() > _MIN_RHO + 1 and high.item() < _SMALL_RHO:
+        return torch.exp(rho, out=out).log1p_()
+    return scale_into(out, rho)
+
+
+def slope_into(out: Tensor | None, rho: Tensor) -> Tensor:
+    """Return :func:`scale_slope` in the memory of ``out``, of the same shape and dtype, if any."""
+    return torch.clamp_min(rho, _MIN_RHO, out=out).sigmoid_()
 
 
 def _floored_softplus(rho: Tensor) -> Tensor:

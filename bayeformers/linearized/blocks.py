@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..sampling import philox
 from ..sampling.generators import NOISE_VERSION, keyed_generator
 from .kinds import Gaussian
 from .rules import TENSOR, LayerRule, rule_of
@@ -134,6 +135,8 @@ def block_noise(name: str, shape: tuple[int, ...], index: int, seed: int, noise_
         seed: which sequence of draws.
         noise_version: how noise follows from these, see `bayeformers.sampling.generators`.
     """
+    if noise_version >= 3:
+        return philox.normal(philox.key_of(f"{name}/{seed}/{index}"), shape, torch.device("cpu"))
     key = hashlib.blake2b(f"{name}/{seed}/{index}".encode(), digest_size=8).digest()
     number = int.from_bytes(key) >> (noise_version == 1)
     return torch.randn(shape, generator=keyed_generator(number, torch.device("cpu"), noise_version))

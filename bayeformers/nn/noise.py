@@ -1,7 +1,7 @@
 """The noise of a draw, tensor by tensor: a pure function of (seed, draw index, tensor name, element).
 
 The same key gives the same values for every batch, rank, token of `generate` and after a reload, whatever was drawn
-before. Values agree between devices of one type; CPU and GPU streams may differ.
+before, on every device. (Noise of the versions before 3, which saved posteriors keep, differs between CPU and GPU.)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..sampling import philox
 from ..sampling.generators import NOISE_VERSION, keyed_generator
 
 _INT32 = 0xFFFFFFFF
@@ -106,7 +107,7 @@ class Draw:
             shape: numbers of examples and features.
             device: where the signs are made.
         """
-        return signs(noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
+        return philox.signs(noise_key(self.seed, self.index, f"{spec.name}/signs{axis}"), shape, device)
 
     @property
     def nbytes(self) -> int:
@@ -114,23 +115,40 @@ class Draw:
         kept = [entry.value for entry in list((self.kept or {}).values())]  # another thread may add to them
         return sum(value.numel() * value.element_size() for value in [*kept, *self._noise.values()])
 
+    def blocks(self, spec: TensorSpec, like: Tensor) -> Iterator[tuple[slice, Tensor]] | None:
+        """Return :meth:`noise` of a tensor of the CPU piece by piece, so that it is never there as a whole.
+
+        Args:
+            spec: what the tensor's noise depends on; its padding row is none here.
+            like: the whole tensor.
+
+        Returns:
+            Where each piece lies in the flattened tensor, and its noise, whose memory the next one takes; None where
+            the whole is at hand, or is made at once.
+        """
+        if spec.noise_version < 3 or like.device.type != "cpu" or spec.name in self._noise:
+            return None
+        return philox.blocks(noise_key(self.seed, self.index, spec.name), 0, like.numel())
+
     def _make_noise(self, spec: TensorSpec, like: Tensor) -> Tensor:
-        if spec.by_row:
+        if spec.by_row and spec.noise_version < 3:
             return self._noise_of_rows(spec, like, torch.arange(like.shape[0], device=like.device))
+        version = spec.noise_version
         if torch.compiler.is_compiling():
-            version = spec.noise_version
-            traced: Tensor = traced_normal(
-                str(self.seed), self.index, spec.name, list(like.shape), like.device, version
-            )
-            return traced
-        return normal(noise_key(self.seed, self.index, spec.name), like.shape, like.device, spec.noise_version)
+            value: Tensor = traced_normal(str(self.seed), self.index, spec.name, list(like.shape), like.device, version)
+        else:
+            value = normal(noise_key(self.seed, self.index, spec.name, version), like.shape, like.device, version)
+        if spec.padding_idx is not None:
+            value[spec.padding_idx] = 0.0
+        return value
 
     def _noise_of_rows(self, spec: TensorSpec, like: Tensor, rows: Tensor) -> Tensor:
+        version, width = spec.noise_version, like.shape[1]
         if torch.compiler.is_compiling():
-            key = traced_key(str(self.seed), self.index, spec.name, rows.device)
+            noise: Tensor = traced_rows(str(self.seed), self.index, spec.name, rows, width, version)
         else:
-            key = noise_key(self.seed, self.index, spec.name)
-        return _without_padding(normal_rows(key, rows, like.shape[1]), spec, rows)
+            noise = rows_of(noise_key(self.seed, self.index, spec.name, version), rows, width, version)
+        return _without_padding(noise, spec, rows)
 
 
 class TracedDraw:
@@ -175,27 +193,32 @@ def _without_padding(eps: Tensor, spec: TensorSpec, rows: Tensor) -> Tensor:
     return eps.masked_fill((rows == spec.padding_idx)[:, None], 0.0)
 
 
-def noise_key(seed: int, index: int, name: str) -> int:
-    """Return the 64-bit key of one tensor's noise in one draw.
+def noise_key(seed: int, index: int, name: str, version: int = NOISE_VERSION) -> int:
+    """Return the key of one tensor's noise in one draw: of 128 bits, of 64 before version 3.
 
     Args:
         seed: of the sequence of draws.
         index: of the draw in the sequence, from 0.
         name: of the tensor in the unwrapped model.
+        version: of the noise, see `bayeformers.sampling.generators`.
     """
-    digest = hashlib.blake2b(f"{seed}/{index}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    text = f"{seed}/{index}/{name}"
+    if version >= 3:
+        return philox.key_of(text)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def normal(key: int, shape: Sequence[int], device: torch.device, version: int = NOISE_VERSION) -> Tensor:
-    """Return N(0, 1) in float32, from a generator that is seeded with the key and used once.
+    """Return N(0, 1) in float32, a function of the key alone.
 
     Args:
-        key: 64 bits, from :func:`noise_key`.
+        key: from :func:`noise_key`, of the same version.
         shape: of the result, in any number of axes.
-        device: where the generator runs.
+        device: of the result.
         version: of the noise, see `bayeformers.sampling.generators`.
     """
+    if version >= 3:
+        return philox.normal(key, tuple(shape), device)
     generator = keyed_generator(key, device, version)
     return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
@@ -212,7 +235,7 @@ def traced_normal(seed: str, index: int, name: str, shape: list[int], device: to
         device: where the generator runs.
         version: of the noise, see `bayeformers.sampling.generators`.
     """
-    return normal(noise_key(int(seed), index, name), shape, device, version)
+    return normal(noise_key(int(seed), index, name, version), shape, device, version)
 
 
 @traced_normal.register_fake
@@ -220,52 +243,55 @@ def _(seed: str, index: int, name: str, shape: list[int], device: torch.device, 
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
-@torch.library.custom_op("bayeformers::noise_key", mutates_args=())
-def traced_key(seed: str, index: int, name: str, device: torch.device) -> Tensor:
-    """Return :func:`noise_key` as :func:`normal_rows` takes it from a compiler: two int32 values (2,).
+@torch.library.custom_op("bayeformers::normal_rows", mutates_args=())
+def traced_rows(seed: str, index: int, name: str, rows: Tensor, width: int, version: int) -> Tensor:
+    """Return :func:`rows_of` of :func:`noise_key`, opaque to a compiler.
 
     Args:
         seed: of the sequence of draws, as text, for it may have over 63 bits.
         index: of the draw in the sequence, from 0.
         name: of the tensor in the unwrapped model.
-        device: where the two values lie.
+        rows: row numbers (n,).
+        width: columns of the table.
+        version: of the noise, see `bayeformers.sampling.generators`.
     """
-    key = noise_key(int(seed), index, name)
-    return torch.tensor([_signed(key & _INT32), _signed(key >> 32)], dtype=torch.int32, device=device)
+    return rows_of(noise_key(int(seed), index, name, version), rows, width, version)
 
 
-@traced_key.register_fake
-def _(seed: str, index: int, name: str, device: torch.device) -> Tensor:
-    return torch.empty(2, device=device, dtype=torch.int32)
+@traced_rows.register_fake
+def _(seed: str, index: int, name: str, rows: Tensor, width: int, version: int) -> Tensor:
+    return torch.empty(*rows.shape, width, device=rows.device, dtype=torch.float32)
 
 
-def signs(key: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return independent fair signs, -1 or 1, in float32.
+def rows_of(key: int, rows: Tensor, width: int, version: int = NOISE_VERSION) -> Tensor:
+    """Return N(0, 1) of the given rows of a table, without the rest of it.
 
     Args:
-        key: 64 bits, from :func:`noise_key`.
-        shape: of the result, in any number of axes.
-        device: where the generator runs.
+        key: from :func:`noise_key`, of the same version.
+        rows: row numbers, any integer dtype.
+        width: columns of the table.
+        version: of the noise, see `bayeformers.sampling.generators`.
+
+    Shape: ``rows`` (n,) -> (n, width), float32.
     """
-    generator = keyed_generator(key, device)
-    return torch.randint(2, tuple(shape), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+    return philox.normal_rows(key, rows, width) if version >= 3 else normal_rows(key, rows, width)
 
 
-def normal_rows(key: int | Tensor, rows: Tensor, width: int) -> Tensor:
-    """Return N(0, 1) of the given rows of a table, without the rest of the table: element (r, c) hashes (key, r, c).
+def normal_rows(key: int, rows: Tensor, width: int) -> Tensor:
+    """Return N(0, 1) of rows of a table before version 3, without the rest of it: element (r, c) hashes (key, r, c).
 
     Two rounds of a 32-bit mixer (Wellons' lowbias32) with 64 bits of state per row, then the inverse normal CDF of the
     upper 24 bits; |values| < 5.3. Element by element, so a row's noise does not depend on the other rows asked for.
 
     Args:
-        key: from :func:`noise_key`, or two int32 values (2,) as a tensor.
+        key: 64 bits, from :func:`noise_key`.
         rows: row numbers, any integer dtype.
         width: columns of the table.
 
     Shape: ``rows`` (n,) -> (n, width), float32.
     """
     device = rows.device
-    low, high = (key[0], key[1]) if isinstance(key, Tensor) else (_signed(key & _INT32), _signed(key >> 32 & _INT32))
+    low, high = _signed(key & _INT32), _signed(key >> 32 & _INT32)
     row = rows.to(torch.int32)
     first, second = _mix(row ^ low), _mix(_mix(row ^ high) ^ low)
     column = torch.arange(width, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9))

@@ -245,7 +245,7 @@ class DrawScope:
 
 def fresh_key() -> int:
     """The seed of a training draw, from torch's default generator: ranks differ."""
-    return noise_key(_fresh_seed(), _rank(), "training")
+    return noise_key(_fresh_seed(), _rank(), "training", version=2)
 
 
 def _fresh_seed() -> int:

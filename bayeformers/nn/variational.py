@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..distributions import scale_from_rho, unit_of
-from ..distributions.diagonal_normal import scale_slope
+from ..distributions.diagonal_normal import block_scale_into, scale_into, slope_into
+from ..sampling import philox
 from .noise import Draw as Draw
 from .noise import Kept, TracedDraw
 from .noise import TensorSpec as TensorSpec
+
+_BLOCK = 2**16  # what is computed of so many elements stays in cache
 
 Rows = slice | Tensor
 """A slice of a tensor's first axis, or row numbers (n,) of a table."""
@@ -115,9 +118,28 @@ class Variational:
             return sample(self.loc, self.rho, self.noise, self.floor)
         kept = self._kept()
         if kept is None or kept.made is not None:
-            kept = Kept(self._stamp(), sample(self.loc, self.rho, self.noise, self.floor))
+            kept = Kept(self._stamp(), self._sample_in_blocks())
             self.draw.kept[self.spec.name] = kept  # type: ignore[index]
         return kept.value
+
+    def _sample_in_blocks(self) -> Tensor:
+        """:func:`sample`, bit for bit, without the whole noise in memory where that can be."""
+        blocks = None
+        if _is_plain(self.loc, self.rho):
+            blocks = self.draw.blocks(self.spec, self.loc)  # type: ignore[union-attr]
+        if blocks is None:
+            return sample(self.loc, self.rho, self.noise, self.floor)
+        value, scratch = torch.empty_like(self.loc), torch.empty(min(philox.BLOCK, self.loc.numel()))
+        loc, rho, flat = self.loc.view(-1), self.rho.view(-1), value.view(-1)
+        for part, eps in blocks:
+            if self.floor is None and loc.dtype == rho.dtype == torch.float32:
+                noise = block_scale_into(scratch[: len(eps)], rho[part]).mul_(eps)
+                torch.add(noise, loc[part], out=flat[part])
+            else:
+                flat[part] = sample(loc[part], rho[part], eps, self.floor)
+        if self.spec.padding_idx is not None:
+            value[self.spec.padding_idx] = self.loc[self.spec.padding_idx]
+        return value
 
     def sample_rows(self, rows: Tensor) -> Tensor:
         """Return rows of :meth:`sample`, bit for bit, at the cost of those rows: (n,) -> (n, width).
@@ -217,6 +239,39 @@ def _sampled(loc: Tensor | None, rho: Tensor, eps: Tensor, dtype: torch.dtype) -
     return value
 
 
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are contiguous tensors of the CPU's memory, and nothing that stands in for a tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def _by_blocks(
+    function: Callable[..., Tensor], dtype: torch.dtype, out_dtype: torch.dtype, *tensors: Tensor | None
+) -> Tensor:
+    """``function`` of all elements, one by one, in blocks that stay in cache; ``dtype`` is its working memory's."""
+    like = next(tensor for tensor in tensors if tensor is not None)
+    if like.numel() <= _BLOCK or not _is_plain(*tensors):
+        return function(None, *tensors)
+    value = torch.empty(like.shape, dtype=out_dtype)
+    scratch = None if dtype == out_dtype else torch.empty(_BLOCK, dtype=dtype)
+    flat, parts = value.view(-1), [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    for start in range(0, like.numel(), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        memory = flat[part] if scratch is None else scratch[: len(flat[part])]
+        done = function(memory, *(None if tensor is None else tensor[part] for tensor in parts))
+        if scratch is not None:
+            flat[part] = done
+    return value
+
+
 class _Sample(torch.autograd.Function):
     """Saves rho and eps only; the chain of elementwise operations would keep three more tensors per weight."""
 
@@ -225,8 +280,13 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(loc: Tensor | None, rho: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
         wider = torch.promote_types(torch.promote_types(rho.dtype, dtype), torch.float32)
-        noise = scale_from_rho(rho.to(wider)).mul_(eps).to(dtype)
-        return noise if loc is None else noise.add_(loc)  # not fused: rounding would depend on the position
+
+        def moved(out: Tensor | None, loc: Tensor | None, rho: Tensor, eps: Tensor) -> Tensor:
+            rho = rho.to(wider)
+            noise = (scale_into(out, rho) if out is None else block_scale_into(out, rho)).mul_(eps).to(dtype)
+            return noise if loc is None else noise.add_(loc)  # not fused: rounding would depend on the position
+
+        return _by_blocks(moved, wider, dtype, loc, rho, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, Tensor, Tensor, torch.dtype], output: Tensor) -> None:
@@ -240,7 +300,12 @@ class _Sample(torch.autograd.Function):
         grad_rho = None
         if ctx.needs_input_grad[1]:
             rho, eps = ctx.saved_tensors
-            grad_rho = scale_slope(rho.to(ctx.dtype)).mul_(eps).mul_(grad).to(rho.dtype)
+            dtype = rho.dtype
+
+            def chained(out: Tensor | None, rho: Tensor, eps: Tensor, grad: Tensor) -> Tensor:
+                return slope_into(out, rho.to(ctx.dtype)).mul_(eps).mul_(grad).to(dtype)
+
+            grad_rho = _by_blocks(chained, ctx.dtype, dtype, rho, eps, grad)
         return (grad if ctx.needs_input_grad[0] else None), grad_rho, None, None
 
 
@@ -259,4 +324,4 @@ class _Variance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (rho,) = ctx.saved_tensors
-        return scale_slope(rho).mul_(scale_from_rho(rho)).mul_(2).mul_(grad)
+        return slope_into(None, rho).mul_(scale_from_rho(rho)).mul_(2).mul_(grad)

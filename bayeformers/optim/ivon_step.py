@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number
+from ..sampling import philox
 from ..sampling.generators import keyed_generator
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -147,15 +148,18 @@ def normal(
     Args:
         name: of which the numbers are a function.
         shapes: of the results.
-        device: of the results; types of devices have numbers of their own.
+        device: of the results; before version 3 types of devices have numbers of their own.
         dtype: of the results.
         noise_version: how the numbers follow from the name, see `bayeformers.sampling.generators`.
     """
     shapes = list(shapes)
     sizes = [shape.numel() for shape in shapes]
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
-    generator = keyed_generator(key, device, noise_version)
-    values = torch.randn(sum(sizes), dtype=dtype, device=device, generator=generator)
+    if noise_version >= 3:
+        values = philox.normal(philox.key_of(name), (sum(sizes),), device).to(dtype)
+    else:
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+        generator = keyed_generator(key, device, noise_version)
+        values = torch.randn(sum(sizes), dtype=dtype, device=device, generator=generator)
     return [piece.view(shape) for piece, shape in zip(torch.split(values, sizes), shapes, strict=True)]
 
 

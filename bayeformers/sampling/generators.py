@@ -14,10 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-NOISE_VERSION = 2
+from . import philox
+
+NOISE_VERSION = 3
 """Of every stateless draw: raise it with any change that changes the draws of saved posteriors.
 
-1: on a CPU the low 32 bits of a key seed the generator. 2: all 64 bits do.
+1: on a CPU the low 32 bits of a key seed torch's generator. 2: all 64 bits do. 3: there is no generator, but a counter,
+see `bayeformers.sampling.philox`.
 """
 
 _WORDS, _OFFSET, _BYTES = 624, 3, 5056  # of the Mersenne twister's state, in torch's 64-bit words
@@ -32,7 +35,7 @@ def check_noise_version(version: object, name: str = "noise_version") -> int:
 
 
 def keyed_generator(key: int, device: torch.device, version: int = NOISE_VERSION) -> torch.Generator:
-    """A generator whose state is a function of ``key`` alone.
+    """A generator whose state is a function of ``key`` alone: for noise before version 3, and where none is saved.
 
     Args:
         key: a whole number of 64 bits, >= 0.
@@ -62,12 +65,14 @@ def normal_of(
     """Return standard normal values that are a function of a text alone.
 
     Args:
-        key: the text, of which 64 bits of a hash seed a generator.
+        key: the text, whose hash is the key of the noise.
         shape: of the result.
-        device: where the generator runs.
+        device: of the result.
         dtype: of the values.
         version: see `NOISE_VERSION`.
     """
+    if version >= 3:
+        return philox.normal(philox.key_of(key), tuple(shape), torch.device(device)).to(dtype)
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     generator = keyed_generator(number, torch.device(device), version)
     return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)

@@ -157,7 +157,7 @@ def test_configuration_file(tmp_path: Path) -> None:
     assert saved["architectures"] == ["BertForSequenceClassification"]
     bayesian = saved["bayesian"]
     assert bayesian["prior"] == {"type": "normal", "std": 0.3, "centre": "pretrained"}
-    assert (bayesian["version"], bayesian["noise_version"], bayesian["delta"], bayesian["freeze"]) == (1, 2, 0.2, True)
+    assert (bayesian["version"], bayesian["noise_version"], bayesian["delta"], bayesian["freeze"]) == (1, 3, 0.2, True)
     assert bayesian["modules"]["bert.pooler.dense"] == "Linear" and bayesian["modules_to_save"] == ["classifier"]
 
 

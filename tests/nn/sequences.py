@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import bayeformers.nn as bnn
 from bayeformers.nn.variational import Draw
-from tests.reference import dense_noise, key_of, keyed_generator, sigma
+from tests.reference import dense_noise, key_of, sigma, signs_of
 
 FORMS = ("batched", "unbatched", "packed sorted", "packed")
 
@@ -134,13 +134,7 @@ def signs_of_draw(layer: Any, draw: Draw, name: str, examples: int) -> Tensor:
     """t_b r_b^T of a weight, or t_b of the bias that is added to its product: (examples, *shape)."""
     owner = name.replace("bias_", "weight_")
     axes = [
-        torch.randint(
-            2,
-            (examples, size),
-            generator=keyed_generator(key_of(draw.seed, draw.index, f"{owner}/signs{axis}")),
-        )
-        * 2.0
-        - 1
+        signs_of(key_of(draw.seed, draw.index, f"{owner}/signs{axis}"), (examples, size))
         for axis, size in enumerate(layer.get_parameter(owner).shape)
     ]
     return (axes[0] if name != owner else axes[0][:, :, None] * axes[1][:, None]).double()

@@ -133,10 +133,11 @@ def test_a_held_draw_is_made_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch
     model, inputs = converted("gpt2-lm")
     model.eval()
     made: list[str] = []
-    own = noise.Draw._make_noise
-    monkeypatch.setattr(
-        noise.Draw, "_make_noise", lambda self, spec, like: made.append(spec.name) or own(self, spec, like)
-    )
+    for name in ("_make_noise", "blocks"):
+        own = getattr(noise.Draw, name)
+        monkeypatch.setattr(
+            noise.Draw, name, lambda self, spec, like, own=own: made.append(spec.name) or own(self, spec, like)
+        )
     with fixed_draw(model, 0):
         first = generate(model, inputs, do_sample=False)
         generate(model, inputs, do_sample=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -115,13 +116,15 @@ def made_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from bayeformers.nn.variational import Draw
 
     made: list[str] = []
-    original = Draw._make_noise
 
-    def counting(self: Draw, spec: Any, loc: Tensor) -> Tensor:
-        made.append(spec.name)
-        return original(self, spec, loc)
+    def counting(original: Any, self: Draw, spec: Any, loc: Tensor) -> Any:
+        value = original(self, spec, loc)
+        if value is not None:
+            made.append(spec.name)
+        return value
 
-    monkeypatch.setattr(Draw, "_make_noise", counting)
+    for name in ("_make_noise", "blocks"):
+        monkeypatch.setattr(Draw, name, functools.partialmethod(functools.partial(counting, getattr(Draw, name))))
     return made
 
 
@@ -130,7 +133,7 @@ def test_draws_are_made_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) ->
     posterior = VariationalPosterior(converted(this, ("last", "head")))
     made = made_weights(monkeypatch)
     first = outputs(posterior, this.inputs())
-    assert len(made) == len(set(made)) * 3
+    assert made and len(made) == len(set(made)) * 3
     made.clear()
     assert all(map(torch.equal, outputs(posterior, this.inputs()), first))
     assert not made

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bayeformers import to_bayesian
-from bayeformers.nn.noise import signs
 from bayeformers.quantization import quantize
+from bayeformers.sampling.philox import signs
 from tests.quantization.networks import LAYERS, Named, bert, images, probs, sentences
 
 pytestmark = pytest.mark.filterwarnings("error")
