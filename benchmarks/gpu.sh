@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one GPU: with several, the Trainer asks for a launcher
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python

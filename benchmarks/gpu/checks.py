@@ -27,13 +27,12 @@ from bayeformers.nn import variational_tensors
 from bayeformers.nn.draws import bayesian_modules
 from bayeformers.nn.noise import Draw
 from bayeformers.processes import gathered, summed
-from bayeformers.sampling.generators import NOISE_VERSION
+from bayeformers.sampling import philox
 from bayeformers.sampling.random_state import all_equal, preserved, rng_state, set_rng_state
 
 from .setup import Inputs, Setup, Skipped, bayesian, bert, compilable, llama, optimizer, twins
 
 Numbers = dict[str, float]
-SAME_ON_ALL_DEVICES = 3  # the noise version from which a draw is the same on CPU and GPU
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -65,11 +64,6 @@ def rho_gradients(model: nn.Module) -> Tensor:
     return torch.cat([tensor.rho.grad.flatten() for tensor in variational_tensors(model)])
 
 
-def need_equal_noise() -> None:
-    if NOISE_VERSION < SAME_ON_ALL_DEVICES:
-        raise Skipped(f"noise version {NOISE_VERSION} is another stream on each kind of device")
-
-
 # --- Draws -----------------------------------------------------------------------------------------------------------
 def mean_equals_cpu(setup: Setup) -> Numbers:
     """Logits, KL and its gradient at the posterior mean."""
@@ -85,7 +79,6 @@ def mean_equals_cpu(setup: Setup) -> Numbers:
 
 def draws_equal_cpu(setup: Setup) -> Numbers:
     """Noise bit for bit, hence logits and gradients of a held draw up to rounding."""
-    need_equal_noise()
     cpu, device, inputs = twins(setup)
     moved = setup.moved(inputs)
     for index in (0, 1, 1_000_003):
@@ -96,6 +89,19 @@ def draws_equal_cpu(setup: Setup) -> Numbers:
         cpu(**inputs).loss.backward()
         device(**moved).loss.backward()
     return below(1e-3, logits=found, gradient=error(rho_gradients(device), rho_gradients(cpu)))
+
+
+def noise_of_device(setup: Setup) -> Numbers:
+    """The noise that a GPU computes, whole and by rows far apart, bit for bit that of the CPU; with tails."""
+    key, shape = philox.key_of("a tensor"), (50, 33) if setup.tiny else (4096, 1023)
+    whole = philox.normal(key, shape, torch.device("cpu"))
+    words, first = philox.words_of(key, setup.device), torch.zeros(1, dtype=torch.int64, device=setup.device)
+    assert torch.equal(philox.traced_rows(words, first, whole.numel()).cpu().view(shape), whole)
+    assert torch.equal(philox.normal(key, shape, setup.device).cpu(), whole)
+    rows = torch.tensor([0, 3, 2**20, 2**40])
+    found = philox.traced_rows(words, rows.to(setup.device), 77).cpu()
+    assert torch.equal(found, philox.normal_rows(key, rows, 77)), "rows"
+    return {"elements": whole.numel(), "largest": float(whole.abs().max())}
 
 
 def draws_repeat(setup: Setup) -> Numbers:
@@ -116,14 +122,14 @@ def draws_repeat(setup: Setup) -> Numbers:
 
 
 def prediction(setup: Setup) -> Numbers:
-    """Averaged probabilities sum to one, with an epistemic part; where noise is equal they are the CPU's."""
+    """Averaged probabilities are the CPU's, sum to one, and have an epistemic part."""
     cpu, device, inputs = twins(setup)
     found = predict(device, setup.moved(inputs), num_samples=8)
     assert bool((found.mutual_information > 0).all())
-    numbers = {"sum": float((found.mean_log_probs.exp().sum(-1) - 1).abs().max())}
-    if NOISE_VERSION >= SAME_ON_ALL_DEVICES:
-        numbers["to the CPU's"] = error(found.mean_log_probs, predict(cpu, inputs, num_samples=8).mean_log_probs)
-    return below(1e-3, **numbers)
+    total = float((found.mean_log_probs.exp().sum(-1) - 1).abs().max())
+    return below(
+        1e-3, sum=total, log_probs=error(found.mean_log_probs, predict(cpu, inputs, num_samples=8).mean_log_probs)
+    )
 
 
 def random_state(setup: Setup) -> Numbers:
