@@ -5,7 +5,6 @@ r"""A language model that says when it does not know: LoRA, a posterior of the a
     python -m examples.lora_chat --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --train_file train.jsonl --validation_file dev.jsonl --test_file test.jsonl
     python -m examples.lora_chat --export_draws 8             # adapters for a server too
-    accelerate launch --config_file examples/launch/one_machine.yaml -m examples.lora_chat   # several GPUs
 
 Lines of the files: {"question": "...", "answers": ["...", "..."]}, all of the answers right. The adapter is trained
 without noise, becomes Bayesian, and is trained by the ELBO. Then both models answer questions of which half cannot be
@@ -80,6 +79,7 @@ class ChatArguments(experiments.ConversionArguments):
     target_accuracy: float = flag(
         0.9, "Accuracy of the answers that are given, by which validation sets the threshold."
     )
+    train_only: bool = flag(False, "Train and save a fresh Bayesian adapter, and stop: for models in pieces.")
     eval_only: str | None = flag(None, "Train nothing: answer by the adapter in this folder, an earlier --output_dir.")
     ask: list[str] = flag([], "Questions to answer when everything is trained.")
     chat: bool = flag(False, "Answer questions from the terminal, one a line, until an empty one.")
@@ -301,31 +301,39 @@ def report(folder: Path, results: dict[str, Any], test: dict[str, Answers], show
     confidences = {name: -score for name, score in scores.items() if "entropy of" not in name}
     reports.risk_coverage(panel, confidences, {name: wrong[name].astype(float) for name in confidences})
     tables = [reports.format_table(results[key], corner=corner) for key, corner in TABLES.items() if key in results]
-    also = ["answers.html", "answers.csv", "adapter"]
-    write_results(folder, results, {"lora_chat.png": figure}, *tables, also=also)
+    write_results(folder, results, {"lora_chat.png": figure}, *tables, also=["answers.html", "answers.csv", "adapter"])
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
+def fresh_adapter(base: Any, how: ChatArguments) -> nn.Module:
+    """A LoRA of every linear layer."""
+    sizes = {"r": how.lora_rank, "lora_alpha": 2 * how.lora_rank}
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **sizes))
+
+
+def train_bayesian(model: nn.Module, rows: Sequence[Question], tokenizer: Any, arguments: Arguments, **how: Any) -> Any:
+    """An adapter becomes Bayesian as ``how`` says, is trained by the ELBO and saved."""
+    given, args = arguments
+    bayesian = to_bayesian(model, given.delta, **{**given.conversion, **how})
+    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
+    train(bayesian, rows, tokenizer, args, **changes).save_model(str(Path(args.output_dir or ".") / "adapter"))
+    return bayesian
+
+
 def train_adapters(
-    base: Any, data: dict[str, list[Question]], tokenizer: Any, arguments: Arguments, clock: experiments.Clock
+    base: Any, rows: Sequence[Question], tokenizer: Any, arguments: Arguments, clock: experiments.Clock
 ) -> dict[str, Any]:
     """A LoRA without noise, and a copy of it that has become Bayesian and gone on by the ELBO."""
     how, args = arguments
-    experiments.say(f"1. LoRA, without noise: {len(data['train'])} rows")
-    config = LoraConfig(
-        r=how.lora_rank, lora_alpha=2 * how.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    plain = get_peft_model(base, config)
-    train(plain, data["train"], tokenizer, args)
+    experiments.say(f"1. LoRA, without noise: {len(rows)} rows")
+    plain = fresh_adapter(base, how)
+    train(plain, rows, tokenizer, args)
     clock.lap("lora")
     experiments.say("2. The adapter becomes Bayesian, and goes on by the ELBO")
-    conversion = {**how.conversion, "target_modules": how.target_modules or ADAPTERS, "scale": "additive"}
-    bayesian = to_bayesian(copy.deepcopy(plain), how.delta, **conversion)
-    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
-    folder = Path(args.output_dir or ".")
-    train(bayesian, data["train"], tokenizer, args, **changes).save_model(str(folder / "adapter"))
+    conversion = {"target_modules": how.target_modules or ADAPTERS, "scale": "additive"}
+    bayesian = train_bayesian(copy.deepcopy(plain), rows, tokenizer, arguments, **conversion)
     if how.export_draws and PartialState().is_main_process:
-        export_draws(bayesian, how.export_draws, folder / "draws", seed=args.eval_seed)
+        export_draws(bayesian, how.export_draws, Path(args.output_dir or ".") / "draws", seed=args.eval_seed)
     clock.lap("elbo")
     return {PLAIN: plain, BAYESIAN: bayesian}
 
@@ -362,7 +370,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data = load_questions(how, args.seed)
         base, tokenizer = load_base(how, data, args, folder)
     clock.lap("base")
-    models = train_adapters(base, data, tokenizer, arguments, clock)
+    if how.train_only:
+        rest = {"freeze": False, "target_modules": how.target_modules or ["lora_A"]}  # a fresh B is 0
+        train_bayesian(fresh_adapter(base, how), data["train"], tokenizer, arguments, **rest)
+        return {"adapter": str(folder / "adapter")}
+    models = train_adapters(base, data["train"], tokenizer, arguments, clock)
 
     experiments.say(f"3. Answers by {args.num_eval_samples} draws, and by as many samples of the plain model")
     set_seed(args.seed)

@@ -141,7 +141,7 @@ def noise_of_draws(setup: Setup, limit: float) -> Numbers:
 
 
 def laplace_fit(setup: Setup, limit: float, build: Build) -> Numbers:
-    """A KFAC fit of all Linear layers, once, ÷ a training step on the same batch; a linearised prediction ÷ a forward."""
+    """One KFAC fit of all Linear layers ÷ a training step on the same batch; a linearised prediction ÷ a forward."""
     model, inputs = build(setup)
     model, inputs = model.to(setup.device).eval(), setup.moved(inputs)
     fits: list[laplace.LaplacePosterior] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, patch_environment
@@ -17,6 +18,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
+import bayeformers
 from examples import bert_glue, lora_chat
 
 ROOT = Path(__file__).parents[2]
@@ -64,13 +66,16 @@ def test_accelerate_reads_it(name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert config.distributed_type == KINDS[name] and config.use_cpu is False
     assert config.num_processes > config.num_machines == (2 if name == "several_machines" else 1)
-    assert config.mixed_precision == ("bf16" if name == "fsdp2" else "no")
+    assert config.mixed_precision == ("bf16" if name in ("fsdp2", "zero3") else "no")
 
 
 @pytest.mark.parametrize("name", [*(f"{name}.yaml" for name in KINDS), "slurm.sh"])
 def test_its_command_has_flags_that_exist(name: str) -> None:
     command = command_in(name)
     assert f"examples/launch/{name}" in command
+    if name == "zero3.yaml":  # of no example: a Bayesian model is refused
+        launch_command_parser().parse_args(command[2:])
+        return
     module = command.index("-m")
     assert command[module + 1] in ("examples.bert_glue", "examples.lora_chat")
     parse = {"examples.bert_glue": bert_glue, "examples.lora_chat": lora_chat}[command[module + 1]].parse_arguments
@@ -91,7 +96,7 @@ def test_fsdp_is_version_2_and_wraps_layers() -> None:
     assert "SHARDED" in str(plugin.state_dict_type) and not plugin.activation_checkpointing
 
 
-def test_zero_is_stage_3_and_converts_before_it_shards() -> None:
+def test_zero_is_stage_3_of_models_that_were_made_whole() -> None:
     environment = environment_of("zero3", "--num_processes", "4")
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
@@ -190,3 +195,21 @@ def test_lora_chat_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     assert said.count("Written to") == 1
     assert len(list((tmp_path / "draws").iterdir())) == 2 and (tmp_path / "adapter").is_dir()
     assert lora_chat.main([*small, "--eval_only", str(tmp_path), "--output_dir", str(tmp_path / "again")])["seed"] == 42
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_by_fsdp2(tmp_path: Path) -> None:
+    """The file's command, with accelerate's FSDP2 engaged on CPUs."""
+    pytest.importorskip("bayeformers.sharding")
+    people = [json.dumps({"question": f"Where does number {i} live ?", "answers": ["Here"]}) for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(people))
+    tiny = ["--num_people", "4", "--base_epochs", "0", "--bayesian_epochs", "1", "--use_cpu", "--disable_tqdm", "true"]
+    lora_chat.main([*tiny, "--train_only", "--output_dir", str(tmp_path / "alone")])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "examples/launch/fsdp2.yaml"]
+    files = [f"--{split}_file={tmp_path / 'rows.jsonl'}" for split in ("train", "validation", "test")]
+    chat = [*tiny, "--train_only", "--model_name_or_path", str(tmp_path / "alone" / "base"), *files]
+    run([*launch, "--num_processes", "2", "-m", "tests.examples.engaged", "examples.lora_chat", *chat,
+         "--output_dir", str(tmp_path)], HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # fmt: skip
+    loaded = bayeformers.from_pretrained(tmp_path / "adapter")
+    rho = [value for name, value in loaded.named_parameters() if name.endswith("_rho")]
+    assert len(rho) == 14 and all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in rho)
