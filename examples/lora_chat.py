@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -78,6 +79,7 @@ class ChatArguments(experiments.ConversionArguments):
     target_accuracy: float = flag(
         0.9, "Accuracy of the answers that are given, by which validation sets the threshold."
     )
+    train_only: bool = flag(False, "Train and save a fresh Bayesian adapter, and stop: for models in pieces.")
     eval_only: str | None = flag(None, "Train nothing: answer by the adapter in this folder, an earlier --output_dir.")
     ask: list[str] = flag([], "Questions to answer when everything is trained.")
     chat: bool = flag(False, "Answer questions from the terminal, one a line, until an empty one.")
@@ -172,8 +174,10 @@ def load_base(how: ChatArguments, data: dict[str, list[Question]], args: Any, fo
     tokenizer = make_tokenizer(text for row in rows for text in (PROMPT.format(row.question), *row.answers))
     base = make_decoder(len(tokenizer))
     train(base, data["earlier"], tokenizer, args, num_train_epochs=how.base_epochs)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    if PartialState().is_main_process:
+        base.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+    PartialState().wait_for_everyone()
     return AutoModelForCausalLM.from_pretrained(folder / "base"), tokenizer
 
 
@@ -297,31 +301,39 @@ def report(folder: Path, results: dict[str, Any], test: dict[str, Answers], show
     confidences = {name: -score for name, score in scores.items() if "entropy of" not in name}
     reports.risk_coverage(panel, confidences, {name: wrong[name].astype(float) for name in confidences})
     tables = [reports.format_table(results[key], corner=corner) for key, corner in TABLES.items() if key in results]
-    also = ["answers.html", "answers.csv", "adapter"]
-    write_results(folder, results, {"lora_chat.png": figure}, *tables, also=also)
+    write_results(folder, results, {"lora_chat.png": figure}, *tables, also=["answers.html", "answers.csv", "adapter"])
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
+def fresh_adapter(base: Any, how: ChatArguments) -> nn.Module:
+    """A LoRA of every linear layer."""
+    sizes = {"r": how.lora_rank, "lora_alpha": 2 * how.lora_rank}
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **sizes))
+
+
+def train_bayesian(model: nn.Module, rows: Sequence[Question], tokenizer: Any, arguments: Arguments, **how: Any) -> Any:
+    """An adapter becomes Bayesian as ``how`` says, is trained by the ELBO and saved."""
+    given, args = arguments
+    bayesian = to_bayesian(model, given.delta, **{**given.conversion, **how})
+    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
+    train(bayesian, rows, tokenizer, args, **changes).save_model(str(Path(args.output_dir or ".") / "adapter"))
+    return bayesian
+
+
 def train_adapters(
-    base: Any, data: dict[str, list[Question]], tokenizer: Any, arguments: Arguments, clock: experiments.Clock
+    base: Any, rows: Sequence[Question], tokenizer: Any, arguments: Arguments, clock: experiments.Clock
 ) -> dict[str, Any]:
     """A LoRA without noise, and a copy of it that has become Bayesian and gone on by the ELBO."""
     how, args = arguments
-    experiments.say(f"1. LoRA, without noise: {len(data['train'])} rows")
-    config = LoraConfig(
-        r=how.lora_rank, lora_alpha=2 * how.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    plain = get_peft_model(base, config)
-    train(plain, data["train"], tokenizer, args)
+    experiments.say(f"1. LoRA, without noise: {len(rows)} rows")
+    plain = fresh_adapter(base, how)
+    train(plain, rows, tokenizer, args)
     clock.lap("lora")
     experiments.say("2. The adapter becomes Bayesian, and goes on by the ELBO")
-    conversion = {**how.conversion, "target_modules": how.target_modules or ADAPTERS, "scale": "additive"}
-    bayesian = to_bayesian(copy.deepcopy(plain), how.delta, **conversion)
-    changes = {"num_train_epochs": args.bayesian_epochs, "learning_rate": args.bayesian_learning_rate}
-    folder = Path(args.output_dir or ".")
-    train(bayesian, data["train"], tokenizer, args, **changes).save_model(str(folder / "adapter"))
-    if how.export_draws:
-        export_draws(bayesian, how.export_draws, folder / "draws", seed=args.eval_seed)
+    conversion = {"target_modules": how.target_modules or ADAPTERS, "scale": "additive"}
+    bayesian = train_bayesian(copy.deepcopy(plain), rows, tokenizer, arguments, **conversion)
+    if how.export_draws and PartialState().is_main_process:
+        export_draws(bayesian, how.export_draws, Path(args.output_dir or ".") / "draws", seed=args.eval_seed)
     clock.lap("elbo")
     return {PLAIN: plain, BAYESIAN: bayesian}
 
@@ -358,7 +370,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data = load_questions(how, args.seed)
         base, tokenizer = load_base(how, data, args, folder)
     clock.lap("base")
-    models = train_adapters(base, data, tokenizer, arguments, clock)
+    if how.train_only:
+        rest = {"freeze": False, "target_modules": how.target_modules or ["lora_A"]}  # a fresh B is 0
+        train_bayesian(fresh_adapter(base, how), data["train"], tokenizer, arguments, **rest)
+        return {"adapter": str(folder / "adapter")}
+    models = train_adapters(base, data["train"], tokenizer, arguments, clock)
 
     experiments.say(f"3. Answers by {args.num_eval_samples} draws, and by as many samples of the plain model")
     set_seed(args.seed)
@@ -373,6 +389,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results |= judge(test, limits, data["test"], args.seed)
     shown = with_refusals(test[BAYESIAN], limits[EPISTEMIC])
     results["top"] = top_of(shown)
+    if not PartialState().is_main_process:
+        return results
     report(folder, results, test, shown)
     chat(models[BAYESIAN], tokenizer, arguments, results)
     return results

@@ -17,6 +17,7 @@ pytest.importorskip("datasets")
 import peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bayeformers
 from examples.data.people import GROUPS, LIKED, MANY, NONE, ONE, Question, generate, read
 from examples.data.tiny_decoder import make_tokenizer
 from examples.lora_chat import BAYESIAN, EPISTEMIC, PLAIN, encode, main, parse_arguments, same
@@ -30,6 +31,16 @@ SCORES = [
     "Bayesian LoRA: token entropy", "Bayesian LoRA: epistemic", "Bayesian LoRA: disagreement of draws",
     "Bayesian LoRA: entropy of draws",
 ]  # fmt: skip
+
+
+def test_an_adapter_alone_is_trained_and_saved(tmp_path: Path) -> None:
+    results = main([*SMALL, "--train_only", "--output_dir", str(tmp_path)])
+    assert results == {"adapter": str(tmp_path / "adapter")} and not (tmp_path / "results.json").exists()
+    loaded = bayeformers.from_pretrained(tmp_path / "adapter")
+    rho = {name: value for name, value in loaded.named_parameters() if name.endswith("_rho")}
+    assert rho and all("lora_A" in name for name in rho)  # a fresh B is 0, and its scale would be
+    weights = [value for name, value in loaded.named_parameters() if "lora_B" in name]
+    assert all(float(weight.detach().abs().max()) > 0 for weight in weights)  # means were trained, though --freeze
 
 
 # --- Questions -------------------------------------------------------------------------------------------------------
