@@ -5,8 +5,9 @@ FSDP2 keeps Parameters in parts but for the forward and backward of their module
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,29 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, gathered from the processes, which all have to ask for it; without gradient where it is split."""
-    return tensor.detach().full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    if not is_split(tensor):
+        return tensor
+    known = known_whole(tensor)
+    return tensor.detach().full_tensor() if known is None else known  # type: ignore[attr-defined, no-any-return]
+
+
+_known: dict[int, Tensor] = {}
+
+
+def known_whole(tensor: Tensor) -> Tensor | None:
+    """All of a split tensor where this process has it at hand, see :func:`knowing`."""
+    return _known.get(id(tensor))
+
+
+@contextlib.contextmanager
+def knowing(values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, :func:`whole` sends nothing for the split tensors with these ids, whose values are known."""
+    _known.update(values)
+    try:
+        yield
+    finally:
+        for key in values:
+            _known.pop(key, None)
 
 
 def split_like(value: Tensor, tensor: Any) -> Tensor:

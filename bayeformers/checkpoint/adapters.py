@@ -32,6 +32,8 @@ from ..nn.base import WIDE_BUFFERS, BayesianModule, is_bayesian
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior
 from ..posteriors.files import saved_kinds
+from ..sharding import is_sharded
+from ..sharding.gathering import gathered, is_gathered
 from ..storage import write
 
 TENSORS, CONFIG, PEFT_CONFIG = "bayesian_tensors.safetensors", "bayesian_config.json", "adapter_config.json"
@@ -125,6 +127,11 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if is_sharded(self) and not is_gathered(self) and "state_dict" not in given:
+            with gathered(self, adapters_only=True) as writes_here:
+                if writes_here:
+                    self.save_pretrained(save_directory, *args, **kwargs)
+            return
         writes = given.get("is_main_process", True) and not Path(save_directory).is_file()
         if writes:
             write_guarantees(self, Path(save_directory))
@@ -145,7 +152,9 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(type(p).__name__ in ("DTensor", "FlatParameter") or hasattr(p, "ds_shape") for p in model.parameters())
+    """In a way that leaves its adapters in parts here: by DeepSpeed, FSDP1, or with a state that was gathered before."""
+    kinds = ("FlatParameter",) if is_gathered(model) else ("DTensor", "FlatParameter")
+    return any(type(p).__name__ in kinds or hasattr(p, "ds_shape") for p in model.parameters())
 
 
 def write_posterior(model: Any, folder: Path, adapters: list[str]) -> None:

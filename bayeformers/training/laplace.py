@@ -196,10 +196,11 @@ class LaplaceTrainer(MonteCarloTrainer):
                 "`fit_laplace` cannot read layers inside nn.DataParallel: pass `model.module`, and start one process "
                 "per GPU with `accelerate launch your_script.py`."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        is_old = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        if is_old or self.is_deepspeed_enabled:
             raise ValueError(
-                "`fit_laplace` needs whole parameters, which FSDP and DeepSpeed shard. Save the model, and fit it in a "
-                "run without them: `accelerate launch --multi_gpu your_script.py`."
+                "`fit_laplace` needs whole parameters in the forward, which FSDP1 and DeepSpeed shard. Use FSDP2, or "
+                "save the model, and fit it without them: `accelerate launch --multi_gpu your_script.py`."
             )
         likelihood_of(self.model)  # a head whose labels are positions has none
 
