@@ -52,7 +52,12 @@ def shard(
     Raises:
         ValueError: ``model`` is sharded already.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     if is_sharded(model):
         raise ValueError(f"`model` ({type(model).__name__}) is sharded already: call `separate_scales(model)` only.")
@@ -65,6 +70,8 @@ def shard(
     for layer in blocks(model) if layers is None else layers:
         fully_shard(layer, **options)  # type: ignore[call-overload]
     fully_shard(model, **options)  # type: ignore[call-overload]
+    if hasattr(model, "peft_config") and hasattr(model, "generate"):  # it calls the model inside, not itself
+        register_fsdp_forward_method(model, "generate")
     return separate_scales(model)
 
 

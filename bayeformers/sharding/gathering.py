@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ _here: dict[int, bool] = {}  # the ids of modules whose weights are gathered, an
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module, *, adapters_only: bool = False) -> Iterator[bool]:
+def gathered(model: nn.Module, *, adapters_only: bool = False, also: Iterable[Tensor] = ()) -> Iterator[bool]:
     """Inside, the first process has the weights whole, as plain Parameters in the host's memory: it can save them.
 
     All processes have to enter; the others get False and wait at the end, and they fail if the first one does. A model
@@ -37,16 +37,18 @@ def gathered(model: nn.Module, *, adapters_only: bool = False) -> Iterator[bool]
     Args:
         model: sharded by FSDP2.
         adapters_only: gather what PEFT and a conversion have added, and leave the base model in parts.
+        also: tensors of the base model to gather too.
 
     Raises:
         RuntimeError: saving failed in the first process.
     """
-    places = [] if is_gathered(model) else _places(model, adapters_only)
+    if not is_gathered(model):
+        reshard(model)
+    wanted = {id(tensor) for tensor in also} | _added(model) if adapters_only else None
+    places = [] if is_gathered(model) else _places(model, wanted)
     if not places:
         yield _here.get(id(model), True)
         return
-    reshard(model)
-    places = _places(model, adapters_only)
     is_first = process_index() == 0
     plain = _gather(places, is_first)
     error: BaseException | None = None
@@ -73,8 +75,7 @@ def gathered(model: nn.Module, *, adapters_only: bool = False) -> Iterator[bool]
             raise RuntimeError(f"The model was not saved: {next(filter(None, told))} in another process.")
 
 
-def _places(model: nn.Module, adapters_only: bool) -> list[Place]:
-    kept = _added(model) if adapters_only else None
+def _places(model: nn.Module, kept: set[int] | None) -> list[Place]:
     found: list[Place] = []
     for module in model.modules():
         for holder in (module._parameters, module._buffers):
