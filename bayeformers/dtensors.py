@@ -23,7 +23,7 @@ def is_split(tensor: object) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of it, with its gradient; a plain tensor is its own part."""
-    return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_split(tensor):
         return tensor
     known = known_whole(tensor)
-    return tensor.detach().full_tensor() if known is None else known  # type: ignore[attr-defined, no-any-return]
+    return tensor.detach().full_tensor() if known is None else known  # type: ignore[attr-defined]
 
 
 _known: dict[int, Tensor] = {}
@@ -54,7 +54,7 @@ def knowing(values: Mapping[int, Tensor]) -> Iterator[None]:
 
 
 def split_like(value: Tensor, tensor: Any) -> Tensor:
-    """``value``, which every process has whole, split as ``tensor`` is; nothing is sent.
+    """Return ``value``, which every process has whole, split as ``tensor`` is; nothing is sent.
 
     Shape: that of ``tensor``, whole.
     """
@@ -77,7 +77,7 @@ def write(tensor: Tensor, value: Tensor) -> None:
 
 
 def first_row(tensor: Any) -> int:
-    """The row of the whole tensor with which this process's part begins; its rows are neighbours.
+    """Return the row of the whole tensor with which this process's part begins; its rows are neighbours.
 
     Raises:
         NotImplementedError: they are not, as where tensor parallelism and FSDP both split the rows.

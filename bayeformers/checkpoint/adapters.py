@@ -129,7 +129,8 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         if is_sharded(self) and not is_gathered(self) and "state_dict" not in given:
-            with gathered(self, adapters_only=True, also=_probed(self.get_base_model(), None).values()) as writes_here:
+            told = _probed(self.get_base_model(), None).values()
+            with gathered(self, adapters_only=True, also=told) as writes_here:
                 if writes_here:
                     self.save_pretrained(save_directory, *args, **kwargs)
             return
@@ -153,7 +154,7 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """In a way that leaves its adapters in parts here: by DeepSpeed, FSDP1, or with a state that was gathered before."""
+    """In a way that leaves its adapters in parts here: by DeepSpeed, FSDP1, or with a state gathered before."""
     kinds = ("FlatParameter",) if is_gathered(model) else ("DTensor", "FlatParameter")
     return any(type(p).__name__ in kinds or hasattr(p, "ds_shape") for p in model.parameters())
 

@@ -147,7 +147,10 @@ def holding(deviation: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """The model with ``deviation`` added to its weights, until exit; they come back bit by bit."""
     kept = {parameter: parameter.detach().clone() for parameter in deviation}
     try:
-        _copy({parameter: kept[parameter] + split_like(moved.to(parameter), parameter) for parameter, moved in deviation.items()})
+        _copy({
+            parameter: kept[parameter] + split_like(moved.to(parameter), parameter)
+            for parameter, moved in deviation.items()
+        })
         yield
     finally:
         _copy(kept)

@@ -22,7 +22,7 @@ Take = Callable[[Tensor, Tensor], Tensor]
 
 
 def noise_of_part(draw: Draw, spec: TensorSpec, tensor: Tensor) -> Tensor:
-    """N(0, 1) of this process's part of a tensor: what the whole has there, on however many processes.
+    """Return N(0, 1) of this process's part of a tensor: what the whole has there, on however many processes.
 
     Args:
         draw: which noise.
@@ -127,7 +127,7 @@ def own_parts(tensors: Iterable[NamedVariational]) -> list[NamedVariational]:
 
 
 def total(tensors: Sequence[NamedVariational], values: Sequence[Tensor]) -> Tensor:
-    """The sum of one value per tensor: those of parts are summed over the processes, in one message.
+    """Return the sum of one value per tensor: those of parts are summed over the processes, in one message.
 
     Args:
         tensors: as `own_parts` gives them.
@@ -142,7 +142,7 @@ def total(tensors: Sequence[NamedVariational], values: Sequence[Tensor]) -> Tens
 
 
 def summed_moment(tensors: Sequence[NamedVariational], value: Tensor, count: int) -> tuple[Tensor, int]:
-    """A sum over the weights of tensors of one layer and their number, over all processes.
+    """Return a sum over the weights of tensors of one layer, and their number, over all processes.
 
     Args:
         tensors: as `own_parts` gives them, split alike or whole.

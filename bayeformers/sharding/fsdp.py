@@ -1,8 +1,8 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`) of a Bayesian model: scales in groups of their own, and layers added late.
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`) of a Bayesian model: groups of their own for scales.
 
-A group of FSDP2's is gathered as a whole and in one dtype: that of its `MixedPrecisionPolicy`, which suits means and not
-scales. torch has no public way to give some Parameters of a module another policy, so this file reads the state that
-`fully_shard` keeps, and nothing else of the package does.
+A group of FSDP2's is gathered as a whole and in one dtype: that of its `MixedPrecisionPolicy`, which suits means and
+not scales. torch has no public way to give some Parameters of a module another policy, so this file reads the state
+that `fully_shard` keeps, and nothing else of the package does.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def shard(
 
     if is_sharded(model):
         raise ValueError(f"`model` ({type(model).__name__}) is sharded already: call `separate_scales(model)` only.")
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy() if mp_policy is None else mp_policy,
         "offload_policy": OffloadPolicy() if offload_policy is None else offload_policy,
         "reshard_after_forward": reshard_after_forward,
     }
     for layer in blocks(model) if layers is None else layers:
-        fully_shard(layer, **options)  # type: ignore[call-overload]
-    fully_shard(model, **options)  # type: ignore[call-overload]
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
     if hasattr(model, "peft_config") and hasattr(model, "generate"):  # it calls the model inside, not itself
         register_fsdp_forward_method(model, "generate")
     return separate_scales(model)

@@ -39,6 +39,9 @@ def gathered(model: nn.Module, *, adapters_only: bool = False, also: Iterable[Te
         adapters_only: gather what PEFT and a conversion have added, and leave the base model in parts.
         also: tensors of the base model to gather too.
 
+    Yields:
+        Whether this process has the weights.
+
     Raises:
         RuntimeError: saving failed in the first process.
     """
@@ -78,7 +81,8 @@ def gathered(model: nn.Module, *, adapters_only: bool = False, also: Iterable[Te
 def _places(model: nn.Module, kept: set[int] | None) -> list[Place]:
     found: list[Place] = []
     for module in model.modules():
-        for holder in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
             found += [(holder, n, t) for n, t in holder.items() if is_split(t) and (kept is None or id(t) in kept)]
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,15 +14,14 @@ from ..dtensors import is_split, reshard, whole
 from ..nn.base import bayesian_modules
 from .fsdp import add_group, drop_removed, is_sharded, separate_scales, states
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
-def keeps_sharding(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
+def keeps_sharding(function: F) -> F:
     """Let ``function(model, ...)``, which changes the classes and tensors of layers, do so in a sharded model too."""
 
     @functools.wraps(function)
-    def on_parts(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
+    def on_parts(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if not isinstance(model, nn.Module) or not is_sharded(model):
             return function(model, *args, **kwargs)
         reshard(model)
@@ -33,7 +32,7 @@ def keeps_sharding(function: Callable[Concatenate[nn.Module, P], T]) -> Callable
         separate_scales(model)
         return result
 
-    return on_parts
+    return cast(F, on_parts)
 
 
 @contextlib.contextmanager
@@ -44,14 +43,14 @@ def _original_classes(model: nn.Module) -> Iterator[None]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    changed = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    changed: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in changed:
         module.__class__ = next(kind for kind in type(module).__mro__[1:] if not issubclass(kind, FSDPModule))
     try:
         yield
     finally:
         for module in changed:
-            module.__class__ = _of_fsdp(type(module))
+            module.__class__ = _of_fsdp(cast(Any, type(module)))
 
 
 @functools.cache

@@ -31,7 +31,8 @@ SILENT_LAYERS = (
 class ScaleShift:
     """Median |log sigma now - log sigma at the start|, on at most about 4096 evenly spaced weights of each tensor.
 
-    Of a sharded model on those that this process holds."""
+    Of a sharded model on those that this process holds.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._start = self._sample(model)

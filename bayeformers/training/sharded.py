@@ -1,4 +1,4 @@
-"""A Trainer of models that FSDP2 has sharded: by accelerate's plugin, or by `fully_shard` before the trainer was made."""
+"""A Trainer of models that FSDP2 has sharded: by accelerate's plugin, or by `fully_shard` before it was made."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ OPTIMIZER = "optimizer_0"
 class ShardedTrainer(Trainer):
     """What transformers' Trainer does for a model that it has loaded in parts itself, for one sharded by hand too."""
 
+    model: Any
+    lr_scheduler: Any
+
     @property
     def shards_by_hand(self) -> bool:
         """Whether `fully_shard` was applied to the model, and not by accelerate's plugin."""
@@ -52,7 +55,7 @@ class ShardedTrainer(Trainer):
             self.model.set_requires_gradient_sync(True)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`, of the parts: an evaluation may have left whole Parameters, which are copies."""
+        """As `Trainer.create_optimizer`, of the parts: an evaluation may have left whole Parameters, copies."""
         if isinstance(self.model, nn.Module):
             reshard(self.model)
         return super().create_optimizer(model)
@@ -80,9 +83,9 @@ class ShardedTrainer(Trainer):
         if not self.shards_by_hand:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import save
 
-        dcp.save({"optimizer": self._optimizer_state()}, checkpoint_id=Path(output_dir) / OPTIMIZER)
+        save({"optimizer": self._optimizer_state()}, checkpoint_id=Path(output_dir) / OPTIMIZER)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -90,14 +93,14 @@ class ShardedTrainer(Trainer):
         if checkpoint is None or not self.shards_by_hand:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         folder = Path(checkpoint) / OPTIMIZER
         if not folder.is_dir():
             return
         state = {"optimizer": self._optimizer_state()}
-        dcp.load(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder)
         set_optimizer_state_dict(self.model, self._plain_optimizer(), state["optimizer"])
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
@@ -111,5 +114,6 @@ class ShardedTrainer(Trainer):
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         """Out of accelerate's wrapper."""
-        optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer
+        optimizer: Any = self.optimizer
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return inner

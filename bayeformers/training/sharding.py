@@ -44,6 +44,9 @@ def sharded_batches(
         length_names: columns that tell how long an example is; see `example_lengths`.
         options: of the `DataLoader`, which says in ``example_numbers`` where its examples stand in the dataset.
 
+    Raises:
+        ValueError: a stream, of which no process knows when it ends in another, where batches must be ``equal``.
+
     >>> for rank in range(2):
     ...     print(list(sharded_batches([10, 11, 12], list, batch_size=2, rank=rank, world_size=2)))
     [[10, 12]]
@@ -53,7 +56,9 @@ def sharded_batches(
     options = {"batch_size": batch_size, "collate_fn": collate, "generator": generator, **options}
     if isinstance(dataset, IterableDataset) or not has_length(dataset):
         if equal and world_size > 1:
-            raise ValueError("A sharded model needs a dataset of known length: a stream may end earlier in one process.")
+            raise ValueError(
+                "A sharded model needs a dataset of known length: a stream may end earlier in one process."
+            )
         return EveryNth(DataLoader(dataset, **options), rank, world_size)
     limit = None if num_batches is None else num_batches * batch_size * world_size
     chosen = _chosen(len(dataset), limit, seed)
@@ -68,7 +73,16 @@ def sharded_batches(
 
 
 def _equal_batches(own: int, number: int, batch_size: int, world_size: int) -> list[list[int]]:
-    """Places of a rank's ``own`` of ``number`` examples in as many batches as the largest share needs.
+    """Return the places of a rank's ``own`` of ``number`` examples, in as many batches as the largest share needs.
+
+    Args:
+        own: how many examples the rank has.
+        number: how many all ranks have.
+        batch_size: the most in a batch.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the rank has fewer examples than batches are needed.
 
     >>> _equal_batches(3, 7, 2, 2)
     [[0, 1], [2]]

@@ -134,7 +134,9 @@ def test_laplace(several: dict[str, Any], tmp_path: Path) -> None:
                 assert found[method][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     one, other = (load_file(folder / "model.safetensors") for folder in (several["folder"] / "laplace", tmp_path))
     assert_bit_equal(one, other)
-    assert isinstance(bayeformers.from_pretrained(several["folder"] / "laplace").posterior, bayeformers.LaplacePosterior)
+    assert isinstance(
+        bayeformers.from_pretrained(several["folder"] / "laplace").posterior, bayeformers.LaplacePosterior
+    )
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import bayeformers
 from bayeformers import fixed_draw, kl_divergence, predict, to_bayesian, to_deterministic
 from bayeformers.dtensors import reshard, whole, write
 from bayeformers.nn import variational_tensors
-from bayeformers.sharding import separate_scales, shard
+from bayeformers.sharding import shard
 from tests.training import steps, tiny
 
 EXAMPLES = 8
