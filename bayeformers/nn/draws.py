@@ -27,6 +27,7 @@ from .merging import stand_in_for_merges, stock_merges
 from .noise import Draw
 from .reading import MEAN
 from .scope import DrawScope, fresh_key
+from .shards import keep_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
     stand_in_for_merges(model)  # of adapters that came after the conversion
     if draw is not MEAN:
         _tell_of_late_adapters(next(iter(modules.values())).scope, model)
+    if isinstance(draw, Draw):
+        keep_nothing(draw, modules.values())
     with holding(modules.values() if layers is None else layers, draw):
         yield
 
