@@ -16,7 +16,7 @@ from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from ..sampling.walk import named_modules
-from . import kl_watch
+from . import compiling, kl_watch
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
 from .reading import MEAN, read, replaced, write
@@ -61,6 +61,7 @@ class BayesianModule(nn.Module):
     estimator: Estimator
     _holds: tuple[Hold, ...] = ()
     floors_of_zeros: ClassVar[Mapping[str, float]] = {}
+    hand_in = compiling.hand_in
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
@@ -183,7 +184,7 @@ class BayesianModule(nn.Module):
         if self.scope.drawn is not None:
             self.scope.drawn.add(id(rho))
         held = self.draw
-        draw = held if isinstance(held, Draw) else self.scope.training_draw()
+        draw = compiling.as_seen(self, name, held) if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))
 
     def _value(self, name: str) -> Tensor:
@@ -284,9 +285,8 @@ class BayesianModule(nn.Module):
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
-        return InitialScale.from_weight(
-            centre, self.delta, self.specs[name].padding_idx, self.floors_of_zeros.get(name)
-        )
+        row, floor = self.specs[name].padding_idx, self.floors_of_zeros.get(name)
+        return InitialScale.from_weight(centre, self.delta, row, floor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..distributions import scale_from_rho, unit_of
 from ..distributions.diagonal_normal import scale_slope
 from .noise import Draw as Draw
-from .noise import Kept, TracedDraw
+from .noise import HandedDraw, Kept, TracedDraw
 from .noise import TensorSpec as TensorSpec
 
 Rows = slice | Tensor
@@ -37,7 +37,7 @@ class Variational:
     loc: Tensor
     rho: Tensor
     spec: TensorSpec
-    draw: Draw | TracedDraw
+    draw: Draw | TracedDraw | HandedDraw
     floor: Tensor | None = None
     part_of: tuple[Variational, Rows] | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -111,6 +111,8 @@ class Variational:
 
         Under ``no_grad`` it is made once in a held draw, and kept there while mean and scale stand.
         """
+        if isinstance(self.draw, HandedDraw) and not torch.is_grad_enabled():
+            return self._handed(self.draw)
         if not self._is_kept:
             return sample(self.loc, self.rho, self.noise, self.floor)
         kept = self._kept()
@@ -118,6 +120,14 @@ class Variational:
             kept = Kept(self._stamp(), sample(self.loc, self.rho, self.noise, self.floor))
             self.draw.kept[self.spec.name] = kept  # type: ignore[index]
         return kept.value
+
+    def _handed(self, draw: HandedDraw) -> Tensor:
+        """The value that compiled code is handed, or these rows of it."""
+        if self.part_of is None:
+            return draw.value(self.spec)
+        whole, rows = self.part_of
+        value = whole.sample()
+        return value[rows] if isinstance(rows, slice) else F.embedding(rows, value)
 
     def sample_rows(self, rows: Tensor) -> Tensor:
         """Return rows of :meth:`sample`, bit for bit, at the cost of those rows: (n,) -> (n, width).
