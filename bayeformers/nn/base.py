@@ -17,7 +17,7 @@ from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
 from ..dtensors import own_part, part_of, whole
 from ..sampling.walk import named_modules
-from . import kl_watch
+from . import compiling, kl_watch
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
 from .reading import MEAN, read, replaced, unfit, write
@@ -62,6 +62,7 @@ class BayesianModule(nn.Module):
     estimator: Estimator
     _holds: tuple[Hold, ...] = ()
     floors_of_zeros: ClassVar[Mapping[str, float]] = {}
+    hand_in = compiling.hand_in
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
@@ -181,7 +182,7 @@ class BayesianModule(nn.Module):
         if self.scope.drawn is not None:
             self.scope.drawn.add(spec.name)
         held = self.draw
-        draw = held if isinstance(held, Draw) else self.scope.training_draw()
+        draw = compiling.as_seen(self, name, held) if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))
 
     def _value(self, name: str) -> Tensor:
@@ -283,9 +284,8 @@ class BayesianModule(nn.Module):
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
-        return InitialScale.from_weight(
-            whole(centre), self.delta, self.specs[name].padding_idx, self.floors_of_zeros.get(name)
-        )
+        row, floor = self.specs[name].padding_idx, self.floors_of_zeros.get(name)
+        return InitialScale.from_weight(whole(centre), self.delta, row, floor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -82,6 +82,7 @@ class DrawScope:
         self._threads: weakref.WeakSet[_Forwards] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.said: set[str] = set()
+        self.handed: set[str] = set()  # what compiled graphs read of held draws
         self.drawn: set[str] | None = None  # the names of the tensors that are drawn, while somebody asks
 
     def __getstate__(self) -> dict[str, Any]:
