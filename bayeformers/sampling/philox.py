@@ -14,12 +14,14 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import philox_triton
 
 BLOCK = 2**17
 """Elements that are made at once on a CPU: all that is computed on the way stays in cache."""
@@ -58,11 +60,10 @@ def normal(key: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     count = math.prod(shape)
     if device.type == "cpu":
         return normal_range(key, 0, count).view(shape)
-    if device.type == "cuda" and (kernel := _kernel()) is not None:
-        value: Tensor = kernel(
-            torch.empty(count, device=device), words_of(key, device), tables(device), TAIL, REST_BITS, FINE_BITS
-        )
-        return value.view(shape)
+    if device.type == "cuda" and philox_triton.triton is not None:
+        out = torch.empty(count, device=device)
+        philox_triton.normal(out, words_of(key, device), tables(device), TAIL, REST_BITS, FINE_BITS)
+        return out.view(shape)
     out = torch.empty(count, device=device)
     for first in range(0, count, _PART):  # some hundred times the memory of a part is taken on the way
         part = out[first : first + _PART]
@@ -279,15 +280,6 @@ def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         x = [high1 ^ x[1] ^ k0, low1, high0 ^ x[3] ^ k1, low0]
         k0, k1 = k0 + _signed(_WEYL[0]), k1 + _signed(_WEYL[1])
     return x[0], x[1], x[2], x[3]
-
-
-@functools.cache
-def _kernel() -> Callable[..., Tensor] | None:
-    try:
-        from .philox_triton import normal
-    except ImportError:
-        return None
-    return normal
 
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,17 @@
-"""The kernel of :mod:`.philox` for CUDA: noise in one pass over its memory. Imported only where Triton is installed."""
+"""The kernel of :mod:`.philox` for CUDA: noise in one pass over its memory. Of use only where Triton is installed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.random import philox_impl
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.random import philox_impl
+except ImportError:
+    triton = None
 
 _PER_PROGRAM = 64  # blocks of Philox, each of 16 elements
 
@@ -40,7 +44,11 @@ def normal(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+def _jit(function: Any) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+@_jit
 def _normal(
     out: Any,
     table: Any,
@@ -72,7 +80,7 @@ def _normal(
         tl.store(out + elements, values, mask=elements < count)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@_jit
 def _looked_up(
     cells: Any,
     elements: Any,
