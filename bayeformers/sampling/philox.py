@@ -60,7 +60,7 @@ def normal(key: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     count = math.prod(shape)
     if device.type == "cpu":
         return normal_range(key, 0, count).view(shape)
-    if device.type == "cuda" and philox_triton.triton is not None:
+    if device.type == "cuda" and philox_triton.IS_AVAILABLE:
         out = torch.empty(count, device=device)
         philox_triton.normal(out, words_of(key, device), tables(device), TAIL, REST_BITS, FINE_BITS)
         return out.view(shape)

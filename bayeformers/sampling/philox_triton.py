@@ -13,6 +13,7 @@ try:
 except ImportError:
     triton = None
 
+IS_AVAILABLE = triton is not None
 _PER_PROGRAM = 64  # blocks of Philox, each of 16 elements
 
 
