@@ -1,52 +1,107 @@
 """bayeformers: any transformers model says how sure it is."""
 
-from . import adapters, guarantees, heads, laplace, losses, models, ood
-from .acquisition import acquire
-from .checkpoint.export import export_draws
-from .checkpoint.load import from_pretrained
-from .checkpoint.mean import export_mean
-from .checkpoint.network import network_of
-from .conversion.config import BayesianConfig
-from .conversion.continual import posterior_as_prior
-from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
-from .conversion.pruning import prune, signal_to_noise
-from .conversion.record import bayesian_config
-from .conversion.registry import register_layer
-from .conversion.summary import summary
-from .delta import calibrate_delta
-from .distributions import (
-    ARDPrior,
-    DoubleExponentialPrior,
-    EmpiricalBayesPrior,
-    LogUniformPrior,
-    MopedPrior,
-    NormalPrior,
-    PosteriorPrior,
-    RelativePrior,
-    ScaleMixturePrior,
-)
-from .generation import Generation, generate
-from .guarantees import (
-    AbstentionPolicy,
-    PredictionIntervals,
-    PredictionSets,
-    fit_abstention,
-    fit_prediction_intervals,
-    fit_prediction_sets,
-)
-from .laplace import LaplacePosterior
+from typing import TYPE_CHECKING
+
+from .lazy import names_on_demand, register_models
 from .moved import keep_old_paths, old_module
-from .nn import fixed_draw, posterior_mean
-from .nn.kl import kl_divergence, log_prior, log_variational_posterior
-from .pipelines import pipeline
-from .posteriors import Posterior, VariationalPosterior, predict
-from .predictive import Predictive
-from .training import BayesianArguments, BayesianTrainer, BayesianTrainerMixin, BayesianTrainingArguments
+
+if TYPE_CHECKING:
+    from . import adapters, guarantees, heads, laplace, losses, models, ood
+    from .acquisition import acquire
+    from .checkpoint.export import export_draws
+    from .checkpoint.load import from_pretrained
+    from .checkpoint.mean import export_mean
+    from .checkpoint.network import network_of
+    from .conversion.config import BayesianConfig
+    from .conversion.continual import posterior_as_prior
+    from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
+    from .conversion.pruning import prune, signal_to_noise
+    from .conversion.record import bayesian_config
+    from .conversion.registry import register_layer
+    from .conversion.summary import summary
+    from .delta import calibrate_delta
+    from .distributions import (
+        ARDPrior,
+        DoubleExponentialPrior,
+        EmpiricalBayesPrior,
+        LogUniformPrior,
+        MopedPrior,
+        NormalPrior,
+        PosteriorPrior,
+        RelativePrior,
+        ScaleMixturePrior,
+    )
+    from .generation import Generation, generate
+    from .guarantees import (
+        AbstentionPolicy,
+        PredictionIntervals,
+        PredictionSets,
+        fit_abstention,
+        fit_prediction_intervals,
+        fit_prediction_sets,
+    )
+    from .laplace import LaplacePosterior
+    from .nn import fixed_draw, posterior_mean
+    from .nn.kl import kl_divergence, log_prior, log_variational_posterior
+    from .pipelines import pipeline
+    from .posteriors import Posterior, VariationalPosterior, predict
+    from .predictive import Predictive
+    from .training import BayesianArguments, BayesianTrainer, BayesianTrainerMixin, BayesianTrainingArguments
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "acquisition": ("acquire",),
+    "checkpoint.export": ("export_draws",),
+    "checkpoint.load": ("from_pretrained",),
+    "checkpoint.mean": ("export_mean",),
+    "checkpoint.network": ("network_of",),
+    "conversion.config": ("BayesianConfig",),
+    "conversion.continual": ("posterior_as_prior",),
+    "conversion.convert": ("is_bayesian", "to_bayesian", "to_deterministic", "unfreeze"),
+    "conversion.pruning": ("prune", "signal_to_noise"),
+    "conversion.record": ("bayesian_config",),
+    "conversion.registry": ("register_layer",),
+    "conversion.summary": ("summary",),
+    "delta": ("calibrate_delta",),
+    "distributions": (
+        "ARDPrior",
+        "DoubleExponentialPrior",
+        "EmpiricalBayesPrior",
+        "LogUniformPrior",
+        "MopedPrior",
+        "NormalPrior",
+        "PosteriorPrior",
+        "RelativePrior",
+        "ScaleMixturePrior",
+    ),
+    "generation": ("Generation", "generate"),
+    "guarantees": (
+        "AbstentionPolicy",
+        "PredictionIntervals",
+        "PredictionSets",
+        "fit_abstention",
+        "fit_prediction_intervals",
+        "fit_prediction_sets",
+    ),
+    "laplace": ("LaplacePosterior",),
+    "nn": ("fixed_draw", "posterior_mean"),
+    "nn.kl": ("kl_divergence", "log_prior", "log_variational_posterior"),
+    "pipelines": ("pipeline",),
+    "posteriors": ("Posterior", "VariationalPosterior", "predict"),
+    "predictive": ("Predictive",),
+    "training": ("BayesianArguments", "BayesianTrainer", "BayesianTrainerMixin", "BayesianTrainingArguments"),
+}
+"""Module -> the names below that are its own: the imports above, as they happen when a name is first asked for."""
+
 keep_old_paths()
-__getattr__ = old_module  # an old module as an attribute: `bayeformers.calibration`
+register_models()
+__getattr__ = names_on_demand(__name__, _HOMES, old_module)  # old modules too: `bayeformers.calibration`
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "ARDPrior",

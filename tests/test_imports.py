@@ -20,6 +20,7 @@ FOUNDATION = ("checks", "forward", "patterns", "storage", "processes", "dtensors
 # room -> the rooms that it may import from, besides itself and the foundation. A room is a folder or a file of the
 # package's root; a row names only rooms of earlier rows, so imports run one way.
 ROOMS: dict[str, tuple[str, ...]] = {
+    "lazy": (),
     "distributions": (),
     "metrics": (),
     "sampling": (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from .variational import VariationalPosterior, is_bayesian
 Kind = TypeVar("Kind", bound=type[BasePosterior])
 
 _KINDS: dict[str, type[BasePosterior]] = {}
+_ELSEWHERE = ("adapters.posterior", "laplace.posterior", "laplace.sparse.inf_posterior")
+"""Modules of rooms above this one that register a posterior: loaded when a folder's file may be theirs."""
 
 
 def register_posterior(kind: Kind) -> Kind:
@@ -42,7 +45,14 @@ def register_posterior(kind: Kind) -> Kind:
 
 def saved_kinds() -> dict[str, type[BasePosterior]]:
     """File name -> class, those that wrap others first: where both lie in a folder, the wrapper is the posterior."""
-    return dict(sorted(_KINDS.items(), key=lambda item: not item[1].wraps))
+    return dict(sorted(_all_kinds().items(), key=lambda item: not item[1].wraps))
+
+
+def _all_kinds() -> dict[str, type[BasePosterior]]:
+    """Those of the whole package, whatever was imported of it, and those that others have registered."""
+    for name in _ELSEWHERE:
+        importlib.import_module(f"bayeformers.{name}")
+    return _KINDS
 
 
 def load_beside(directory: Path, name: str | None, model: nn.Module) -> BasePosterior:
@@ -58,7 +68,7 @@ def load_beside(directory: Path, name: str | None, model: nn.Module) -> BasePost
     """
     if name is None:
         return VariationalPosterior(model) if is_bayesian(model) else PointPosterior(model)
-    if name not in _KINDS:
+    if name not in _all_kinds():
         raise ValueError(f"No posterior is registered that saves {name!r}: import the module that registers it first.")
     return _KINDS[name].load(directory / name, model)
 
