@@ -1,6 +1,6 @@
 """How costs grow with layers, width, tokens, classes and draws: python -m benchmarks.scaling
 
-A BERT of random weights (4 layers of width 128, 8 texts of 32 tokens, 4 classes, 8 draws) is changed along one axis
+A BERT of random weights (2 layers of width 128, 8 texts of 32 tokens, 4 classes, 8 draws) is changed along one axis
 at a time. Each cell is the exponent p of cost ~ size^p, fitted by least squares to the logarithms of the fastest of
 some interleaved repeats in processor time; at small sizes costs that do not grow pull it towards 0.
 """
@@ -27,8 +27,8 @@ from .harness import arguments, interleaved, report
 
 BATCH, WORDS, HEAD_WIDTH = 8, 1000, 32
 AXES: dict[str, tuple[int, ...]] = {
-    "layers": (2, 4, 8, 12),
-    "width": (128, 256, 512),
+    "layers": (2, 4, 8),
+    "width": (64, 128, 256),
     "tokens": (16, 32, 64, 128),
     "classes": (2, 4, 8, 16),
     "draws": (2, 4, 8, 16),
@@ -39,7 +39,7 @@ AXES: dict[str, tuple[int, ...]] = {
 class Size:
     """What is changed, one axis at a time."""
 
-    layers: int = 4
+    layers: int = 2
     width: int = 128
     tokens: int = 32
     classes: int = 4
