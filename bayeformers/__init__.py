@@ -5,6 +5,7 @@ from .acquisition import acquire
 from .checkpoint.export import export_draws
 from .checkpoint.load import from_pretrained
 from .checkpoint.mean import export_mean
+from .checkpoint.network import network_of
 from .conversion.config import BayesianConfig
 from .conversion.continual import posterior_as_prior
 from .conversion.convert import is_bayesian, to_bayesian, to_deterministic, unfreeze
@@ -91,6 +92,7 @@ __all__ = [
     "log_variational_posterior",
     "losses",
     "models",
+    "network_of",
     "ood",
     "pipeline",
     "posterior_as_prior",

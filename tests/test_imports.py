@@ -14,7 +14,8 @@ PACKAGE = Path(bayeformers.__file__).parent
 
 EVERYTHING_ABOVE = ("*",)
 # numbers and choices, what a forward takes, PEFT's patterns, files of tensors, a launch's processes, old import paths
-FOUNDATION = ("checks", "forward", "patterns", "storage", "processes", "moved")
+# and tensors that they hold in parts
+FOUNDATION = ("checks", "forward", "patterns", "storage", "processes", "dtensors", "moved")
 
 # room -> the rooms that it may import from, besides itself and the foundation. A room is a folder or a file of the
 # package's root; a row names only rooms of earlier rows, so imports run one way.
@@ -24,7 +25,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sampling": (),
     "optim": ("sampling",),
     "nn": ("distributions", "sampling"),
-    "conversion": ("nn", "distributions", "sampling"),
+    "sharding": ("nn", "distributions"),  # FSDP2 keeps the scales of layers: conversion adds them, training moves them
+    "conversion": ("nn", "distributions", "sampling", "sharding"),
     "likelihoods": (),
     "losses": ("likelihoods", "metrics"),
     "predictive": ("likelihoods", "metrics"),

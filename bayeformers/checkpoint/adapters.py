@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from ..conversion import adapters as converted_adapters
 from ..conversion.persistence import peft_state
 from ..conversion.record import bayesian_config, conversion_record, converted_module
+from ..dtensors import is_split, whole
 from ..guarantees.attached import write_guarantees
 from ..nn.adapters import AdapterPart, adapter_parts, tuner_layers
 from ..nn.base import WIDE_BUFFERS, BayesianModule, is_bayesian
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior
 from ..posteriors.files import saved_kinds
+from ..sharding import is_sharded
+from ..sharding.gathering import gathered, is_gathered
 from ..storage import write
 
 TENSORS, CONFIG, PEFT_CONFIG = "bayesian_tensors.safetensors", "bayesian_config.json", "adapter_config.json"
@@ -125,6 +128,12 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if is_sharded(self) and not is_gathered(self) and "state_dict" not in given:
+            told = _probed(self.get_base_model(), None).values()
+            with gathered(self, adapters_only=True, also=told) as writes_here:
+                if writes_here:
+                    self.save_pretrained(save_directory, *args, **kwargs)
+            return
         writes = given.get("is_main_process", True) and not Path(save_directory).is_file()
         if writes:
             write_guarantees(self, Path(save_directory))
@@ -145,7 +154,9 @@ def _saving_posterior(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(type(p).__name__ in ("DTensor", "FlatParameter") or hasattr(p, "ds_shape") for p in model.parameters())
+    """In a way that leaves its adapters in parts here: by DeepSpeed, FSDP1, or with a state gathered before."""
+    kinds = ("FlatParameter",) if is_gathered(model) else ("DTensor", "FlatParameter")
+    return any(type(p).__name__ in kinds or hasattr(p, "ds_shape") for p in model.parameters())
 
 
 def write_posterior(model: Any, folder: Path, adapters: list[str]) -> None:
@@ -248,19 +259,24 @@ def probe(base: nn.Module, names: Collection[str] | None = None) -> dict[str, An
         base: plain, or with adapters inside; of one with a merged adapter nothing is returned.
         names: of the matrices, those that ``base`` has in floating point; None: three of the frozen ones.
     """
+    own = _probed(base, names)
+    return {n: {"dtype": str(p.dtype), "values": whole(p)[-1, :4].detach().float().tolist()} for n, p in own.items()}
+
+
+def _probed(base: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
     if any(layer.merged for _, layer in tuner_layers(base)):
         return {}
     inside = {id(p) for part in adapter_parts(base) for p in part.parameters()}
     matrices = {
         _own_name(name): p
         for name, p in base.named_parameters()
-        if id(p) not in inside and p.dim() == 2 and p.is_floating_point() and type(p) is nn.Parameter and not p.is_meta
+        if id(p) not in inside and p.dim() == 2 and p.is_floating_point() and not p.is_meta
+        if type(p) is nn.Parameter or is_split(p)
     }
     if names is None:
         frozen = sorted(n for n, p in matrices.items() if not p.requires_grad and not n.endswith("_rho"))
         names = frozen[:: max(len(frozen) // 3, 1)][:3]
-    own = {name: matrices[name] for name in names if name in matrices}
-    return {n: {"dtype": str(p.dtype), "values": p[-1, :4].detach().float().tolist()} for n, p in own.items()}
+    return {name: matrices[name] for name in names if name in matrices}
 
 
 def _save_fitted(model: Any, folder: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..conversion.convert import is_bayesian, to_deterministic
@@ -61,7 +63,8 @@ def export_mean(model: nn.Module | Posterior, directory: str | os.PathLike[str])
     """
     path = folder(directory)
     posterior = as_posterior(model)
-    _check(posterior)
+    check_mean(posterior)
+    _check_saves(posterior.model)
     if path.exists() and not path.is_dir():
         raise ValueError(f"`directory` must be a folder, got the file {str(path)!r}.")
     if path.is_dir() and any(path.iterdir()):
@@ -81,8 +84,8 @@ def export_mean(model: nn.Module | Posterior, directory: str | os.PathLike[str])
     return path
 
 
-def _check(posterior: Posterior) -> None:
-    """Raise ValueError where no plain network of transformers or PEFT is the posterior's mean."""
+def check_mean(posterior: Posterior) -> None:
+    """Raise ValueError where no plain network is the posterior's mean."""
     kind, model = type(posterior).__name__, posterior.model
     if isinstance(posterior, PointPosterior):
         raise ValueError(
@@ -106,7 +109,11 @@ def _check(posterior: Posterior) -> None:
         isinstance(posterior, BasePosterior) and posterior.file_name is not None
     )
     if not has_weights or isinstance(find_head(model), RandomFeatureHead):
-        raise ValueError(f"A {kind} of this {type(model).__name__} has no mean that a plain folder can hold.")
+        raise ValueError(f"A {kind} of this {type(model).__name__} has no mean that a plain model can hold.")
+
+
+def _check_saves(model: nn.Module) -> None:
+    """Raise ValueError unless it is a model of transformers or PEFT."""
     if not (isinstance(model, PreTrainedModel) or hasattr(model, "peft_config")):
         raise ValueError(
             f"`model` must be a model of transformers or a `peft.PeftModel`, which save folders, got a "
@@ -116,16 +123,26 @@ def _check(posterior: Posterior) -> None:
 
 def _write(posterior: Any, target: Path) -> None:
     """Save the mean; of a posterior of other weights than the model's while these stand in the model."""
-    if is_bayesian(posterior.model) or isinstance(posterior, HeadPosterior):
-        _plain(posterior.model).save_pretrained(str(target))
-        return
-    with torch.no_grad(), posterior.mean():
-        _plain(posterior.model).save_pretrained(str(target))
+    with mean_in_place(posterior):
+        plain_copy(posterior.model).save_pretrained(str(target))
 
 
-def _plain(model: nn.Module) -> Any:
-    """A copy of a model's modules that reads the same storage, deterministic and without what the model carries."""
-    shared: dict[int, Any] = {}
+@contextlib.contextmanager
+def mean_in_place(posterior: Any) -> Iterator[None]:
+    """The mean as the model's Parameters, until exit: those of a Bayesian layer or head are it already."""
+    is_there = is_bayesian(posterior.model) or isinstance(posterior, HeadPosterior)
+    with torch.no_grad(), contextlib.nullcontext() if is_there else posterior.mean():
+        yield
+
+
+def plain_copy(model: nn.Module, drawn: Mapping[int, Tensor] | None = None) -> Any:
+    """Return a model's modules anew, deterministic and without what the model carries, on the same storage.
+
+    Args:
+        model: which is copied.
+        drawn: by the id of a Parameter the value that the copy has in its place.
+    """
+    shared: dict[int, Any] = {id_: nn.Parameter(value, requires_grad=False) for id_, value in (drawn or {}).items()}
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in shared:

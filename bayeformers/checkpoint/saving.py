@@ -32,6 +32,8 @@ from ..heads.persistence import without_stale_head
 from ..nn.draws import bayesian_modules
 from ..posteriors import BasePosterior, VariationalPosterior
 from ..posteriors.files import saved_kinds
+from ..sharding import is_sharded
+from ..sharding.gathering import gathered, is_gathered
 from ..storage import difference, file_digests, read_digests, write_digests
 from .adapters import wrap_peft
 
@@ -158,8 +160,13 @@ def _saving_posteriors(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        check_recorded(self)
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if is_sharded(self) and not is_gathered(self) and "state_dict" not in given:
+            with gathered(self) as writes_here:
+                if writes_here:
+                    self.save_pretrained(save_directory, *args, **kwargs)
+            return
+        check_recorded(self)
         folder, variant = Path(save_directory), given.get("variant")
         writes = self.should_save_on_this_rank(given.get("is_main_process", True)) and not folder.is_file()
         posterior = saved_along(self)

@@ -107,3 +107,10 @@ class BayesianConfig:
 def _copies(values: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of lists and dicts, so that a saved configuration is not changed behind its owner's back."""
     return {key: value.copy() if isinstance(value, (list, dict)) else value for key, value in values.items()}
+
+
+def check_flags(**flags: object) -> None:
+    """Raise TypeError unless every flag, by its argument's name, is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")

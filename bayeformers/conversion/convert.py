@@ -16,6 +16,7 @@ from ..nn.adapters import keep_frozen, let_thaw, notice_other_adapters
 from ..nn.base import RECORD, BayesianModule, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..patterns import Patterns
+from ..sharding.late import keeps_sharding
 from .adapters import (
     ADAPTERS,
     check_unmerged,
@@ -29,7 +30,7 @@ from .adapters import (
     trained_heads,
     watch_unloading,
 )
-from .config import BayesianConfig, Parametrization
+from .config import BayesianConfig, Parametrization, check_flags
 from .continual import HasModel, as_prior, fitted_prior, store_posterior, without_posterior
 from .persistence import told_of_adapters, told_of_own_save, without_lost
 from .plain_weights import check_plain_weights
@@ -77,6 +78,7 @@ logger = logging.getLogger(__name__)
 _RESIZE = "resize_token_embeddings"
 
 
+@keeps_sharding
 def to_bayesian(
     model: nn.Module,
     delta: float | None = None,
@@ -139,7 +141,7 @@ def to_bayesian(
     >>> to_bayesian(net, delta=0.1)[0].weight_rho.shape
     torch.Size([8, 4])
     """
-    _check_flags(freeze=freeze is None or freeze, norms=norms, keep_dropout=keep_dropout)
+    check_flags(freeze=freeze is None or freeze, norms=norms, keep_dropout=keep_dropout)
     given = {"delta": delta, "freeze": freeze, "prior": None if prior is None else as_prior(prior), "scale": scale}
     config = BayesianConfig(parametrization=parametrization, **only_given(given))
     check_parametrization(parametrization, estimator, config.prior)
@@ -274,6 +276,7 @@ def settle_ties(model: nn.Module) -> dict[str, str]:
     return ties_of(model, owners_of(model, chosen).values())
 
 
+@keeps_sharding
 def to_deterministic(model: nn.Module) -> nn.Module:
     """Undo :func:`to_bayesian` in place, at the posterior mean: classes, `requires_grad` flags, dropout, config.
 
@@ -329,6 +332,7 @@ def _become_deterministic(model: nn.Module) -> None:
         swap_class(module, type(module).torch_class)
 
 
+@keeps_sharding
 def unfreeze(model: nn.Module) -> nn.Module:
     """Let the means train too: stores the prior's centres and restores the flags from before `to_bayesian`.
 
@@ -351,12 +355,6 @@ def unfreeze(model: nn.Module) -> nn.Module:
                 parameter.requires_grad_(flags.get(name, True))
         update_config(model, freeze=False)
     return model
-
-
-def _check_flags(**flags: object) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def _check_convertible(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import groups_of, is_managed, is_split
+
 _QUANTISERS = (
     "aqlm", "auto_gptq", "auto_round", "awq", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm_gpu", "flute",
     "gptqmodel", "hqq", "optimum.quanto", "quanto", "quark", "sinq", "spqr_quant", "torch.ao.nn", "torch.nn.quantized",
@@ -22,6 +24,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LOAD_IN_FLOAT = (
     "Load the model in floating point (without `quantization_config`), convert and train it, and make it small with "
     "`bayeformers.quantization.quantize`; or name only float layers, such as LoRA's, in `target_modules`"
+)
+_SHARDED = (
+    "Convert the model before it is sharded, and shard it by FSDP2 (`fully_shard`): with FSDP1, tensor or context "
+    "parallelism (`tp_plan`) no forward has the weight whole, and it cannot be drawn"
 )
 _LOAD_WHOLE = "Load the model onto its device, without offloading"
 
@@ -65,7 +71,9 @@ def why_not_plain(module: nn.Module) -> str | None:
     if (package := _quantiser(module)) is not None:
         return f"is quantised ({package}). {_LOAD_IN_FLOAT}"
     for name, tensor in module._parameters.items():
-        if tensor is not None and (reason := why_not_plain_tensor(tensor)):
+        if tensor is None or (is_managed(module) and is_split(tensor) and len(groups_of(tensor)) < 2):
+            continue  # by FSDP2, whose forward has it whole
+        if reason := why_not_plain_tensor(tensor):
             return f"has a {name} that {reason}"
     return None
 
@@ -80,7 +88,7 @@ def why_not_plain_tensor(tensor: Tensor) -> str | None:
         return f"is on the meta device, without values. {_LOAD_WHOLE}"
     if type(tensor) is not nn.Parameter:
         kind = type(tensor).__name__
-        remedy = "Convert the model before it is sharded" if kind in ("DTensor", "FlatParameter") else _LOAD_IN_FLOAT
+        remedy = _SHARDED if kind in ("DTensor", "FlatParameter") else _LOAD_IN_FLOAT
         return f"is no plain tensor but a {kind}. {remedy}"
     is_small = tensor.dtype in (torch.int8, torch.uint8) and tensor.dim() > 1
     if is_small or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..dtensors import reshard
 from ..nn.base import NamedVariational, is_bayesian, variational_tensors
 from ..nn.kl import tensor_kl
+from ..nn.shards import gathered
 from .record import conversion_of, conversion_record
 
 
@@ -97,6 +99,7 @@ def summary(model: nn.Module) -> ModelSummary:
     """
     record = conversion_record(model) if is_bayesian(model) else conversion_of(model)  # which says what is wrong
     with torch.no_grad():
+        reshard(model)
         tensors = [_summarise(tensor) for tensor in variational_tensors(model)]
     random = [tensor.loc for tensor in variational_tensors(model)]
     scales = {id(tensor.rho) for tensor in variational_tensors(model)}
@@ -109,8 +112,9 @@ def _count(parameters: Iterable[nn.Parameter], *, matrices: bool = False) -> int
     return sum(parameter.numel() for parameter in parameters if parameter.dim() > 1 or not matrices)
 
 
-def _summarise(tensor: NamedVariational) -> TensorSummary:
+def _summarise(named: NamedVariational) -> TensorSummary:
+    tensor = gathered(named)
     relative = (tensor.scale() / tensor.loc.abs())[tensor.loc != 0]
     median = float(relative.median()) if relative.numel() else float("inf")
-    kind = type(tensor.module).__name__
+    kind = type(named.module).__name__
     return TensorSummary(tensor.name, kind, tuple(tensor.loc.shape), median, float(tensor_kl(tensor)))

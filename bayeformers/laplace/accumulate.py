@@ -21,7 +21,7 @@ from ..processes import process_index
 from ..sampling.views import View
 from .curvature import Curvature
 from .data import Batch
-from .kronecker import KroneckerEigen
+from .kronecker import KroneckerEigen, add_second_moment
 from .targets import Target
 
 OutputsOf = Callable[[Any], Tensor]
@@ -199,12 +199,12 @@ class Accumulator:
                 add("inputs", counts)
                 add("count", counts.sum())
                 continue
-            for use, rows in positions.rows(target, uses):
+            for use, rows, with_one in positions.rows(target, uses):
                 key = positions.key(target, use)
                 if readers[key] == 1:
-                    self.curvature.add_second_moment(target.name, "inputs", rows, self.device)
+                    self.curvature.add_second_moment(target.name, "inputs", rows, self.device, with_one=with_one)
                 else:
-                    moments[key] = rows.mT @ rows if key not in moments else moments[key]
+                    moments[key] = _second_moment(rows, with_one) if key not in moments else moments[key]
                     add("inputs", moments[key])
                 add("count", rows.new_tensor(float(rows.shape[1])))
 
@@ -232,6 +232,7 @@ class _Positions:
     def __init__(self, batch: Batch, masked: set[Use], sharing: str) -> None:
         self._batch, self._masked, self._sharing = batch, masked, sharing
         self._reached: dict[Use, Tensor] = {}
+        self._numbers: dict[int | None, Tensor] = {}
 
     def key(self, target: Target, use: Use) -> Any:
         """Equal where the rows are: linear layers that read the same memory, and the same positions of it."""
@@ -239,14 +240,24 @@ class _Positions:
         place = (use.input.data_ptr(), use.input.shape, use.input.stride())
         return use if is_alone else (*place, tuple(target.parameters))
 
-    def rows(self, target: Target, uses: Sequence[Use]) -> Iterator[tuple[Use, Tensor]]:
-        """Every position of every use that counts; with "reduce" one average per example."""
+    def rows(self, target: Target, uses: Sequence[Use]) -> Iterator[tuple[Use, Tensor, bool]]:
+        """Every position of every use that counts, and whether a 1 belongs behind it; with "reduce" averages."""
         if self._sharing == "reduce":
-            yield uses[0], self._averages(target, uses)
+            yield uses[0], self._averages(target, uses), False
             return
         for use in uses:
-            a = use.rule.inputs(use.module, use.input).to(use.dtype)
-            yield use, in_block(target.parameters, a[:, self._mask(a, use)])
+            kept = self._counting(use.rule.inputs(use.module, use.input).to(use.dtype), use)
+            is_whole = [*target.parameters] == ["weight", "bias"]
+            yield use, kept if is_whole else in_block(target.parameters, kept), is_whole
+
+    def _counting(self, a: Tensor, use: Use) -> Tensor:
+        """Inputs (K, P, d_in) of the positions that count, of inputs (K, B, T, d_in)."""
+        mask, flat = self._mask(a, use), a.flatten(1, 2)
+        key = id(mask) if mask is self._batch.attended else None  # one mask of most layers: looked through once
+        numbers = self._numbers[key] if key in self._numbers else mask.flatten().nonzero()[:, 0]
+        if key is not None:
+            self._numbers[key] = numbers
+        return flat if len(numbers) == flat.shape[1] else flat.index_select(1, numbers)
 
     def _averages(self, target: Target, uses: Sequence[Use]) -> Tensor:
         sums, counts = [], []
@@ -293,6 +304,14 @@ class _Positions:
         attended = self._batch.attended
         is_pooled = shape == (len(self._batch), 1)
         return attended is not None and use in self._masked and (shape == attended.shape or is_pooled)
+
+
+def _second_moment(rows: Tensor, with_one: bool) -> Tensor:
+    """Return sum_p r_p r_p^T of rows (K, P, d), or of (r_p, 1): the upper triangle."""
+    width = rows.shape[-1] + with_one
+    total = rows.new_zeros(len(rows), width, width)
+    add_second_moment(total, rows, with_one=with_one)
+    return total
 
 
 def _generator(name: str) -> torch.Generator:

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ..processes import gathered, num_processes, summed
-from ..storage import check_whole, read, write
+from ..storage import check_whole, digest, read, write
 from .config import CurvatureConfig
 from .kronecker import KroneckerEigen, add_second_moment, symmetric, symmetric_eigen
 from .targets import Target
 
+_FACTORS = ("inputs", "gradients", "products")
 _SCALARS = ("num_examples", "num_batches", "log_likelihood", "squared_error", "num_outputs", "num_unlabelled")
 
 
@@ -81,7 +82,9 @@ class Curvature:
         else:
             own[name] = value.clone()
 
-    def add_second_moment(self, layer: str, name: str, rows: Tensor, device: torch.device | None = None) -> None:
+    def add_second_moment(
+        self, layer: str, name: str, rows: Tensor, device: torch.device | None = None, *, with_one: bool = False
+    ) -> None:
         """Add sum_p r_p r_p^T to one sum, of which the upper triangle alone is meant.
 
         Args:
@@ -89,13 +92,13 @@ class Curvature:
             name: which of the layer's sums, as in the module's table.
             rows: the vectors r_p, (K, P, d).
             device: where a new sum is kept; by default with its first rows.
+            with_one: of (r_p, 1) instead.
         """
         own = self.sums.setdefault(layer, {})
         if name not in own:
-            own[name] = torch.zeros(
-                len(rows), *rows.shape[-1:] * 2, dtype=rows.dtype, device=rows.device if device is None else device
-            )
-        add_second_moment(own[name], rows.detach().to(own[name].device))
+            width, place = rows.shape[-1] + with_one, rows.device if device is None else device
+            own[name] = torch.zeros(len(rows), width, width, dtype=rows.dtype, device=place)
+        add_second_moment(own[name], rows.detach().to(own[name].device), with_one=with_one)
 
     def merge(self, other: Curvature) -> Curvature:
         """Return these sums with those of other data, added in place.
@@ -147,10 +150,11 @@ class Curvature:
         inputs = sums["inputs"] / sums["count"].clamp_min(1)
         return symmetric(sums["gradients"]) * self.data_scale, inputs if inputs.ndim == 1 else symmetric(inputs)
 
-    def eigen(self, layer: str, known: list[tuple[Tensor, Tensor, Tensor]] | None = None) -> KroneckerEigen:
+    def eigen(self, layer: str, known: dict[str, tuple[Tensor, Tensor]] | None = None) -> KroneckerEigen:
         """Return the layer's curvature, eigendecomposed.
 
-        ``known``: input factors decomposed so far; layers that read the same tensor (query, key, value) share one.
+        ``known``: spectra by the digest of their input factor; layers that read the same tensor (query, key, value)
+        share one.
         A sum that is not finite is refused with a ValueError.
         """
         sums = self._layer(layer)
@@ -165,16 +169,31 @@ class Curvature:
         if inputs.ndim == 1:  # a table: rows are eigenvectors, and the row's features are rotated
             eigen = KroneckerEigen.from_product(None, left, inputs[None], gamma)
         else:
-            alpha, right = _shared_spectrum(inputs, [] if known is None else known)
+            alpha, right = _shared_spectrum(inputs, {} if known is None else known)
             eigen = KroneckerEigen.from_product(left, right, gamma, alpha)
         if "squares" not in sums:
             return eigen
         return replace(eigen, eigenvalues=self.data_scale * sums["squares"], factors=None)
 
-    def decomposed(self, targets: Iterable[Target]) -> list[tuple[Target, KroneckerEigen]]:
-        """Each layer with its eigendecomposed curvature; layers that read the same tensor share one basis."""
-        known: list[tuple[Tensor, Tensor, Tensor]] = []
-        return [(target, self.eigen(target.name, known)) for target in targets]
+    def decomposed(self, targets: Iterable[Target], *, releases: bool = False) -> list[tuple[Target, KroneckerEigen]]:
+        """Each layer with its eigendecomposed curvature; layers that read the same tensor share one basis.
+
+        Args:
+            targets: the layers.
+            releases: drop a layer's factors once they are decomposed, so that all factors and all bases never stand
+                side by side.
+
+        Returns:
+            In the order of ``targets``.
+        """
+        known: dict[str, tuple[Tensor, Tensor]] = {}
+        found = []
+        for target in targets:
+            found.append((target, self.eigen(target.name, known)))
+            if releases:
+                for name in _FACTORS:
+                    self.sums[target.name].pop(name, None)
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums to one safetensors file; a crash while writing leaves the former file whole."""
@@ -243,10 +262,8 @@ def _shapes(sums: Mapping[str, Mapping[str, Tensor]]) -> Any:
     return {layer: {name: value.shape for name, value in own.items()} for layer, own in sums.items()}
 
 
-def _shared_spectrum(factor: Tensor, known: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    for other, values, vectors in known:
-        if other.shape == factor.shape and torch.equal(other, factor):
-            return values, vectors
-    values, vectors = symmetric_eigen(factor)
-    known.append((factor, values, vectors))
-    return values, vectors
+def _shared_spectrum(factor: Tensor, known: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    key = digest(factor)
+    if key not in known:
+        known[key] = symmetric_eigen(factor)
+    return known[key]

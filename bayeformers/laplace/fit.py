@@ -119,7 +119,7 @@ def fit(
         measured = _measured(config, targets, outputs, likelihood, seed)
         sums = passes.sums(measured, targets, config.checkpoint, config.checkpoint_steps)
         targets, skipped = _called(targets, skipped, sums)
-        layers = passes.corrected(sums.decomposed(targets), sums)
+        layers = passes.corrected(sums.decomposed(targets, releases=True), sums)
     posterior = LaplacePosterior(
         model,
         layers,

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_BLOCK = 256
+_BLOCK, _NARROW_BLOCK, _WIDE = 256, 128, 512  # columns at a time: fewer leave more of the product out
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,20 +115,30 @@ class KroneckerEigen:
         return self.rotate_back(unit)
 
 
-def add_second_moment(total: Tensor, rows: Tensor) -> None:
+def add_second_moment(total: Tensor, rows: Tensor, *, with_one: bool = False) -> None:
     """Add sum_p r_p r_p^T of rows (K, P, d) to the blocks on and above the diagonal of ``total`` (K, d, d).
 
     Half the multiplications for wide layers; `symmetric` gives the whole. Rows of zeros (padding, positions that no
     gradient reaches) are left out.
+
+    Args:
+        total: what is added to; (K, d + 1, d + 1) of rows with a one.
+        rows: r_p, (K, P, d).
+        with_one: of (r_p, 1) instead, which are not made: an odd width is slow to multiply.
     """
+    if with_one:
+        total[:, :-1, -1] += rows.sum(1)
+        total[:, -1, -1] += rows.shape[1]
     if len(rows) == 1:
         empty = rows[0, :, 0] == 0  # of most rows the first element tells
         if bool(empty.any()):
             empty[empty.clone()] = ~rows[0, empty].ne(0).any(-1)
-            rows = rows[:, ~empty]
-    for start in range(0, rows.shape[-1], _BLOCK):
-        stop = start + _BLOCK
-        total[:, start:stop, start:].baddbmm_(rows[:, :, start:stop].mT, rows[:, :, start:])
+            rows = rows.index_select(1, (~empty).nonzero()[:, 0])
+    width = rows.shape[-1]
+    block = _BLOCK if width > _WIDE else _NARROW_BLOCK
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        total[:, start:stop, start:width].baddbmm_(rows[:, :, start:stop].mT, rows[:, :, start:])
 
 
 def symmetric(upper: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
+from ..dtensors import split_like, write
 from ..linearized.blocks import from_matrix, to_matrix
 from ..linearized.captured import OutputOf
 from ..posteriors.base import BasePosterior
@@ -146,7 +147,10 @@ def holding(deviation: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """The model with ``deviation`` added to its weights, until exit; they come back bit by bit."""
     kept = {parameter: parameter.detach().clone() for parameter in deviation}
     try:
-        _copy({parameter: kept[parameter] + moved.to(parameter) for parameter, moved in deviation.items()})
+        _copy({
+            parameter: kept[parameter] + split_like(moved.to(parameter), parameter)
+            for parameter, moved in deviation.items()
+        })
         yield
     finally:
         _copy(kept)
@@ -156,5 +160,5 @@ def _copy(values: Mapping[nn.Parameter, Tensor]) -> None:
     """In place, so that version counters tell; autocast keeps low-precision copies of what it has seen."""
     with torch.no_grad():
         for parameter, value in values.items():
-            parameter.copy_(value)
+            write(parameter, value)
     torch.clear_autocast_cache()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import whole
 from ..linearized import LayerRule, rule_of, supported_layers
 from ..linearized.blocks import to_matrix
 from ..patterns import Patterns, matching, subtrees
@@ -46,17 +47,18 @@ class Target:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """(K, d_out, d_in')."""
-        return tuple(to_matrix(self.modules[0], dict(self.parameters)).shape)
+        like = {name: torch.empty(p.shape, device="meta") for name, p in self.parameters.items()}
+        return tuple(to_matrix(self.modules[0], like).shape)
 
     @property
     def squared_norm(self) -> float:
         """|theta|^2 of the parameters, summed in float64."""
-        return sum(float(parameter.detach().double().square().sum()) for parameter in self.parameters.values())
+        return sum(float(whole(parameter).detach().double().square().sum()) for parameter in self.parameters.values())
 
     @property
     def digest(self) -> str:
         """A hash of the parameters' values, in their own precision."""
-        return " ".join(digest(parameter) for parameter in self.parameters.values())
+        return " ".join(digest(whole(parameter)) for parameter in self.parameters.values())
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -65,12 +67,12 @@ class Target:
         A model that is loaded in fewer bits has other values, which rounding determines: with hashes of the rounded
         weights every precision is recognised, and no other weights pass.
         """
-        return {name: _digests(parameter.detach()) for name, parameter in self.parameters.items()}
+        return {name: _digests(whole(parameter).detach()) for name, parameter in self.parameters.items()}
 
     def has_weights(self, recorded: Fingerprint) -> bool:
         """Whether the parameters are those recorded, or those rounded to fewer bits or copied into more."""
         return recorded.keys() == self.parameters.keys() and all(
-            _matches(parameter.detach(), recorded[name]) for name, parameter in self.parameters.items()
+            _matches(whole(parameter).detach(), recorded[name]) for name, parameter in self.parameters.items()
         )
 
 
@@ -158,9 +160,9 @@ def squared_distances(targets: Sequence[Target], model: nn.Module, prior_mean: n
     for target in targets:
         total = 0.0
         for parameter in target.parameters.values():
-            centre, value = centres.get(names[parameter]), parameter.detach().double()
+            centre, value = centres.get(names[parameter]), whole(parameter).detach().double()
             if centre is not None and centre.shape == value.shape:
-                value, known = value - centre.detach().to(value), known + 1
+                value, known = value - whole(centre).detach().to(value), known + 1
             total += float(value.square().sum())
         found[target.name] = total
     if known == 0:

@@ -194,9 +194,18 @@ def captured_block(
         grads: for each use the C gradients at its output, of the output's shape.
         batch: the number B of examples.
     """
-    inputs = torch.cat([use.inputs(batch) for use in uses], dim=2)
+    inputs = _joined([use.inputs(batch) for use in uses], 2)
     of_uses = [
-        torch.stack([use.gradients(grad, batch) for grad in of_use], dim=2)
-        for use, of_use in zip(uses, grads, strict=True)
+        _stacked([use.gradients(grad, batch) for grad in of_use], 2) for use, of_use in zip(uses, grads, strict=True)
     ]
-    return block.rule.kind.from_parts(block, inputs, torch.cat(of_uses, dim=3))
+    return block.rule.kind.from_parts(block, inputs, _joined(of_uses, 3))
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat` that does not copy a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.stack` that does not copy a single part."""
+    return parts[0].unsqueeze(dim) if len(parts) == 1 else torch.stack(list(parts), dim)

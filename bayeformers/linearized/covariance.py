@@ -25,11 +25,10 @@ def separable_covariance(
     Returns:
         The covariance S, (1, B, C, C).
     """
-    a, in_weights = separable.columns_side.coordinates(inputs, right, separable.columns)
-    g, out_weights = separable.rows_side.coordinates(gradients, left, separable.rows)
     count, positions = gradients.shape[2:4]
-    inner = _grams(a[0], in_weights)  # (B, R, T, T)
-    outer = _grams(g[0].flatten(1, 2), out_weights).view(len(inner), -1, count, positions, count, positions)
+    inner = separable.columns_side.grams(inputs[0], right, separable.columns)  # (B, R, T, T)
+    outer = separable.rows_side.grams(gradients[0].flatten(1, 2), left, separable.rows)
+    outer = outer.view(len(inner), -1, count, positions, count, positions)
     return torch.einsum("brctdu,brtu->bcd", outer, inner).unsqueeze(0)
 
 
@@ -137,6 +136,8 @@ def affine_products(inputs: Tensor, gradients: Tensor, matrix: Tensor) -> Tensor
 
 def reached(inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Only positions with a gradient: not padding, and in a last layer often the first token alone."""
+    if bool(gradients[..., 0].ne(0).any(2).any(1).any(0).all()):  # of most positions the first element tells
+        return inputs, gradients
     kept = gradients.ne(0).any(-1).any(2).any(1).any(0)
     if bool(kept.all()):
         return inputs, gradients
@@ -148,13 +149,6 @@ def _one_position(a: Tensor, g: Tensor, variances: Tensor) -> Tensor:
     """S = sum_i g_c,i g_d,i r_i with r_i = sum_j a_j^2 V_ij: no tensor of d_out x d_in' elements per example."""
     weights = torch.einsum("kbj,nkij->nkbi", a.square(), variances)
     return torch.einsum("kbci,nkbi,kbdi->nbcd", g, weights, g)
-
-
-def _grams(vectors: Tensor, weights: Tensor) -> Tensor:
-    """Sum over i of w_ri x_ti x_ui; (B, P, d), (R, d) -> (B, R, P, P)."""
-    weighted = vectors.unsqueeze(1) * weights[:, None]
-    grams: Tensor = torch.bmm(weighted.flatten(1, 2), vectors.mT)
-    return grams.view(len(vectors), len(weights), *vectors.shape[1:2] * 2)
 
 
 def _jacobian(inputs: Tensor, gradients: Tensor) -> Tensor:

@@ -10,11 +10,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..forward import Inputs, batch_size, call, mapped, rows
 from ..sampling.views import View, modules_of, viewed
 from .rules import TENSOR, EmbeddingRule, LayerRule, rule_of
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where in a graph a tensor stands, at which gradients can be asked for; the tensor itself need not be kept.
+
+    Attributes:
+        edge: the place.
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Point:
+        """Return the place of a tensor that requires a gradient; what edits it in place later does not move it."""
+        return cls(get_gradient_edge(tensor), tensor.shape, tensor.dtype, tensor.device)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +57,7 @@ class Use:
         module: the layer.
         rule: of its class.
         input: its (first) argument, detached; the parameter itself.
-        output: what it returned, as a point of the graph at which gradients can be asked for; what a view has in the
-            parameter's place.
+        output: where in the graph what it returned stands; what a view has in the parameter's place.
         version: of the input at the time of the call.
     """
 
@@ -35,7 +65,7 @@ class Use:
     module: nn.Module
     rule: LayerRule
     input: Tensor
-    output: Tensor
+    output: Point
     version: int
 
     @property
@@ -135,7 +165,7 @@ def record(
             output, uses = run(copy=False, expand=expand)
         if any(use.input._version != use.version for use in uses):  # changed in place since the call
             output, uses = run(copy=True, expand=expand)
-        bare = [Use(p, module, TENSOR, p.detach(), view.parameter(p), 0) for p, module in tensors.items()]
+        bare = [Use(p, module, TENSOR, p.detach(), Point.of(view.parameter(p)), 0) for p, module in tensors.items()]
         return output, uses + bare
 
 
@@ -160,10 +190,11 @@ def _forward(
         # positions, looked up once for all examples
         if expand and isinstance(rules[module], EmbeddingRule) and len(input) == 1 < batch:
             input, output = input.expand(batch, *input.shape[1:]), output.expand(batch, *output.shape[1:])
-        output = output if output.requires_grad else output.detach().requires_grad_()
+        is_first = not output.requires_grad
+        output = output.detach().requires_grad_() if is_first else output
         kept = input.detach().clone() if copy else input.detach()
-        uses.append(Use(module, module, rules[module], kept, output, kept._version))
-        return output.clone()  # what follows may edit it in place
+        uses.append(Use(module, module, rules[module], kept, Point.of(output), kept._version))
+        return output.clone() if is_first else output  # a leaf must not be edited in place by what follows
 
     handles = [
         view.hookable(module).register_forward_hook(functools.partial(note, module), with_kwargs=True)
@@ -207,8 +238,13 @@ def gradients(output: Tensor, uses: Sequence[Use], weights: Tensor, *, last: boo
     if not points:  # this batch takes a way around all of the layers
         return []
     with torch.inference_mode(False):
-        grads = torch.autograd.grad(output, points, _tracked(weights), retain_graph=not last, allow_unused=True)
-    parts = [torch.zeros_like(point) if grad is None else grad for point, grad in zip(points, grads, strict=True)]
+        grads = torch.autograd.grad(
+            output, [point.edge for point in points], _tracked(weights), retain_graph=not last, allow_unused=True
+        )
+    parts = [
+        torch.zeros(point.shape, dtype=point.dtype, device=point.device) if grad is None else grad
+        for point, grad in zip(points, grads, strict=True)
+    ]
     return [part.to(use.dtype) for part, use in zip(parts, uses, strict=True)]
 
 

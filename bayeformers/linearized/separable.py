@@ -28,27 +28,28 @@ class Side:
     common: int = 0
     basis: Tensor | None = None
 
-    def coordinates(self, vectors: Tensor, basis: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates, and what weighs their products.
+    def grams(self, vectors: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
+        """Sums over the directions i of w_ri (U^T x_t)_i (U^T x_u)_i for all pairs of vectors.
 
         Args:
-            vectors: x, (1, ..., d).
+            vectors: x, (B, P, d).
             basis: U, (1, d, d).
             weights: w, (R, d).
 
         Returns:
-            (1, ..., d'), and (R, d').
+            (B, R, P, P).
         """
         if self.own is None:
-            return rotated(vectors, basis), weights
+            return _weighted_grams(rotated(vectors[None], basis)[0], weights)
         few = basis[..., self.own] if self.basis is None else self.basis
-        return torch.cat([vectors, rotated(vectors, few)], dim=-1), self.parts(weights)
+        common = weights[:, self.common]
+        rest = _weighted_grams(rotated(vectors[None], few)[0], weights[:, self.own] - common[:, None])
+        plain = torch.bmm(vectors, vectors.mT)  # of one weight whatever the direction: once for all r
+        return rest.addcmul_(common[:, None, None], plain[:, None])
 
-    def parts(self, weights: Tensor) -> Tensor:
-        """Return the common weight d times, then what each direction's own weight differs from it by."""
-        assert self.own is not None  # else there is no common weight
-        common = weights[:, self.common, None]
-        return torch.cat([common.expand_as(weights), weights[:, self.own] - common], dim=-1)
+    def num_turned(self, weights: Tensor) -> int:
+        """Return how many directions are rotated into."""
+        return weights.shape[-1] if self.own is None else len(self.own)
 
     def size(self, weights: Tensor) -> Tensor:
         """Return a bound on the terms that add up to each weight, (R, d)."""
@@ -135,8 +136,16 @@ class Separable:
         """Whether `separable_covariance` is cheaper than `affine_covariance`, by what each computes and moves."""
         (_, _, positions, d_in), (count, d_out) = inputs.shape, (gradients.shape[2], gradients.shape[4])
         points = count * positions
-        grams = len(self.rows) * (points * (points + _MOVE) * d_out + positions * (positions + _MOVE) * d_in)
-        return grams < count * d_out * d_in * (positions + 5 * _MOVE)
+        outer = self._cost(self.rows_side, self.rows, points)
+        inner = self._cost(self.columns_side, self.columns, positions)
+        rotations = points * d_out**2 + positions * d_in**2
+        return outer + inner < rotations + count * d_out * d_in * (positions + 5 * _MOVE)
+
+    def _cost(self, side: Side, weights: Tensor, points: int) -> int:
+        """Multiplications of `Side.grams` for ``points`` vectors of one example."""
+        width, turned = weights.shape[-1], side.num_turned(weights)
+        whole = 0 if side.own is None else points * width
+        return points * (turned * width + len(weights) * turned * (points + _MOVE) + whole)
 
     def to(self, device: torch.device) -> Separable:
         """The same on a device."""
@@ -177,6 +186,13 @@ def _crossed(variances: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | Non
         columns.append(rest[i])
         rest = rest - torch.outer(rows[-1], columns[-1])
     return None
+
+
+def _weighted_grams(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Sum over i of w_ri x_ti x_ui; (B, P, d), (R, d) -> (B, R, P, P)."""
+    weighted = vectors.unsqueeze(1) * weights[:, None]
+    grams: Tensor = torch.bmm(weighted.flatten(1, 2), vectors.mT)
+    return grams.view(len(vectors), len(weights), *vectors.shape[1:2] * 2)
 
 
 def rotated(tensor: Tensor, basis: Tensor | None) -> Tensor:

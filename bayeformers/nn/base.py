@@ -15,11 +15,12 @@ from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, un
 from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
+from ..dtensors import own_part, part_of, whole
 from ..sampling.walk import named_modules
-from . import kl_watch
+from . import compiling, kl_watch
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator
 from .holds import Hold, active
-from .reading import MEAN, read, replaced, write
+from .reading import MEAN, read, replaced, unfit, write
 from .scope import DrawScope
 from .variational import Draw, TensorSpec, Variational, scale_of
 
@@ -61,6 +62,7 @@ class BayesianModule(nn.Module):
     estimator: Estimator
     _holds: tuple[Hold, ...] = ()
     floors_of_zeros: ClassVar[Mapping[str, float]] = {}
+    hand_in = compiling.hand_in
     specs: dict[str, TensorSpec]
     scope: DrawScope
 
@@ -175,15 +177,12 @@ class BayesianModule(nn.Module):
         loc, rho, spec = self._parameters.get(name), getattr(self, f"{name}_rho"), self.specs[name]
         if loc is None:
             raise RuntimeError(replaced(spec.name))
-        if loc.shape != rho.shape:
-            raise RuntimeError(
-                f"{spec.name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
-                "after conversion. Call `to_deterministic(model)`, resize, then `to_bayesian` again."
-            )
+        if loc.shape != rho.shape or rho.itemsize < 4 or type(loc).__name__ == "DTensor":
+            raise RuntimeError(unfit(spec.name, loc, rho))
         if self.scope.drawn is not None:
-            self.scope.drawn.add(id(rho))
+            self.scope.drawn.add(spec.name)
         held = self.draw
-        draw = held if isinstance(held, Draw) else self.scope.training_draw()
+        draw = compiling.as_seen(self, name, held) if isinstance(held, Draw) else self.scope.training_draw()
         return Variational(loc, rho, spec, draw, self.scale_floor(name))
 
     def _value(self, name: str) -> Tensor:
@@ -257,14 +256,15 @@ class BayesianModule(nn.Module):
         initial = self.initial_scale(name, loc)
         if floor is not None:
             floor.copy_(initial.floor)
-        self.set_scale(name, initial(loc))
+        self.set_scale(name, initial(own_part(loc)))
 
     def set_scale(self, name: str, scale: Tensor) -> None:
         """Write the rho that gives these standard deviations, of the shape of ``name``."""
         loc, floor = self.get_parameter(name), self.scale_floor(name)
         with torch.no_grad():
-            relative = scale if floor is None else scale / unit_of(loc, floor)
-            self.get_parameter(f"{name}_rho").copy_(rho_from_scale(relative))
+            scale = part_of(scale, loc) if scale.shape == loc.shape else scale
+            relative = scale if floor is None else scale / unit_of(own_part(loc.detach()), floor)
+            own_part(self.get_parameter(f"{name}_rho").detach()).copy_(rho_from_scale(relative))
 
     def scale_floor(self, name: str) -> Tensor | None:
         """Floor of a multiplicative scale, sigma = softplus(rho) max(|mu|, floor); None if the scale is additive."""
@@ -284,9 +284,8 @@ class BayesianModule(nn.Module):
 
     def initial_scale(self, name: str, centre: Tensor) -> InitialScale:
         """The rule that gives the initial scale of ``name`` from its trained value ``centre``."""
-        return InitialScale.from_weight(
-            centre, self.delta, self.specs[name].padding_idx, self.floors_of_zeros.get(name)
-        )
+        row, floor = self.specs[name].padding_idx, self.floors_of_zeros.get(name)
+        return InitialScale.from_weight(whole(centre), self.delta, row, floor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -22,11 +22,13 @@ from .adapters import LATE, forget_adapters, late_adapters, let_thaw, name_heads
 from .base import BayesianModule
 from .base import bayesian_modules as bayesian_modules
 from .base import check_module as check_module
+from .compiling import handed_in
 from .holds import holding
 from .merging import stand_in_for_merges, stock_merges
 from .noise import Draw
 from .reading import MEAN
 from .scope import DrawScope, fresh_key
+from .shards import keep_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,10 @@ def hold(model: nn.Module, draw: Draw | str, layers: Iterable[BayesianModule] | 
     stand_in_for_merges(model)  # of adapters that came after the conversion
     if draw is not MEAN:
         _tell_of_late_adapters(next(iter(modules.values())).scope, model)
-    with holding(modules.values() if layers is None else layers, draw):
+    holders = list(modules.values() if layers is None else layers)
+    if isinstance(draw, Draw):
+        keep_nothing(draw, modules.values())
+    with handed_in(holders, draw) if isinstance(draw, Draw) else contextlib.nullcontext(), holding(holders, draw):
         yield
 
 

@@ -15,10 +15,12 @@ from ..distributions import DiagonalNormal, EmpiricalNormal
 from ..distributions import kl_divergence as _kl_divergence
 from ..distributions.block_kl import block_size, normal_kl, separable_kl
 from ..distributions.kl import has_closed_form
+from ..dtensors import reshard
 from . import kl_watch
 from .adapters import active_tensors
 from .base import NamedVariational, check_module, record_of, variational_tensors
 from .draws import say_once
+from .shards import own_parts, sampled_noise, summed_moment, total
 from .variational import scale_of, wide
 
 _Density = Callable[[Tensor], Any]
@@ -110,7 +112,7 @@ def _whole_kl(tensor: NamedVariational, trained: Tensor, is_own_centre: bool, pr
     p = prior(q.loc if is_own_centre else wide(centre, rho))
     noise = None
     if not has_closed_form(q, p):
-        noise = random(tensor.module.scope.sampling_key().noise(tensor.spec, tensor.loc))
+        noise = random(sampled_noise(tensor))
     return _kl_divergence(q, p, noise)
 
 
@@ -134,15 +136,16 @@ def _with_scale(prior: _Density, scale: Tensor, centre: Tensor) -> DiagonalNorma
 @torch.no_grad()
 def _best_scale(tensors: list[NamedVariational]) -> Tensor:
     """The s of the smallest KL to N(m, s^2) over all these tensors: s^2 = mean(sigma^2 + (mu - m)^2)."""
-    total, count = torch.zeros((), dtype=torch.float64, device=tensors[0].rho.device), 0
+    moments, count = torch.zeros((), dtype=torch.float64, device=tensors[0].rho.device), 0
     for tensor in tensors:
         trained, centre, prior = _prior_of(tensor)
         for loc, rho, block in _blocks(tensor, tensor.loc, tensor.rho, trained):
             moment = scale_of(loc, rho, tensor.floor).square_()
             if centre is not None:
                 moment += (loc - prior(wide(block, rho)).loc).square()
-            total, count = total + moment.sum(), count + moment.numel()
-    best: Tensor = (total / max(count, 1)).sqrt().to(wide(tensors[0].loc, tensors[0].rho).dtype)
+            moments, count = moments + moment.sum(), count + moment.numel()
+    moments, count = summed_moment(tensors, moments, count)
+    best: Tensor = (moments / max(count, 1)).sqrt().to(wide(tensors[0].loc, tensors[0].rho).dtype)
     return best
 
 
@@ -167,7 +170,9 @@ def _sum_over_tensors(model: nn.Module, function: Callable[[NamedVariational], T
     tensors = list(variational_tensors(model))
     if not tensors:
         raise ValueError(f"`model` ({type(model).__name__}) has no Bayesian layer; call `to_bayesian(model)` first.")
-    parts = [function(tensor) for tensor in active_tensors(model)]
+    reshard(model)
+    active = own_parts(active_tensors(model))
+    parts = [function(tensor) for tensor in active]
     if not parts:  # its adapters are disabled
         return torch.zeros((), dtype=wide(tensors[0].loc[:0], tensors[0].rho).dtype, device=tensors[0].rho.device)
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+    return total(active, parts)

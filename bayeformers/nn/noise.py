@@ -67,6 +67,10 @@ class Kept:
     made: Tensor | None = None
 
 
+class Handed:
+    """Tensors of a draw as attributes: of a dictionary a compiler would see the entries of one moment only."""
+
+
 class Draw:
     """One draw of all weights of a model: the noise and the signs of each tensor, made when asked for.
 
@@ -74,11 +78,13 @@ class Draw:
         seed, index: which draw.
         kept: tensor name -> what the tensor keeps of itself; None in a training draw, whose values live as long as
             autograd needs them. Either way the same tensor always gets the same value.
+        handed: what compiled code reads of the draw, see `compiling`.
     """
 
     def __init__(self, seed: int, index: int = 0, *, keep: bool = True) -> None:
         self.seed, self.index = seed, index
         self.kept: dict[str, Kept] | None = {} if keep else None
+        self.handed = Handed()
         self._noise: MutableMapping[str, Tensor] = {} if keep else weakref.WeakValueDictionary()
 
     def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -185,6 +191,56 @@ class TracedDraw:
         if key not in self._made:
             self._made[key] = torch.randint(2, shape, device=device, dtype=torch.float32) * 2 - 1
         return self._made[key]
+
+
+class HandedDraw:
+    """A held draw inside `torch.compile`: its values and its noise are inputs of the graph, see `compiling`.
+
+    Attributes:
+        layer, name: which tensor's it is.
+        draw: the draw that is held.
+    """
+
+    kept: ClassVar[None] = None
+
+    def __init__(self, layer: Any, name: str, draw: Draw) -> None:
+        self.layer, self.name, self.draw = layer, name, draw
+
+    def value(self, spec: TensorSpec) -> Tensor:
+        """The tensor's value, where no gradient is asked for."""
+        return self._handed("value", spec)
+
+    def noise(self, spec: TensorSpec, like: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return N(0, 1) for the tensor, or for some rows of a table.
+
+        Args:
+            spec: what the tensor's noise depends on.
+            like: the whole tensor.
+            rows: row numbers (n,) of a table, which give (n, width); None: all of it.
+        """
+        noise = self._handed("noise", spec)
+        return noise if rows is None else F.embedding(rows, noise)
+
+    def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """RuntimeError: a held draw is one network, of which no estimator asks signs.
+
+        Args:
+            spec: what the tensor's noise depends on.
+            axis: of the tensor.
+            shape: numbers of examples and features.
+            device: of the signs.
+        """
+        raise RuntimeError(f"The held draw of {spec.name!r} is one network, without signs.")
+
+    def _handed(self, kind: str, spec: TensorSpec) -> Tensor:
+        self.layer.hand_in(self.name, kind)
+        value: Tensor = getattr(self.draw.handed, handed_name(kind, spec))
+        return value
+
+
+def handed_name(kind: str, spec: TensorSpec) -> str:
+    """The attribute of `Handed` for a tensor's "value" or "noise"; of names with dots a compiler can make no guard."""
+    return f"{kind} {spec.name}".replace("%", "%25").replace(".", "%2E")
 
 
 def _without_padding(eps: Tensor, spec: TensorSpec, rows: Tensor) -> Tensor:

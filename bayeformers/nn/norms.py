@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .base import BayesianModule
 from .estimators import REPARAMETERIZATION, Layout
+from .reading import MEAN
 
 
 class Normalization(BayesianModule):
@@ -25,7 +26,8 @@ class Normalization(BayesianModule):
     @property
     def is_random(self) -> bool:
         """Never without a gain, that is without ``elementwise_affine``."""
-        return self._parameters.get("weight") is not None and super().is_random
+        draw = self.draw  # not `super().is_random`: torch.compile branches on the property itself, which is true
+        return self._parameters.get("weight") is not None and (self.training if draw is None else draw is not MEAN)
 
     @abstractmethod
     def normalize(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

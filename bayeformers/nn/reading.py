@@ -15,11 +15,14 @@ import types
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..dtensors import is_split
 
 MEAN: Final = "mean"
 _DESCRIPTIONS = frozenset(("dtype", "device", "shape", "ndim", "layout", "is_meta", "requires_grad"))
 _PARAMETRIZE = "torch.nn.utils.parametrize"
+_ENGINES = ("torch.distributed.", "deepspeed.")  # FSDP2 looks its Parameters up when the first forward begins
 _TUNERS, _MERGES = "peft.tuners.", ("merge", "unmerge")
 _REPLACED = (
     "{!r} is no longer a Parameter of its layer: pruning, weight norm, `target_parameters` of PEFT or another "
@@ -37,6 +40,32 @@ _LOADS = ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_FAST", "LOAD_DEREF", "LOAD_NAME")
 def replaced(name: str) -> str:
     """What is wrong with a Bayesian tensor that is no Parameter any more."""
     return _REPLACED.format(name)
+
+
+def unfit(name: str, loc: Tensor, rho: Tensor) -> str:
+    """Return why a tensor cannot be drawn.
+
+    Args:
+        name: the tensor's, in the model.
+        loc: its means, as the forward finds them.
+        rho: its scales before softplus, likewise.
+    """
+    if is_split(loc) or is_split(rho):
+        return (
+            f"{name!r} is split among processes inside the forward. Tensor and context parallelism (`tp_plan`, "
+            "`parallelize_module`) cannot draw weights: shard the model by FSDP2 instead, `fully_shard` of its layers "
+            "and of itself, and call it as a whole."
+        )
+    if loc.shape != rho.shape:
+        return (
+            f"{name!r} has shape {tuple(loc.shape)} but its scale {tuple(rho.shape)}: the layer was resized "
+            "after conversion. Call `to_deterministic(model)`, resize, then `to_bayesian` again."
+        )
+    return (
+        f"The scale of {name!r} is {rho.dtype} in the forward, in which small steps are lost: a "
+        "`MixedPrecisionPolicy` casts it along with the means. Call `bayeformers.sharding.separate_scales(model)` "
+        "after `fully_shard`, which keeps scales in float32."
+    )
 
 
 def read(self: Any, name: str) -> Any:
@@ -81,7 +110,7 @@ def _takes_parameter(reader: types.FrameType, layer: nn.Module, name: str) -> bo
         raise RuntimeError(replaced(name))
     if code.co_name in _MERGES and module.startswith(_TUNERS):
         raise RuntimeError(_DRAWN_MERGE.format(code.co_name, name))
-    return code is _GET_PARAMETER or only_describes(reader)
+    return code is _GET_PARAMETER or module.startswith(_ENGINES) or only_describes(reader)
 
 
 def only_describes(frame: types.FrameType) -> bool:

@@ -82,7 +82,8 @@ class DrawScope:
         self._threads: weakref.WeakSet[_Forwards] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.said: set[str] = set()
-        self.drawn: set[int] | None = None  # the ids of the scales that are drawn, while somebody asks
+        self.handed: set[str] = set()  # what compiled graphs read of held draws
+        self.drawn: set[str] | None = None  # the names of the tensors that are drawn, while somebody asks
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy of a model starts without draws in flight

@@ -15,7 +15,7 @@ from ..distributions import scale_from_rho, unit_of
 from ..distributions.diagonal_normal import block_scale_into, scale_into, slope_into
 from ..sampling import philox
 from .noise import Draw as Draw
-from .noise import Kept, TracedDraw
+from .noise import HandedDraw, Kept, TracedDraw
 from .noise import TensorSpec as TensorSpec
 
 _BLOCK = 2**16  # what is computed of so many elements stays in cache
@@ -40,7 +40,7 @@ class Variational:
     loc: Tensor
     rho: Tensor
     spec: TensorSpec
-    draw: Draw | TracedDraw
+    draw: Draw | TracedDraw | HandedDraw
     floor: Tensor | None = None
     part_of: tuple[Variational, Rows] | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -114,6 +114,8 @@ class Variational:
 
         Under ``no_grad`` it is made once in a held draw, and kept there while mean and scale stand.
         """
+        if isinstance(self.draw, HandedDraw) and not torch.is_grad_enabled():
+            return self._handed(self.draw)
         if not self._is_kept:
             return sample(self.loc, self.rho, self.noise, self.floor)
         kept = self._kept()
@@ -140,6 +142,14 @@ class Variational:
         if self.spec.padding_idx is not None:
             value[self.spec.padding_idx] = self.loc[self.spec.padding_idx]
         return value
+
+    def _handed(self, draw: HandedDraw) -> Tensor:
+        """The value that compiled code is handed, or these rows of it."""
+        if self.part_of is None:
+            return draw.value(self.spec)
+        whole, rows = self.part_of
+        value = whole.sample()
+        return value[rows] if isinstance(rows, slice) else F.embedding(rows, value)
 
     def sample_rows(self, rows: Tensor) -> Tensor:
         """Return rows of :meth:`sample`, bit for bit, at the cost of those rows: (n,) -> (n, width).

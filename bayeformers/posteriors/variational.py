@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
+from ..dtensors import own_part
 from ..nn import BayesianModule, posterior_mean, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..nn.draws import check_names, hold
@@ -166,5 +167,6 @@ class VariationalPosterior(BasePosterior):
 
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    tensor = own_part(tensor)
     storage = tensor.untyped_storage()
     return id(tensor), tensor._version, storage.data_ptr(), tensor.storage_offset(), tensor.dtype, (tensor, storage)

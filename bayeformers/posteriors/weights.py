@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
+from ..dtensors import write
 from ..linearized import recording_view
 from ..sampling.views import View, alone
 from .base import BasePosterior
@@ -66,13 +67,13 @@ class WeightsPosterior(BasePosterior):
                     for parameter, value in values:
                         if parameter not in kept:  # on the host: the device needs room for one model only
                             kept[parameter] = parameter.detach().to("cpu", copy=True)
-                        parameter.copy_(value)
+                        write(parameter, value)
                 torch.clear_autocast_cache()  # which keeps low-precision copies of what it has seen
                 yield
             finally:
                 with torch.no_grad():
                     for parameter, value in kept.items():
-                        parameter.copy_(value)
+                        write(parameter, value)
                 torch.clear_autocast_cache()
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -30,9 +30,13 @@ PER_PHILOX = 16
 TAIL = 256
 """Outermost cells of each side that are divided further."""
 
+REST_BITS, FINE_BITS = 15, 10
+"""More bits of an element of the tails; bits of a cell in each power of two there."""
+
 _CPU = torch.device("cpu")
 _SMALL = 2**13  # up to here NumPy looks values up faster
-_CELLS, _REST_BITS, _FINE_BITS, _MASK = 2**16, 15, 10, 2**32 - 1
+_PART = 2**20
+_CELLS, _MASK = 2**16, 2**32 - 1
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 of Random123
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64
@@ -54,7 +58,17 @@ def normal(key: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     count = math.prod(shape)
     if device.type == "cpu":
         return normal_range(key, 0, count).view(shape)
-    return traced_rows(words_of(key, device), torch.zeros(1, dtype=torch.int64, device=device), count).view(shape)
+    if device.type == "cuda" and (kernel := _kernel()) is not None:
+        value: Tensor = kernel(
+            torch.empty(count, device=device), words_of(key, device), tables(device), TAIL, REST_BITS, FINE_BITS
+        )
+        return value.view(shape)
+    out = torch.empty(count, device=device)
+    for first in range(0, count, _PART):  # some hundred times the memory of a part is taken on the way
+        part = out[first : first + _PART]
+        row = torch.tensor([first // _PART], device=device)
+        part.copy_(traced_rows(words_of(key, device), row, _PART)[0, : len(part)])
+    return out.view(shape)
 
 
 def signs(key: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -183,10 +197,10 @@ def _tail(cells: np.ndarray, elements: np.ndarray, key: int, fine: np.ndarray) -
     x = (elements + np.uint64(1)) * np.uint64(_WEYL[0]) + np.uint64(_halves(key)[0])
     x = (x ^ x >> np.uint64(30)) * np.uint64(_MIX[0])
     x = (x ^ x >> np.uint64(27)) * np.uint64(_MIX[1])
-    rest = ((x ^ x >> np.uint64(31)) >> np.uint64(64 - _REST_BITS)).astype(np.int32)
+    rest = ((x ^ x >> np.uint64(31)) >> np.uint64(64 - REST_BITS)).astype(np.int32)
     is_low = cells < TAIL
-    place = np.where(is_low, cells, ~cells).astype(np.int32) << _REST_BITS | rest
-    value = fine[((2 * place + 1).astype(np.float32).view(np.int32) >> 23 - _FINE_BITS) - (127 << _FINE_BITS)]
+    place = np.where(is_low, cells, ~cells).astype(np.int32) << REST_BITS | rest
+    value = fine[((2 * place + 1).astype(np.float32).view(np.int32) >> 23 - FINE_BITS) - (127 << FINE_BITS)]
     signed: np.ndarray = np.where(is_low, value, -value)
     return signed
 
@@ -241,12 +255,12 @@ def _values(cells: Tensor, elements: Tensor, key: Tensor) -> Tensor:
     x = (elements + 1) * _signed(_WEYL[0]) + key
     x = (x ^ _shifted(x, 30)) * _signed(_MIX[0])
     x = (x ^ _shifted(x, 27)) * _signed(_MIX[1])
-    rest = _shifted(x ^ _shifted(x, 31), 64 - _REST_BITS)
+    rest = _shifted(x ^ _shifted(x, 31), 64 - REST_BITS)
     is_low = cells < TAIL
     outer = torch.where(is_low, cells, _CELLS - 1 - cells)
-    place = torch.where(outer < TAIL, outer, 0) << _REST_BITS | rest
-    number = (2 * place + 1).to(torch.float32).view(torch.int32) >> 23 - _FINE_BITS
-    value = fine[number - (127 << _FINE_BITS)]
+    place = torch.where(outer < TAIL, outer, 0) << REST_BITS | rest
+    number = (2 * place + 1).to(torch.float32).view(torch.int32) >> 23 - FINE_BITS
+    value = fine[number - (127 << FINE_BITS)]
     return torch.where(outer < TAIL, torch.where(is_low, value, -value), table[cells])
 
 
@@ -265,6 +279,15 @@ def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         x = [high1 ^ x[1] ^ k0, low1, high0 ^ x[3] ^ k1, low0]
         k0, k1 = k0 + _signed(_WEYL[0]), k1 + _signed(_WEYL[1])
     return x[0], x[1], x[2], x[3]
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    try:
+        from .philox_triton import normal
+    except ImportError:
+        return None
+    return normal
 
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -302,10 +325,10 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     exponent and 10 bits of its fraction.
     """
     edges = torch.arange(_CELLS + 1, dtype=torch.float64) / _CELLS
-    exponents = TAIL.bit_length() + _REST_BITS
+    exponents = TAIL.bit_length() + REST_BITS
     starts = 2.0 ** torch.arange(exponents, dtype=torch.float64)[:, None]
-    finer = (starts * (1 + torch.arange(2**_FINE_BITS, dtype=torch.float64) / 2**_FINE_BITS)).flatten()
-    finer = torch.cat([finer, torch.tensor([2.0**exponents], dtype=torch.float64)]) / 2.0 ** (17 + _REST_BITS)
+    finer = (starts * (1 + torch.arange(2**FINE_BITS, dtype=torch.float64) / 2**FINE_BITS)).flatten()
+    finer = torch.cat([finer, torch.tensor([2.0**exponents], dtype=torch.float64)]) / 2.0 ** (17 + REST_BITS)
     return _cell_means(edges).to(device), _cell_means(finer).to(device)
 
 

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import reshard
 from .dora import check_no_cached_norms
 
 T = TypeVar("T")
@@ -157,7 +158,11 @@ def alone(model: nn.Module) -> Iterator[None]:
     with _making:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
-        yield
+        reshard(model)  # what FSDP2 left whole after a forward is a copy, which would stand for the weights themselves
+        try:
+            yield
+        finally:
+            reshard(model)
 
 
 def lend(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.adapters import ADAPTER_FILES, ADDED, CONFIG, RHO, clean_state, lacking
 from ..checkpoint.adapters import TENSORS as BESIDE
 from ..conversion.persistence import peft_state, saved_by_peft
+from ..dtensors import write
 from ..nn.base import is_bayesian, variational_tensors
 from .checkpoints import RESUMED, misfit, read, restore, same, unconverted, weight_files
 
@@ -120,7 +121,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str], what: str 
                 pairs.append((name, tensor, saved[name]))
     for _, tensor, value in pairs:
         if id(tensor) in ids:
-            tensor.copy_(value)
+            write(tensor, value)
     differing += [name for name, tensor, value in pairs if not same(tensor, value)]
     if differing:
         raise RuntimeError(

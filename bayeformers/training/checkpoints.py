@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ..checkpoint.adapters import ADDED, CONFIG, RHO
 from ..conversion.record import conversion_record
+from ..dtensors import own_part, part_of, reshard, split_like
 from ..nn.base import variational_tensors
 
 __all__ = ["check_same_conversion", "recorded_config", "restore", "unwrapped", "weight_files"]
@@ -83,7 +84,10 @@ def restore(model: nn.Module, folder: str | os.PathLike[str], what: str = RESUME
     unknown += [name for name in found if name not in own]
     _check(model, own, found, unknown, f"{what} {str(folder)!r}")
     check_same_conversion(model, folder, what)
-    model.load_state_dict(found, strict=False)
+    reshard(model)
+    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    parts = {name: split_like(value, own[name]) if name in own else value for name, value in found.items()}
+    model.load_state_dict(parts, strict=False)
     differing = [name for name, value in found.items() if name in own and not same(own[name], value)]
     if differing:
         raise RuntimeError(
@@ -219,7 +223,8 @@ def _check_values(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
 
 def same(tensor: Tensor, value: Tensor) -> bool:
     """Equal in the dtype of ``tensor``, NaNs included."""
-    expected = value.to(tensor.device, tensor.dtype)
+    expected = part_of(value.to(tensor.device, tensor.dtype), tensor)
+    tensor = own_part(tensor)
     return torch.equal(tensor, expected) or bool(((tensor == expected) | (tensor.isnan() & expected.isnan())).all())
 
 

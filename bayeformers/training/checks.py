@@ -17,6 +17,7 @@ __all__ = [
     "check_converted",
     "check_data_parallel",
     "check_dataset",
+    "check_engine",
     "check_test_dataset",
     "check_uncalibrated",
     "check_variance_head",
@@ -71,18 +72,35 @@ def check_converted(args: BayesianTrainingArguments) -> None:
                 "layer among processes: the items of a Bayesian model's loss cannot be counted then. Use data "
                 "parallelism alone: `accelerate launch --multi_gpu your_script.py`."
             )
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name) or _env(f"ACCELERATE_USE_{name.upper()}"):
-            raise ValueError(
-                f"`{name}` shards parameters, which the KL must read whole outside the forward: it is not supported "
-                "for a Bayesian model. Use DistributedDataParallel: `accelerate launch --multi_gpu your_script.py`."
-            )
+    check_engine(args)
     kwargs = args.activation_checkpointing_kwargs
     reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant", False)
     if args.activation_checkpointing and reentrant and args.world_size > 1 and not args.ddp_static_graph:
         raise ValueError(
             "`activation_checkpointing_kwargs` has use_reentrant=True, which DistributedDataParallel cannot combine "
             "with a KL outside the checkpointed modules: leave it out, or set `ddp_static_graph=True`."
+        )
+
+
+def check_engine(args: BayesianTrainingArguments) -> None:
+    """Raise ValueError for an engine that shards Parameters in a way that the KL cannot read: all but FSDP2."""
+    if getattr(args, "deepspeed", None) or _env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "`deepspeed` shards parameters, or their steps, in ways that are not supported for a Bayesian model. Use "
+            "FSDP2, which shards as ZeRO-3 does: `accelerate launch --use_fsdp --fsdp_version 2 your_script.py`."
+        )
+    config = getattr(args, "fsdp_config", None) or {}
+    if getattr(args, "fsdp", None):
+        version = int(config.get("version", config.get("fsdp_version", 2)))
+    elif _env("ACCELERATE_USE_FSDP"):
+        version = int(os.environ.get("FSDP_VERSION", "1"))
+    else:
+        return
+    if version < 2:
+        raise ValueError(
+            f"`fsdp` of version {version} shards parameters as flat tensors, which is not supported for a Bayesian "
+            "model. Use FSDP2: `accelerate launch --use_fsdp --fsdp_version 2 your_script.py`, or "
+            '`fsdp_config={"version": 2}`.'
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput, default_compute_objective, has_length
 
 from ..checkpoint.saving import carry
@@ -27,6 +27,7 @@ from .checks import check_dataset, check_test_dataset
 from .evaluator import BayesianPredictionOutput, Columns, Evaluation
 from .items import LABEL_NAMES, as_labels, residual_std
 from .order import LENGTHS, LengthCache, LongestFirst, RowOrder
+from .sharded import ShardedTrainer
 
 __all__ = ["MonteCarloTrainer"]
 
@@ -38,7 +39,7 @@ _POINT_ESTIMATE = (
 )
 
 
-class MonteCarloTrainer(Trainer):
+class MonteCarloTrainer(ShardedTrainer):
     """A Trainer whose `evaluate` and `predict` average over the posterior; how it trains is its subclass's.
 
     By weight draws, or by the linearised network: `args.eval_method`, else what the posterior does by default.
@@ -124,6 +125,7 @@ class MonteCarloTrainer(Trainer):
         return output._replace(predictions=order.sort(output.predictions), label_ids=order.sort(output.label_ids))
 
     def _begin_evaluation(self, posterior: BasePosterior | None) -> Evaluation:
+        self.settle_shards()
         return Evaluation(
             self.model,
             self.args,

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import reshard
 from ..likelihoods import get_likelihood
 from ..nn.adapters import active_tensors
 from ..nn.base import NamedVariational
 from ..nn.kl import tensor_kl
+from ..nn.shards import gathered
 from ..posteriors import VariationalPosterior
 from ..posteriors.heads import has_many_logits
 
@@ -52,13 +54,16 @@ class LayerGroup:
 @torch.no_grad()
 def layer_groups(model: nn.Module) -> dict[str, LayerGroup]:
     """By name, the groups of a Bayesian model, in its order; their KL add up to `kl_divergence(model)`."""
+    reshard(model)
     tensors: dict[str, list[NamedVariational]] = {}
     for tensor in active_tensors(model):
         tensors.setdefault(group_name(tensor.name), []).append(tensor)
-    return {
-        name: LayerGroup(float(sum(float(tensor_kl(t)) for t in own)), torch.cat([_relative_scales(t) for t in own]))
-        for name, own in tensors.items()
-    }
+    return {name: _layer_group(own) for name, own in tensors.items()}
+
+
+def _layer_group(tensors: list[NamedVariational]) -> LayerGroup:
+    kls, scales = zip(*((float(tensor_kl(t)), _relative_scales(t)) for t in map(gathered, tensors)), strict=True)
+    return LayerGroup(sum(kls), torch.cat(scales))
 
 
 def _relative_scales(tensor: NamedVariational) -> Tensor:

@@ -26,6 +26,7 @@ from ..likelihoods import HEAD, NoiseStd, get_likelihood, resolve_problem_type
 from ..posteriors import BasePosterior
 from ..posteriors.files import check_model
 from ..sampling.views import unwrapped_forward
+from ..sharding import is_sharded
 from .arguments import parse_noise_std
 from .checks import check_dataset
 from .elbo import preserved_rng
@@ -196,10 +197,11 @@ class LaplaceTrainer(MonteCarloTrainer):
                 "`fit_laplace` cannot read layers inside nn.DataParallel: pass `model.module`, and start one process "
                 "per GPU with `accelerate launch your_script.py`."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        is_old = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        if is_old or self.is_deepspeed_enabled:
             raise ValueError(
-                "`fit_laplace` needs whole parameters, which FSDP and DeepSpeed shard. Save the model, and fit it in a "
-                "run without them: `accelerate launch --multi_gpu your_script.py`."
+                "`fit_laplace` needs whole parameters in the forward, which FSDP1 and DeepSpeed shard. Use FSDP2, or "
+                "save the model, and fit it without them: `accelerate launch --multi_gpu your_script.py`."
             )
         likelihood_of(self.model)  # a head whose labels are positions has none
 
@@ -226,6 +228,7 @@ class LaplaceTrainer(MonteCarloTrainer):
             batch_size=batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            equal=is_sharded(self.model),
             num_batches=num_batches,
             seed=seed,
             length_names=self._length_names(),
@@ -241,8 +244,9 @@ class LaplaceTrainer(MonteCarloTrainer):
                 'fisher="empirical" is no estimate of the curvature: its gradients vanish where a model fits its '
                 'training data. Prefer "exact" or "mc".'
             )
+        report = _report(posterior, seconds)  # of a sharded model all processes are asked for their weights
         if self.is_world_process_zero():
-            logger.info(_report(posterior, seconds))
+            logger.info(report)
             for reason, names in _by_reason(posterior.record.skipped).items():
                 logger.info("Deterministic (%s): %s.", reason, ", ".join(names))
 

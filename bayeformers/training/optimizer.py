@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import whole
 from ..heads.find import find_head
 from ..nn.base import variational_tensors
 
@@ -96,6 +97,6 @@ def clip_separately(rhos: Iterable[nn.Parameter], rest_norm: Tensor, max_norm: f
         rest_norm: the norm of all other gradients, which are clipped by now.
         max_norm: of the gradient of ``rhos``.
     """
-    rho_norm = torch.nn.utils.clip_grad_norm_(list(rhos), max_norm)
-    norms = torch.stack([torch.as_tensor(rest_norm).to(rho_norm), rho_norm])
+    rho_norm = whole(torch.nn.utils.clip_grad_norm_(list(rhos), max_norm))
+    norms = torch.stack([whole(torch.as_tensor(rest_norm)).to(rho_norm), rho_norm])
     return norms.square().sum().sqrt()

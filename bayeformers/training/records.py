@@ -1,10 +1,12 @@
 """What training reports besides the loss: the ELBO's parts, how far scales moved, layers and steps without effect."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import own_part, reshard
 from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
@@ -27,7 +29,10 @@ SILENT_LAYERS = (
 
 
 class ScaleShift:
-    """Median |log sigma now - log sigma at the start|, on at most about 4096 evenly spaced weights of each tensor."""
+    """Median |log sigma now - log sigma at the start|, on at most about 4096 evenly spaced weights of each tensor.
+
+    Of a sharded model on those that this process holds.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._start = self._sample(model)
@@ -35,10 +40,12 @@ class ScaleShift:
     @staticmethod
     @torch.no_grad()
     def _sample(model: nn.Module) -> Tensor:
+        reshard(model)
         scales = []
         for tensor in variational_tensors(model):
             kept = slice(None, None, max(1, tensor.rho.numel() // SAMPLED_PER_TENSOR))
-            scales.append(scale_of(tensor.loc.flatten()[kept], tensor.rho.flatten()[kept], tensor.floor).cpu())
+            loc, rho = own_part(tensor.loc).flatten()[kept], own_part(tensor.rho).flatten()[kept]
+            scales.append(scale_of(loc, rho, tensor.floor).cpu())
         return torch.cat(scales).log()
 
     def median(self, model: nn.Module) -> float:
@@ -54,11 +61,11 @@ class CallWatch:
         self._scopes = {id(layer.scope): layer.scope for layer in layers.values()}
         for scope in self._scopes.values():
             scope.drawn = set()
-        self._called: set[int] = set()
+        self._called: set[str] = set()
         self._handles = [layer.register_forward_hook(self._note) for layer in layers.values()]
 
     def _note(self, layer: nn.Module, *_: object) -> None:
-        self._called.update(id(parameter) for parameter in layer.parameters())
+        self._called.update(_names(layer))
 
     def finish(self) -> list[str]:
         """Stop watching; the names of the layers that were not called."""
@@ -67,7 +74,12 @@ class CallWatch:
         for scope in self._scopes.values():
             self._called |= scope.drawn or set()
             scope.drawn = None
-        return [name for name, layer in self._layers.items() if not self._called & {id(p) for p in layer.parameters()}]
+        return [name for name, layer in self._layers.items() if not self._called & _names(layer)]
+
+
+def _names(layer: Any) -> set[str]:
+    """Of its random tensors: tied ones share theirs, and FSDP changes Parameters but no names."""
+    return {spec.name for spec in layer.specs.values()}
 
 
 class TrainingRecord:
@@ -196,7 +208,7 @@ def lost_steps(model: nn.Module, learning_rate: float) -> tuple[float, torch.dty
 
     A number w = m 2^e, 1/2 <= m < 1, has neighbours 2^(e - 1) eps away: less than half of that rounds to w again.
     """
-    means = [tensor.loc for tensor in variational_tensors(model)]
+    means = [own_part(tensor.loc) for tensor in variational_tensors(model)]
     narrow = [mean for mean in means if mean.requires_grad and mean.dtype in (torch.bfloat16, torch.float16)]
     if not narrow:
         return 0.0, None

@@ -1,5 +1,6 @@
 """One pass over a dataset in which every example counts once, whatever the number of processes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ def sharded_batches(
     rank: int = 0,
     world_size: int = 1,
     num_batches: int | None = None,
+    equal: bool = False,
     seed: int = 0,
     length_names: Sequence[str] = LENGTHS,
     **options: Any,
@@ -36,9 +38,14 @@ def sharded_batches(
         rank: of this process.
         world_size: number of processes.
         num_batches: as many batches of every rank, of examples chosen at random; all if None.
+        equal: whether all ranks need as many batches, as where each forward gathers a sharded model's weights; sizes
+            then differ by 1 at most.
         seed: of this choice.
         length_names: columns that tell how long an example is; see `example_lengths`.
         options: of the `DataLoader`, which says in ``example_numbers`` where its examples stand in the dataset.
+
+    Raises:
+        ValueError: a stream, of which no process knows when it ends in another, where batches must be ``equal``.
 
     >>> for rank in range(2):
     ...     print(list(sharded_batches([10, 11, 12], list, batch_size=2, rank=rank, world_size=2)))
@@ -48,15 +55,45 @@ def sharded_batches(
     generator = torch.Generator().manual_seed(seed)  # else the DataLoader draws its seed from the global one
     options = {"batch_size": batch_size, "collate_fn": collate, "generator": generator, **options}
     if isinstance(dataset, IterableDataset) or not has_length(dataset):
+        if equal and world_size > 1:
+            raise ValueError(
+                "A sharded model needs a dataset of known length: a stream may end earlier in one process."
+            )
         return EveryNth(DataLoader(dataset, **options), rank, world_size)
     limit = None if num_batches is None else num_batches * batch_size * world_size
     chosen = _chosen(len(dataset), limit, seed)
     lengths = example_lengths(dataset, chosen, names=length_names, collate=collate)
     indices = _longest_first(chosen, lengths)[rank::world_size]
     examples = cast("Dataset[Any]", dataset)  # or a list, which has all that a loader needs
+    if equal:
+        options["batch_sampler"] = _equal_batches(len(indices), len(chosen), options.pop("batch_size"), world_size)
     loader = DataLoader(Subset(examples, indices), **options)
     loader.example_numbers = indices
     return loader
+
+
+def _equal_batches(own: int, number: int, batch_size: int, world_size: int) -> list[list[int]]:
+    """Return the places of a rank's ``own`` of ``number`` examples, in as many batches as the largest share needs.
+
+    Args:
+        own: how many examples the rank has.
+        number: how many all ranks have.
+        batch_size: the most in a batch.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the rank has fewer examples than batches are needed.
+
+    >>> _equal_batches(3, 7, 2, 2)
+    [[0, 1], [2]]
+    """
+    count = math.ceil(math.ceil(number / world_size) / batch_size)
+    if own < count:
+        raise ValueError(
+            f"{number} examples in batches of {batch_size} cannot be shared by {world_size} processes of a sharded "
+            "model, which all need as many batches: take a larger `batch_size`, or a multiple of the processes."
+        )
+    return [[*range(own * index // count, own * (index + 1) // count)] for index in range(count)]
 
 
 def share_of(

@@ -17,6 +17,7 @@ from ..conversion.record import conversion_record, update_config, without_stale_
 from ..guarantees.attached import write_guarantees
 from ..likelihoods import HEAD, Likelihood, ProblemType, get_likelihood, without_ignored
 from ..nn.draws import one_draw_per_forward, training_draw
+from ..sharding import gathered
 from . import adapter_checkpoints, checkpoints, checks
 from .alignment import CalibrationTerm
 from .arguments import BayesianTrainingArguments, parse_noise_std
@@ -50,8 +51,7 @@ class BayesianTrainer(SharingTrainer):
 
     Raises:
         TypeError: other training arguments, or bases whose order would replace the loss.
-        ValueError: what would make the ELBO wrong (label smoothing), `nn.DataParallel`, FSDP and DeepSpeed, and an
-            empty dataset.
+        ValueError: what would make the ELBO wrong (label smoothing), `nn.DataParallel`, FSDP1, and an empty dataset.
     """
 
     _scaled: bool | None = None  # what the user says of the loss's scale
@@ -80,6 +80,7 @@ class BayesianTrainer(SharingTrainer):
         in_order, by_name = ((args, *positional), kwargs) if positional else ((), {"args": args, **kwargs})
         super().__init__(model, *in_order, **by_name)
         self.add_callback(ObjectiveCheck(self, BayesianTrainer))
+        self.settle_shards()
 
     def start_anew(self) -> None:
         """Forget a training that has ended, or that begins again with smaller batches."""
@@ -199,6 +200,7 @@ class BayesianTrainer(SharingTrainer):
             self.settle_ivon(lambda: self._count_items(self._read(dict(inputs)).likelihood))
             return
         checks.check_converted(self.args)
+        self.settle_shards()
         if conversion_record(self.model) is None:
             one_draw_per_forward(self.model)  # built by hand: ties share a draw, as after a conversion
         objective, likelihood = self._objective, self._read(dict(inputs)).likelihood
@@ -324,13 +326,13 @@ class BayesianTrainer(SharingTrainer):
 
         The config of an unconverted model records no conversion, whatever stands in it: see `without_stale_record`.
         """
-        own = self._posterior
-        if own is not None and self.args.should_save and saved_along(self.model) is not own:
-            save_posterior(own, Path(output_dir or str(self.args.output_dir)))  # first: a push takes it along
-        with without_stale_record(self.model):
+        own, folder = self._posterior, Path(output_dir or str(self.args.output_dir))
+        with gathered(self.model), without_stale_record(self.model):
+            if own is not None and self.args.should_save and saved_along(self.model) is not own:
+                save_posterior(own, folder)  # first: a push takes it along
             super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            write_guarantees(self.model, Path(output_dir or str(self.args.output_dir)))  # of a plain module too
+            if self.args.should_save:
+                write_guarantees(self.model, folder)  # of a plain module too
 
     # -- loss --------------------------------------------------------------------------------------------------------
 

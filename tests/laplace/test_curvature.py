@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayeformers.laplace import Curvature, CurvatureConfig, fit
 from bayeformers.laplace.accumulate import Accumulator
@@ -100,3 +100,29 @@ def test_expand_concatenates_uses_along_the_positions() -> None:
     a = torch.cat([a, torch.ones_like(a[:, :1])], -1)
     _, inputs = sums_of(model, batches(x, y)).factors("again")
     close(inputs[0], a.T @ a / 10, 1e-12)
+
+
+class Attention(nn.Module):
+    """Query and key read one tensor, the value another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.query(x).sigmoid() * self.key(x) + self.value(x.square())
+
+
+def test_factors_are_released_as_they_are_decomposed() -> None:
+    """The same bases and eigenvalues, no factor left, and one basis where layers read the same tensor."""
+    model = built(Attention())
+    x, y = normal(6, 4), classes(6, outputs=3)
+    kept, released = sums_of(model, batches(x, y)), sums_of(model, batches(x, y))
+    targets = choose_targets(model)[0]
+    expected, found = kept.decomposed(targets), released.decomposed(targets, releases=True)
+    for (_, one), (_, other) in zip(expected, found, strict=True):
+        close(dense(one), dense(other), 1e-12)
+    assert all(own.keys() == {"count"} for own in released.sums.values())
+    assert all({"inputs", "gradients"} <= own.keys() for own in kept.sums.values())
+    query, key, value = (eigen.right for _, eigen in found)
+    assert query is key and value is not query

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayeformers.laplace import KroneckerEigen
-from bayeformers.laplace.kronecker import symmetric_eigen
+from bayeformers.laplace.kronecker import add_second_moment, symmetric, symmetric_eigen
 from tests.laplace.reference import basis, close, dense, kronecker, normal
 
 TAU, SCALE = 0.7, 2.5
@@ -97,3 +97,19 @@ def test_log_determinant_is_summed_in_float64() -> None:
     found = eigen.log_determinant(3.0)
     expected = 1e6 * torch.tensor(3.0, dtype=torch.float64).log()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@each_block_count
+@pytest.mark.parametrize("with_one", [True, False])
+@pytest.mark.parametrize("width", [3, 127, 128, 130, 600])  # within a block, at its edge, several narrow and wide ones
+def test_second_moments_by_blocks(width: int, with_one: bool, blocks: int) -> None:
+    """On and above the diagonal, beside what was there; rows of zeros count as (0, 1)."""
+    rows = normal(blocks, 9, width, seed=width)
+    rows[:, 2:5] = 0
+    rows[:, 6, 0] = 0  # no row of zeros, though its first element is
+    whole = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if with_one else rows
+    before = normal(blocks, whole.shape[-1], whole.shape[-1], seed=1)
+    total = before.clone()
+    add_second_moment(total, rows, with_one=with_one)
+    close(total.triu(), (before + torch.einsum("kpi,kpj->kij", whole, whole)).triu(), 1e-12)
+    close(symmetric(total), symmetric(total).mT)

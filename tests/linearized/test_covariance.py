@@ -16,7 +16,7 @@ from bayeformers.linearized.covariance import (
     table_covariance,
     table_squares,
 )
-from bayeformers.linearized.separable import MAX_RANK, Separable
+from bayeformers.linearized.separable import MAX_RANK, Separable, Side
 
 BATCH, COUNT, D_OUT, D_IN = 5, 3, 4, 6
 SHAPES = pytest.mark.parametrize(
@@ -253,3 +253,38 @@ def test_it_pays_for_few_positions() -> None:
         return separable.pays(torch.empty(1, 2, positions, size), torch.empty(1, 2, 2, positions, size))
 
     assert pays(4, 768) and not pays(512, 64)
+
+
+@pytest.mark.parametrize("own", [None, [], [1, 4]])
+def test_grams_of_one_side(own: list[int] | None) -> None:
+    """Against the sum over all directions, two weightings of five vectors; all but ``own`` have one weight."""
+    basis, vectors, weights = orthogonal(1, 6), normal(BATCH, 5, 6), normal(2, 6)
+    if own is not None:
+        shared = [i for i in range(6) if i not in own]
+        weights[:, shared] = weights[:, shared[:1]]
+    side = Side() if own is None else Side(torch.tensor(own, dtype=torch.long), common=0)
+    turned = torch.einsum("bpd,di->bpi", vectors, basis[0])
+    exact = torch.einsum("ri,bpi,bqi->brpq", weights, turned, turned)
+    for one in (side, side.with_basis(basis)):
+        torch.testing.assert_close(one.grams(vectors, basis, weights), exact, rtol=0, atol=1e-12)
+
+
+def test_it_pays_the_more_the_fewer_directions_have_a_weight_of_their_own() -> None:
+    """At 100 positions of 256 x 256, ten terms: not with all directions, but with 4 of each side."""
+    few = Side(torch.arange(4), common=10)
+    tensors = torch.empty(1, 2, 100, 256), torch.empty(1, 2, 1, 100, 256)
+    sides = (Side(), Side()), (few, few)
+    assert [Separable(torch.ones(10, 256), torch.ones(10, 256), *own).pays(*tensors) for own in sides] == [False, True]
+
+
+@pytest.mark.parametrize("first_element", [0.0, 1.0])
+def test_reached_positions(first_element: float) -> None:
+    """Of gradients whose first element is 0 everywhere too."""
+    inputs, gradients = captured(1, 4)
+    gradients[..., 0] *= first_element
+    found = reached(inputs, gradients)
+    assert torch.equal(found[0], inputs) and torch.equal(found[1], gradients)
+    gradients[:, :, :, 1] = 0
+    found = reached(inputs, gradients)
+    kept = [0, 2, 3]
+    assert torch.equal(found[0], inputs[:, :, kept]) and torch.equal(found[1], gradients[:, :, :, kept])

@@ -265,6 +265,37 @@ def test_inputs_that_are_edited_in_place_are_kept() -> None:
     torch.testing.assert_close(use.input, torch.tanh(model.first(x)).detach())
 
 
+def test_gradients_at_outputs_that_are_edited_in_place() -> None:
+    """Whole, by a view and by a slice, of the first layer and of a later one: those of the same network out of place.
+
+    An output is not kept: the gradient is asked for at its place in the graph, which no edit moves.
+    """
+    first, second, third = (nn.Linear(4, 4).double() for _ in range(3))
+
+    class Edited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = first, second, third
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h.mul_(2).relu_()
+            f = self.second(h)
+            f.view(-1, 2, 2).mul_(2)
+            f[:, :2] *= 3
+            return self.third(f).mul_(x)  # type: ignore[no-any-return]
+
+    x, weights = normal(3, 4), normal(3, 4, seed=1)
+    outputs, uses = record(Edited(), x, [first, second, third], lambda output: output)
+    found = gradients(outputs, uses, weights)
+    one = first(x)
+    two = second((2 * one).relu())
+    three = third(2 * two * torch.tensor([3.0, 3, 1, 1]))
+    close(outputs, three * x, 1e-12)
+    for grad, expected in zip(found, torch.autograd.grad(three * x, (one, two, three), weights), strict=True):
+        close(grad, expected, 1e-12)
+
+
 def test_a_layer_without_effect_has_no_gradient() -> None:
     class Silent(nn.Module):
         def __init__(self) -> None:

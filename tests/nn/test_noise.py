@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -82,6 +87,36 @@ def test_any_part_is_that_of_the_whole(start: int, count: int) -> None:
         expected = whole[: len(whole) // width * width].view(-1, width)[rows]
         assert torch.equal(philox.traced_rows(philox.words_of(key, CPU), rows, width), expected)
         assert torch.equal(rows_of(key, rows, width), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2**20, 2**20 + 17])
+def test_a_device_without_a_kernel_of_its_own(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensor operations alone, in parts: here on the CPU, which else would take NumPy's words."""
+    key = noise_key(0, 0, "device")
+    expected = normal(key, (count,), CPU)
+    for name in ("empty", "tensor", "arange"):
+        own = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, own=own, device=None, **options: own(*args, **options))
+    monkeypatch.setattr(philox, "tables", lambda device, own=philox.tables: own(CPU))
+    other = types.SimpleNamespace(type="other")
+    assert torch.equal(philox.normal(key, (count,), other), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_of_cuda_in_tritons_interpreter() -> None:
+    """Bit for bit the CPU's values; the interpreter must be chosen before Triton is imported."""
+    code = """
+import torch
+from bayeformers.sampling import philox, philox_triton
+cpu = torch.device("cpu")
+constants = philox.tables(cpu), philox.TAIL, philox.REST_BITS, philox.FINE_BITS
+for key in (0x123456789ABCDEF0FEDCBA9876543210, 2**128 - 1):
+    for count in (0, 15, 3000):
+        found = philox_triton.normal(torch.empty(count), philox.words_of(key, cpu), *constants)
+        assert torch.equal(found, philox.normal(key, (count,), cpu)), (key, count)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
 
 
 def test_tables_of_another_machine() -> None:

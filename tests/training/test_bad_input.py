@@ -120,15 +120,26 @@ def test_data_parallel_names_the_launch_command(converted: bool, tmp_path: Path)
 def test_sharded_engines(engine: str, tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path)
     setattr(args, engine, True)
-    with pytest.raises(ValueError, match=f"`{engine}` shards parameters"):
+    args.fsdp_config = {"version": 1}
+    with pytest.raises(ValueError, match=f"`{engine}`.* shards parameters"):
         checks.check_converted(args)
+
+
+def test_fsdp2_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = tiny.arguments(tmp_path)
+    args.fsdp, args.fsdp_config = True, {"version": 2}
+    checks.check_converted(args)
+    args.fsdp = False
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    checks.check_converted(args)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_sharded_engines_of_the_launcher(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = tiny.arguments(tmp_path)
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ValueError, match=f"`{engine.lower()}` shards parameters"):
+    with pytest.raises(ValueError, match=f"`{engine.lower()}`.* shards parameters"):
         checks.check_converted(args)
 
 
