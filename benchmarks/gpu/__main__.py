@@ -61,6 +61,7 @@ class Run:
     def _work(self, names: list[str]) -> None:
         """One process, until it has ended or has to be ended; the check that it was at has then failed."""
         self.lines.unlink(missing_ok=True)
+        before = len(self.found)
         log = self.args.output_dir / "log.txt"
         with log.open("a", encoding="utf-8") as stream:
             process = subprocess.Popen(self._command(names), stdout=stream, stderr=stream)
@@ -73,11 +74,11 @@ class Run:
             if reason:
                 process.kill()
             code = process.wait()
-        if not self.limits or (code and not running and not self._read()):
+        if running := self._read():
+            self.found[running] = {"status": "failed", "reason": reason or f"its process ended with status {code}"}
+        elif not self.limits or (code and not reason and len(self.found) == before):
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no answer"]
             raise DeviceError(f"device {self.args.device!r}: {reason or last[0]}")
-        if (running := self._read()) and running not in self.found:
-            self.found[running] = {"status": "failed", "reason": reason or f"its process ended with status {code}"}
 
     def _command(self, names: list[str]) -> list[str]:
         command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", self.args.device]

@@ -34,6 +34,8 @@ for name in names or ["good", "bad", "dies", "hangs", "late"]:
     if name == "bad":
         result = {"status": "failed", "reason": "AssertionError: 2 != 1"}
     write(name=name, seconds=0.01, **result)
+    if name == "bad":
+        sys.exit(1)  # as where CUDA answers nothing any more
 """
 
 
