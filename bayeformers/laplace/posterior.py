@@ -191,10 +191,8 @@ class LaplacePosterior(MovedPosterior):
         """Layer name -> eigenvalues, and squared distance from the prior's mean, of which the evidence is made."""
         distances = self.record.squared_distances
         known = self._norms | distances
-        return {
-            t.name: Spectrum(eigen.eigenvalues, known[t.name] if t.name in known else t.squared_norm)
-            for t, eigen in self._layers
-        }
+        known |= {target.name: target.squared_norm for target, _ in self._layers if target.name not in known}
+        return {target.name: Spectrum(eigen.eigenvalues, known[target.name]) for target, eigen in self._layers}
 
     @property
     def log_marginal_likelihood(self) -> float:
