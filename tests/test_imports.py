@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "laplace": ("posteriors", "linearized", "likelihoods", "sampling"),
     "ood": ("posteriors", "laplace", "likelihoods", "predictive", "metrics"),
     "heads": ("laplace", "posteriors", "linearized", "likelihoods", "predictive", "sampling", "nn"),
-    "checkpoint": ("conversion", "nn", "heads", "laplace", "posteriors", "guarantees"),
+    "checkpoint": ("conversion", "sharding", "nn", "heads", "laplace", "posteriors", "guarantees"),
     "delta": ("conversion", "distributions", "likelihoods", "linearized", "nn", "posteriors", "predictive", "sampling"),
     "adapters": (
         "delta",

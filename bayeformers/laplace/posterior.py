@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number
+from ..dtensors import is_split
 from ..likelihoods import ProblemType, get_likelihood, logits_of, resolve_problem_type
 from ..likelihoods.registry import likelihood_of_family
 from ..linearized.blocks import GaussianBlock, block_draw
@@ -158,6 +159,9 @@ class LaplacePosterior(MovedPosterior):
         self.choice = PrecisionChoice() if choice is None else choice
         self._layers, self._outputs_of = list(layers), outputs_of
         self.fingerprints = fingerprints or {target.name: target.fingerprint for target in self.targets}
+        is_split_up = any(is_split(parameter) for parameter in self.random_parameters())
+        # of a sharded model all processes have to ask for weights: once, at the fit
+        self._norms = {t.name: t.squared_norm for t in self.targets} if is_split_up and not fingerprints else {}
         self._blocks = self.blocks_at([self.prior_precision])
         self._cache: dict[tuple[int, int], dict[nn.Parameter, Tensor]] = {}
         self._kept: tuple[str, Statistic] | None = None
@@ -186,10 +190,9 @@ class LaplacePosterior(MovedPosterior):
     def spectra(self) -> dict[str, Spectrum]:
         """Layer name -> eigenvalues, and squared distance from the prior's mean, of which the evidence is made."""
         distances = self.record.squared_distances
-        return {
-            target.name: Spectrum(eigen.eigenvalues, distances.get(target.name, target.squared_norm))
-            for target, eigen in self._layers
-        }
+        known = self._norms | distances
+        known |= {target.name: target.squared_norm for target, _ in self._layers if target.name not in known}
+        return {target.name: Spectrum(eigen.eigenvalues, known[target.name]) for target, eigen in self._layers}
 
     @property
     def log_marginal_likelihood(self) -> float:
@@ -258,9 +261,11 @@ class LaplacePosterior(MovedPosterior):
     def _replace(self, **changes: Any) -> LaplacePosterior:
         names = ("prior_precision", "temperature", "noise_std", "draw_cache_bytes", "choice", "fingerprints")
         kept = {name: getattr(self, name) for name in names}
-        return LaplacePosterior(
+        other = LaplacePosterior(
             self.model, self._layers, self.record, outputs_of=self._outputs_of, **{**kept, **changes}
         )
+        other._norms = self._norms
+        return other
 
     def blocks(self) -> Sequence[LaplaceBlock]:
         """One block per layer."""

@@ -154,7 +154,7 @@ def trained(folder: Path, kind: str, how: str, accumulation: int = 1) -> dict[st
         "optim": "sgd", "learning_rate": 1e-2, "rho_learning_rate": 1e-2, "max_grad_norm": 1.0,
         "per_device_train_batch_size": 8 // num_processes(how),
     }  # fmt: skip
-    data = {"train_dataset": tiny.dataset(kind, 42), "eval_dataset": tiny.dataset(kind, 9, seed=5)}
+    data = {"train_dataset": tiny.dataset(kind, 48), "eval_dataset": tiny.dataset(kind, 9, seed=5)}
     kept = steps.Gradients()
     trainer = tiny.trainer(
         folder, made(kind, how, False), kind, save_strategy="steps", save_steps=2, callbacks=[kept], **data, **options
