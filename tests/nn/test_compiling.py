@@ -37,7 +37,10 @@ def _tiny(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return hf.BertForSequenceClassification(config), {**ids, "labels": torch.tensor([0, 1])}
     if name == "vit":
         config = hf.ViTConfig(**_SIZES, image_size=16, patch_size=4, problem_type="single_label_classification")
-        return hf.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16), "labels": IDS[:, 0] % 2}
+        return hf.ViTForImageClassification(config), {
+            "pixel_values": torch.randn(2, 3, 16, 16),
+            "labels": IDS[:, 0] % 2,
+        }
     if name == "gpt2":
         config = hf.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
         config.loss_type = "ForCausalLM"
@@ -45,7 +48,9 @@ def _tiny(name: str) -> tuple[nn.Module, dict[str, Any]]:
     if name == "llama":
         config = hf.LlamaConfig(vocab_size=40, **_SIZES, num_key_value_heads=2)
         return hf.LlamaForCausalLM(config), {**ids, "labels": IDS}
-    config = hf.T5Config(vocab_size=40, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64, decoder_start_token_id=0)
+    config = hf.T5Config(
+        vocab_size=40, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64, decoder_start_token_id=0
+    )
     return hf.T5ForConditionalGeneration(config), {**ids, "labels": IDS}
 
 
