@@ -90,8 +90,8 @@ def test_has_weights_of_its_own() -> None:
 def test_of_a_laplace_posterior() -> None:
     """Its draws are written into the model: the network has them, and the model its own weights again."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
-    data = [{"input": X[i], "labels": i % 3} for i in range(5)]
-    posterior = bayeformers.laplace.fit_laplace(model, data)
+    batch = {"input": X, "labels": torch.arange(5) % 3}
+    posterior = bayeformers.laplace.fit(model, [batch], prior_precision=2.0, progress=False)
     assert isinstance(posterior, LaplacePosterior)
     trained = model(X)
     with torch.no_grad(), posterior.draw(2):
