@@ -1,4 +1,4 @@
-"""`network_of`: one network of a posterior as a plain model, for `torch.export`, ONNX and whatever else reads models."""
+"""`network_of`: one network of a posterior as a plain model, for `torch.export`, ONNX and all that reads models."""
 
 from __future__ import annotations
 

@@ -44,6 +44,9 @@ def hand_in(layer: BayesianModule, name: str, kind: str) -> bool:
         layer: whose tensor.
         name: of the tensor in the layer.
         kind: "value" or "noise".
+
+    Returns:
+        True, for a compiler needs some constant.
     """
     layer.scope.handed.add(handed_name(kind, layer.specs[name]))
     with _eagerly():

@@ -222,13 +222,16 @@ class HandedDraw:
         return noise if rows is None else F.embedding(rows, noise)
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """RuntimeError: a held draw is one network, of which no estimator asks signs.
+        """A held draw is one network, of which no estimator asks signs.
 
         Args:
             spec: what the tensor's noise depends on.
             axis: of the tensor.
             shape: numbers of examples and features.
             device: of the signs.
+
+        Raises:
+            RuntimeError: always.
         """
         raise RuntimeError(f"The held draw of {spec.name!r} is one network, without signs.")
 
