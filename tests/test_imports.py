@@ -15,11 +15,12 @@ PACKAGE = Path(bayeformers.__file__).parent
 EVERYTHING_ABOVE = ("*",)
 # numbers and choices, what a forward takes, PEFT's patterns, files of tensors, a launch's processes, old import paths
 # and tensors that they hold in parts
-FOUNDATION = ("checks", "forward", "patterns", "storage", "processes", "dtensors", "moved")
+FOUNDATION = ("checks", "forward", "patterns", "storage", "processes", "moved")
 
 # room -> the rooms that it may import from, besides itself and the foundation. A room is a folder or a file of the
 # package's root; a row names only rooms of earlier rows, so imports run one way.
 ROOMS: dict[str, tuple[str, ...]] = {
+    "processes": (),
     "lazy": (),
     "distributions": (),
     "metrics": (),

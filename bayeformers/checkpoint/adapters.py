@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from ..conversion import adapters as converted_adapters
 from ..conversion.persistence import peft_state
 from ..conversion.record import bayesian_config, conversion_record, converted_module
-from ..dtensors import is_split, whole
 from ..guarantees.attached import write_guarantees
 from ..nn.adapters import AdapterPart, adapter_parts, tuner_layers
 from ..nn.base import WIDE_BUFFERS, BayesianModule, is_bayesian
 from ..nn.draws import posterior_mean
 from ..posteriors import BasePosterior
 from ..posteriors.files import saved_kinds
+from ..processes.dtensors import is_split, whole
 from ..sharding import is_sharded
 from ..sharding.gathering import gathered, is_gathered
 from ..storage import write

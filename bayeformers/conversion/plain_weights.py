@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import groups_of, is_managed, is_split
+from ..processes.dtensors import groups_of, is_managed, is_split
 
 _QUANTISERS = (
     "aqlm", "auto_gptq", "auto_round", "awq", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm_gpu", "flute",

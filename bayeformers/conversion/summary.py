@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..dtensors import reshard
 from ..nn.base import NamedVariational, is_bayesian, variational_tensors
 from ..nn.kl import tensor_kl
 from ..nn.shards import gathered
+from ..processes.dtensors import reshard
 from .record import conversion_of, conversion_record
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..dtensors import split_like, write
 from ..linearized.blocks import from_matrix, to_matrix
 from ..linearized.captured import OutputOf
 from ..posteriors.base import BasePosterior
+from ..processes.dtensors import split_like, write
 from ..sampling.views import View, alone
 from .targets import Fingerprint, Target
 

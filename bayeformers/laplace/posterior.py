@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number
-from ..dtensors import is_split
 from ..likelihoods import ProblemType, get_likelihood, logits_of, resolve_problem_type
 from ..likelihoods.registry import likelihood_of_family
 from ..linearized.blocks import GaussianBlock, block_draw
 from ..linearized.captured import OutputOf, Statistic
 from ..posteriors.files import register_posterior
+from ..processes.dtensors import is_split
 from ..sampling.generators import NOISE_VERSION, check_noise_version
 from ..storage import folder, read, saved_file, write
 from .blocks import LaplaceBlock
@@ -190,7 +190,7 @@ class LaplacePosterior(MovedPosterior):
     def spectra(self) -> dict[str, Spectrum]:
         """Layer name -> eigenvalues, and squared distance from the prior's mean, of which the evidence is made."""
         distances = self.record.squared_distances
-        known = self._norms | distances
+        known = {**self._norms, **distances}
         known |= {target.name: target.squared_norm for target, _ in self._layers if target.name not in known}
         return {target.name: Spectrum(eigen.eigenvalues, known[target.name]) for target, eigen in self._layers}
 

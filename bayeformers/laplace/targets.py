@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import whole
 from ..linearized import LayerRule, rule_of, supported_layers
 from ..linearized.blocks import to_matrix
 from ..patterns import Patterns, matching, subtrees
+from ..processes.dtensors import whole
 from ..storage import digest
 
 _NARROWER = (torch.float32, torch.bfloat16, torch.float16)

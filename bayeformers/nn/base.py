@@ -15,7 +15,7 @@ from ..distributions import InitialScale, NormalPrior, Prior, rho_from_scale, un
 from ..distributions.diagonal_normal import ScaleName, check_scale
 from ..distributions.initial_scale import check_delta
 from ..distributions.prior import check_prior
-from ..dtensors import own_part, part_of, whole
+from ..processes.dtensors import own_part, part_of, whole
 from ..sampling.walk import named_modules
 from . import compiling, kl_watch
 from .estimators import REPARAMETERIZATION, Estimator, get_estimator

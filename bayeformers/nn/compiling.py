@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -18,15 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .noise import Draw, HandedDraw, handed_name
 from .variational import Variational
 
-if TYPE_CHECKING:
-    from .base import BayesianModule
-
-_held: list[tuple[list[BayesianModule], Draw]] = []
+_Layer = Any
+"""A `BayesianModule`, which itself asks here what running code sees."""
+_held: list[tuple[list[_Layer], Draw]] = []
 """The draws that are held now: of other weights, after an optimizer's step, they have other values."""
 _hook: Any = None
 
 
-def as_seen(layer: BayesianModule, name: str, draw: Draw) -> Draw | HandedDraw:
+def as_seen(layer: _Layer, name: str, draw: Draw) -> Draw | HandedDraw:
     """Return a held draw as the running code sees it.
 
     Args:
@@ -37,7 +36,7 @@ def as_seen(layer: BayesianModule, name: str, draw: Draw) -> Draw | HandedDraw:
     return HandedDraw(layer, name, draw) if torch.compiler.is_compiling() else draw
 
 
-def hand_in(layer: BayesianModule, name: str, kind: str) -> bool:
+def hand_in(layer: _Layer, name: str, kind: str) -> bool:
     """While a graph is traced: hand in one tensor of the held draw, and remember to do so for other draws.
 
     Args:
@@ -58,7 +57,7 @@ hand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `torc
 
 
 @contextlib.contextmanager
-def handed_in(layers: list[BayesianModule], draw: Draw) -> Iterator[None]:
+def handed_in(layers: list[_Layer], draw: Draw) -> Iterator[None]:
     """Hand in what graphs of these layers are known to need of a draw that is held until exit."""
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_after_step)
@@ -77,7 +76,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             _hand_in_known(layers, draw)
 
 
-def _hand_in_known(layers: list[BayesianModule], draw: Draw) -> None:
+def _hand_in_known(layers: list[_Layer], draw: Draw) -> None:
     for layer in layers:
         if known := layer.scope.handed:
             for name, spec in layer.specs.items():
@@ -86,7 +85,7 @@ def _hand_in_known(layers: list[BayesianModule], draw: Draw) -> None:
                         _hand_in(layer, name, kind, draw)
 
 
-def _hand_in(layer: BayesianModule, name: str, kind: str, draw: Draw) -> None:
+def _hand_in(layer: _Layer, name: str, kind: str, draw: Draw) -> None:
     loc, rho, spec = layer.get_parameter(name), layer.get_parameter(f"{name}_rho"), layer.specs[name]
     with torch.set_grad_enabled(kind == "noise"):  # the draw keeps values without gradients, and noise with them
         if kind == "noise":

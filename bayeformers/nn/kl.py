@@ -15,7 +15,7 @@ from ..distributions import DiagonalNormal, EmpiricalNormal
 from ..distributions import kl_divergence as _kl_divergence
 from ..distributions.block_kl import block_size, normal_kl, separable_kl
 from ..distributions.kl import has_closed_form
-from ..dtensors import reshard
+from ..processes.dtensors import reshard
 from . import kl_watch
 from .adapters import active_tensors
 from .base import NamedVariational, check_module, record_of, variational_tensors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import InitialScale
-from ..dtensors import first_row, groups_of, is_managed, is_split, own_part, part_of, summed_over, whole
+from ..processes.dtensors import first_row, groups_of, is_managed, is_split, own_part, part_of, summed_over, whole
 from . import kl_watch
 from .base import BayesianModule, NamedVariational
 from .noise import Draw

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..dtensors import own_part
 from ..nn import BayesianModule, posterior_mean, variational_tensors
 from ..nn.base import is_bayesian as is_bayesian
 from ..nn.draws import check_names, hold
 from ..nn.reading import MEAN
 from ..nn.variational import Draw
+from ..processes.dtensors import own_part
 from ..sampling.views import View, modules_of
 from .base import BasePosterior
 

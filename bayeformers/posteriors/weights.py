@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_draw
-from ..dtensors import write
 from ..linearized import recording_view
+from ..processes.dtensors import write
 from ..sampling.views import View, alone
 from .base import BasePosterior
 

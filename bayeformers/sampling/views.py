@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import reshard
+from ..processes.dtensors import reshard
 from .dora import check_no_cached_norms
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import is_split, reshard, split_like
 from ..nn.base import BayesianModule, bayesian_modules, check_module, variational_tensors
+from ..processes.dtensors import is_split, reshard, split_like
 
 _KEPT = ("_prior_centre", "_prior_scale")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import is_split, knowing, reshard, whole
 from ..nn.adapters import adapter_parts, has_adapters
 from ..nn.base import bayesian_modules
 from ..processes import gathered as from_all
 from ..processes import process_index
+from ..processes.dtensors import is_split, knowing, reshard, whole
 
 Place = tuple[dict[str, Any], str, Tensor]
 """Where a module keeps a tensor: the dictionary, the name there, the tensor."""

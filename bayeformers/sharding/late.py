@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ..dtensors import is_split, reshard, whole
 from ..nn.base import bayesian_modules
+from ..processes.dtensors import is_split, reshard, whole
 from .fsdp import add_group, drop_removed, is_sharded, separate_scales, states
 
 F = TypeVar("F", bound=Callable[..., nn.Module])

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..checkpoint.adapters import ADAPTER_FILES, ADDED, CONFIG, RHO, clean_state, lacking
 from ..checkpoint.adapters import TENSORS as BESIDE
 from ..conversion.persistence import peft_state, saved_by_peft
-from ..dtensors import write
 from ..nn.base import is_bayesian, variational_tensors
+from ..processes.dtensors import write
 from .checkpoints import RESUMED, misfit, read, restore, same, unconverted, weight_files
 
 __all__ = ["adapter_files", "check_adapter", "is_complete", "is_peft", "restore_adapter", "take_up"]

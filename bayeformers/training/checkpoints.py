@@ -22,8 +22,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ..checkpoint.adapters import ADDED, CONFIG, RHO
 from ..conversion.record import conversion_record
-from ..dtensors import own_part, part_of, reshard, split_like
 from ..nn.base import variational_tensors
+from ..processes.dtensors import own_part, part_of, reshard, split_like
 
 __all__ = ["check_same_conversion", "recorded_config", "restore", "unwrapped", "weight_files"]
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import reshard
 from ..likelihoods import get_likelihood
 from ..nn.adapters import active_tensors
 from ..nn.base import NamedVariational
@@ -18,6 +17,7 @@ from ..nn.kl import tensor_kl
 from ..nn.shards import gathered
 from ..posteriors import VariationalPosterior
 from ..posteriors.heads import has_many_logits
+from ..processes.dtensors import reshard
 
 __all__ = ["DrawnRows", "LayerGroup", "drawn_rows", "effective_draws", "group_name", "layer_groups"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import whole
 from ..heads.find import find_head
 from ..nn.base import variational_tensors
+from ..processes.dtensors import whole
 
 __all__ = ["clip_separately", "holds_some", "kl_regularised_names", "rho_parameters", "separate_rho"]
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import own_part, reshard
 from ..nn.base import BayesianModule, variational_tensors
 from ..nn.draws import bayesian_modules
 from ..nn.variational import scale_of
+from ..processes.dtensors import own_part, reshard
 
 __all__ = [
     "SILENT_LAYERS",

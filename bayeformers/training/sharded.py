@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from ..dtensors import reshard
 from ..nn import kl_watch
 from ..nn.draws import bayesian_modules
+from ..processes.dtensors import reshard
 from ..sharding import gathered, is_sharded, separate_scales
 
 __all__ = ["ShardedTrainer"]

@@ -44,14 +44,14 @@ class BayesianTrainer(SharingTrainer):
 
         mean NLL of its items + (kl_weight / N) * KL
 
-    whatever the batch size, accumulation and number of processes (see `training.elbo`); with `num_train_samples` > 1
-    the NLL is averaged over as many draws. A `calibration_loss` is added with its weight (`training.alignment`).
-    An unconverted model trains on its own loss, scaled as exactly, or, with `noise_std`="head", on its Gaussian NLL;
-    one with a VBLL or SNGP head (`bayeformers.heads`) on that head's objective.
+    whatever the batch size, accumulation and number of processes (see `training.elbo`); the NLL is averaged over
+    `num_train_samples` draws. A `calibration_loss` is added with its weight (`training.alignment`).
+    An unconverted model trains on its own loss, scaled as exactly, or, with `noise_std`="head", on its Gaussian NLL,
+    one with a VBLL or SNGP head on that head's objective.
 
     Raises:
         TypeError: other training arguments, or bases whose order would replace the loss.
-        ValueError: what would make the ELBO wrong (label smoothing), `nn.DataParallel`, FSDP1, and an empty dataset.
+        ValueError: what would make the ELBO wrong (label smoothing), `nn.DataParallel`, FSDP1, DeepSpeed, no dataset.
     """
 
     _scaled: bool | None = None  # what the user says of the loss's scale
@@ -197,8 +197,7 @@ class BayesianTrainer(SharingTrainer):
             return
         if not is_bayesian(self.model):
             checks.check_uncalibrated(self.args)
-            self.settle_ivon(lambda: self._count_items(self._read(dict(inputs)).likelihood))
-            return
+            return self.settle_ivon(lambda: self._count_items(self._read(dict(inputs)).likelihood))
         checks.check_converted(self.args)
         self.settle_shards()
         if conversion_record(self.model) is None:

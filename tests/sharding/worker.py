@@ -14,8 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import bayeformers
 from bayeformers import fixed_draw, kl_divergence, predict, to_bayesian, to_deterministic
-from bayeformers.dtensors import reshard, whole, write
 from bayeformers.nn import variational_tensors
+from bayeformers.processes.dtensors import reshard, whole, write
 from bayeformers.sharding import shard
 from tests.training import steps, tiny
 
