@@ -85,7 +85,7 @@ def _equal_batches(own: int, number: int, batch_size: int, world_size: int) -> l
         ValueError: the rank has fewer examples than batches are needed.
 
     >>> _equal_batches(3, 7, 2, 2)
-    [[0, 1], [2]]
+    [[0], [1, 2]]
     """
     count = math.ceil(math.ceil(number / world_size) / batch_size)
     if own < count:
