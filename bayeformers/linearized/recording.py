@@ -37,7 +37,8 @@ class Point:
     @classmethod
     def of(cls, tensor: Tensor) -> Point:
         """Return the place of a tensor that requires a gradient; what edits it in place later does not move it."""
-        return cls(get_gradient_edge(tensor), tensor.shape, tensor.dtype, tensor.device)
+        with torch.inference_mode(False):  # a leaf's place is found by a view, which inference mode does not record
+            return cls(get_gradient_edge(tensor), tensor.shape, tensor.dtype, tensor.device)
 
     @property
     def ndim(self) -> int:

@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "ensemble": (lambda: ensemble(plain()), r"2 members \(0 to 1\)"),
     "mixture": (lambda: MixturePosterior([laplace_of(plain()), laplace_of(plain())]), "one of its `components`"),
     "temperature": (lambda: TemperaturePosterior(laplace_of(plain())), "export its `base`"),
-    "sngp": (lambda: _sngp(), "no mean that a plain folder"),
+    "sngp": (lambda: _sngp(), "no mean that a plain model"),
     "no folder": (lambda: to_bayesian(nn.Linear(2, 2)), "models? of transformers"),
 }
 

@@ -91,11 +91,11 @@ def test_tokens_and_a_policy() -> None:
     """Of every token without a strategy; an entity is refused if any of its tokens is."""
 
     class Refuses(AbstentionPolicy):
-        """The second token of each text, and the seventh."""
+        """The second token of each text."""
 
         def abstain(self, predictive: Any, groups: Any = None) -> Tensor:
             refused = torch.zeros(predictive.probs.shape[:-1], dtype=torch.bool)
-            refused[:, [2, 7]] = True
+            refused[:, 2] = True
             return refused
 
     model, given = tagger(), tokenizer()
@@ -110,10 +110,10 @@ def test_tokens_and_a_policy() -> None:
             index = token["index"]
             assert token["score"] == pytest.approx(float(mean[index].max()), abs=1e-6)
             assert [token["uncertainty"][part] for part in PARTS] == pytest.approx(list(doubt[index]), abs=1e-6)
-            assert token["abstain"] == (index in (2, 7))
+            assert token["abstain"] == (index == 2)
     words = pipe(TEXT, aggregation_strategy="first")
     refused = {entity["word"]: entity["abstain"] for entity in words}
-    assert all(state == any(part in word for part in ("smith", "berlin")) for word, state in refused.items())
+    assert all(state == ("smith" in word) for word, state in refused.items())
     assert True in refused.values() and False in refused.values()
 
 

@@ -70,13 +70,13 @@ def test_a_trial_is_judged_by_the_model_that_it_keeps_with_all_draws(tmp_path: P
     """At a learning rate this large the last epoch is the worst; the evaluations inside `train` are for pruning."""
     seen: list[dict[str, float]] = []
     trainer = tiny.trainer(
-        tmp_path, model_init=lambda: tiny.bayesian(), max_steps=4, learning_rate=3.0, load_best_model_at_end=True,
+        tmp_path, model_init=lambda: tiny.bayesian(), max_steps=2, learning_rate=3.0, load_best_model_at_end=True,
         metric_for_best_model="eval_nll", greater_is_better=False, num_eval_samples=7,
         num_eval_samples_during_training=3, **EACH_STEP,
     )  # fmt: skip
     best = search(trainer, n_trials=1, compute_objective=kept(seen))
     during = [metrics["eval_nll"] for metrics in seen[:-1]]
-    assert len(during) == 4 and during[-1] > 1.5 * min(during)
+    assert len(during) == 2 and during[-1] > 1.5 * min(during)
     kept_model = tiny.bayesian()
     step = 1 + during.index(min(during))
     again = tiny.trainer(tmp_path / "again", kept_model, num_eval_samples=7)

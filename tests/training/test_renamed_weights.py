@@ -197,13 +197,14 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> BayesianTrainer:
 
 @pytest.mark.parametrize("converted", [True, False])
 def test_resume_and_best_model(converted: bool, tmp_path: Path) -> None:
-    """The worst evaluation is the "best" one: not the last step's model, as it happens to be."""
+    """The "best" evaluation is not the last step's, as it happens: the least of a converted model, else the worst."""
 
     def model() -> nn.Module:
         torch.manual_seed(0)
         return to_bayesian(vit(), delta=0.3, freeze=False) if converted else vit()
 
-    first, kept = trainer(model(), tmp_path / "a", metric_for_best_model="eval_loss", **BEST), Kept()
+    options = BEST | {"metric_for_best_model": "eval_loss", "greater_is_better": not converted}
+    first, kept = trainer(model(), tmp_path / "a", **options), Kept()
     first.add_callback(kept)
     first.train()
     best = int(str(first.state.best_model_checkpoint).rsplit("-", 1)[1])
