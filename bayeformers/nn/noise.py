@@ -297,7 +297,7 @@ def _(like: Tensor) -> Tensor:
     return torch.randn_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("bayeformers::fresh_normal")
+@torch.library.register_fake("bayeformers::fresh_normal")  # type: ignore[untyped-decorator]
 def _(like: Tensor) -> Tensor:
     return like.new_empty(like.shape, dtype=torch.float32)
 
