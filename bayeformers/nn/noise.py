@@ -175,7 +175,14 @@ class TracedDraw:
         """
         if spec.name not in self._made:
             numbers = torch.arange(like.shape[0], device=like.device)
-            self._made[spec.name] = _without_padding(torch.randn_like(like, dtype=torch.float32), spec, numbers)
+            # on a CPU the compiler's own generator takes longer than all that it may be fused with
+            own = like.device.type == "cpu" and not torch.compiler.is_exporting()
+            eps = (
+                torch.ops.bayeformers.fresh_normal(like.detach())
+                if own
+                else torch.randn_like(like, dtype=torch.float32)
+            )
+            self._made[spec.name] = _without_padding(eps, spec, numbers)
         return self._made[spec.name] if rows is None else F.embedding(rows, self._made[spec.name])
 
     def signs(self, spec: TensorSpec, axis: int, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -280,6 +287,19 @@ def normal(key: int, shape: Sequence[int], device: torch.device, version: int = 
         return philox.normal(key, tuple(shape), device)
     generator = keyed_generator(key, device, version)
     return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+
+torch.library.define("bayeformers::fresh_normal", "(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+@torch.library.impl("bayeformers::fresh_normal", "default")
+def _(like: Tensor) -> Tensor:
+    return torch.randn_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("bayeformers::fresh_normal")  # type: ignore[untyped-decorator]
+def _(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("bayeformers::normal", mutates_args=())

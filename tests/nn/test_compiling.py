@@ -43,8 +43,9 @@ def _tiny(name: str) -> tuple[nn.Module, dict[str, Any]]:
         }
     if name == "gpt2":
         config = hf.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
-        config.loss_type = "ForCausalLM"
-        return hf.GPT2LMHeadModel(config), {**ids, "labels": IDS}
+        model = hf.GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"  # transformers finds none for this class, and warns in the forward
+        return model, {**ids, "labels": IDS}
     if name == "llama":
         config = hf.LlamaConfig(vocab_size=40, **_SIZES, num_key_value_heads=2)
         return hf.LlamaForCausalLM(config), {**ids, "labels": IDS}
@@ -219,3 +220,21 @@ def test_compiles_the_whole_step() -> None:
         (model(ids).square().sum() + kl_divergence(model)).backward()
     for parameter, grad in zip(model.parameters(), found, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_has_the_noise_of_the_forward() -> None:
+    """dL/drho of a sum of weights is (w - mu) / sigma * sigmoid(rho) in every draw; a seed repeats it."""
+    torch.manual_seed(0)
+    layer = bnn.Linear(3, 4, bias=False, delta=0.5).train()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        layer.weight_rho.grad = None
+        weight = compiled(torch.eye(3)).T
+        weight.sum().backward()
+        mean, rho = layer.get_parameter("weight"), layer.weight_rho
+        expected = (weight - mean) / torch.nn.functional.softplus(rho) * rho.sigmoid()
+        torch.testing.assert_close(rho.grad, expected.detach(), rtol=1e-4, atol=1e-6)
+        drawn.append(weight.detach())
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
