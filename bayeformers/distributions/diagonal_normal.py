@@ -29,18 +29,20 @@ def scale_from_rho(rho: Tensor) -> Tensor:
     [9.99999993922529e-09, 0.6931471824645996, 200.0]
     """
     if not (rho.requires_grad and torch.is_grad_enabled()):
-        return _floored_softplus(rho)
+        return scale_into(None, rho)
     scale: Tensor = _Scale.apply(rho)  # type: ignore[no-untyped-call]
     return scale
 
 
 def scale_slope(rho: Tensor) -> Tensor:
     """Return d sigma / d rho = sigmoid(rho), MIN_SCALE from the floor downwards: a new tensor of the same shape."""
-    return rho.clamp_min(_MIN_RHO).sigmoid()
+    return slope_into(None, rho)
 
 
 def scale_into(out: Tensor | None, rho: Tensor) -> Tensor:
     """Return :func:`scale_from_rho`, bit for bit but without a gradient, in the memory of ``out``, if any is given."""
+    # as log1p(exp(rho)): `F.softplus` rounds differently in vectorised and in scalar code, so that a row of a table
+    # would depend on where in a lookup it stands; these two functions do not
     return torch.clamp_max(rho, LINEAR_FROM, out=out).exp_().log1p_().clamp_min_(rho).clamp_min_(MIN_SCALE)
 
 
@@ -57,12 +59,6 @@ def slope_into(out: Tensor | None, rho: Tensor) -> Tensor:
     return torch.clamp_min(rho, _MIN_RHO, out=out).sigmoid_()
 
 
-def _floored_softplus(rho: Tensor) -> Tensor:
-    # as log1p(exp(rho)): `F.softplus` rounds differently in vectorised and in scalar code, so that a row of a table
-    # would depend on where in a lookup it stands; these two functions do not
-    return torch.maximum(rho, rho.clamp_max(LINEAR_FROM).exp().log1p()).clamp_min(MIN_SCALE)
-
-
 class _Scale(torch.autograd.Function):
     """Keeps rho alone, and a slope where `clamp_min` has none."""
 
@@ -70,7 +66,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(rho: Tensor) -> Tensor:
-        return _floored_softplus(rho)
+        return scale_into(None, rho)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
